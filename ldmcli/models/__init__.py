@@ -1,0 +1,1 @@
+"""The networks as plain nn.Modules: no files, no command line, no globals."""

@@ -1,0 +1,86 @@
+"""Multi-head attention, and the interchangeable functions that compute it.
+
+Every function takes queries, keys and values of shape (batch, heads, tokens, head_dim) and returns the same shape as the
+queries. They differ in speed and memory only; `attend` of each Attention module holds the one in use, set from outside.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+KeysValues = tuple[Tensor, Tensor]
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's fused attention: it picks flash, cuDNN, memory-efficient or plain kernels itself."""
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def math_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The definition, softmax(q kᵀ / √d) v, holding the whole score matrix: the reference for the others."""
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    return scores.softmax(dim=-1) @ value
+
+
+def xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """xformers' memory-efficient attention; CUDA only. Imported on first use: the import alone takes seconds."""
+    from xformers.ops import memory_efficient_attention
+
+    # xformers wants (batch, tokens, heads, head_dim); a transposed view is enough.
+    out = memory_efficient_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+ATTENTIONS: dict[str, Attend] = {
+    "sdpa": sdpa_attention,
+    "xformers": xformers_attention,
+    "math": math_attention,
+}
+
+
+class Attention(nn.Module):
+    """Attention over a sequence, to itself or to a context.
+
+    Keys and values are computed apart from the output (`project`), because those of a prompt stay the same through all
+    sampling steps.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, *, context_channels: int | None = None, bias: bool = False
+    ) -> None:
+        super().__init__()
+        context_channels = channels if context_channels is None else context_channels
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.attend: Attend = sdpa_attention
+
+    def project(self, context: Tensor) -> KeysValues:
+        """Keys and values, each (batch, heads, tokens, head_dim), of a context (batch, tokens, context_channels)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        """Attend from x (batch, tokens, channels) to what `project` gave; returns x's shape."""
+        key, value = keys_values
+        out = self.attend(self._split(self.to_q(x)), key, value)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def set_attention(module: nn.Module, attend: Attend) -> None:
+    """Make every Attention inside `module` compute with `attend`."""
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.attend = attend
+
+
+def repeat_batch(keys_values: KeysValues, batch: int) -> KeysValues:
+    """Keys and values of one prompt, (1, heads, tokens, head_dim), viewed as those of a batch."""
+    return tuple(torch.broadcast_to(t, (batch, *t.shape[1:])) for t in keys_values)  # type: ignore[return-value]

@@ -1,0 +1,55 @@
+"""The convolutional pieces that U-Net and VAE share. All take and return (batch, channels, height, width)."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions with group norm and SiLU, around which the input is added back (He et al. 2015).
+
+    With `time_channels` the block is told the time step: a projection of its embedding is added between the two.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, *, groups: int, eps: float, time_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, eps=eps)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels is not None else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+
+    def forward(self, x: Tensor, activated_time: Tensor | None = None) -> Tensor:
+        """`activated_time` is SiLU(time embedding), (batch or 1, time_channels)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(activated_time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided convolution; `pad_end` pads only right and bottom, as SD's VAE does."""
+
+    def __init__(self, channels: int, *, pad_end: bool = False) -> None:
+        super().__init__()
+        self.pad_end = pad_end
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
+
+
+class Upsample(nn.Module):
+    """Double height and width by nearest neighbour, or grow to exactly `size`, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

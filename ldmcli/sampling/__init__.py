@@ -1,0 +1,1 @@
+"""Noise schedules, guidance and samplers: torch only, knowing no model class."""

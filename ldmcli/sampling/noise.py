@@ -1,0 +1,29 @@
+"""Noise that belongs to images: each has its own CPU generator, so that it does not depend on its neighbours."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SeededNoise:
+    """Successive standard-normal draws for a batch; image i's come from a CPU generator of seeds[i].
+
+    Drawing on the CPU in float32 makes the same noise on every device, and the noise diffusers draws for CPU generators.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:
+        """shape: that of one image's latents, (channels, height, width)."""
+        self._generators = [torch.Generator().manual_seed(_as_signed(seed)) for seed in seeds]
+        self._shape = (1, *shape)
+        self._device = device
+
+    def __call__(self) -> Tensor:
+        """The next draw, (len(seeds), *shape), float32, on the device."""
+        draws = [torch.randn(self._shape, generator=g, dtype=torch.float32) for g in self._generators]
+        return torch.cat(draws).to(self._device)
+
+
+def _as_signed(seed: int) -> int:
+    """torch takes 0 … 2⁶⁴−1 only as the signed number of the same bits."""
+    return seed - 2**64 if seed >= 2**63 else seed

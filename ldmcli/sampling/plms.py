@@ -1,0 +1,34 @@
+"""PLMS: pseudo linear multistep sampling (Liu, Ren, Lin & Zhao 2022, "Pseudo Numerical Methods…")."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from ldmcli.sampling.ddim import ddim_step
+from ldmcli.sampling.denoiser import Denoiser
+from ldmcli.sampling.schedule import Step
+
+# Adams–Bashforth weights, newest prediction first, by how many there are (equation 12 and its shorter kin).
+_WEIGHTS = {
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def plms(
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Callable[[], Tensor], *, eta: float = 0.0
+) -> Iterator[Tensor]:
+    """Yield the latents after each step. Costs one prediction a step and one more: without history, the first step is
+    taken with the mean of the predictions at its two ends. Draws no noise; `noise` and `eta` are every sampler's."""
+    history: list[Tensor] = []
+    for step in steps:
+        prediction = denoise(latents, step)
+        history = [prediction, *history[:3]]
+        if len(history) > 1:
+            prediction = sum(w * e for w, e in zip(_WEIGHTS[len(history)], history, strict=True))
+        elif len(steps) > 1:
+            ahead = denoise(ddim_step(latents, prediction, step), steps[1])
+            prediction = (prediction + ahead) / 2
+        latents = ddim_step(latents, prediction, step)
+        yield latents
