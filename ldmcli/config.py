@@ -70,6 +70,15 @@ class ScheduleConfig:
     set_alpha_to_one: bool = False
     prediction_type: str = "epsilon"
 
+    def timesteps(self, steps: int) -> list[int] | None:
+        """Where `steps` sampling steps sit, noisiest first: a whole stride from 0 on ("leading"), plus the offset; None
+        where that runs past the training steps."""
+        if not 1 <= steps <= self.training_steps:
+            return None
+        stride = self.training_steps // steps
+        timesteps = [i * stride + self.steps_offset for i in reversed(range(steps))]
+        return timesteps if timesteps[0] < self.training_steps else None
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

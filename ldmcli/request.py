@@ -1,10 +1,10 @@
 """One image's whole recipe, shared by the command line, prompt files and PNG metadata."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from ldmcli.config import ModelConfig
 from ldmcli.errors import BadDataError, UsageError, printable
 
 SAMPLERS = ("ddim", "plms")
@@ -70,6 +70,26 @@ class GenerationRequest:
         return cls(**fields)
 
 
+def fit_to_model(request: GenerationRequest, config: ModelConfig) -> GenerationRequest:
+    """The request with the model's own size filled in. Raises UsageError where the model cannot draw it: a size that
+    is no whole number of latents, or more steps than its schedule has."""
+    width = config.default_size if request.width is None else request.width
+    height = config.default_size if request.height is None else request.height
+    multiple = config.size_multiple
+    if width % multiple or height % multiple:
+        nearest = "×".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
+        raise UsageError(
+            f"size {width}×{height} does not fit the model, whose sides are multiples of {multiple}; the nearest is "
+            f"{nearest}."
+        )
+    if config.schedule.timesteps(request.steps) is None:
+        raise UsageError(
+            f"{request.steps} steps do not fit the model's schedule of {config.schedule.training_steps} training "
+            "steps; use fewer."
+        )
+    return dataclasses.replace(request, width=width, height=height)
+
+
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise UsageError(f"{name} must be text, not {type(value).__name__}.")
@@ -89,6 +109,6 @@ def _check_whole(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         raise UsageError(f"{name} {printable(repr(value))} is not a number from {low:g} to {high:g}.")

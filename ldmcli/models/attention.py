@@ -1,7 +1,8 @@
 """Multi-head attention, and the interchangeable functions that compute it.
 
-Every function takes queries, keys and values of shape (batch, heads, tokens, head_dim) and returns the same shape as the
-queries. They differ in speed and memory only; `attend` of each Attention module holds the one in use, set from outside.
+Every function takes queries, keys and values of shape (batch, heads, tokens, head_dim) and returns the same shape as
+the queries. They differ in speed and memory only; each Attention module holds the one in use as `attend`, set from
+outside.
 """
 
 from collections.abc import Callable
@@ -48,9 +49,7 @@ class Attention(nn.Module):
     sampling steps.
     """
 
-    def __init__(
-        self, channels: int, heads: int, *, context_channels: int | None = None, bias: bool = False
-    ) -> None:
+    def __init__(self, channels: int, heads: int, *, context_channels: int | None = None, bias: bool = False) -> None:
         super().__init__()
         context_channels = channels if context_channels is None else context_channels
         self.heads = heads

@@ -1,5 +1,7 @@
 """The spatial transformer: every pixel attends to all pixels and to the text (Rombach et al. 2022, section 3.3)."""
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,14 +62,13 @@ class SpatialTransformer(nn.Module):
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, context_dim) for _ in range(layers)
-        )
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(layers))
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def project_context(self, context: Tensor) -> list[KeysValues]:
         """Cross-attention keys and values of each layer for context (batch, tokens, context_dim)."""
-        return [block.attn2.project(context) for block in self.transformer_blocks]
+        attentions = [cast(TransformerBlock, block).attn2 for block in self.transformer_blocks]
+        return [attention.project(context) for attention in attentions]
 
     def forward(self, x: Tensor, context: list[KeysValues]) -> Tensor:
         height, width = x.shape[2:]

@@ -1,6 +1,7 @@
 """The cross-attention U-Net that predicts the noise in a latent (Rombach et al. 2022). Keys are diffusers' names."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Block(nn.Module):
 
     def project_context(self, context: Tensor) -> BlockContext:
         """Cross-attention keys and values of each attention of the block."""
-        return [attention.project_context(context) for attention in self.attentions]
+        return [cast(SpatialTransformer, attention).project_context(context) for attention in self.attentions]
 
 
 class DownBlock(Block):
@@ -109,9 +110,7 @@ class UpBlock(Block):
         below = levels[min(level + 1, len(levels) - 1)]
         above = levels[max(level - 1, 0)]
         count = config.layers_per_block + 1
-        channels = [
-            ((below if i == 0 else out) + (above if i == count - 1 else out), out) for i in range(count)
-        ]
+        channels = [((below if i == 0 else out) + (above if i == count - 1 else out), out) for i in range(count)]
         super().__init__(config, level, channels, count, config.attention[level])
         self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(out)])
 

@@ -1,5 +1,7 @@
 """The KL autoencoder between images and latents (Rombach et al. 2022, section 3.1). Keys are diffusers' names."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,9 +121,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, levels[0], 3, padding=1)
         self.mid_block = MidBlock(levels[0], groups)
         self.up_blocks = nn.ModuleList(
-            UpBlock(
-                [levels[max(i - 1, 0)]] + [out] * (config.layers_per_block + 1), groups, last=i == len(levels) - 1
-            )
+            UpBlock([levels[max(i - 1, 0)]] + [out] * (config.layers_per_block + 1), groups, last=i == len(levels) - 1)
             for i, out in enumerate(levels)
         )
         self.conv_norm_out = nn.GroupNorm(groups, levels[-1], eps=_EPS)
@@ -159,6 +159,4 @@ class AutoencoderKL(nn.Module):
 
 def _resnets(channels: list[int], groups: int) -> nn.ModuleList:
     """Resnets from each of `channels` to the next."""
-    return nn.ModuleList(
-        ResnetBlock(into, out, groups=groups, eps=_EPS) for into, out in zip(channels, channels[1:], strict=False)
-    )
+    return nn.ModuleList(ResnetBlock(into, out, groups=groups, eps=_EPS) for into, out in itertools.pairwise(channels))

@@ -9,7 +9,7 @@ from torch import Tensor
 class SeededNoise:
     """Successive standard-normal draws for a batch; image i's come from a CPU generator of seeds[i].
 
-    Drawing on the CPU in float32 makes the same noise on every device, and the noise diffusers draws for CPU generators.
+    Drawing on the CPU in float32 makes the same noise on every device: what diffusers draws for CPU generators.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from ldmcli.sampling.ddim import ddim_step
@@ -26,7 +27,8 @@ def plms(
         prediction = denoise(latents, step)
         history = [prediction, *history[:3]]
         if len(history) > 1:
-            prediction = sum(w * e for w, e in zip(_WEIGHTS[len(history)], history, strict=True))
+            terms = [w * e for w, e in zip(_WEIGHTS[len(history)], history, strict=True)]
+            prediction = torch.stack(terms).sum(dim=0)
         elif len(steps) > 1:
             ahead = denoise(ddim_step(latents, prediction, step), steps[1])
             prediction = (prediction + ahead) / 2

@@ -28,18 +28,14 @@ class Schedule:
         self.alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
 
     def steps(self, count: int) -> list[Step]:
-        """`count` steps, noisiest first, in SD's spacing: a whole stride from 0 on ("leading"), plus the offset."""
-        config = self.config
-        stride = config.training_steps // count if count else 0
-        if stride == 0 or (count - 1) * stride + config.steps_offset >= config.training_steps:
-            limit = config.training_steps - max(config.steps_offset, 0)
-            raise UsageError(f"steps {count} is not a whole number from 1 to {limit}.")
+        """`count` steps, noisiest first, in SD's spacing. Raises UsageError when so many do not fit."""
+        timesteps = self.config.timesteps(count)
+        if timesteps is None:
+            raise UsageError(f"{count} steps do not fit a schedule of {self.config.training_steps}.")
         levels = self.alphas_cumprod.tolist()
-        last = 1.0 if config.set_alpha_to_one else levels[0]
-        timesteps = [i * stride + config.steps_offset for i in reversed(range(count))]
-        return [
-            Step(i, t, levels[t], levels[t - stride] if t >= stride else last) for i, t in enumerate(timesteps)
-        ]
+        last = 1.0 if self.config.set_alpha_to_one else levels[0]
+        stride = self.config.training_steps // count
+        return [Step(i, t, levels[t], levels[t - stride] if t >= stride else last) for i, t in enumerate(timesteps)]
 
 
 def _betas(config: ScheduleConfig) -> Tensor:

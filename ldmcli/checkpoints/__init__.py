@@ -1,0 +1,1 @@
+"""From files on disk to modules: validate, detect, map keys, build on the meta device, load strictly."""

@@ -1,0 +1,104 @@
+"""A single file's configuration, read from the shapes of its tensors: such files carry no config.json."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ldmcli.checkpoints.key_map import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.errors import BadDataError, printable
+from ldmcli.families import Family
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def config_from_shapes(shapes: Shapes, family: Family, path: Path) -> ModelConfig:
+    """Dimensions of a checkpoint in the original layout; what shapes cannot tell (head counts, groups) is the family's.
+
+    Raises BadDataError naming the tensor that is missing or of an unexpected rank.
+    """
+    try:
+        return ModelConfig(
+            family=family.name,
+            unet=_unet(_under(shapes, UNET_PREFIX), family),
+            vae=_vae(_under(shapes, VAE_PREFIX), family),
+            text_encoder=_text(_under(shapes, TEXT_PREFIX), family),
+            schedule=ScheduleConfig(),
+        )
+    except KeyError as error:
+        raise BadDataError(
+            f"{printable(str(path))} is incomplete: the tensor {printable(str(error.args[0]))} is missing."
+        ) from None
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise BadDataError(
+            f"{printable(str(path))} has tensors of shapes that fit no {family.name} model ({error})."
+        ) from None
+
+
+def _under(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many different numbers `pattern`'s one group takes, counting from 0 without a gap."""
+    found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
+    return next(i for i in range(len(found) + 1) if i not in found)
+
+
+def _unet(shapes: Shapes, family: Family) -> UNetConfig:
+    channels: list[int] = []
+    depths: list[int] = []
+    context_dim, linear = 0, False
+    level_done = True
+    for block in range(1, _count(shapes, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{block}.0.op.weight" in shapes:
+            level_done = True
+            continue
+        depth = _count(shapes, rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
+        if level_done:
+            channels.append(shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0])
+            depths.append(depth)
+            level_done = False
+        if depth:
+            attention = f"input_blocks.{block}.1."
+            context_dim = shapes[f"{attention}transformer_blocks.0.attn2.to_k.weight"][1]
+            linear = len(shapes[f"{attention}proj_in.weight"]) == 2
+    blocks = _count(shapes, r"input_blocks\.(\d+)\.")
+    return UNetConfig(
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        sample_size=family.sample_size,
+        block_channels=tuple(channels),
+        layers_per_block=blocks // len(channels) - 1,
+        attention=tuple(depths),
+        heads=(family.heads,) * len(channels),
+        context_dim=context_dim,
+        norm_groups=family.norm_groups,
+        linear_projection=linear,
+    )
+
+
+def _vae(shapes: Shapes, family: Family) -> VAEConfig:
+    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    return VAEConfig(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        latent_channels=shapes["post_quant_conv.weight"][0],
+        block_channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+        layers_per_block=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        norm_groups=family.norm_groups,
+        scaling_factor=family.scaling_factor,
+    )
+
+
+def _text(shapes: Shapes, family: Family) -> TextEncoderConfig:
+    shapes = {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
+    vocab_size, hidden = shapes["embeddings.token_embedding.weight"]
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        layers=_count(shapes, r"encoder\.layers\.(\d+)\."),
+        heads=max(1, hidden // 64),  # every CLIP text model has heads of 64
+        max_length=shapes["embeddings.position_embedding.weight"][0],
+    )

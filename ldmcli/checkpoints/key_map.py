@@ -1,0 +1,123 @@
+"""Where each weight lives on disk: canonical keys (diffusers' names) to the names of the original layout.
+
+The tables are made for one configuration, since the original layout numbers blocks through all levels.
+"""
+
+import re
+from collections.abc import Iterable
+
+from ldmcli.config import UNetConfig, VAEConfig
+
+# Inside a resnet: (canonical, original).
+_UNET_PARTS = (
+    ("norm1.", "in_layers.0."),
+    ("conv1.", "in_layers.2."),
+    ("time_emb_proj.", "emb_layers.1."),
+    ("norm2.", "out_layers.0."),
+    ("conv2.", "out_layers.3."),
+    ("conv_shortcut.", "skip_connection."),
+)
+_VAE_PARTS = (
+    ("group_norm.", "norm."),
+    ("to_q.", "q."),
+    ("to_k.", "k."),
+    ("to_v.", "v."),
+    ("to_out.0.", "proj_out."),
+    ("conv_shortcut.", "nin_shortcut."),
+)
+_OLD_VAE_PARTS = (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn."))
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer."
+
+# What original checkpoints carry beside the three parts: averages, schedule tables, losses. None is needed to sample.
+IGNORED_ORIGINAL = re.compile(
+    r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights$|logvar$|first_stage_model\.loss\."
+    r"|cond_stage_model\.(logit_scale$|transformer\.(vision_model\.|visual_projection|text_projection|logit_scale))"
+    r"|.*\.position_ids$|model_ema$|scale_factor$|global_step$"
+)
+
+
+def original_unet_keys(keys: Iterable[str], config: UNetConfig) -> dict[str, str]:
+    """Canonical U-Net key → key in an original Stable Diffusion checkpoint."""
+    prefixes = _unet_prefixes(config)
+    # Transformer blocks have a norm1 and norm2 of their own, which both layouts call so.
+    return {key: UNET_PREFIX + _rename(key, prefixes, _UNET_PARTS if ".resnets." in key else ()) for key in keys}
+
+
+def original_vae_keys(keys: Iterable[str], config: VAEConfig) -> dict[str, str]:
+    """Canonical VAE key → key in an original checkpoint (before the 1×1 convolutions became linear layers)."""
+    prefixes = _vae_prefixes(config)
+    return {key: VAE_PREFIX + _rename(key, prefixes, _VAE_PARTS) for key in keys}
+
+
+def old_diffusers_vae_key(key: str) -> str:
+    """Canonical VAE key → its name in folders written before diffusers 0.18."""
+    return _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key
+
+
+def without_text_prefix(key: str) -> str:
+    """A CLIP text key without the `text_model.` that transformers put in front until 5.6."""
+    return key.removeprefix("text_model.")
+
+
+def _unet_prefixes(config: UNetConfig) -> dict[str, str]:
+    count, levels = config.layers_per_block, len(config.block_channels)
+    table = {
+        "conv_in.": "input_blocks.0.0.",
+        "time_embedding.linear_1.": "time_embed.0.",
+        "time_embedding.linear_2.": "time_embed.2.",
+        "conv_norm_out.": "out.0.",
+        "conv_out.": "out.2.",
+        "mid_block.resnets.0.": "middle_block.0.",
+        "mid_block.attentions.0.": "middle_block.1.",
+        "mid_block.resnets.1.": "middle_block.2.",
+    }
+    for level in range(levels):
+        for layer in range(count):
+            block = 1 + level * (count + 1) + layer
+            table[f"down_blocks.{level}.resnets.{layer}."] = f"input_blocks.{block}.0."
+            table[f"down_blocks.{level}.attentions.{layer}."] = f"input_blocks.{block}.1."
+        table[f"down_blocks.{level}.downsamplers.0.conv."] = f"input_blocks.{(level + 1) * (count + 1)}.0.op."
+        for layer in range(count + 1):
+            block = level * (count + 1) + layer
+            table[f"up_blocks.{level}.resnets.{layer}."] = f"output_blocks.{block}.0."
+            table[f"up_blocks.{level}.attentions.{layer}."] = f"output_blocks.{block}.1."
+        # The upsampler is the last thing in its block, after the attention where there is one.
+        place = 2 if config.attention[levels - 1 - level] else 1
+        last = level * (count + 1) + count
+        table[f"up_blocks.{level}.upsamplers.0.conv."] = f"output_blocks.{last}.{place}.conv."
+    return table
+
+
+def _vae_prefixes(config: VAEConfig) -> dict[str, str]:
+    table = {}
+    levels = len(config.block_channels)
+    for half, ways, layers in (("encoder", "down", 0), ("decoder", "up", 1)):
+        table[f"{half}.conv_norm_out."] = f"{half}.norm_out."
+        table[f"{half}.mid_block.resnets.0."] = f"{half}.mid.block_1."
+        table[f"{half}.mid_block.attentions.0."] = f"{half}.mid.attn_1."
+        table[f"{half}.mid_block.resnets.1."] = f"{half}.mid.block_2."
+        for level in range(levels):
+            # The original counts the decoder's levels from the finest, diffusers in the order they run.
+            original = f"{half}.{ways}.{level if half == 'encoder' else levels - 1 - level}."
+            canonical = f"{half}.{ways}_blocks.{level}."
+            for layer in range(config.layers_per_block + layers):
+                table[f"{canonical}resnets.{layer}."] = f"{original}block.{layer}."
+            table[f"{canonical}{ways}samplers.0.conv."] = f"{original}{ways}sample.conv."
+    return table
+
+
+def _rename(key: str, prefixes: dict[str, str], parts: tuple[tuple[str, str], ...]) -> str:
+    """Translate the block a key is in by `prefixes`, and what follows by `parts`."""
+    found = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default="")
+    return prefixes.get(found, "") + _replace_part(key.removeprefix(found), parts)
+
+
+def _replace_part(key: str, parts: tuple[tuple[str, str], ...]) -> str:
+    for canonical, original in parts:
+        head, found, tail = key.rpartition(canonical)
+        if found and (not head or head.endswith(".")):
+            return head + original + tail
+    return key

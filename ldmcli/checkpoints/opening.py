@@ -1,0 +1,99 @@
+"""Opening files that others named: regular files only, and errors that say what is there instead."""
+
+import contextlib
+import difflib
+import errno
+import io
+import itertools
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from ldmcli.errors import BadDataError, LdmError, MissingInputError, StorageError, printable
+
+_LISTED = 2000  # names compared with a missing one: difflib needs ≈ 0.1 s for them
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[io.FileIO]:
+    """Open `path`, unbuffered; stat comes first, since opening a FIFO or a device can block or act.
+
+    Raises MissingInputError (not there, not readable), BadDataError (no regular file), StorageError (also
+    where reading fails in the body of the `with`).
+    """
+    try:
+        _check_regular(path, os.stat(path))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except (OSError, ValueError) as error:
+        raise _cannot_open(path, error) from None
+    with open(descriptor, "rb", buffering=0) as raw:
+        _check_regular(path, os.fstat(descriptor))  # the name may lead elsewhere by now
+        try:
+            yield raw
+        except OSError as error:
+            raise StorageError(f"reading {shown(path)} failed: {printable(str(error))}.") from None
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    if stat.S_ISDIR(status.st_mode):
+        inside = _listing(path, ".safetensors")
+        have = f" (it has {', '.join(inside)})" if inside else ""
+        raise bad_file(path, f"is a folder{have}", "name a weight file, or a folder with model_index.json")
+    kinds = (
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    what = next((name for test, name in kinds if test(status.st_mode)), "no regular file")
+    raise bad_file(path, f"is {what}", "name a weight file (.safetensors)")
+
+
+def _cannot_open(path: Path, error: OSError | ValueError) -> LdmError:
+    code = error.errno if isinstance(error, OSError) else errno.ENOENT  # else NUL or a surrogate in the path
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+        return MissingInputError(_missing_message(path))
+    if code in (errno.EACCES, errno.EPERM):
+        return MissingInputError(f"{shown(path)} is not readable; check its permissions and its folder's.")
+    if code == errno.ELOOP:
+        return bad_file(path, "is a link that leads in a circle", "name the file itself")
+    return StorageError(f"{shown(path)} cannot be opened: {printable(str(error))}.")
+
+
+def _missing_message(path: Path) -> str:
+    """That `path` is not there, with the nearest names that are."""
+    with contextlib.suppress(OSError, ValueError):
+        if path.is_symlink():
+            target = printable(os.readlink(path))
+            return f"{shown(path)} is a link to {target}, which does not exist; download the model again."
+        if not path.parent.exists():
+            return f"{shown(path)} does not exist, nor does its folder; check the path."
+        names = _listing(path.parent, "", _LISTED)
+        near = difflib.get_close_matches(path.name[:255], names, 3, 0.6)
+        near = near or _listing(path.parent, ".safetensors")
+        if near:
+            return f"{shown(path)} does not exist; its folder has {', '.join(near)}."
+    return f"{shown(path)} does not exist; check the path."
+
+
+def _listing(folder: Path, suffix: str, limit: int = 3) -> list[str]:
+    """Up to `limit` names in `folder` that end in `suffix`, escaped; looks at 10,000 entries at most."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in itertools.islice(entries, 10_000) if entry.name.endswith(suffix)]
+    except OSError:
+        return []
+    return [printable(name) for name in sorted(names)[:limit]]
+
+
+def bad_file(path: Path, cause: str, cure: str) -> BadDataError:
+    """The error "PATH CAUSE; CURE.", with everything that came from outside escaped."""
+    return BadDataError(f"{shown(path)} {printable(cause, 600)}; {cure}.")
+
+
+def shown(path: Path) -> str:
+    """`path` as it may be printed."""
+    return printable(str(path), 500)

@@ -1,0 +1,72 @@
+"""Where pictures go: a folder, one named file, or standard output; and how each is reported."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ldmcli.errors import CannotCreateError, UsageError, printable
+from ldmcli.images.write import prepare_folder, write_exact, write_new
+
+STDOUT = "-"
+_OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A checked place for PNG data. `path` None is standard output; `as_json` reports JSON lines instead of paths."""
+
+    path: Path | None
+    is_file: bool
+    overwrite: bool
+    as_json: bool
+
+    def write(self, data: bytes, seed: int, record: dict[str, Any]) -> None:
+        """Write one picture and report it on stdout; raises CannotCreateError or StorageError."""
+        if self.path is None:
+            _to_stdout(data)
+            return
+        if self.is_file:
+            written = write_exact(self.path, data, overwrite=self.overwrite)
+        else:
+            written = write_new(self.path, f"ldm-{seed}", data, overwrite=self.overwrite)
+        if self.as_json:
+            line = json.dumps({"path": str(written), **record}, ensure_ascii=True).encode("ascii")
+        else:
+            line = os.fsencode(written)
+        _to_stdout(line + b"\n")
+
+
+def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) -> Output:
+    """Check a place before anything is loaded: `-`, a path ending in .png, or a folder, which is made if need be.
+
+    Raises UsageError or CannotCreateError.
+    """
+    path = Path(where)
+    if where == STDOUT:
+        if as_json:
+            raise UsageError("--json and -o - both want standard output; give a folder or a .png path to -o.")
+        if sys.stdout.isatty():
+            raise UsageError(
+                "-o - writes PNG data, and standard output is a terminal; redirect it to a file or a pipe."
+            )
+        return Output(None, True, overwrite, as_json)
+    if path.suffix.lower() in _OTHER_FORMATS and not path.is_dir():
+        raise UsageError(f"{printable(where)}: pictures are written as PNG; name a .png path or a folder.")
+    is_file = path.suffix.lower() == ".png" and not path.is_dir()
+    if not is_file:
+        prepare_folder(path)
+        return Output(path, False, overwrite, as_json)
+    if not one_image:
+        raise UsageError(f"{printable(where)} is one file, and more than one picture may come; give a folder to -o.")
+    prepare_folder(path.parent)
+    if os.path.lexists(path) and not overwrite:
+        raise CannotCreateError(f"{printable(where)} is there already; choose another name or give --overwrite.")
+    return Output(path, True, overwrite, as_json)
+
+
+def _to_stdout(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()

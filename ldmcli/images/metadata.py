@@ -1,0 +1,146 @@
+"""What a picture says about its making: A1111's `parameters` text and our `ldmcli` record, both ways.
+
+`parameters` follows AUTOMATIC1111's format, so that its readers work. `ldmcli` is JSON with the whole
+request, the model and the versions: enough to run it again.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldmcli import __version__
+from ldmcli.errors import BadDataError, LdmError, printable
+from ldmcli.images.png import iterate_text
+from ldmcli.request import GenerationRequest
+
+RECORD_KEYWORD = "ldmcli"
+PARAMETERS_KEYWORD = "parameters"
+_MAX_SHOWN_KEYWORDS = 8
+
+
+def infotext(request: GenerationRequest, model_name: str, model_hash: str) -> str:
+    """The `parameters` text: prompt, negative prompt if there is one, a last line of `Name: value` pairs.
+
+    `model_hash` is the SHA-256 of the weights in hex, of which ten digits are shown. Left out: Size while
+    the request does not say it, Eta when 0, name and hash when empty.
+    """
+    values = {
+        "Steps": str(request.steps),
+        "Sampler": request.sampler.upper(),
+        "CFG scale": _number(request.guidance_scale),
+        "Seed": str(request.seed),
+        "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
+        "Model hash": model_hash[:10],
+        "Model": _quoted(model_name),
+        "Eta": _number(request.eta) if request.eta else "",
+        "RNG": "CPU",
+        "Version": f"ldmcli {__version__}",
+    }
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in values.items() if value))
+    return "\n".join(lines)
+
+
+def text_chunks(request: GenerationRequest, model: Mapping[str, str], runtime: Mapping[str, str]) -> dict[str, str]:
+    """The text for `encode_png`: `model` holds name, path, sha256; `runtime` dtype, device and such.
+
+    The record is pure ASCII, so that every reader of PNG text gives it back unchanged.
+    """
+    record = {
+        "version": __version__,
+        "request": request.to_dict(),
+        "model": dict(model),
+        "runtime": dict(runtime),
+    }
+    return {
+        PARAMETERS_KEYWORD: infotext(request, model["name"], model["sha256"]),
+        RECORD_KEYWORD: json.dumps(record),
+    }
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The `ldmcli` record of a PNG: `version`, `request` (all fields of a valid request), `model`, `runtime`.
+
+    The record stands before the pixels and has its own checksum, so a picture cut off later still gives
+    it. Raises MissingInputError when there is no such file, BadDataError when it is no PNG or its record
+    is missing, broken or out of range, StorageError when reading fails.
+    """
+    shown = printable(str(path))
+    keywords = []
+    for keyword, text in iterate_text(path):
+        if keyword == RECORD_KEYWORD:
+            return _checked_record(text, shown)
+        keywords.append(keyword)
+    raise BadDataError(f"'{shown}' holds no ldmcli record; {_described(keywords)}.")
+
+
+def read_parameters(path: Path) -> str | None:
+    """The A1111 `parameters` text of a PNG from any program, or None without one; raises as `read_record`."""
+    return next((text for keyword, text in iterate_text(path) if keyword == PARAMETERS_KEYWORD), None)
+
+
+def _number(value: float) -> str:
+    """`value` in full, without a trailing `.0`."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def _quoted(value: str) -> str:
+    """`value` as A1111 writes it: a JSON string where plain text would be read back as something else."""
+    value = value.encode("utf-8", "backslashreplace").decode("utf-8")
+    plain = value.isprintable() and not set(value) & set(',:"') and value == value.strip()
+    return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+def _checked_record(text: str, shown: str) -> dict[str, Any]:
+    """The record in `text`, its request's fields all filled in. Raises BadDataError naming file and field."""
+    try:
+        record = json.loads(text)
+    except RecursionError:
+        raise BadDataError(f"'{shown}' has an ldmcli record that is nested too deeply.") from None
+    except ValueError as error:
+        raise BadDataError(f"'{shown}' has an ldmcli record that is not JSON: {error}.") from error
+    problem = _shape_problem(record)
+    if problem:
+        raise BadDataError(f"'{shown}' has an ldmcli record {problem}.")
+    try:
+        request = GenerationRequest.from_dict(record["request"])
+    except (LdmError, OverflowError) as error:
+        raise BadDataError(f"'{shown}' has an ldmcli record that cannot be run: {error}") from error
+    return {
+        "version": record["version"],
+        "request": request.to_dict(),
+        "model": record["model"],
+        "runtime": record["runtime"],
+    }
+
+
+def _shape_problem(record: Any) -> str:
+    """What keeps `record` from being version, request, model and runtime of the right types, or nothing."""
+    if not isinstance(record, dict):
+        return "that is not a JSON object"
+    if not isinstance(record.get("version"), str):
+        return "without a version"
+    for name in ("request", "model", "runtime"):
+        if not isinstance(record.get(name), dict):
+            return f"whose {name} is missing or not an object"
+    for name in ("model", "runtime"):
+        for key, value in record[name].items():
+            if not isinstance(value, str):
+                return f"whose {name} field '{printable(key)}' is not text"
+    missing = [key for key in ("name", "path", "sha256") if key not in record["model"]]
+    return f"whose model has no {missing[0]}" if missing else ""
+
+
+def _described(keywords: list[str]) -> str:
+    """What a picture without our record does hold, in words."""
+    if not keywords:
+        return "it carries no text at all"
+    if keywords == [PARAMETERS_KEYWORD]:
+        return "it has only AUTOMATIC1111 parameters"
+    if set(keywords) <= {"prompt", "workflow"}:
+        return "it has only a ComfyUI graph"
+    more = " …" if len(keywords) > _MAX_SHOWN_KEYWORDS else ""
+    return f"its text is: {', '.join(printable(keyword) for keyword in keywords[:_MAX_SHOWN_KEYWORDS])}{more}"

@@ -1,0 +1,44 @@
+"""How much memory a picture needs at the least, and how much there is."""
+
+from pathlib import Path
+
+from ldmcli.config import ModelConfig
+from ldmcli.errors import UsageError
+
+
+def check_memory(config: ModelConfig, width: int, height: int) -> None:
+    """Refuse a size (pixels) that this machine's memory cannot hold, before any weight is read. Raises UsageError.
+
+    The bound is low on purpose, for 2-byte numbers: what passes may still not fit, what is refused never would.
+    """
+    channels = config.vae.block_channels
+    widest = channels[min(1, len(channels) - 1)]
+    # The decoder's last level holds its input and its output at once, the first of them as wide as the level before.
+    needed = 2 * width * height * (widest + channels[0])
+    available = host_memory()
+    if available and needed > available:
+        raise UsageError(
+            f"a picture of {width}×{height} would need at least {_gib(needed)} of memory, and this machine has "
+            f"{_gib(available)}; ask for a smaller one."
+        )
+
+
+def host_memory() -> int:
+    """Bytes of memory this process may use: the machine's, or its control group's limit if lower; 0 if unknown."""
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith(("MemTotal:", "SwapTotal:"))]
+        limits = [sum(limits)]
+    except (OSError, ValueError, IndexError):
+        pass
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(name).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(limits, default=0)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"

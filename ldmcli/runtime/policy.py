@@ -1,0 +1,93 @@
+"""Device, number type and attention for a run: what the user asked for, or what suits the machine."""
+
+import dataclasses
+import importlib.util
+import logging
+
+import torch
+from torch import nn
+
+from ldmcli.errors import UsageError
+from ldmcli.models.attention import ATTENTIONS, set_attention
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where and how to compute. `dtype` is that of U-Net and VAE, `text_dtype` that of the text encoder."""
+
+    device: torch.device
+    dtype: torch.dtype
+    text_dtype: torch.dtype
+    attention: str
+
+    @property
+    def half(self) -> bool:
+        """Whether weights are held in 16 bits."""
+        return self.dtype != torch.float32
+
+    def to_dict(self) -> dict[str, str]:
+        """What may change pixels, in the words of the command line."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {
+            "device": str(self.device),
+            "dtype": names[self.dtype],
+            "attention": self.attention,
+            "torch": torch.__version__,
+        }
+
+    def prepare(self, module: nn.Module) -> None:
+        """Lay a U-Net or VAE out for speed: channels last in memory, and this runtime's attention."""
+        module.to(memory_format=torch.channels_last)
+        set_attention(module, ATTENTIONS[self.attention])
+
+
+def choose_runtime(device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Runtime:
+    """Resolve the three choices. Raises UsageError where one cannot be met."""
+    chosen = _choose_device(device)
+    cuda = chosen.type == "cuda"
+    if dtype == "auto":
+        dtype = "fp16" if cuda else "bf16" if _cpu_has_bf16() else "fp32"
+    elif dtype == "fp16" and not cuda:
+        raise UsageError("dtype fp16 is for GPUs and very slow on a CPU; use --dtype bf16 or fp32 there.")
+    # On a CPU the text encoder is a small part of the work, and float32 keeps the prompt exact.
+    text_dtype = DTYPES[dtype] if cuda else torch.float32
+    return Runtime(chosen, DTYPES[dtype], text_dtype, _choose_attention(attention, chosen))
+
+
+def _choose_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "auto":
+        if not available:
+            _log.info("no CUDA device found; running on the CPU")
+        return torch.device("cuda", torch.cuda.current_device()) if available else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not available:
+            reason = "this torch was built without CUDA" if not torch.version.cuda else "no CUDA device is visible"
+            raise UsageError(f"device {name} was asked for, but {reason}; use --device cpu.")
+        count = torch.cuda.device_count()
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        if index >= count:
+            raise UsageError(f"device {name} was asked for, but there are only {count} (cuda:0 … cuda:{count - 1}).")
+        return torch.device("cuda", index)
+    return device
+
+
+def _choose_attention(name: str, device: torch.device) -> str:
+    if name == "auto":
+        return "sdpa"
+    if name == "xformers":
+        if device.type != "cuda":
+            raise UsageError("attention xformers needs a CUDA device; use --attention sdpa or auto on a CPU.")
+        if importlib.util.find_spec("xformers") is None:
+            raise UsageError("attention xformers was asked for, but xformers is not installed; use --attention sdpa.")
+    return name
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively; without, it is emulated and slower than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)

@@ -1,0 +1,1 @@
+"""Prompts to context: tokenising and text encoders."""

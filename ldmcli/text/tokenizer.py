@@ -1,0 +1,161 @@
+"""CLIP's byte-pair tokenizer, built from a model folder or from CLIP's own vocabulary.
+
+The rules (NFC, spaces folded, lower case, the splitting expression) are those of transformers' CLIPTokenizer, which
+diffusers uses; the `tokenizers` library is used directly because transformers takes seconds to import.
+"""
+
+import dataclasses
+import gzip
+import importlib.util
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ldmcli.errors import BadDataError, MissingInputError, printable
+
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_CLIP_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of its merges file
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedPrompt:
+    """Token ids, exactly `max_length` of them, and the end of the prompt that did not fit ("" if all did)."""
+
+    ids: tuple[int, ...]
+    cut_text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer is made of: token ids, merges in order of rank, and the token that fills up short prompts."""
+
+    ids: dict[str, int]
+    merges: list[tuple[str, str]]
+    pad_token: str = _EOS
+
+
+class ClipTokenizer:
+    """Prompts to token ids. `max_length` counts the begin and end marks."""
+
+    def __init__(self, vocabulary: Vocabulary, max_length: int) -> None:
+        missing = [token for token in (_BOS, _EOS, vocabulary.pad_token) if token not in vocabulary.ids]
+        if missing:
+            raise BadDataError(f"the tokenizer's vocabulary has no {printable(missing[0])} token.")
+        self._vocabulary = vocabulary
+        self.max_length = max_length
+        self.bos_id = vocabulary.ids[_BOS]
+        self.eos_id = vocabulary.ids[_EOS]
+        self.pad_id = vocabulary.ids[vocabulary.pad_token]
+
+    def __call__(self, prompt: str) -> TokenizedPrompt:
+        """The prompt between begin and end marks, padded or cut to `max_length`."""
+        encoding = self._backend.encode(prompt, add_special_tokens=False)
+        room = self.max_length - 2
+        ids = (self.bos_id, *encoding.ids[:room], self.eos_id)
+        cut_text = "" if len(encoding.ids) <= room else prompt[encoding.offsets[room][0] :]
+        return TokenizedPrompt(ids + (self.pad_id,) * (self.max_length - len(ids)), cut_text)
+
+    @cached_property
+    def _backend(self) -> Any:
+        from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+        backend = Tokenizer(
+            models.BPE(
+                vocab=self._vocabulary.ids,
+                merges=self._vocabulary.merges,
+                continuing_subword_prefix="",
+                end_of_word_suffix="</w>",
+                unk_token=_EOS,
+            )
+        )
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        special = dict.fromkeys([_BOS, _EOS, self._vocabulary.pad_token])
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        return backend
+
+
+def vocabulary_from_folder(folder: Path) -> Vocabulary:
+    """The vocabulary of a diffusers `tokenizer/` folder: vocab.json with merges.txt, or tokenizer.json."""
+    pad_token = _pad_token(folder)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        ids = _read_json(folder / "vocab.json")
+        lines = _read_text(folder / "merges.txt").splitlines()
+        merges = [_pair(line, folder) for line in lines if line and not line.startswith("#version")]
+    elif (folder / "tokenizer.json").is_file():
+        model = _read_json(folder / "tokenizer.json").get("model", {})
+        ids, merges = model.get("vocab"), [_pair(m, folder) for m in model.get("merges", [])]
+    else:
+        raise MissingInputError(
+            f"{printable(str(folder))} holds neither vocab.json with merges.txt nor tokenizer.json; the model folder "
+            "is incomplete."
+        )
+    if not isinstance(ids, dict) or not all(isinstance(i, int) for i in ids.values()):
+        raise BadDataError(f"the vocabulary in {printable(str(folder))} is not a table of token ids.")
+    return Vocabulary(ids, merges, pad_token)
+
+
+def clip_vocabulary() -> Vocabulary:
+    """CLIP's own vocabulary, which open_clip's wheel carries; read without importing open_clip."""
+    spec = importlib.util.find_spec("open_clip")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    files = [path for path in (Path(f) / "bpe_simple_vocab_16e6.txt.gz" for f in folders) if path.is_file()]
+    if not files:
+        raise MissingInputError(
+            "CLIP's vocabulary is not installed; a single-file checkpoint needs it: pip install open_clip_torch."
+        )
+    lines = gzip.decompress(files[0].read_bytes()).decode("utf-8").split("\n")
+    merges = [_pair(line, files[0]) for line in lines[1 : _CLIP_MERGES + 1]]
+    alphabet = _byte_alphabet()
+    tokens = [*alphabet, *(char + "</w>" for char in alphabet), *("".join(m) for m in merges), _BOS, _EOS]
+    return Vocabulary({token: i for i, token in enumerate(tokens)}, merges)
+
+
+def _byte_alphabet() -> list[str]:
+    """One printable character for each byte, in CLIP's order: printable Latin-1 first, the rest from U+0100 on."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(kept)
+    return [chr(i) for i in kept] + [chr(256 + i) for i in range(others)]
+
+
+def _pair(merge: Any, source: Path) -> tuple[str, str]:
+    parts = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+    if len(parts) != 2:
+        raise BadDataError(f"{printable(str(source))} holds a merge that is not two tokens: {printable(str(merge))}.")
+    return parts
+
+
+def _pad_token(folder: Path) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = _read_json(folder / name).get("pad_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                return token
+    return _EOS
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadDataError(f"{printable(str(path))} cannot be read: {printable(str(error))}.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise BadDataError(f"{printable(str(path))} is not valid JSON: {printable(str(error))}.") from None
+    if not isinstance(value, dict):
+        raise BadDataError(f"{printable(str(path))} does not hold a JSON object.")
+    return value
