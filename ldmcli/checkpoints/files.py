@@ -127,24 +127,30 @@ def read_tensors(
     yielded. Raises BadDataError for a name the file lacks, NaN or infinity on disk, values `dtype` cannot
     hold, and a file that changed since open_weights.
     """
+    import numpy as np
     import torch
 
     try:
         wanted = sorted(((name, weights.tensors[name]) for name in set(names)), key=lambda item: item[1].start)
     except KeyError as error:
         raise bad_file(weights.path, f"has no tensor “{error.args[0]}”", "check that it is the right file") from None
+    target = torch.device(device)
+    scratch = np.empty(0, np.uint8)
     with open_regular(weights.path) as file:
         for name, info in wanted:
-            raw = _read_bytes(weights, file, info)
-            tensor = _as_tensor(weights.path, name, info, raw)
-            del raw
-            if tensor.is_floating_point():
-                if not _all_finite(tensor):
-                    raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
-                tensor = _converted(weights.path, name, tensor, torch.device(device), dtype)
-            else:
-                tensor = tensor.to(device)
-            yield name, tensor
+            source = _torch_dtype(weights.path, name, info)
+            wish = dtype if dtype is not None and source.is_floating_point else source
+            size = info.end - info.start
+            if target.type == "cpu" and wish == source:
+                raw = np.empty(size, np.uint8)  # the result itself
+            else:  # `to` copies: fresh memory for each tensor would cost ten times the read in page faults
+                scratch = scratch if scratch.size >= size else np.empty(size, np.uint8)
+                raw = scratch[:size]
+            _read_into(raw, weights, file, info)
+            tensor = _as_tensor(raw, source, info.shape)
+            if source.is_floating_point and not _all_finite(tensor):
+                raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
+            yield name, _converted(weights.path, name, tensor, target, wish)
 
 
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
@@ -219,11 +225,18 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_bytes(weights: WeightFile, file: io.FileIO, info: TensorInfo) -> "np.ndarray":
-    """The tensor's bytes, in fresh memory."""
-    import numpy as np
+def _torch_dtype(path: Path, name: str, info: TensorInfo) -> "torch.dtype":
+    import torch
 
-    raw = np.empty(info.end - info.start, np.uint8)  # asks for huge pages: 500 MB in 62 ms, torch.empty 221 ms
+    dtype = getattr(torch, _TORCH_NAMES[info.dtype], None)
+    if dtype is None:
+        cause = f"holds tensor “{name}” as {info.dtype}, which torch {torch.__version__} does not know"
+        raise bad_file(path, cause, "update torch, or convert the file to F16")
+    return dtype
+
+
+def _read_into(raw: "np.ndarray", weights: WeightFile, file: io.FileIO, info: TensorInfo) -> None:
+    """Fill `raw` with the tensor's bytes. Raises BadDataError where the file is no longer the one checked."""
     view = memoryview(raw)  # type: ignore[arg-type]
     file.seek(info.start)
     done = 0
@@ -235,30 +248,25 @@ def _read_bytes(weights: WeightFile, file: io.FileIO, info: TensorInfo) -> "np.n
     changed = weights.stamp and weights.stamp != _stamp(os.fstat(file.fileno()))
     if done < len(view) or changed:
         raise bad_file(weights.path, "changed while it was read", "try again once nothing writes to it")
-    return raw
 
 
-def _as_tensor(path: Path, name: str, info: TensorInfo, raw: "np.ndarray") -> "torch.Tensor":
+def _as_tensor(raw: "np.ndarray", dtype: "torch.dtype", shape: tuple[int, ...]) -> "torch.Tensor":
     """`raw` seen as the tensor it holds, on the CPU, without a copy."""
     import torch
 
-    dtype = getattr(torch, _TORCH_NAMES[info.dtype], None)
-    if dtype is None:
-        cause = f"holds tensor “{name}” as {info.dtype}, which torch {torch.__version__} does not know"
-        raise bad_file(path, cause, "update torch, or convert the file to F16")
     if not raw.size:
-        return torch.empty(info.shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
     flat = torch.from_numpy(raw)
     if dtype is torch.bool:
-        return flat.ne(0).reshape(info.shape)  # any other byte than 0 and 1 in a bool is undefined behaviour
-    return flat.view(dtype).reshape(info.shape)
+        return flat.ne(0).reshape(shape)  # any other byte than 0 and 1 in a bool is undefined behaviour
+    return flat.view(dtype).reshape(shape)
 
 
 def _converted(
-    path: Path, name: str, tensor: "torch.Tensor", device: "torch.device", dtype: "torch.dtype | None"
+    path: Path, name: str, tensor: "torch.Tensor", device: "torch.device", dtype: "torch.dtype"
 ) -> "torch.Tensor":
     """The finite CPU tensor `tensor` as `dtype` on `device`; narrowed before it is moved, widened after."""
-    if dtype is None or dtype == tensor.dtype:
+    if dtype == tensor.dtype:
         return tensor.to(device)
     if dtype.itemsize > tensor.dtype.itemsize:
         return tensor.to(device).to(dtype)

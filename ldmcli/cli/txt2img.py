@@ -46,7 +46,8 @@ class _Device(click.ParamType):
 @option("-W", "--width", type=int, help="Pixels.  [default: the model's own]")
 @option("-H", "--height", type=int, help="Pixels.  [default: the model's own]")
 @option("--steps", type=int, default=50, show_default=True, help="Sampling steps.")
-@option("--sampler", type=click.Choice(SAMPLERS), default="ddim", show_default=True)
+@option("--sampler", type=click.Choice(SAMPLERS), default="ddim", show_default=True,
+        help="DDIM, or PLMS, which does with fewer steps.")  # fmt: skip
 @option("--eta", type=float, default=0.0, show_default=True, help="Fresh noise in DDIM: 0 none, 1 as in DDPM.")
 @option(
     "-g", "--guidance-scale", "--cfg-scale", type=float, default=7.5, show_default=True,
@@ -62,9 +63,12 @@ class _Device(click.ParamType):
 @option("--from-image", metavar="PNG", help="Run the request in this picture again; options given win over it.")
 @option("--on-long-prompt", type=click.Choice(["warn", "error"]), default="warn", show_default=True,
         help="When a prompt is longer than the model reads: cut it with a warning, or refuse.")  # fmt: skip
-@option("--dtype", type=click.Choice(["auto", "fp16", "bf16", "fp32"]), default="auto", show_default=True)
-@option("--device", type=_Device(), default="auto", show_default=True)
-@option("--attention", type=click.Choice(["auto", "sdpa", "xformers", "math"]), default="auto", show_default=True)
+@option("--dtype", type=click.Choice(["auto", "fp16", "bf16", "fp32"]), default="auto", show_default=True,
+        help="Numbers to compute with; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32.")  # fmt: skip
+@option("--device", type=_Device(), metavar="[auto|cpu|cuda|cuda:N]", default="auto", show_default=True,
+        help="Where to compute; auto: the GPU if there is one.")  # fmt: skip
+@option("--attention", type=click.Choice(["auto", "sdpa", "xformers", "math"]), default="auto", show_default=True,
+        help="How attention is computed: torch's kernels, xformers', or plainly.")  # fmt: skip
 @option("--overwrite", is_flag=True, help="Replace files that are there already.")
 @option("--no-metadata", is_flag=True, help="Write no prompt and settings into the PNG.")
 @json_option("Report each picture as a JSON line.")
@@ -76,6 +80,7 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
     A PROMPT of - means: one prompt a line from standard input, drawn as they come.
 
     \b
+    Examples:
     ldm txt2img "a red apple on a blue background"
     ldm txt2img "an orange" "a pear" -c 4 -s 1 -o fruit
     ldm txt2img "a rose" -o - > rose.png

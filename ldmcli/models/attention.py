@@ -26,6 +26,13 @@ def math_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ value
 
 
+def check_xformers(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise whatever keeps xformers from working here: not installed, no kernel for this card, type or head size."""
+    for head_dim in (40, 512):  # the U-Net's smallest and the VAE's
+        probe = torch.zeros(1, 1, 64, head_dim, device=device, dtype=dtype)
+        xformers_attention(probe, probe, probe)
+
+
 def xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """xformers' memory-efficient attention; CUDA only. Imported on first use: the import alone takes seconds."""
     from xformers.ops import memory_efficient_attention
@@ -78,8 +85,3 @@ def set_attention(module: nn.Module, attend: Attend) -> None:
     for part in module.modules():
         if isinstance(part, Attention):
             part.attend = attend
-
-
-def repeat_batch(keys_values: KeysValues, batch: int) -> KeysValues:
-    """Keys and values of one prompt, (1, heads, tokens, head_dim), viewed as those of a batch."""
-    return tuple(torch.broadcast_to(t, (batch, *t.shape[1:])) for t in keys_values)  # type: ignore[return-value]

@@ -1,14 +1,13 @@
 """Device, number type and attention for a run: what the user asked for, or what suits the machine."""
 
 import dataclasses
-import importlib.util
 import logging
 
 import torch
 from torch import nn
 
-from ldmcli.errors import UsageError
-from ldmcli.models.attention import ATTENTIONS, set_attention
+from ldmcli.errors import UsageError, printable
+from ldmcli.models.attention import ATTENTIONS, check_xformers, set_attention
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def choose_runtime(device: str = "auto", dtype: str = "auto", attention: str = "
         raise UsageError("dtype fp16 is for GPUs and very slow on a CPU; use --dtype bf16 or fp32 there.")
     # On a CPU the text encoder is a small part of the work, and float32 keeps the prompt exact.
     text_dtype = DTYPES[dtype] if cuda else torch.float32
-    return Runtime(chosen, DTYPES[dtype], text_dtype, _choose_attention(attention, chosen))
+    return Runtime(chosen, DTYPES[dtype], text_dtype, _choose_attention(attention, chosen, DTYPES[dtype]))
 
 
 def _choose_device(name: str) -> torch.device:
@@ -76,14 +75,17 @@ def _choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_attention(name: str, device: torch.device) -> str:
+def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         return "sdpa"
     if name == "xformers":
         if device.type != "cuda":
             raise UsageError("attention xformers needs a CUDA device; use --attention sdpa or auto on a CPU.")
-        if importlib.util.find_spec("xformers") is None:
-            raise UsageError("attention xformers was asked for, but xformers is not installed; use --attention sdpa.")
+        try:
+            check_xformers(device, dtype)
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            reason = printable(str(error).strip().partition("\n")[0])
+            raise UsageError(f"attention xformers cannot be used here ({reason}); use --attention sdpa.") from error
     return name
 
 

@@ -1,0 +1,50 @@
+# Everything a newcomer and CI need. `make help` lists the targets.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO_PROMPT ?= a red apple on a blue background
+DEMO_OUTPUT ?= demo
+
+.PHONY: help demo install install-test test test-slow lint format clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+demo: install ## install, draw a first picture with the embedded model and print its path
+	$(BIN)/ldm txt2img "$(DEMO_PROMPT)" --seed 1 --output $(DEMO_OUTPUT)
+
+install: $(VENV)/.installed ## make the virtual environment and install ldmcli into it
+
+install-test: $(VENV)/.installed-test
+
+test: install-test ## install and run the tests (no GPU, no network, some minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install-test ## full-size shapes against diffusers (20 GB of memory, half an hour)
+	$(BIN)/python -m pytest -m slow
+
+lint: install-test ## ruff, import-linter and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: install-test ## let ruff put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and what tools left
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# The marker files make an install happen once, and again when what is to be installed changes.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,187 @@
+"""Telling weight files apart by their tensors."""
+
+from pathlib import Path
+
+import pytest
+
+from ldmcli.errors import BadDataError
+from ldmcli.families import KINDS, SD1, describe_single_file, require_sd1
+
+Shapes = dict[str, tuple[int, ...]]
+UNET = "model.diffusion_model."
+PATH = Path("model.safetensors")
+
+
+def original_unet(in_channels: int = 4, *, channels: int = 320, linear: bool = False) -> Shapes:
+    proj = (channels, channels) if linear else (channels, channels, 1, 1)
+    return {
+        f"{UNET}input_blocks.0.0.weight": (channels, in_channels, 3, 3),
+        f"{UNET}input_blocks.1.1.proj_in.weight": proj,
+        f"{UNET}middle_block.1.proj_in.weight": proj,
+        f"{UNET}output_blocks.0.0.in_layers.0.weight": (channels,),
+    }
+
+
+VAE: Shapes = {
+    "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
+    "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+    "first_stage_model.post_quant_conv.weight": (4, 4, 1, 1),
+}
+CLIP: Shapes = {
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+    "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768),
+}
+NEW_CLIP = {key.replace("text_model.", ""): shape for key, shape in CLIP.items()}
+OPEN_CLIP: Shapes = {"cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": (3072, 1024)}
+SDXL_TEXT: Shapes = {
+    "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (49408, 768),
+    "conditioner.embedders.1.model.token_embedding.weight": (49408, 1280),
+}
+LABEL: Shapes = {f"{UNET}label_emb.0.0.weight": (1280, 2816)}
+FOLDER_UNET: Shapes = {
+    "conv_in.weight": (320, 4, 3, 3),
+    "time_embedding.linear_1.weight": (1280, 320),
+    "down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3),
+    "mid_block.attentions.0.proj_in.weight": (1280, 1280, 1, 1),
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (1280, 768),
+}
+
+
+def wide(shapes: Shapes, channels: int) -> Shapes:
+    return {**shapes, "conv_in.weight": (320, channels, 3, 3)}
+
+
+def keys(*names: str) -> Shapes:
+    return {name: (4, 4) for name in names}
+
+
+SD1_MODELS = [
+    original_unet() | VAE | CLIP,
+    original_unet() | VAE | NEW_CLIP,
+    original_unet(channels=32) | VAE | CLIP,
+    original_unet() | VAE | CLIP | {"model_ema.decay": (), "alphas_cumprod": (1000,)},
+]
+
+OTHERS: list[tuple[str, Shapes]] = [
+    ("Stable Diffusion 1.x inpainting (9 input channels)", original_unet(9) | VAE | CLIP),
+    ("instruct-pix2pix (8 input channels)", original_unet(8) | VAE | CLIP),
+    ("Stable Diffusion 2.x", original_unet(linear=True) | VAE | OPEN_CLIP),
+    ("Stable Diffusion 2.x inpainting (9 input channels)", original_unet(9, linear=True) | VAE | OPEN_CLIP),
+    (
+        "Stable Diffusion 2.x depth",
+        original_unet(5) | VAE | OPEN_CLIP | {"depth_model.model.scratch.weight": (4,)},
+    ),
+    ("SDXL base", original_unet(linear=True) | LABEL | VAE | SDXL_TEXT),
+    (
+        "SDXL refiner",
+        original_unet(linear=True) | LABEL | VAE | keys("conditioner.embedders.0.model.ln_final.weight"),
+    ),
+    ("SDXL U-Net only (original keys)", original_unet(linear=True) | LABEL),
+    (
+        "latent diffusion model with a BERT text encoder",
+        original_unet() | VAE | keys("cond_stage_model.transformer.attn_layers.layers.0.0.weight"),
+    ),
+    (
+        "Stable Diffusion image-variations model",
+        original_unet() | VAE | keys("cond_stage_model.model.visual.conv1.weight"),
+    ),
+    ("Stable Diffusion 1.x checkpoint without its text encoder", original_unet() | VAE),
+    ("Stable Diffusion 1.x checkpoint without its VAE", original_unet() | CLIP),
+    ("Stable Diffusion 1.x with ControlNet", original_unet() | VAE | CLIP | keys("control_model.a")),
+    ("U-Net only (original keys)", original_unet()),
+    ("U-Net only (diffusers keys)", FOLDER_UNET),
+    ("Stable Diffusion inpainting U-Net (9 input channels, diffusers keys)", wide(FOLDER_UNET, 9)),
+    ("instruct-pix2pix U-Net (8 input channels, diffusers keys)", wide(FOLDER_UNET, 8)),
+    ("SDXL U-Net (diffusers keys)", FOLDER_UNET | keys("add_embedding.linear_1.weight")),
+    (
+        "Stable Diffusion 2.x U-Net (diffusers keys)",
+        FOLDER_UNET
+        | {
+            "mid_block.attentions.0.proj_in.weight": (1280, 1280),
+            "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (1280, 1024),
+        },
+    ),
+    ("Flux/SD3 transformer", keys("double_blocks.0.img_attn.qkv.weight", "img_in.weight")),
+    ("Flux/SD3 transformer", keys(f"{UNET}joint_blocks.0.x_block.attn.qkv.weight") | VAE),
+    (
+        "Flux/SD3 transformer",
+        keys("transformer_blocks.0.attn.to_q.weight", "x_embedder.weight", "norm_out.linear.weight"),
+    ),
+    ("LoRA", keys("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight")),
+    ("LoRA", keys("unet.down_blocks.0.attentions.0.to_q.lora_A.weight")),
+    ("LoRA", keys("down_blocks.0.attentions.0.processor.to_q_lora.down.weight")),
+    ("LoRA", keys("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a")),
+    ("ControlNet", keys("control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight")),
+    ("ControlNet", FOLDER_UNET | keys("controlnet_cond_embedding.conv_in.weight")),
+    ("IP-Adapter", keys("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight")),
+    ("VAE only", {key.removeprefix("first_stage_model."): shape for key, shape in VAE.items()}),
+    ("VAE only", VAE),
+    ("TAESD", keys("encoder.layers.0.weight", "decoder.layers.1.weight")),
+    ("TAESD", keys("1.weight", "3.conv.0.weight", "3.conv.2.weight")),
+    ("CLIP text encoder only", {k.removeprefix("cond_stage_model.transformer."): s for k, s in CLIP.items()}),
+    (
+        "CLIP text encoder only",
+        {k.removeprefix("cond_stage_model.transformer."): s for k, s in NEW_CLIP.items()},
+    ),
+    ("T5 text encoder only", keys("encoder.block.0.layer.0.SelfAttention.q.weight")),
+    ("textual-inversion embedding", {"emb_params": (4, 768)}),
+    ("textual-inversion embedding", {"clip_l": (4, 768), "clip_g": (4, 1280)}),
+    ("textual-inversion embedding", {"<cat-toy>": (768,)}),
+    ("unknown", {}),
+    ("unknown", keys("layer.weight", "layer.bias")),
+    ("unknown", original_unet(5) | VAE | CLIP),
+    ("unknown", original_unet(linear=True) | VAE | CLIP),
+]
+
+
+@pytest.mark.parametrize("shapes", SD1_MODELS)
+def test_stable_diffusion_1_of_any_size_is_accepted(shapes: Shapes) -> None:
+    assert describe_single_file(shapes) == "Stable Diffusion 1.x checkpoint"
+    assert require_sd1(shapes, PATH) is SD1
+
+
+@pytest.mark.parametrize(("name", "shapes"), OTHERS)
+def test_other_files_are_named_and_refused(name: str, shapes: Shapes) -> None:
+    assert describe_single_file(shapes) == name
+    with pytest.raises(BadDataError) as caught:
+        require_sd1(shapes, PATH)
+    message = str(caught.value)
+    assert message.startswith("model.safetensors ")
+    assert "\n" not in message
+    assert (name if name != "unknown" else "no model this version knows") in message
+
+
+def test_messages_read_as_sentences() -> None:
+    def message(shapes: Shapes) -> str:
+        with pytest.raises(BadDataError) as caught:
+            require_sd1(shapes, PATH)
+        return str(caught.value)
+
+    assert message(keys("a.lora_A.weight")) == (
+        "model.safetensors is a LoRA, not a whole model; "
+        "this version does not apply it; name the whole model it was made for."
+    )
+    assert message(original_unet(linear=True) | LABEL | VAE | SDXL_TEXT) == (
+        "model.safetensors looks like SDXL base; this version reads Stable Diffusion 1.x with 4 input channels."
+    )
+    assert "an IP-Adapter" in message(keys("image_proj.a", "ip_adapter.b"))
+
+
+def test_unknown_file_shows_its_first_keys_escaped_and_cut() -> None:
+    shapes = {f"\x1b[2J{i}" + "x" * 5000: (1,) * 30 for i in range(1000)}
+    with pytest.raises(BadDataError) as caught:
+        require_sd1(shapes, PATH)
+    message = str(caught.value)
+    assert "\x1b" not in message
+    assert "and 995 more" in message
+    assert len(message) < 1500
+
+
+def test_every_row_has_something_to_match() -> None:
+    for kind in KINDS:
+        assert kind.prefixes or kind.parts or kind.keys, kind
+
+
+def test_detection_stays_fast_for_a_huge_file() -> None:
+    shapes = {f"block.{i}.weight": (1,) for i in range(100_000)}
+    assert describe_single_file(shapes) == "unknown"

@@ -1,0 +1,74 @@
+"""What is installed is what is in the tree, and an installed copy finds its model."""
+
+import configparser
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def settings() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def _listed(settings: configparser.ConfigParser, section: str, key: str) -> list[str]:
+    return settings[section][key].split("\n")[1:]
+
+
+def test_every_package_is_listed(settings: configparser.ConfigParser) -> None:
+    on_disk = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "ldmcli").rglob("__init__.py")}
+    listed = {name for name in _listed(settings, "options", "packages") if ".weights." not in name}
+    assert listed == on_disk
+
+
+def test_constraints_satisfy_the_lower_bounds(settings: configparser.ConfigParser) -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    wanted = _listed(settings, "options", "install_requires")
+    for extra in settings["options.extras_require"]:
+        wanted += _listed(settings, "options.extras_require", extra)
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} has no pin in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{name} {pins[name]} is below {requirement.specifier}"
+
+
+@pytest.mark.timeout(240)
+def test_a_wheel_runs_elsewhere_with_its_model(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    # From a copy of what git knows, so that nothing else of this folder can slip in and nothing is left behind.
+    copy = tmp_path / "tree"
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    for name in names.stdout.decode().split("\n"):
+        if name and not name.startswith("tests/") and (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*pip, str(copy)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.startswith(("tests", "weights"))]
+        archive.extractall(site)
+    command = "import ldmcli, sys; from ldmcli.cli import main; print(ldmcli.__file__, file=sys.stderr); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "txt2img", "a red apple", "--steps", "1", "-s", "7", "-o", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(site) in done.stderr
+    assert done.stdout == "out/ldm-7.png\n"
+    assert (tmp_path / "out" / "ldm-7.png").read_bytes().startswith(b"\x89PNG")
