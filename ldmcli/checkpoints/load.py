@@ -1,9 +1,10 @@
 """From a model source to modules on a device: built on the meta device, then filled strictly, file by file."""
 
 import hashlib
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
@@ -67,18 +68,25 @@ def load_text_encoder(source: ModelSource, device: torch.device, dtype: torch.dt
 def model_sha256(source: ModelSource, *, half: bool = False) -> "Future[str]":
     """The model's identity, computed in a thread beside the sampling: the SHA-256 of its file; for a folder, that of
     the list of its weight files' hashes."""
-    executor = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+    future: Future[str] = Future()
 
-    def compute() -> str:
-        paths = source.weight_paths(half=half)
-        if source.single_file:
-            return file_sha256(paths[0])
-        lines = [f"{file_sha256(path)}  {path.relative_to(source.path).as_posix()}\n" for path in paths]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    def compute() -> None:
+        try:
+            future.set_result(_sha256(source, half))
+        except Exception as error:
+            future.set_exception(error)
 
-    future = executor.submit(compute)
-    executor.shutdown(wait=False)
+    # A daemon, so that an interrupted run does not wait for gigabytes to be hashed.
+    threading.Thread(target=compute, name="sha256", daemon=True).start()
     return future
+
+
+def _sha256(source: ModelSource, half: bool) -> str:
+    paths = source.weight_paths(half=half)
+    if source.single_file:
+        return file_sha256(paths[0])
+    lines = [f"{file_sha256(path)}  {path.relative_to(source.path).as_posix()}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _on_meta(build: Callable[[], _Module]) -> _Module:
