@@ -19,9 +19,9 @@ from ldmcli.checkpoints.header import (
     parse_header,
     parse_json_object,
 )
-from ldmcli.checkpoints.opening import bad_file, open_regular, shown
 from ldmcli.checkpoints.sniff import SNIFF_BYTES, sniff
 from ldmcli.errors import CannotCreateError, StorageError, printable
+from ldmcli.opening import bad_file, open_regular, shown
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,17 +6,15 @@ Pillow level 1 takes 20 ms and 333 KiB, level 3 29 ms and 317 KiB, level 6 115 m
 releases the GIL, so several pictures encode in threads. Format: https://www.w3.org/TR/png-3/.
 """
 
-import difflib
-import itertools
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ldmcli.errors import BadDataError, MissingInputError, StorageError, printable
+from ldmcli.errors import BadDataError, printable
+from ldmcli.opening import PICTURES, open_regular
 from ldmcli.request import MAX_PROMPT_BYTES
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ _RGB_8_BIT = (8, 2, 0, 0, 0)  # bit depth, colour type, deflate, filter method, 
 _UP_FILTER = 2
 _MAX_DATA_CHUNK = 1 << 30  # the format allows 2^31 - 1
 _MAX_CHUNKS = 1 << 17
-_MAX_NEIGHBOURS = 2000
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 
 
@@ -106,48 +103,18 @@ def _deflated(pixels: "np.ndarray") -> bytes:
 
 def _text_chunks_in(path: Path, shown: str) -> Iterator[tuple[bytes, bytes]]:
     """(type, body) of each text chunk, its length checked before it is read and its CRC after."""
-    with _opened(path, shown) as file:
-        try:
-            size = os.fstat(file.fileno()).st_size
-            _check_signature(file, shown)
-            for _ in range(_MAX_CHUNKS):
-                kind, length = _chunk_header(file, size, shown)
-                if kind == b"IEND":
-                    return
-                if kind in _TEXT_CHUNKS:
-                    yield kind, _checked_body(file, kind, length, shown)
-                else:
-                    file.seek(length + 4, os.SEEK_CUR)
-        except OSError as error:
-            raise StorageError(f"cannot read '{shown}': {error.strerror}.") from error
+    with open_regular(path, PICTURES) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_signature(file, shown)
+        for _ in range(_MAX_CHUNKS):
+            kind, length = _chunk_header(file, size, shown)
+            if kind == b"IEND":
+                return
+            if kind in _TEXT_CHUNKS:
+                yield kind, _checked_body(file, kind, length, shown)
+            else:
+                file.seek(length + 4, os.SEEK_CUR)
     raise BadDataError(f"'{shown}' is not accepted: it has more than {_MAX_CHUNKS} chunks.")
-
-
-def _opened(path: Path, shown: str) -> BinaryIO:
-    """`path` open for reading, once stat calls it a regular file: opening a FIFO or device could hang."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise BadDataError(f"'{shown}' is {kind}; a PNG file is needed.")
-        return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    except FileNotFoundError:
-        raise MissingInputError(f"'{shown}' is not there{_nearest_names(path)}.") from None
-    except OSError as error:
-        raise MissingInputError(f"'{shown}' cannot be opened: {error.strerror}.") from error
-    except ValueError as error:  # a NUL in the path, or a surrogate that stands for no byte
-        raise MissingInputError(f"'{shown}' cannot be a file name: {error}.") from error
-
-
-def _nearest_names(path: Path) -> str:
-    """The most similar names in the same folder as the end of a sentence, or nothing."""
-    try:
-        with os.scandir(path.parent) as entries:
-            names = [entry.name for entry in itertools.islice(entries, _MAX_NEIGHBOURS)]
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(path.name, names, n=3)
-    return f"; nearest names: {', '.join(printable(name) for name in near)}" if near else ""
 
 
 def _check_signature(file: BinaryIO, shown: str) -> None:

@@ -12,36 +12,40 @@ from pathlib import Path
 
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, StorageError, printable
 
+WEIGHTS = (".safetensors", "name a weight file (.safetensors), or a folder with model_index.json")
+PICTURES = (".png", "name a PNG file")
 _LISTED = 2000  # names compared with a missing one: difflib needs ≈ 0.1 s for them
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[io.FileIO]:
+def open_regular(path: Path, wanted: tuple[str, str] = WEIGHTS) -> Iterator[io.FileIO]:
     """Open `path`, unbuffered; stat comes first, since opening a FIFO or a device can block or act.
+
+    `wanted` is the ending of the files that would do and the advice where `path` is none of them.
 
     Raises MissingInputError (not there, not readable), BadDataError (no regular file), StorageError (also
     where reading fails in the body of the `with`).
     """
     try:
-        _check_regular(path, os.stat(path))
+        _check_regular(path, os.stat(path), wanted)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except (OSError, ValueError) as error:
-        raise _cannot_open(path, error) from None
+        raise _cannot_open(path, error, wanted[0]) from None
     with open(descriptor, "rb", buffering=0) as raw:
-        _check_regular(path, os.fstat(descriptor))  # the name may lead elsewhere by now
+        _check_regular(path, os.fstat(descriptor), wanted)  # the name may lead elsewhere by now
         try:
             yield raw
         except OSError as error:
             raise StorageError(f"reading {shown(path)} failed: {printable(str(error))}.") from None
 
 
-def _check_regular(path: Path, status: os.stat_result) -> None:
+def _check_regular(path: Path, status: os.stat_result, wanted: tuple[str, str]) -> None:
     if stat.S_ISREG(status.st_mode):
         return
     if stat.S_ISDIR(status.st_mode):
-        inside = _listing(path, ".safetensors")
+        inside = _listing(path, wanted[0])
         have = f" (it has {', '.join(inside)})" if inside else ""
-        raise bad_file(path, f"is a folder{have}", "name a weight file, or a folder with model_index.json")
+        raise bad_file(path, f"is a folder{have}", wanted[1])
     kinds = (
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISSOCK, "a socket"),
@@ -49,13 +53,13 @@ def _check_regular(path: Path, status: os.stat_result) -> None:
         (stat.S_ISBLK, "a device"),
     )
     what = next((name for test, name in kinds if test(status.st_mode)), "no regular file")
-    raise bad_file(path, f"is {what}", "name a weight file (.safetensors)")
+    raise bad_file(path, f"is {what}", wanted[1])
 
 
-def _cannot_open(path: Path, error: OSError | ValueError) -> LdmError:
+def _cannot_open(path: Path, error: OSError | ValueError, suffix: str) -> LdmError:
     code = error.errno if isinstance(error, OSError) else errno.ENOENT  # else NUL or a surrogate in the path
     if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-        return MissingInputError(_missing_message(path))
+        return MissingInputError(_missing_message(path, suffix))
     if code in (errno.EACCES, errno.EPERM):
         return MissingInputError(f"{shown(path)} is not readable; check its permissions and its folder's.")
     if code == errno.ELOOP:
@@ -63,17 +67,17 @@ def _cannot_open(path: Path, error: OSError | ValueError) -> LdmError:
     return StorageError(f"{shown(path)} cannot be opened: {printable(str(error))}.")
 
 
-def _missing_message(path: Path) -> str:
+def _missing_message(path: Path, suffix: str) -> str:
     """That `path` is not there, with the nearest names that are."""
     with contextlib.suppress(OSError, ValueError):
         if path.is_symlink():
             target = printable(os.readlink(path))
-            return f"{shown(path)} is a link to {target}, which does not exist; download the model again."
+            return f"{shown(path)} is a link to {target}, which does not exist; mend the link or name another file."
         if not path.parent.exists():
             return f"{shown(path)} does not exist, nor does its folder; check the path."
         names = _listing(path.parent, "", _LISTED)
         near = difflib.get_close_matches(path.name[:255], names, 3, 0.6)
-        near = near or _listing(path.parent, ".safetensors")
+        near = near or _listing(path.parent, suffix)
         if near:
             return f"{shown(path)} does not exist; its folder has {', '.join(near)}."
     return f"{shown(path)} does not exist; check the path."
