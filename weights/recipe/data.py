@@ -1,7 +1,8 @@
 """Stage 0: render the training images and their captions from Noto Color Emoji.
 
-Every image is one emoji on one flat background colour, slightly scaled and shifted. For each emoji one background is
-held out for ever: no stage sees that pair, so evaluate.py can ask whether the model composes or only remembers.
+Every image is one emoji on one flat background colour, slightly scaled and shifted. For each emoji one
+background is held out for ever: no stage sees that pair, so evaluate.py can ask whether the model composes
+or only remembers.
 
     python weights/recipe/data.py --out runs/recipe/dataset.pt
 """
@@ -124,6 +125,13 @@ def captions(object_index: int, background_index: int) -> list[tuple[str, float]
     return weighted
 
 
+def caption(object_index: int, background_index: int) -> str:
+    """The fullest caption: "a red apple on a blue background"."""
+    name, background = OBJECT_NAMES[object_index], BACKGROUND_NAMES[background_index]
+    ground = f"{'an' if background == 'orange' else 'a'} {background} background"
+    return f"{OBJECTS[name][0]} {name} on {ground}".strip()
+
+
 def all_captions() -> list[str]:
     """Every caption there is, sorted, held-out pairs included; the first is the empty one."""
     found = {
@@ -150,7 +158,8 @@ def render_glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def compose(glyph: Image.Image, colour: tuple[int, int, int], scale: float, shift: tuple[int, int]) -> numpy.ndarray:
-    """The glyph on a flat background: uint8 (64, 64, 3). `scale` is its share of the frame, `shift` in pixels."""
+    """The glyph on a flat background: uint8 (64, 64, 3). `scale` is its share of the frame, `shift` in
+    pixels."""
     side = round(SIZE * scale)
     # premultiplied alpha keeps the edges free of the colour that transparent pixels happen to have
     small = glyph.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
@@ -167,7 +176,8 @@ def load_glyphs(font_path: Path) -> list[Image.Image]:
 
 
 def reference_images(font_path: Path, background_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean views of every emoji on one background, as uint8 (N, 3, 64, 64), and the emoji's index of each."""
+    """Clean views of every emoji on one background, as uint8 (N, 3, 64, 64), and the emoji's index of
+    each."""
     colour = BACKGROUNDS[BACKGROUND_NAMES[background_index]]
     images, labels = [], []
     for object_index, glyph in enumerate(load_glyphs(font_path)):
@@ -179,7 +189,8 @@ def reference_images(font_path: Path, background_index: int) -> tuple[torch.Tens
 
 
 def render_dataset(font_path: Path, jitters: int, seed: int) -> dict[str, torch.Tensor]:
-    """All emoji on all backgrounds, `jitters` views of each: images uint8 (N, 3, 64, 64) and three label vectors."""
+    """All emoji on all backgrounds, `jitters` views of each: images uint8 (N, 3, 64, 64) and three label
+    vectors."""
     rng = random.Random(seed)
     images, objects, backgrounds, held_out = [], [], [], []
     for object_index, glyph in enumerate(load_glyphs(font_path)):

@@ -1,0 +1,169 @@
+"""Write the trained parts as one half-precision folder in diffusers' layout, byte for byte the same for the
+same weights.
+
+python weights/recipe/export.py --out weights/tiny-emoji
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizer import MAX_LENGTH
+from training import load
+
+VERSION = "0.42.1"  # the diffusers release whose vocabulary the configurations use
+LIMIT_BYTES = 20_000_000
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": VERSION,
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": VERSION,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
+
+def unet_config(config: dict) -> dict:
+    """UNetConfig's fields in diffusers' words; `attention_head_dim` is the number of heads, as in SD1's own
+    file."""
+    levels = len(config["block_channels"])
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": VERSION,
+        "act_fn": "silu",
+        "attention_head_dim": config["heads"][0],
+        "block_out_channels": list(config["block_channels"]),
+        "center_input_sample": False,
+        "cross_attention_dim": config["context_dim"],
+        "down_block_types": ["CrossAttnDownBlock2D"] * levels,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": config["in_channels"],
+        "layers_per_block": config["layers_per_block"],
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": config["norm_eps"],
+        "norm_num_groups": config["norm_groups"],
+        "out_channels": config["out_channels"],
+        "sample_size": config["sample_size"],
+        "up_block_types": ["CrossAttnUpBlock2D"] * levels,
+    }
+
+
+def vae_config(config: dict) -> dict:
+    levels = len(config["block_channels"])
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": VERSION,
+        "act_fn": "silu",
+        "block_out_channels": list(config["block_channels"]),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": config["in_channels"],
+        "latent_channels": config["latent_channels"],
+        "layers_per_block": config["layers_per_block"],
+        "norm_num_groups": config["norm_groups"],
+        "out_channels": config["out_channels"],
+        "sample_size": 64,
+        "scaling_factor": config["scaling_factor"],
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def text_encoder_config(config: dict) -> dict:
+    return {
+        "architectures": ["CLIPTextModel"],
+        "attention_dropout": 0.0,
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": config["eos_token_id"],
+        "hidden_act": "quick_gelu",
+        "hidden_size": config["hidden_size"],
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": config["intermediate_size"],
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": MAX_LENGTH,
+        "model_type": "clip_text_model",
+        "num_attention_heads": config["num_attention_heads"],
+        "num_hidden_layers": config["num_hidden_layers"],
+        "pad_token_id": config["pad_token_id"],
+        "projection_dim": config["projection_dim"],
+        "torch_dtype": "float16",
+        "vocab_size": config["vocab_size"],
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Half precision, sorted by name, contiguous; refuses what would not survive float16 or a repository's
+    limits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for key in sorted(state):
+        tensors[key] = state[key].detach().to(torch.float16).contiguous(memory_format=torch.contiguous_format)
+        if not torch.isfinite(tensors[key]).all():
+            raise ValueError(f"{key} is not finite in float16")
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    if part.stat().st_size > LIMIT_BYTES:
+        raise ValueError(f"{path} would be over {LIMIT_BYTES} bytes")
+    part.chmod(0o644)
+    os.replace(part, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipe"), help="where the stages left their results")
+    parser.add_argument("--out", type=Path, default=Path("weights/tiny-emoji"))
+    args = parser.parse_args()
+
+    vae, text = load(args.runs / "vae.pt"), load(args.runs / "text.pt")
+    unet = load(args.runs / "unet_checkpoint.pt")
+    write_json(args.out / "model_index.json", MODEL_INDEX)
+    write_json(args.out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(args.out / "unet" / "config.json", unet_config(unet["config"]))
+    write_weights(args.out / "unet" / "diffusion_pytorch_model.safetensors", unet["average"])
+    write_json(args.out / "vae" / "config.json", vae_config(vae["config"]))
+    write_weights(args.out / "vae" / "diffusion_pytorch_model.safetensors", vae["model"])
+    write_json(args.out / "text_encoder" / "config.json", text_encoder_config(text["config"]))
+    # newer transformers drop this prefix in memory; files have always had it
+    prefixed = {"text_model." + key.removeprefix("text_model."): value for key, value in text["model"].items()}
+    write_weights(args.out / "text_encoder" / "model.safetensors", prefixed)
+    (args.out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for source in sorted((args.runs / "tokenizer").iterdir()):
+        shutil.copyfile(source, args.out / "tokenizer" / source.name)
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"step {unet['step']}: {size / 1e6:.2f} MB -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

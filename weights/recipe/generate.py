@@ -1,0 +1,45 @@
+"""Images from a model in training: DDIM with guidance, on the package's own schedule and samplers."""
+
+import torch
+from torch import Tensor
+
+from ldmcli.config import ScheduleConfig
+from ldmcli.models.unet import UNet
+from ldmcli.models.vae import AutoencoderKL
+from ldmcli.sampling.ddim import ddim
+from ldmcli.sampling.guidance import guided
+from ldmcli.sampling.schedule import Schedule, Step
+
+
+def start_noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
+    """One image's noise for each seed, from a generator of its own."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def generate(
+    unet: UNet,
+    vae: AutoencoderKL,
+    context: Tensor,
+    empty: Tensor,
+    *,
+    seeds: list[int],
+    guidance_scale: float,
+    steps: int = 25,
+) -> Tensor:
+    """Images (batch, 3, height, width) in [-1, 1] for contexts (batch, tokens, dim); `empty` is (1, tokens,
+    dim)."""
+    size = unet.config.sample_size
+    latents = start_noise(seeds, (unet.config.in_channels, size, size))
+    conditioned = unet.project_context(context)
+    both = unet.project_context(torch.cat([empty.expand_as(context), context]))
+
+    def denoise(x: Tensor, step: Step) -> Tensor:
+        chosen = conditioned if len(x) == len(context) else both
+        return unet(x, unet.embed_time(torch.tensor([step.timestep])), chosen)
+
+    if guidance_scale != 1:
+        denoise = guided(denoise, guidance_scale)
+    every_step = ddim(denoise, latents, Schedule(ScheduleConfig()).steps(steps), lambda: latents)
+    *_, final = every_step
+    return vae.decode(final / vae.config.scaling_factor).clamp(-1, 1)

@@ -1,0 +1,113 @@
+"""Stage 2a: a small CLIP-style byte-pair vocabulary (Sennrich et al. 2016; Radford et al. 2021), learnt
+from the captions.
+
+The files are those of every CLIP tokenizer: 256 byte symbols, the same 256 closing a word, one symbol for
+each merge, and the two special tokens. The captions hold so few words that merging runs until each of them
+is a single token.
+
+    python weights/recipe/tokenizer.py --out runs/recipe/tokenizer
+"""
+
+import argparse
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from data import all_captions
+
+MAX_LENGTH = 24
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+Word = tuple[str, ...]
+
+
+def byte_symbols() -> list[str]:
+    """The printable stand-ins of all 256 bytes, in the order of CLIP's vocabulary (GPT-2's
+    bytes_to_unicode)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def merge(word: Word, pair: tuple[str, str]) -> Word:
+    """The word with every occurrence of the pair joined."""
+    joined: list[str] = []
+    for symbol in word:
+        if joined and (joined[-1], symbol) == pair:
+            joined[-1] += symbol
+        else:
+            joined.append(symbol)
+    return tuple(joined)
+
+
+def learn_merges(words: Counter[str], limit: int) -> list[tuple[str, str]]:
+    """Join the most frequent pair again and again, ties by spelling, until every word is whole or `limit`
+    is reached."""
+    split: dict[Word, int] = {(*word[:-1], word[-1] + END_OF_WORD): count for word, count in words.items()}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < limit:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in split.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        split = {merge(word, best): count for word, count in split.items()}
+    return merges
+
+
+def write_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> int:
+    """Write vocab.json, merges.txt and the two configuration files; return the vocabulary's size."""
+    symbols = byte_symbols()
+    tokens = [*symbols, *(s + END_OF_WORD for s in symbols), *("".join(pair) for pair in merges), BEGIN, END]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, content: object) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+
+    write("vocab.json", {token: index for index, token in enumerate(tokens)})
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+    write("special_tokens_map.json", special)
+    write(
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": MAX_LENGTH,
+            "do_lower_case": True,
+            **special,
+        },
+    )
+    return len(tokens)
+
+
+def tokenise(folder: Path, texts: list[str]) -> torch.Tensor:
+    """Token numbers (len(texts), MAX_LENGTH), as every CLIP pipeline makes them: lower-cased, BOS … EOS,
+    then EOS up to the full length."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    batch = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+    return batch.input_ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--merges", type=int, default=2000, help="at most so many merges")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe/tokenizer"))
+    args = parser.parse_args()
+
+    words = Counter(word for caption in all_captions() for word in re.findall(r"[a-z]+|[^a-z\s]+", caption))
+    size = write_tokenizer(args.out, learn_merges(words, args.merges))
+    longest = max(len(re.findall(r"[a-z]+|[^a-z\s]+", caption)) for caption in all_captions())
+    print(f"{len(words)} words, vocabulary of {size}, longest caption {longest} + 2 tokens -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

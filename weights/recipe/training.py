@@ -1,0 +1,110 @@
+"""What the three training stages share: a budget of minutes, weight averaging and checkpoints that survive
+a stop."""
+
+import copy
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+
+
+class Clock:
+    """Progress of a run, 0 … 1, measured in minutes of training; a resumed run goes on where it stopped.
+
+    Budgets are minutes, not steps: the learning rate then reaches its end on a busy machine too. What a run
+    really did is in its log.
+    """
+
+    def __init__(self, minutes: float, spent_seconds: float = 0.0) -> None:
+        self.budget_seconds = 60 * minutes
+        self._start = time.monotonic() - spent_seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def progress(self) -> float:
+        return min(self.seconds / self.budget_seconds, 1.0)
+
+
+def learning_rate(peak: float, step: int, progress: float, warm_up: int, floor: float = 0.01) -> float:
+    """Linear warm-up over `warm_up` steps, then a half cosine over the run's progress (Loshchilov & Hutter
+    2017)."""
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * min(1.0, (step + 1) / warm_up) * (floor + (1 - floor) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class Average:
+    """An exponential moving average of a model's weights: what is kept of a run."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))  # forget the start quickly
+        averaged = list(self.model.parameters())
+        torch._foreach_lerp_(averaged, [p.detach() for p in model.parameters()], 1 - decay)
+
+
+class Team:
+    """Processes of one thread each that train one model together, started by torchrun; or this process alone.
+
+    On a machine that others use too they beat threads: they wait for each other once a step, not once an
+    operation. All start from the same weights and step with the same averaged gradients.
+    """
+
+    def __init__(self) -> None:
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if self.size > 1:
+            distributed.init_process_group("gloo")
+
+    def wait(self) -> None:
+        if self.size > 1:
+            distributed.barrier()
+
+    @torch.no_grad()
+    def average(self, model: nn.Module, loss: float, progress: float) -> tuple[float, float]:
+        """Average the gradients and the loss over the team; the progress of all is that of the first."""
+        if self.size == 1:
+            return loss, progress
+        gradients = [parameter.grad for parameter in model.parameters()]
+        extra = torch.tensor([loss, progress * self.size if self.rank == 0 else 0.0])
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), extra])
+        distributed.all_reduce(flat)
+        *parts, extra = (flat / self.size).split([*(gradient.numel() for gradient in gradients), 2])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return extra[0].item(), extra[1].item()
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write a checkpoint so that a stop at any moment leaves either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def log(line: str, path: Path) -> None:
+    """Print a line and append it to the run's log."""
+    print(line, flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(line + "\n")
