@@ -658,3 +658,9 @@ def test_importing_needs_no_torch() -> None:
     program = "import sys, ldmcli.checkpoints.files, ldmcli.families\nprint({'torch', 'numpy'} & {*sys.modules})"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
+
+
+def test_written_files_have_the_usual_mode(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    write_tensors(tmp_path / "w.safetensors", {"x": torch.zeros(1)})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode

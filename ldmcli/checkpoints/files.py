@@ -164,10 +164,12 @@ def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.touch()
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise CannotCreateError(f"cannot write {shown(path)}: {error.strerror}.") from None
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.chmod(mode)  # save_file leaves it readable to its owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
