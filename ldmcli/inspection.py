@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """Facts about a PNG, a model folder or a .safetensors file, as JSON values. Raises LdmError where it is none."""
     if _is_png(path):
         return {"kind": "picture", **_picture(path)}
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, never raises
         return {"kind": "model", **_model(open_model(path))}
     weights = open_weights(path)
     try:

@@ -10,6 +10,7 @@ from ldmcli.errors import BadDataError, printable
 from ldmcli.families import Family
 
 Shapes = Mapping[str, tuple[int, ...]]
+_MAX_BLOCKS = 64  # Stable Diffusion's U-Net has 12; the time to look at a file grows with their number
 
 
 def config_from_shapes(shapes: Shapes, family: Family, path: Path) -> ModelConfig:
@@ -42,6 +43,8 @@ def _under(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 def _count(shapes: Shapes, pattern: str) -> int:
     """How many different numbers `pattern`'s one group takes, counting from 0 without a gap."""
     found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
+    if len(found) > _MAX_BLOCKS:
+        raise ValueError(f"{len(found)} blocks in one place")
     return next(i for i in range(len(found) + 1) if i not in found)
 
 
@@ -54,7 +57,7 @@ def _unet(shapes: Shapes, family: Family) -> UNetConfig:
         if f"input_blocks.{block}.0.op.weight" in shapes:
             level_done = True
             continue
-        depth = _count(shapes, rf"input_blocks\.{block}\.1\.transformer_blocks\.(\d+)\.")
+        depth = _count(_under(shapes, f"input_blocks.{block}.1."), r"transformer_blocks\.(\d+)\.")
         if level_done:
             channels.append(shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0])
             depths.append(depth)

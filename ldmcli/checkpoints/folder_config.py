@@ -1,14 +1,18 @@
 """A diffusers folder's configuration: its config.json files, with anything this program cannot do refused by name."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ldmcli.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.errors import BadDataError, MissingInputError, printable
+from ldmcli.opening import open_regular
 
-_MAX_JSON_BYTES = 16 << 20
+_MAX_JSON_BYTES = 1 << 20
+_MAX_WHOLE = 1 << 24
+_CONFIGURATIONS = (".json", "the model folder is damaged, download it again")
 
 # Fields whose other values mean a network that is not built here: {field: the values that mean "as usual"}.
 _UNET_USUAL: dict[str, tuple[Any, ...]] = {
@@ -49,16 +53,16 @@ _SCHEDULER_USUAL: dict[str, tuple[Any, ...]] = {
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises MissingInputError or BadDataError naming the file."""
     shown = printable(str(path))
+    if not os.path.lexists(path):
+        raise MissingInputError(f"{shown} is missing; the model folder is incomplete.")
+    with open_regular(path, _CONFIGURATIONS) as file:
+        raw = file.read(_MAX_JSON_BYTES + 1)
+    if len(raw) > _MAX_JSON_BYTES:
+        raise BadDataError(f"{shown} is over {_MAX_JSON_BYTES >> 20} MiB, far too large for a configuration.")
     try:
-        if not path.is_file():
-            raise MissingInputError(f"{shown} is missing; the model folder is incomplete.")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise BadDataError(f"{shown} is over {_MAX_JSON_BYTES >> 20} MiB, far too large for a configuration.")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise BadDataError(f"{shown} is not valid JSON: {printable(str(error))}.") from None
-    except OSError as error:
-        raise BadDataError(f"{shown} cannot be read: {error.strerror}.") from None
     if not isinstance(value, dict):
         raise BadDataError(f"{shown} does not hold a JSON object.")
     return value
@@ -153,15 +157,12 @@ def schedule_config(path: Path) -> ScheduleConfig:
     beta_schedule = str(fields.get("beta_schedule", usual.beta_schedule))
     fields.only("beta_schedule", (beta_schedule,), {"linear", "scaled_linear"})
     training_steps = fields.whole("num_train_timesteps", usual.training_steps)
-    betas = fields.get("trained_betas")
-    if betas is not None and (not isinstance(betas, list) or len(betas) != training_steps):
-        raise BadDataError(f"{fields.shown}: trained_betas is not a list of {training_steps} numbers.")
     return ScheduleConfig(
         training_steps=training_steps,
         beta_start=fields.number("beta_start", usual.beta_start),
         beta_end=fields.number("beta_end", usual.beta_end),
         beta_schedule=beta_schedule,
-        betas=None if betas is None else tuple(float(beta) for beta in betas),
+        betas=fields.numbers("trained_betas", training_steps),
         steps_offset=fields.whole("steps_offset", usual.steps_offset, low=0),
         set_alpha_to_one=fields.flag("set_alpha_to_one", usual.set_alpha_to_one),
         prediction_type=prediction_type,
@@ -217,10 +218,16 @@ class _Fields:
         return tuple(self._whole(name, item, 1) for item in values)
 
     def number(self, name: str, default: float) -> float:
-        value = self._fields.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-            self._refuse(name, value, "a number")
-        return float(value)
+        return self._number(name, self._fields.get(name, default))
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...] | None:
+        """A list of `count` numbers, or None."""
+        value = self._fields.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != count:
+            self._refuse(name, value, f"a list of {count} numbers")
+        return tuple(self._number(name, item) for item in value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._fields.get(name, default)
@@ -228,9 +235,14 @@ class _Fields:
             self._refuse(name, value, "true or false")
         return bool(value)
 
+    def _number(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+            self._refuse(name, value, "a number")
+        return float(value)
+
     def _whole(self, name: str, value: Any, low: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= 1 << 24:
-            self._refuse(name, value, f"a whole number from {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_WHOLE:
+            self._refuse(name, value, f"a whole number from {low} to {_MAX_WHOLE}")
         return int(value)
 
     def _refuse(self, name: str, value: Any, wanted: str) -> None:

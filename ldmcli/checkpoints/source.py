@@ -7,13 +7,14 @@ from functools import cached_property
 from pathlib import Path
 
 from ldmcli.checkpoints import folder_config
+from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import config_from_shapes
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from ldmcli.config import ModelConfig
 from ldmcli.errors import BadDataError, MissingInputError, printable
 from ldmcli.families import describe_single_file, require_sd1
-from ldmcli.text.tokenizer import ClipTokenizer, clip_vocabulary, vocabulary_from_folder
+from ldmcli.text.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 
 PARTS = ("unet", "vae", "text_encoder")
 EMBEDDED_NAME = "tiny-emoji"
@@ -49,6 +50,7 @@ class ModelSource:
     def tokenizer(self) -> ClipTokenizer:
         """The folder's tokenizer; CLIP's own for a single file."""
         vocabulary = clip_vocabulary() if self.single_file else vocabulary_from_folder(self.path / "tokenizer")
+        _check_vocabulary(vocabulary, self.config.text_encoder.vocab_size, printable(str(self.path)))
         return ClipTokenizer(vocabulary, self.config.text_encoder.max_length)
 
     def weight_paths(self, *, half: bool = False) -> list[Path]:
@@ -73,7 +75,7 @@ def open_model(path: Path) -> ModelSource:
 
     Raises MissingInputError (nothing there) or BadDataError (what it is instead, and what to do).
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, never raises
         return _open_folder(path)
     file = open_weights(path)
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
@@ -82,7 +84,9 @@ def open_model(path: Path) -> ModelSource:
     strangers = [k for k in shapes if not k.startswith(known) and not IGNORED_ORIGINAL.match(k)]
     if strangers:
         raise BadDataError(f"{printable(str(path))} {list_keys('holds tensors of no known part', strangers)}.")
-    return ModelSource(path, config_from_shapes(shapes, family, path), file)
+    config = config_from_shapes(shapes, family, path)
+    check_buildable(config, printable(str(path)))
+    return ModelSource(path, config, file)
 
 
 def list_keys(what: str, keys: list[str]) -> str:
@@ -94,6 +98,8 @@ def list_keys(what: str, keys: list[str]) -> str:
 
 def _open_folder(path: Path) -> ModelSource:
     shown = printable(str(path))
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise MissingInputError(f"{shown} is not readable; check its permissions.")
     if not (path / "model_index.json").is_file():
         raise BadDataError(f"{shown} is a folder without model_index.json, so not a diffusers model{_inside(path)}.")
     index = folder_config.read_json(path / "model_index.json")
@@ -103,8 +109,8 @@ def _open_folder(path: Path) -> ModelSource:
     text_encoder = index.get("text_encoder")
     if text_encoder not in (None, ["transformers", "CLIPTextModel"]) or "transformer" in index:
         raise BadDataError(
-            f"{shown} is a {printable(kind)}, not a latent diffusion U-Net with a CLIP text encoder; this version "
-            "reads Stable Diffusion 1.x."
+            f"{shown} is a {printable(kind) or 'model'}, not a latent diffusion U-Net with a CLIP text encoder; this "
+            "version reads Stable Diffusion 1.x."
         )
     config = ModelConfig(
         family="Stable Diffusion 1.x",
@@ -113,25 +119,29 @@ def _open_folder(path: Path) -> ModelSource:
         text_encoder=folder_config.text_encoder_config(path / "text_encoder" / "config.json"),
         schedule=folder_config.schedule_config(path / "scheduler" / "scheduler_config.json"),
     )
-    _check_fit(config, shown)
+    check_buildable(config, shown)
     source = ModelSource(path, config)
     for part in PARTS:
         source.files(part)
     return source
 
 
-def _check_fit(config: ModelConfig, shown: str) -> None:
-    """The parts must fit together."""
-    if config.unet.context_dim != config.text_encoder.hidden_size:
+def _check_vocabulary(vocabulary: Vocabulary, size: int, shown: str) -> None:
+    """Every token must be one the text encoder has, and every merge must join tokens to a token."""
+    tokens = vocabulary.ids
+    strange = next((token for token, i in tokens.items() if isinstance(i, bool) or not 0 <= i < size), None)
+    if strange is not None:
         raise BadDataError(
-            f"{shown}: the U-Net reads contexts of width {config.unet.context_dim}, the text encoder writes "
-            f"{config.text_encoder.hidden_size}; they are not of one model."
+            f"{shown}: the tokenizer gives token '{printable(strange)}' the number {printable(str(tokens[strange]))}, "
+            f"and the text encoder knows 0 to {size - 1}; they are not of one model."
         )
-    if config.unet.in_channels != config.vae.latent_channels:
-        raise BadDataError(
-            f"{shown}: the U-Net takes {config.unet.in_channels} latent channels, the VAE has "
-            f"{config.vae.latent_channels}; they are not of one model."
-        )
+    for left, right in vocabulary.merges:
+        texts = isinstance(left, str) and isinstance(right, str)
+        if not texts or left not in tokens or right not in tokens or left + right not in tokens:
+            raise BadDataError(
+                f"{shown}: the tokenizer merges {printable(repr(left))} and {printable(repr(right))}, which its "
+                "vocabulary does not have."
+            )
 
 
 def _open_part(folder: Path, stem: str, half: bool) -> list[WeightFile]:

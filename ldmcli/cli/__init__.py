@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import TextIO
 
 import click
 
@@ -15,6 +16,8 @@ from ldmcli.cli.info import info
 from ldmcli.cli.txt2img import txt2img
 from ldmcli.errors import LdmError, StorageError, printable
 
+_COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask
+_MAX_USAGE_ERROR = 500  # characters: click quotes whole arguments
 _INTERRUPTED, _CLOSED_PIPE, _TERMINATED = 130, 141, 143  # 128 + the signal's number
 
 
@@ -46,25 +49,30 @@ cli.add_command(info)
 
 def main() -> None:
     """Entry point of `ldm`: runs the command line and exits with its code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == _INTERRUPTED:
+        os._exit(code)  # sys.exit would die of the signal instead where it had hit certain imports
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code. All expected failures become one line on stderr."""
     signal.signal(signal.SIGTERM, _on_sigterm)
+    if not _open_streams():
+        return _fail("standard output is closed; results go there.", StorageError.exit_code)
     try:
-        result = cli.main(list(arguments), prog_name="ldm", standalone_mode=False)
+        result = _invoke(arguments)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except click.ClickException as error:
+        return result
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.ClickException as error:
+        return _fail(_usage_error(error), error.exit_code)
     except LdmError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        # Whoever read the results has gone: say nothing, and keep the interpreter from flushing into the void.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _CLOSED_PIPE
+        return _CLOSED_PIPE  # whoever read the results has gone: say nothing
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted.", _INTERRUPTED)
     except _Terminated:
@@ -76,8 +84,47 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _fail("out of memory; ask for a smaller picture, a smaller --batch-size or --dtype bf16.", 1)
     finally:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
+        _flush(sys.stdout)
+        _flush(sys.stderr)
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    """What click's own main does, less its way with closed pipes and interrupts."""
+    completion = os.environ.get(_COMPLETION)
+    if completion:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, "ldm", _COMPLETION, completion)
+    try:
+        with cli.make_context("ldm", list(arguments)) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    return 0
+
+
+def _open_streams() -> bool:
+    """Give closed standard streams a place to lead to, lest a file opened later take their number; returns whether
+    standard output was open."""
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    return "stdout" not in closed
+
+
+def _flush(stream: TextIO) -> None:
+    """Empty `stream`, into the void where it takes no more: the interpreter would try again at its end, and complain."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _usage_error(error: click.ClickException) -> str:
+    """click's message as one sentence, safe to print, with the help to turn to."""
+    message = printable(error.format_message(), _MAX_USAGE_ERROR).rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"{message[:1].lower()}{message[1:]}; see {context.command_path if context else 'ldm'} --help."
 
 
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:

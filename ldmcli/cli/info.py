@@ -1,12 +1,11 @@
 """`ldm info`: what a picture or a weight file holds, from its headers."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ldmcli.cli.options import json_option, verbosity_options
+from ldmcli.cli.options import expanded, json_option, verbosity_options
 
 
 @click.command()
@@ -20,7 +19,7 @@ def info(file: str, as_json: bool) -> None:
     """
     from ldmcli.inspection import inspect
 
-    facts = inspect(Path(file).expanduser())
+    facts = inspect(expanded(file))
     if as_json:
         click.echo(json.dumps(facts))
         return

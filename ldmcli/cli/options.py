@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -37,6 +38,14 @@ def verbosity_options(command: _Command) -> _Command:
 def json_option(help_text: str) -> Callable[[_Command], _Command]:
     """--json, passed on as `as_json`."""
     return option("--json", "as_json", is_flag=True, envvar="LDM_JSON", help=help_text)
+
+
+def expanded(path: str) -> Path:
+    """`path` with a leading ~ or ~user spelled out; as it stands where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _quiet(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:

@@ -53,9 +53,10 @@ def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) 
                 "-o - writes PNG data, and standard output is a terminal; redirect it to a file or a pipe."
             )
         return Output(None, True, overwrite, as_json)
-    if path.suffix.lower() in _OTHER_FORMATS and not path.is_dir():
+    is_folder = os.path.isdir(path)  # unlike Path.is_dir, never raises
+    if path.suffix.lower() in _OTHER_FORMATS and not is_folder:
         raise UsageError(f"{printable(where)}: pictures are written as PNG; name a .png path or a folder.")
-    is_file = path.suffix.lower() == ".png" and not path.is_dir()
+    is_file = path.suffix.lower() == ".png" and not is_folder
     if not is_file:
         prepare_folder(path)
         return Output(path, False, overwrite, as_json)

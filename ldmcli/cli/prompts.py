@@ -13,7 +13,7 @@ def read_prompts(arguments: Sequence[str]) -> Iterator[str]:
     """The prompts in order; `-` stands for the lines of standard input, each yielded as soon as it is read.
 
     Lines may end in CRLF or lack an end; blank ones are skipped, and a byte order mark is. Raises BadDataError naming
-    the line that is no UTF-8 or longer than any prompt may be.
+    the line that is no UTF-8, holds a NUL or is longer than any prompt may be.
     """
     for argument in arguments:
         if argument == STDIN:
@@ -34,5 +34,7 @@ def _lines() -> Iterator[str]:
             raise BadDataError(
                 f"standard input, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start})."
             ) from None
+        if "\0" in text:
+            raise BadDataError(f"standard input, line {number}: holds a NUL character.")
         if text.strip():
             yield text.rstrip("\r\n")

@@ -1,5 +1,6 @@
 """`ldm txt2img`: prompts in, PNG files out."""
 
+import dataclasses
 import itertools
 import logging
 import random
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ldmcli.cli.options import json_option, option, verbosity_options
+from ldmcli.cli.options import expanded, json_option, option, verbosity_options
 from ldmcli.cli.output import Output, open_output
 from ldmcli.cli.prompts import STDIN, read_prompts
 from ldmcli.errors import UsageError, printable
@@ -95,8 +96,7 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
         prompts = prompts or (record["request"]["prompt"],)
     if not prompts:
         raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
-    seed = _choose_seed(options["seed"])
-    requests = _requests(prompts, seed, options)
+    requests = _requests(prompts, options)
     # 2. What the model is, from its headers; then every check that needs no weights.
     source = _open_source(options["model"])
     requests = _checked(requests, source, options["on_long_prompt"], eager=STDIN not in prompts)
@@ -111,7 +111,10 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
         one_image=len(prompts) * options["count"] == 1 and STDIN not in prompts,
     )
     # 3. The pictures.
-    _draw_all(source, itertools.chain([first], requests), output, options, record)
+    if options["seed"] is None:
+        _log.info("seed %d", first.seed)
+    requests = _counted(itertools.chain([first], requests), options["count"])
+    _draw_all(source, requests, output, options, record)
 
 
 def _draw_all(
@@ -178,29 +181,27 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
     options["model_given"] = given("model")
 
 
-def _choose_seed(seed: int | None) -> int:
-    if seed is not None:
-        return seed
-    chosen = random.SystemRandom().randrange(_RANDOM_SEEDS)
-    _log.info("seed %d", chosen)
-    return chosen
-
-
-def _requests(prompts: Sequence[str], seed: int, options: dict[str, Any]) -> Iterator[GenerationRequest]:
-    """One request for each picture. Seeds count up within a prompt and start again at the next."""
-    last = seed + options["count"] - 1
-    if 0 <= seed <= MAX_SEED < last:
-        raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")
+def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
+    """The first request of each prompt. Raises UsageError before any prompt is read where an option is out of range."""
+    seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
     settings = {name: options[name] for name in _REQUEST_OPTIONS}
-    for prompt in read_prompts(prompts):
-        for i in range(options["count"]):
-            yield GenerationRequest(prompt=prompt, seed=seed + i, **settings)
+    common = GenerationRequest(prompt="", seed=seed, **settings)
+    if seed + options["count"] - 1 > MAX_SEED:
+        raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")
+    return (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
+
+
+def _counted(requests: Iterable[GenerationRequest], count: int) -> Iterator[GenerationRequest]:
+    """One request for each picture. Seeds count up within a prompt and start again at the next."""
+    for request in requests:
+        for i in range(count):
+            yield dataclasses.replace(request, seed=request.seed + i)
 
 
 def _open_source(model: str | None) -> "ModelSource":
     from ldmcli.checkpoints.source import embedded_model, open_model
 
-    return open_model(Path(model).expanduser() if model else embedded_model())
+    return open_model(embedded_model() if model is None else expanded(model))
 
 
 def _checked(
@@ -210,30 +211,30 @@ def _checked(
     requests from an endless standard input are checked as they come."""
     from ldmcli.runtime.memory import check_memory
 
-    warned: set[str] = set()
+    read: set[str] = set()  # negative prompts whose length was looked at: one, which all requests share
 
     def check(request: GenerationRequest) -> GenerationRequest:
         fitted = fit_to_model(request, source.config)
         assert fitted.width is not None
         assert fitted.height is not None
         check_memory(source.config, fitted.width, fitted.height)
-        for text in {fitted.prompt, fitted.negative_prompt} - warned:
-            _check_length(text, source, on_long_prompt, warned)
+        for text in (fitted.prompt, *({fitted.negative_prompt} - read)):
+            _check_length(text, source, on_long_prompt)
+        read.add(fitted.negative_prompt)
         return fitted
 
     checked = map(check, requests)
     return iter(list(checked)) if eager else checked
 
 
-def _check_length(text: str, source: "ModelSource", on_long_prompt: str, warned: set[str]) -> None:
+def _check_length(text: str, source: "ModelSource", on_long_prompt: str) -> None:
     cut = source.tokenizer(text).cut_text
     if not cut:
         return
     limit = source.config.text_encoder.max_length - 2
     if on_long_prompt == "error":
-        raise UsageError(f"a prompt is longer than the {limit} tokens the model reads; too much: {printable(cut)}")
-    warned.add(text)
-    _log.warning("a prompt is longer than the %d tokens the model reads; cut off: %s", limit, printable(cut))
+        raise UsageError(f"a prompt is longer than the {limit} tokens the model reads; too much: “{printable(cut)}”.")
+    _log.warning("a prompt is longer than the %d tokens the model reads; cut off: “%s”", limit, printable(cut))
 
 
 def _choose_runtime(options: dict[str, Any], record: dict[str, Any] | None) -> "Runtime":

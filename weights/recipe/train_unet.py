@@ -5,7 +5,8 @@ What makes an hour of two cores enough:
 - latents and text contexts are computed once; a step is the U-Net alone;
 - time steps are drawn in strata, one from each of `batch` equal shares of their density, which follows
   min-SNR-5 (Hang et al. 2023) where the signal is strong and rises a little where it is weak, since there
-  objects and backgrounds are decided;
+  objects and backgrounds are decided; once those are right, the last third of the run draws all time steps
+  alike, which is where texture and edges come from;
 - offset noise: 0.12 × one normal number per image and channel is added to the noise, because the schedule
   of Stable Diffusion never hides the mean of a flat background, and sampling begins where it is hidden;
 - the last convolution, the second one of each residual block and each transformer's way out start at zero,
@@ -13,8 +14,8 @@ What makes an hour of two cores enough:
 - an exponential average of the weights is what is kept; text is dropped 10 % of the time for
   classifier-free guidance.
 
-    python weights/recipe/train_unet.py --minutes 60 --compile
-    python weights/recipe/train_unet.py --minutes 60 --compile --resume     # after a stop
+    python weights/recipe/train_unet.py --minutes 60 --compile              # stop it after two thirds, then
+    python weights/recipe/train_unet.py --minutes 60 --compile --resume --density-floor 1 --density-boost 0
     torchrun --nproc-per-node 2 weights/recipe/train_unet.py --compile      # one thread a process: see Team
 """
 
@@ -89,11 +90,11 @@ def start_as_identity(unet: UNet) -> None:
     nn.init.zeros_(unet.conv_out.weight)
 
 
-def timestep_density(alphas_cumprod: Tensor) -> Tensor:
-    """Probability of each training time step: min(SNR, 5) / SNR above SNR 1, SNR ** -0.25 below, at least
-    0.1."""
+def timestep_density(alphas_cumprod: Tensor, floor: float, boost: float) -> Tensor:
+    """Probability of each training time step: min(SNR, 5) / SNR above SNR 1, but at least `floor`, and
+    SNR ** -boost below. Floor 1 and boost 0 make all time steps alike."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    weight = torch.where(snr > 1, (5 / snr).clamp(0.1, 1.0), snr.clamp(max=1) ** -0.25)
+    weight = torch.where(snr > 1, (5 / snr).clamp(floor, 1.0), snr.clamp(max=1) ** -boost)
     return weight / weight.sum()
 
 
@@ -155,7 +156,7 @@ def prepare(args: argparse.Namespace, vae: AutoencoderKL, team: Team) -> Batches
         contexts,
         table,
         alphas_cumprod,
-        timestep_density(alphas_cumprod),
+        timestep_density(alphas_cumprod, args.density_floor, args.density_boost),
     )
 
 
@@ -241,6 +242,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=8e-4)
     parser.add_argument("--text-dropout", type=float, default=0.1)
     parser.add_argument("--offset", type=float, default=0.12, help="strength of offset noise")
+    parser.add_argument("--density-floor", type=float, default=0.1, help="least share of weak-noise steps")
+    parser.add_argument("--density-boost", type=float, default=0.25, help="exponent for strong-noise steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the training step")
     parser.add_argument("--resume", action="store_true")

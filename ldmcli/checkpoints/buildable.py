@@ -1,0 +1,132 @@
+"""Whether a configuration describes networks that can be built and run at all.
+
+It comes from a file of any origin: what passes here divides evenly, builds in bounded time and gives finite numbers.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.errors import BadDataError
+from ldmcli.request import MAX_SIZE
+
+_MAX_LAYERS = 128  # of one kind in one place; the deepest known models have 32
+_MAX_VAE_LEVELS = 8
+_TOKENS = range(3, 4097)  # begin and end marks and something between them; CLIP reads 77
+_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
+_TRAINING_STEPS = range(2, 10_001)
+_BETAS = (1e-6, 0.999)  # below, float32 cannot tell 1 - beta from 1
+_MAX_DECAY = 80.0  # -log ᾱ at the noisiest step, which float32 still holds; Stable Diffusion has 5.4
+
+
+def check_buildable(config: ModelConfig, shown: str) -> None:
+    """Raise BadDataError saying what is wrong with the model that `shown` names, if anything is."""
+    faults = (
+        *_unet_faults(config.unet),
+        *_vae_faults(config.vae),
+        *_text_faults(config.text_encoder),
+        *_schedule_faults(config.schedule),
+        *_fit_faults(config),
+    )
+    if faults:
+        raise BadDataError(f"{shown}: {faults[0]}.")
+
+
+def _unet_faults(unet: UNetConfig) -> Iterator[str]:
+    if unet.out_channels != unet.in_channels:
+        yield f"the U-Net takes {unet.in_channels} latent channels and gives {unet.out_channels}"
+    yield from _layer_faults("U-Net", unet.layers_per_block)
+    yield from _group_faults("U-Net", unet.block_channels, unet.norm_groups)
+    if not any(unet.attention):
+        yield "no level of the U-Net attends to the text"
+    if max(unet.attention) > _MAX_LAYERS:
+        yield f"the U-Net has {max(unet.attention)} transformer layers in one place, more than {_MAX_LAYERS}"
+    # The middle, which has the last level's channels and heads, always attends.
+    depths = (*unet.attention[:-1], 1)
+    for channels, heads, depth in zip(unet.block_channels, unet.heads, depths, strict=True):
+        if depth and channels % heads:
+            yield f"the U-Net's {channels} channels do not divide into {heads} attention heads"
+    if unet.freq_shift >= unet.block_channels[0] // 2:
+        yield f"the U-Net's freq_shift {unet.freq_shift:g} is not below half its {unet.block_channels[0]} channels"
+    yield from _eps_faults("U-Net", unet.norm_eps)
+
+
+def _vae_faults(vae: VAEConfig) -> Iterator[str]:
+    if (vae.in_channels, vae.out_channels) != (3, 3):
+        yield f"the VAE's pictures have {vae.in_channels} and {vae.out_channels} channels, not red, green and blue"
+    yield from _layer_faults("VAE", vae.layers_per_block)
+    if not 1 <= len(vae.block_channels) <= _MAX_VAE_LEVELS:
+        yield f"the VAE has {len(vae.block_channels)} levels; 1 to {_MAX_VAE_LEVELS} can be run"
+    yield from _group_faults("VAE", vae.block_channels, vae.norm_groups)
+    if not 0 < vae.scaling_factor < math.inf:
+        yield f"the VAE's scaling_factor is {vae.scaling_factor:g}, which is not above 0"
+
+
+def _text_faults(text: TextEncoderConfig) -> Iterator[str]:
+    yield from _layer_faults("text encoder", text.layers)
+    if text.hidden_size % text.heads:
+        yield f"the text encoder's width {text.hidden_size} does not divide into {text.heads} attention heads"
+    if text.max_length not in _TOKENS:
+        yield f"the text encoder reads {text.max_length} tokens; {_TOKENS[0]} to {_TOKENS[-1]} can be run"
+    if text.activation not in _ACTIVATIONS:
+        yield f"the text encoder's hidden_act is none of {', '.join(_ACTIVATIONS)}"
+    yield from _eps_faults("text encoder", text.norm_eps)
+
+
+def _schedule_faults(schedule: ScheduleConfig) -> Iterator[str]:
+    if schedule.training_steps not in _TRAINING_STEPS:
+        yield (
+            f"the schedule has {schedule.training_steps} training steps; {_TRAINING_STEPS[0]} to "
+            f"{_TRAINING_STEPS[-1]} can be run"
+        )
+        return
+    low, high = _BETAS
+    betas = _betas(schedule)
+    if not all(low <= beta <= high for beta in betas):
+        yield f"the schedule's betas are not all from {low:g} to {high:g}"
+    elif -sum(math.log1p(-beta) for beta in betas) > _MAX_DECAY:
+        yield "the schedule's betas leave nothing of the picture long before the last step"
+
+
+def _fit_faults(config: ModelConfig) -> Iterator[str]:
+    """What keeps the parts from fitting together."""
+    if config.unet.context_dim != config.text_encoder.hidden_size:
+        yield (
+            f"the U-Net reads contexts of width {config.unet.context_dim}, the text encoder writes "
+            f"{config.text_encoder.hidden_size}; they are not of one model"
+        )
+    if config.unet.in_channels != config.vae.latent_channels:
+        yield (
+            f"the U-Net takes {config.unet.in_channels} latent channels, the VAE has {config.vae.latent_channels}; "
+            "they are not of one model"
+        )
+    if config.default_size > MAX_SIZE:
+        yield f"its own picture size {config.default_size} is over {MAX_SIZE}"
+
+
+def _layer_faults(part: str, layers: int) -> Iterator[str]:
+    if not 1 <= layers <= _MAX_LAYERS:
+        yield f"the {part} has {layers} layers in one place; 1 to {_MAX_LAYERS} can be run"
+
+
+def _group_faults(part: str, widths: Sequence[int], groups: int) -> Iterator[str]:
+    uneven = [channels for channels in widths if channels < 1 or channels % groups]
+    if uneven:
+        yield f"the {part}'s {uneven[0]} channels do not divide into {groups} norm groups"
+
+
+def _eps_faults(part: str, eps: float) -> Iterator[str]:
+    if not 0 < eps < 1:
+        yield f"the {part}'s norm_eps is {eps:g}, not between 0 and 1"
+
+
+def _betas(schedule: ScheduleConfig) -> Sequence[float]:
+    """The betas; NaN where a start or an end below 0 has no square root."""
+    if schedule.betas is not None:
+        return schedule.betas
+    power = 0.5 if schedule.beta_schedule == "scaled_linear" else 1.0
+    if schedule.beta_start < 0 or schedule.beta_end < 0:
+        return [math.nan]
+    start, end = schedule.beta_start**power, schedule.beta_end**power
+    stride = (end - start) / (schedule.training_steps - 1)
+    return [(start + i * stride) ** (1 / power) for i in range(schedule.training_steps)]

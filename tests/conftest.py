@@ -1,0 +1,86 @@
+"""Fixtures that several test files share. Nothing heavy is imported before a test asks for it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from ldmcli.pipeline import Pipeline
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> None:
+    """Models this small run faster in one thread, and much faster where others use the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def random_model(one_thread: None) -> Any:
+    """diffusers' StableDiffusionPipeline: a small SD1 with random weights, float32. Not to be changed."""
+    from oracle.random_model import random_pipeline
+
+    return random_pipeline()
+
+
+@pytest.fixture(scope="session")
+def model_folder(random_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`random_model` as a diffusers folder. Not to be changed: copy what a test wants otherwise."""
+    from oracle.random_model import save
+
+    return save(random_model, tmp_path_factory.mktemp("random") / "model")
+
+
+@pytest.fixture(scope="session")
+def model_file(random_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as one file in the original layout."""
+    from oracle.compvis_layout import compvis_state
+    from safetensors.torch import save_file
+
+    parts = (random_model.unet, random_model.vae, random_model.text_encoder)
+    state = compvis_state(*(part.state_dict() for part in parts))
+    path = tmp_path_factory.mktemp("random") / "model.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pipeline(model_folder: Path) -> "Pipeline":
+    """This program's pipeline of `model_folder`, on the CPU in float32. Not to be changed."""
+    return load(model_folder)
+
+
+@pytest.fixture(scope="session")
+def embedded_folder() -> Path:
+    """The model that comes with the program. A clone without it is broken: that is a failure, not a skip."""
+    from ldmcli.checkpoints.source import embedded_model
+
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def embedded_pipeline(embedded_folder: Path, one_thread: None) -> "Pipeline":
+    """This program's pipeline of the embedded model, on the CPU in float32. Not to be changed."""
+    return load(embedded_folder)
+
+
+@pytest.fixture(scope="session")
+def embedded_diffusers(embedded_folder: Path, one_thread: None) -> Any:
+    """diffusers' pipeline of the embedded model, in float32."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(embedded_folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cpu", torch.float32)
+
+
+def load(path: Path, dtype: str = "fp32", attention: str = "auto") -> "Pipeline":
+    """This program's pipeline of a model on disk, on the CPU."""
+    from ldmcli.checkpoints.source import open_model
+    from ldmcli.pipeline import load_pipeline
+    from ldmcli.runtime.policy import choose_runtime
+
+    return load_pipeline(open_model(path), choose_runtime("cpu", dtype, attention))

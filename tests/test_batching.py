@@ -1,0 +1,249 @@
+"""One request gives one picture: whatever is drawn beside it, and at no more cost than needed."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from oracle.comparing import draw, pixels_apart, relative
+from torch import Tensor, nn
+
+from ldmcli.errors import LdmError, UsageError
+from ldmcli.pipeline import Pipeline, to_pixels
+from ldmcli.request import GenerationRequest
+
+# Kernels may sum in another order for another batch size; that is all an image's neighbours can change.
+LATENTS_TOLERANCE = 1e-5
+PIXELS_TOLERANCE = 1
+REQUESTS = [
+    GenerationRequest(prompt, negative_prompt=negative, seed=seed, steps=8, width=72, height=64)
+    for prompt, negative, seed in (
+        ("a red apple", "", 7),
+        ("a whale", "fog", 2**64 - 1),
+        ("a red apple", "fog", 0),
+        ("", "a rose", 7),
+    )
+]
+
+
+def with_settings(**settings: Any) -> list[GenerationRequest]:
+    return [GenerationRequest(**{**request.to_dict(), **settings}) for request in REQUESTS]
+
+
+@contextlib.contextmanager
+def passes(pipeline: Pipeline) -> Iterator[list[int]]:
+    """The batch size of each pass through the U-Net inside the block."""
+    sizes: list[int] = []
+
+    def count(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        sizes.append(len(inputs[0]))
+
+    handle = pipeline.unet.register_forward_pre_hook(count)
+    yield sizes
+    handle.remove()
+
+
+@contextlib.contextmanager
+def changed_output(module: nn.Module, change: Any) -> Iterator[None]:
+    """What `module` gives is replaced by change(output)."""
+    handle = module.register_forward_hook(lambda _module, _inputs, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"eta": 1.0}, {"sampler": "plms"}, {"guidance_scale": 1.0}], ids=["ddim", "eta", "plms", "plain"]
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_image_is_the_same_at_any_batch_size(pipeline: Pipeline, size: int, settings: dict[str, Any]) -> None:
+    requests = with_settings(**settings)
+    wanted, wanted_pixels = draw(pipeline, requests)
+    for start in range(0, len(requests), size):
+        some = slice(start, start + size)
+        latents, pixels = draw(pipeline, requests[some])
+        for i in range(len(requests[some])):
+            assert relative(latents[-1][i], wanted[-1][start + i]) < LATENTS_TOLERANCE
+        assert pixels_apart(pixels, wanted_pixels[some]) <= PIXELS_TOLERANCE
+
+
+def test_order_does_not_matter(pipeline: Pipeline) -> None:
+    forth, back = pipeline.draw(REQUESTS), pipeline.draw(REQUESTS[::-1])
+    assert pixels_apart(np.stack(forth), np.stack(back[::-1])) <= PIXELS_TOLERANCE
+
+
+def test_the_same_batch_gives_the_same_bits(pipeline: Pipeline) -> None:
+    torch.manual_seed(1)
+    first, _ = draw(pipeline, with_settings(eta=1.0))
+    torch.manual_seed(2)  # nothing depends on the global generator
+    second, _ = draw(pipeline, with_settings(eta=1.0))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_seed_prompts_and_settings_all_matter(pipeline: Pipeline) -> None:
+    base = GenerationRequest("a red apple", seed=1, steps=4, width=64, height=64)
+    others = [
+        {"seed": 2},
+        {"prompt": "a whale"},
+        {"negative_prompt": "fog"},
+        {"steps": 5},
+        {"guidance_scale": 4.0},
+        {"sampler": "plms"},
+        {"eta": 0.5},
+    ]
+    pictures = [pipeline.draw([GenerationRequest(**{**base.to_dict(), **other})])[0] for other in [{}, *others]]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_requests_that_differ_in_more_than_prompt_and_seed(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="must agree"):
+        pipeline.draw([GenerationRequest("a", steps=2), GenerationRequest("a", steps=3)])
+    with pytest.raises(ValueError, match="must agree"):
+        pipeline.draw([])
+
+
+def test_sizes(pipeline: Pipeline) -> None:
+    request = GenerationRequest("a", steps=1)
+    assert pipeline.draw([request])[0].shape == (96, 96, 3)
+    picture = pipeline.draw([GenerationRequest("a", steps=1, width=104, height=56)])[0]
+    assert picture.shape == (56, 104, 3)
+    assert picture.dtype == np.uint8
+    with pytest.raises(UsageError, match="multiples of 8; the nearest is 104×96"):
+        pipeline.draw([GenerationRequest("a", steps=1, width=101, height=99)])
+
+
+# ---- cost ----
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "calls"), [("ddim", 6, 6), ("plms", 6, 7), ("ddim", 1, 1), ("plms", 1, 1)]
+)
+@pytest.mark.parametrize(("guidance_scale", "width"), [(7.5, 2), (1.0, 1), (0.0, 2), (1, 1)])
+def test_passes(pipeline: Pipeline, sampler: str, steps: int, calls: int, guidance_scale: float, width: int) -> None:
+    """Guidance doubles the batch instead of the number of passes; scale 1 needs no negative prompt at all."""
+    requests = with_settings(sampler=sampler, steps=steps, guidance_scale=guidance_scale)[:3]
+    called = []
+    with passes(pipeline) as sizes:
+        pipeline.draw(requests, lambda: called.append(1))
+    assert sizes == [3 * width] * calls
+    assert len(called) == steps
+
+
+@pytest.mark.parametrize(("guidance_scale", "texts"), [(7.5, 5), (1.0, 3)])
+def test_equal_prompts_are_encoded_once(
+    pipeline: Pipeline, guidance_scale: float, texts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = pipeline.text_encoder.encode
+
+    def counting(prompts: Sequence[Any]) -> Tensor:
+        encoded.append(len(prompts))
+        return encode(prompts)
+
+    monkeypatch.setattr(pipeline.text_encoder, "encode", counting)
+    pipeline.draw(with_settings(guidance_scale=guidance_scale, steps=1))
+    assert encoded == [texts]
+
+
+def test_context_is_in_the_order_of_the_prompts(pipeline: Pipeline) -> None:
+    prompts = ["b", "a", "b", "", "a"]
+    together = pipeline.encode_prompts(prompts)
+    for i, prompt in enumerate(prompts):
+        assert relative(together[i : i + 1], pipeline.encode_prompts([prompt])) < 1e-5
+
+
+def test_guidance_0_follows_the_negative_prompt(pipeline: Pipeline) -> None:
+    """ε₋ + 0 · (ε₊ − ε₋): what an unguided run of the negative prompt gives. (diffusers drops guidance below 1.)"""
+    zero = GenerationRequest("a", negative_prompt="b", steps=4, guidance_scale=0.0, width=64, height=64)
+    plain = GenerationRequest("b", steps=4, guidance_scale=1.0, width=64, height=64)
+    ours, theirs = draw(pipeline, [zero])[0], draw(pipeline, [plain])[0]
+    assert relative(ours[-1], theirs[-1]) < 1e-5
+
+
+# ---- numbers that are not finite ----
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_unet_that_gives_no_finite_numbers(pipeline: Pipeline, bad: float) -> None:
+    request = GenerationRequest("a", steps=2, width=64, height=64)
+    with (
+        changed_output(pipeline.unet, lambda output: output.index_fill(1, torch.tensor([2]), bad)),
+        pytest.raises(LdmError, match="U-Net gave numbers that are not finite; its weights may be damaged"),
+    ):
+        pipeline.draw([request])
+
+
+def test_unet_that_overflows_16_bits(model_folder: Path) -> None:
+    halved = load(model_folder, "bf16")
+    with (
+        changed_output(halved.unet, lambda output: output * float("inf")),
+        pytest.raises(LdmError, match="--dtype fp32"),
+    ):
+        halved.draw([GenerationRequest("a", steps=1, width=64, height=64)])
+
+
+def test_vae_that_overflows_16_bits_is_run_again_in_32(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ldmcli"), "propagate", True)
+    halved = load(model_folder, "bf16")
+    wide = load(model_folder, "bf16")
+    wide.vae.float()
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.dtype] = []
+
+    def overflow(output: Tensor) -> Tensor:
+        seen.append(output.dtype)
+        return output if output.dtype == torch.float32 else output * float("inf")
+
+    with changed_output(halved.vae.decoder.up_blocks[-1], overflow):
+        images = [halved.decode(latents) for _ in range(2)]
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]  # having failed once, 16 bits are not tried again
+    assert [record.message for record in caplog.records] == ["the VAE overflowed in 16 bits; decoding in float32"]
+    assert all(torch.equal(image, wide.decode(latents)) for image in images)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_vae_that_gives_no_finite_numbers_at_all(model_folder: Path, dtype: str) -> None:
+    broken = load(model_folder, dtype)
+    latents = torch.zeros(1, 4, 8, 8)
+    with (
+        changed_output(broken.vae.decoder, lambda output: output / 0),
+        pytest.raises(LdmError, match="VAE gave numbers"),
+    ):
+        broken.decode(latents)
+
+
+# ---- pixels and number types ----
+
+
+def test_to_pixels() -> None:
+    image = torch.zeros(1, 3, 2, 2)
+    image[0, :, 0, 0] = torch.tensor([-1.0, 0.0, 1.0])
+    image[0, :, 0, 1] = torch.tensor([-9.0, 9.0, 2 / 255])
+    assert to_pixels(image).tolist() == [[[0, 128, 255], [0, 255, 128]], [[128] * 3, [128] * 3]]  # 127.5 to even
+
+
+@pytest.mark.parametrize("attention", ["math", "sdpa"])
+def test_attention_changes_nothing_to_see(pipeline: Pipeline, model_folder: Path, attention: str) -> None:
+    other = load(model_folder, attention=attention)
+    wanted, pixels = draw(pipeline, REQUESTS[:2])
+    latents, other_pixels = draw(other, REQUESTS[:2])
+    assert relative(latents[-1], wanted[-1]) < 1e-4
+    assert pixels_apart(other_pixels, pixels) <= 1
+
+
+def test_16_bits_draw_the_same_picture(embedded_folder: Path, embedded_pipeline: Pipeline) -> None:
+    request = GenerationRequest("a red apple on a blue background", seed=1, steps=10)
+    halved = load(embedded_folder, "bf16").draw([request])[0]
+    difference = np.abs(halved.astype(int) - embedded_pipeline.draw([request])[0])
+    assert difference.mean() < 6

@@ -1,0 +1,230 @@
+"""Signals, kills, full disks, closed pipes: what is left behind is whole pictures, and a word of what happened."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_support import LDM, environment, error_sentence, ldm, pixels, refused, start, tiny_model, until
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """`folder` as a tmpfs of its own. Skips where this user may not mount."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs needs root: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def drawing(folder: Path, *options: str) -> "subprocess.Popen[bytes]":
+    """`ldm` with its model loaded and its first picture written, waiting for the next prompt."""
+    common = ("txt2img", "-m", tiny_model(), "-", "-s", "1", "-q", "-o", folder)
+    process = start(*common, *options)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"one\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == os.fsencode(folder / "ldm-1.png") + b"\n"
+    return process
+
+
+def feed(process: "subprocess.Popen[bytes]", count: int) -> None:
+    assert process.stdin is not None
+    process.stdin.write(b"next\n" * count)
+    process.stdin.flush()
+
+
+def ended(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
+    """Exit code and stderr, with no traceback in it."""
+    _, err = process.communicate(timeout=60)
+    assert b"Traceback" not in err
+    return process.returncode, err.decode()
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_stops_at_once_and_leaves_whole_pictures(
+    tmp_path: Path, number: signal.Signals, code: int, word: str
+) -> None:
+    process = drawing(tmp_path, "--steps", "1", "-c", "1000000")
+    until(lambda: len(list(tmp_path.glob("ldm-*.png"))) > 3, "a fourth picture")
+    process.send_signal(number)
+    began = time.monotonic()
+    status, err = ended(process)
+    assert time.monotonic() - began < 20
+    assert status == code
+    assert error_sentence(err) == f"ldm: error: {word}."
+    for path in tmp_path.iterdir():
+        assert path.name.startswith("ldm-"), path  # no temporary file
+        pixels(path)
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.8, 1.6])
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGINT, (130,)), (signal.SIGTERM, (143, -15))])
+def test_a_signal_while_it_starts(tmp_path: Path, number: signal.Signals, codes: tuple[int, ...], delay: float) -> None:
+    """From the time Python itself is up; before, SIGTERM has its usual effect."""
+    process = start("txt2img", "-m", tiny_model(), "-", "-s", "1", "--steps", "900", "-o", tmp_path)
+    assert process.stdin is not None
+    until(lambda: b"ldmcli" in Path(f"/proc/{process.pid}/cmdline").read_bytes(), "the start")
+    until(lambda: int(Path(f"/proc/{process.pid}/stat").read_text().split()[13]) >= 5, "importing")  # 50 ms of CPU
+    time.sleep(delay)
+    process.stdin.write(b"one\n")
+    process.stdin.flush()
+    process.send_signal(number)
+    status, err = ended(process)
+    assert status in codes, err
+    assert not any(line for line in err.splitlines() if not line.startswith("ldm: ")), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_9_leaves_whole_pictures(tmp_path: Path) -> None:
+    process = drawing(tmp_path, "--steps", "1", "-c", "1000000")
+    until(lambda: len(list(tmp_path.glob("ldm-*.png"))) > 5, "a sixth picture")
+    process.kill()
+    ended(process)
+    pictures = list(tmp_path.glob("ldm-*.png"))
+    assert len(pictures) > 5
+    for path in pictures:
+        pixels(path)
+    others = [path.name for path in tmp_path.iterdir() if path not in pictures]
+    assert len(others) <= 1
+    assert all(name.startswith(".ldm-") and name.endswith(".part") for name in others)
+
+
+# ---- standard streams ----
+
+
+def shell(line: str) -> tuple[list[int], bytes]:
+    """Run the pipe `line` in bash, where ldm is `"$@"`; returns the exit codes of its commands, and stderr."""
+    script = f'exec 3>&1; {line} >/dev/null; echo "${{PIPESTATUS[@]}}" >&3'
+    done = subprocess.run(
+        ["/bin/bash", "-c", script, "-", *LDM],
+        stdin=subprocess.DEVNULL, capture_output=True, env=environment(), timeout=100, check=False,
+    )  # fmt: skip
+    assert b"Traceback" not in done.stderr, done.stderr
+    return [int(code) for code in done.stdout.split()], done.stderr
+
+
+def test_a_reader_that_leaves(tmp_path: Path) -> None:
+    """A closed pipe ends the run in silence, as it ends `cat`: 141."""
+    for line in ('"$@" --help | true', f'"$@" info {tiny_model()} | true', '"$@" --version | true'):
+        codes, err = shell(line)
+        assert (codes[0] in (0, 141), err) == (True, b"")
+    prompts = tmp_path / "prompts"
+    prompts.write_text("a\nb\nc\nd\ne\nf\n" * 50)
+    folder = tmp_path / "out"
+    codes, err = shell(f'"$@" txt2img - -m {tiny_model()} -q -s 1 --steps 1 -o {folder} <{prompts} | head -1')
+    assert (codes, err) == ([141, 0], b"")
+    assert 1 <= len(list(folder.iterdir())) < 300
+
+
+def test_closed_and_full_standard_streams(tmp_path: Path) -> None:
+    model = tiny_model()
+    common = f'"$@" txt2img x -m {model} -q -s 1 --steps 1 -o {tmp_path / "out"}'
+
+    def run(line: str) -> tuple[int, bytes]:
+        done = subprocess.run(
+            ["/bin/bash", "-c", line, "-", *LDM], env=environment(), stderr=subprocess.PIPE, timeout=100, check=False
+        )
+        assert b"Traceback" not in done.stderr
+        return done.returncode, done.stderr
+
+    code, err = run(f"{common} >&-")
+    assert code == 74
+    assert "closed" in error_sentence(err.decode())
+    assert not (tmp_path / "out").exists()
+    code, err = run(f'"$@" info {model} >/dev/full')
+    assert code == 74
+    assert "No space left" in error_sentence(err.decode())
+    assert run('"$@" info nowhere 2>&-') == (66, b"")
+    assert run('"$@" info nowhere 2>/dev/full') == (66, b"")
+    assert run('"$@" txt2img --nonsense 2>/dev/full') == (2, b"")
+    code, err = run(f'"$@" txt2img - -m {model} -o {tmp_path / "out"} <&-')
+    assert (code, err) == (0, b"ldm: 0 prompts on standard input, nothing to draw\n")
+    code, err = run(f"{common} >/dev/full")
+    assert code == 74
+    assert "No space left" in error_sentence(err.decode())
+    pixels(tmp_path / "out" / "ldm-1.png")
+
+
+# ---- folders and disks ----
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """No torn file under the final name; and with room again, the run works."""
+    with mounted(tmp_path / "disk", "size=64k") as disk:
+        free = shutil.disk_usage(disk).free
+        (disk / "filler").write_bytes(bytes(free - 12288))
+        process = drawing(disk, "--steps", "1", "-W", "64", "-H", "64")  # the first picture fits, 8 to 12 kB
+        feed(process, 3)
+        status, err = ended(process)
+        assert status == 74
+        assert "No space left" in error_sentence(err)
+        assert "free some space" in err
+        assert sorted(path.name for path in disk.iterdir()) == ["filler", "ldm-1.png"]
+        pixels(disk / "ldm-1.png")
+        (disk / "more").write_bytes(bytes(shutil.disk_usage(disk).free))
+        refused(ldm("txt2img", "-m", tiny_model(), "x", "-s", "7", "-o", disk / "new"), 74, "No space left")
+
+
+def test_folders_that_cannot_take_a_picture_are_found_before_the_model_loads(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere" / "x.png")
+    common = ("txt2img", "-m", tiny_model(), "x", "-s", "1", "-o")
+    for path, word in (
+        ("/proc", "/proc"),
+        ("/proc/new/folder", "/proc"),
+        (tmp_path / "file", "not a folder"),
+        (tmp_path / "file" / "inside", "file"),
+        (tmp_path / "file" / "one.png", "file"),
+        (tmp_path / ("n" * 300), "too long"),
+        (tmp_path / ("n" * 300 + ".png"), "too long"),
+        (tmp_path / "link.png", "there already"),
+        ("/dev/null", "not a folder"),
+    ):
+        refused(ldm(*common, path), 73, word, seconds=10)
+    refused(ldm(*common, b"\x1b[31m\xff/\x00".rstrip(b"\x00") + b"/" + b"n" * 300, cwd=tmp_path), 73, "\\x1b[31m")
+    with mounted(tmp_path / "frozen", "ro") as frozen:
+        refused(ldm(*common, frozen), 73, "frozen", "Read-only", seconds=10)
+        refused(ldm(*common, frozen / "one.png"), 73, "frozen", seconds=10)
+
+
+def test_the_output_folder_goes_away_while_drawing(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    process = drawing(folder, "--steps", "1")
+    shutil.rmtree(folder)
+    feed(process, 1)
+    status, err = ended(process)
+    assert status == 73
+    assert "No such file" in error_sentence(err)
+    assert not folder.exists()
+
+
+def test_two_runs_in_one_folder_keep_each_others_pictures(tmp_path: Path) -> None:
+    both = [start("txt2img", "-m", tiny_model(), "x", "-q", "-s", "1", "-c", "3", "--steps", "1", "-o", tmp_path)
+            for _ in range(2)]  # fmt: skip
+    out = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert [err for _, err in out] == [b"", b""]
+    paths = [line for data, _ in out for line in data.splitlines()]
+    assert len(set(paths)) == 6
+    for path in tmp_path.iterdir():
+        pixels(path)

@@ -1,0 +1,312 @@
+"""Every layout a model comes in gives the same weights, and nothing that does not fit is let through."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import load
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldmcli.checkpoints.load import load_text_encoder, load_unet, load_vae
+from ldmcli.checkpoints.source import open_model
+from ldmcli.errors import BadDataError
+from ldmcli.pipeline import Pipeline
+from ldmcli.request import GenerationRequest
+
+State = dict[str, Tensor]
+WEIGHTS = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+}
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `model_folder` to damage."""
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def parts(pipeline: Pipeline) -> dict[str, nn.Module]:
+    return {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder.model}
+
+
+def assert_same_weights(one: Pipeline, other: Pipeline) -> None:
+    """Bit for bit, in every part."""
+    others = parts(other)
+    for name, part in parts(one).items():
+        state, wanted = part.state_dict(), others[name].state_dict()
+        assert state.keys() == wanted.keys()
+        for key in state:
+            assert state[key].dtype == wanted[key].dtype
+            assert torch.equal(state[key], wanted[key]), key
+
+
+def rewrite(path: Path, change: Callable[[State], State]) -> None:
+    state = load_file(path)
+    save_file({key: tensor.contiguous() for key, tensor in change(state).items()}, path)
+
+
+# ---- layouts ----
+
+
+def test_folder_has_the_weights_that_diffusers_saved(pipeline: Pipeline, random_model: Any) -> None:
+    for name, part in parts(pipeline).items():
+        wanted = getattr(random_model, name).state_dict()
+        assert part.state_dict().keys() == wanted.keys()
+        for key, tensor in part.state_dict().items():
+            assert torch.equal(tensor, wanted[key]), key
+
+
+def test_our_single_file_is_an_original_checkpoint(model_file: Path, random_model: Any) -> None:
+    """diffusers' converter makes the folder's tensors of it: what the next tests load is the layout it claims to be."""
+    from diffusers.loaders import single_file_utils as conversion
+
+    state = load_file(model_file)
+    for convert, part in (
+        (conversion.convert_ldm_unet_checkpoint, random_model.unet),
+        (conversion.convert_ldm_vae_checkpoint, random_model.vae),
+    ):
+        found, wanted = convert(dict(state), part.config), part.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    found = conversion.convert_ldm_clip_checkpoint(dict(state))
+    wanted = random_model.text_encoder.state_dict()
+    assert {key.removeprefix("text_model."): tensor.sum() for key, tensor in found.items()} == {
+        key.removeprefix("text_model."): tensor.sum() for key, tensor in wanted.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_single_file_equals_folder(model_folder: Path, model_file: Path, dtype: str) -> None:
+    one, other = load(model_file, dtype), load(model_folder, dtype)
+    assert_same_weights(one, other)
+    request = GenerationRequest("a pear", seed=3, steps=3, width=96, height=72, negative_prompt="fog")
+    assert (one.draw([request])[0] == other.draw([request])[0]).all()
+
+
+def test_single_file_dimensions(model_folder: Path, model_file: Path) -> None:
+    """Read from shapes alone, they are those that config.json gives; only the picture's usual size is the family's."""
+    one, other = open_model(model_file).config, open_model(model_folder).config
+    assert one.unet.sample_size == 64
+    assert one.text_encoder == other.text_encoder
+    assert one.vae == other.vae
+    assert one.schedule == other.schedule
+    differing = {name for name, value in vars(one.unet).items() if value != getattr(other.unet, name)}
+    assert differing == {"sample_size"}
+
+
+def test_single_file_with_all_that_old_files_carry(model_file: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    extras = {
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3),
+        "alphas_cumprod": torch.zeros(1000),
+        "betas": torch.zeros(1000),
+        "sqrt_alphas_cumprod": torch.zeros(1000),
+        "posterior_variance": torch.zeros(1000),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "first_stage_model.loss.logvar": torch.zeros(1),
+    }
+    path = tmp_path / "full.safetensors"
+    save_file(load_file(model_file) | extras, path)
+    assert_same_weights(load(path), pipeline)
+
+
+def test_single_file_without_text_model_prefix(model_file: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "bare.safetensors"
+    shutil.copy(model_file, path)
+    rewrite(path, lambda state: {key.replace(".text_model.", "."): tensor for key, tensor in state.items()})
+    assert_same_weights(load(path), pipeline)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_folder_with_either_kind_of_clip_keys(folder: Path, pipeline: Pipeline, prefix: str) -> None:
+    def change(state: State) -> State:
+        return {prefix + key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+
+    rewrite(folder / WEIGHTS["text_encoder"], change)
+    assert_same_weights(load(folder), pipeline)
+
+
+def test_folder_with_old_vae_attention(folder: Path, pipeline: Pipeline) -> None:
+    """Names from before diffusers 0.18, and matrices that are 1×1 convolutions."""
+
+    def change(state: State) -> State:
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        pattern = re.compile(r"(\.attentions\.0\.)(to_q|to_k|to_v|to_out\.0)\.")
+        renamed = {pattern.sub(lambda m: f"{m[1]}{names[m[2]]}.", key): tensor for key, tensor in state.items()}
+        assert len(renamed.keys() - state.keys()) == 16
+        return {
+            key: tensor[:, :, None, None] if ".mid_block.attentions." in key and tensor.ndim == 2 else tensor
+            for key, tensor in renamed.items()
+        }
+
+    rewrite(folder / WEIGHTS["vae"], change)
+    assert_same_weights(load(folder), pipeline)
+
+
+def test_fp16_variant_is_for_16_bits(folder: Path, pipeline: Pipeline) -> None:
+    for name in WEIGHTS.values():
+        path = folder / name
+        halves = {key: tensor.half() for key, tensor in load_file(path).items()}
+        save_file(halves, path.with_suffix(".fp16.safetensors"))
+    assert_same_weights(load(folder), pipeline)
+    halved = load(folder, "bf16")
+    weight = pipeline.unet.conv_in.weight
+    assert torch.equal(halved.unet.conv_in.weight, weight.half().bfloat16())
+    # On a CPU the text encoder stays in 32 bits, and is read as such where it can be.
+    weight_32 = pipeline.text_encoder.model.final_layer_norm.weight
+    assert torch.equal(halved.text_encoder.model.final_layer_norm.weight, weight_32)
+    for name in WEIGHTS.values():
+        (folder / name).unlink()
+    widened = load(folder)
+    assert widened.unet.conv_in.weight.dtype == torch.float32
+    assert torch.equal(widened.unet.conv_in.weight, weight.half().float())
+    assert torch.equal(widened.text_encoder.model.final_layer_norm.weight, weight_32.half().float())
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_sharded_folder(folder: Path, pipeline: Pipeline, part: str) -> None:
+    path = folder / WEIGHTS[part]
+    state = load_file(path)
+    path.unlink()
+    weight_map = {}
+    for i in range(3):
+        name = f"{path.stem}-{i + 1:05}-of-00003.safetensors"
+        shard = {key: state[key] for key in sorted(state)[i::3]}
+        save_file(shard, path.with_name(name))
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    path.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
+    assert_same_weights(load(folder), pipeline)
+
+
+# ---- strictness ----
+
+
+def refusal(path: Path, part: str) -> str:
+    """What loading that part says."""
+    source = open_model(path)
+    loader = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoder}[part]
+    with pytest.raises(BadDataError) as caught:
+        loader(source, torch.device("cpu"), torch.float32)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_missing_tensors(folder: Path, part: str) -> None:
+    keys = sorted(load_file(folder / WEIGHTS[part]))
+    rewrite(folder / WEIGHTS[part], lambda state: {key: state[key] for key in keys[7:]})
+    message = refusal(folder, part)
+    assert f"model/{part} is not the {part} it should be: it lacks tensors (" in message
+    listed = re.search(r"\((.*) and (\d+) more\)", message)
+    assert listed is not None
+    names = {name.removeprefix("text_model.") for name in listed[1].split(", ")}
+    assert len(names) == 5
+    assert names <= set(keys[:7])
+    assert listed[2] == "2"
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_tensors_of_no_use(folder: Path, part: str) -> None:
+    rewrite(folder / WEIGHTS[part], lambda state: state | {f"extra.{i}\n": torch.zeros(2) for i in range(6)})
+    message = refusal(folder, part)
+    listed = ", ".join(rf"extra.{i}\n" for i in range(5))
+    assert f"it has tensors of no use here ({listed} and 1 more)." in message
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_misshapen_tensors(folder: Path, part: str) -> None:
+    def change(state: State) -> State:
+        changed = sorted(key for key, tensor in state.items() if tensor.ndim == 1)[:6]
+        return state | {key: torch.cat([state[key], torch.zeros(1)]) for key in changed}
+
+    rewrite(folder / WEIGHTS[part], change)
+    message = refusal(folder, part)
+    assert re.search(r"tensors of the wrong shape \((\S+: \[(\d+)\] for \[\d+\], ){4}.* and 1 more\)", message)
+
+
+def test_all_faults_are_told_at_once(folder: Path) -> None:
+    def change(state: State) -> State:
+        del state["conv_in.bias"]
+        return state | {"conv_in.weight": torch.zeros(32, 4, 1, 1), "other": torch.zeros(1)}
+
+    rewrite(folder / WEIGHTS["unet"], change)
+    message = refusal(folder, "unet")
+    for fault in (
+        "it lacks tensors (conv_in.bias)",
+        "it has tensors of the wrong shape (conv_in.weight: [32, 4, 1, 1] for [32, 4, 3, 3])",
+        "it has tensors of no use here (other)",
+    ):
+        assert fault in message
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("unet", "model.diffusion_model.output_blocks.4.1.norm.weight"),
+        ("vae", "first_stage_model.decoder.up.1.block.2.conv1.bias"),
+        ("text_encoder", "cond_stage_model.transformer.text_model.final_layer_norm.bias"),
+    ],
+)
+def test_single_file_is_held_to_the_same(model_file: Path, tmp_path: Path, part: str, key: str) -> None:
+    path = tmp_path / "model.safetensors"
+    state = load_file(model_file)
+    missing = {name: tensor for name, tensor in state.items() if name != key}
+    save_file(missing, path)
+    assert f"{path} is not the {part} it should be: it lacks tensors ({key})." in refusal(path, part)
+    save_file(missing | {f"{key}s": state[key]}, path)
+    assert f"lacks tensors ({key}); it has tensors of no use here ({key}s)." in refusal(path, part)
+    save_file(state | {key: state[key][None]}, path)
+    assert f"tensors of the wrong shape ({key}: [1, " in refusal(path, part)
+
+
+# ---- how modules are built ----
+
+
+def test_nothing_is_left_on_meta(pipeline: Pipeline) -> None:
+    for part in parts(pipeline).values():
+        assert not part.training
+        for tensor in [*part.parameters(), *part.buffers()]:
+            assert tensor.device.type == "cpu"
+            assert not tensor.requires_grad
+    ids = [module.position_ids for module in pipeline.text_encoder.model.modules() if hasattr(module, "position_ids")]
+    assert len(ids) == 1
+    assert torch.equal(ids[0], torch.arange(77)[None])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_dtype_and_memory_format(model_folder: Path, dtype: str) -> None:
+    loaded = load(model_folder, dtype)
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    for part in (loaded.unet, loaded.vae):
+        assert {tensor.dtype for tensor in part.parameters()} == {wanted}
+        for tensor in part.parameters():
+            assert tensor.ndim != 4 or tensor.is_contiguous(memory_format=torch.channels_last)
+    assert {tensor.dtype for tensor in loaded.text_encoder.model.parameters()} == {torch.float32}
+
+
+def test_no_weight_is_initialised_only_to_be_overwritten(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real: list[str] = []
+    calls: list[str] = []
+
+    def spy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(tensor: Tensor, *args: Any, **settings: Any) -> Any:
+            calls.append(name)
+            if tensor.device.type != "meta":
+                real.append(name)
+            return original(tensor, *args, **settings)
+
+        return init
+
+    for name in ("kaiming_uniform_", "uniform_", "normal_", "ones_", "zeros_", "xavier_uniform_", "trunc_normal_"):
+        monkeypatch.setattr(nn.init, name, spy(name, getattr(nn.init, name)))
+    load(model_folder)
+    assert "kaiming_uniform_" in calls  # the spies were in place
+    assert real == []

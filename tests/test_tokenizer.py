@@ -1,0 +1,214 @@
+"""Token ids are those of transformers' CLIPTokenizer, which diffusers uses, for every text there is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldmcli.errors import BadDataError, MissingInputError
+from ldmcli.text.tokenizer import ClipTokenizer, clip_vocabulary, vocabulary_from_folder
+
+# What splitting, normalising or special tokens could get wrong.
+PIECES = [
+    *("<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "<|endoftext|", "<|", "|>", "</w>", "<start_of_text>"),
+    *("'s", "'S", "'t", "'re", "'ve", "'m", "'ll", "'d", "’s", "''", "it's", "can't"),
+    *(" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u200b", "\u3000", "\ufeff", "\x85", "\x1c", "\x00"),
+    *("🎉", "👩‍👩‍👧‍👦", "🏳️‍🌈", "🇫🇷", "❤️", "1️⃣", "e\u0301", "é", "É", "ﬁ", "ß", "ẞ", "İ", "ı", "ǅ", "Σ", "ς"),
+    *("猫", "한", "ㄱ", "अ", "ا", "ﷺ", "½", "²", "Ⅷ", "８", "_", "-", "...", "!?", "(a:1.2)", "[b]", "\\", "%", "#1"),
+    *("cat", "Cat", "CAT", "photograph", "123", "3d", "a", "1984's", "xx" * 20),
+]
+TEXTS = st.one_of(
+    st.text(),
+    st.lists(st.sampled_from(PIECES)).map("".join),
+    st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=12).map(" ".join),
+    st.lists(st.sampled_from(PIECES), min_size=60, max_size=150).map(" ".join),
+)
+GOLDEN = {
+    "": [],
+    "a photo of a cat": [320, 1125, 539, 320, 2368],
+    "a photograph of an astronaut riding a horse": [320, 8853, 539, 550, 18376, 6765, 320, 4558],
+    "It's 1984,   O'Brien's CAFÉ!": [585, 568, 272, 280, 279, 275, 267, 334, 262, 13504, 568, 15304, 256],
+    "猫 🎉": [163, 234, 360, 3986],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ClipTokenizer:
+    return ClipTokenizer(clip_vocabulary(), 77)
+
+
+@pytest.fixture(scope="module")
+def transformers_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    vocabulary = clip_vocabulary()
+    return CLIPTokenizer(vocab=vocabulary.ids, merges=vocabulary.merges, model_max_length=77)
+
+
+def their_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """What diffusers' pipelines ask for."""
+    length = tokenizer.model_max_length
+    return tuple(tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids)
+
+
+@pytest.mark.parametrize(("prompt", "ids"), GOLDEN.items())
+def test_golden_ids(tokenizer: ClipTokenizer, prompt: str, ids: list[int]) -> None:
+    padding = [49407] * (76 - len(ids))
+    assert tokenizer(prompt).ids == (49406, *ids, *padding)
+
+
+@pytest.fixture(scope="module")
+def openai_tokenizer() -> Any:
+    """OpenAI's own tokenizer, as open_clip carries it: written by others, in Python."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="&<|>")))
+def test_ascii_text_is_tokenized_as_by_openai(tokenizer: ClipTokenizer, openai_tokenizer: Any, text: str) -> None:
+    theirs = openai_tokenizer(text)[0].tolist()  # padded with zeros
+    end = theirs.index(49407)
+    assert list(tokenizer(text).ids[: end + 1]) == theirs[: end + 1]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_each_piece(tokenizer: ClipTokenizer, transformers_tokenizer: Any, piece: str) -> None:
+    for text in (piece, f"a{piece}b", f" {piece} ", piece * 3, f"{piece} " * 100):
+        assert tokenizer(text).ids == their_ids(transformers_tokenizer, text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cut"),
+    [
+        ("cat " * 75, ""),
+        ("cat " * 76, "cat "),
+        ("Cat  " * 80, "Cat  " * 5),
+        ("e\u0301 " * 77, "e\u0301 " * 2),  # NFC makes one letter of two, the offsets stay those of the prompt
+        ("\u00a0\t猫 " * 26, "猫 "),  # three tokens each
+        ("", ""),
+    ],
+)
+def test_cut_text(tokenizer: ClipTokenizer, prompt: str, cut: str) -> None:
+    found = tokenizer(prompt)
+    assert found.cut_text == cut
+    assert found.ids[0] == 49406
+    assert found.ids[-1] == 49407
+    assert tokenizer(prompt[: len(prompt) - len(cut)]).ids == found.ids
+
+
+@pytest.mark.parametrize("length", [3, 24, 77])
+def test_other_lengths(transformers_tokenizer: Any, length: int) -> None:
+    ours = ClipTokenizer(clip_vocabulary(), length)
+    for text in ("", "cat", "a photo of a cat " * 20):
+        theirs = transformers_tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids
+        assert list(ours(text).ids) == theirs
+
+
+def test_embedded_model(embedded_folder: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    from ldmcli.checkpoints.source import open_model
+
+    ours = open_model(embedded_folder).tokenizer
+    theirs = CLIPTokenizer.from_pretrained(embedded_folder / "tokenizer", local_files_only=True)
+    assert ours.max_length == theirs.model_max_length
+    for text in (*GOLDEN, *PIECES, "a red apple on a blue background " * 9):
+        if "\x00" not in text:
+            assert ours(text).ids == their_ids(theirs, text)
+
+
+# ---- folders ----
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tokenizer/ folder as Stable Diffusion 1's: vocab.json and merges.txt."""
+    vocabulary = clip_vocabulary()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary.ids), encoding="utf-8")
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in vocabulary.merges), ""]
+    (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
+    return tmp_path
+
+
+def test_old_and_new_folders_hold_clips_vocabulary(folder: Path, model_folder: Path) -> None:
+    assert vocabulary_from_folder(folder) == clip_vocabulary()
+    assert not (model_folder / "tokenizer" / "vocab.json").exists()  # transformers 5 writes tokenizer.json
+    assert vocabulary_from_folder(model_folder / "tokenizer") == clip_vocabulary()
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_pad_token(folder: Path, as_object: bool) -> None:
+    """Stable Diffusion 2 pads with "!"."""
+    from transformers import CLIPTokenizer
+
+    token: Any = {"content": "!", "lstrip": False} if as_object else "!"
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": token}))
+    ours = ClipTokenizer(vocabulary_from_folder(folder), 77)
+    assert ours("a cat!").ids == (49406, 320, 2368, 0, 49407, *[0] * 72)
+    vocabulary = clip_vocabulary()
+    theirs = CLIPTokenizer(vocab=vocabulary.ids, merges=vocabulary.merges, model_max_length=77, pad_token="!")
+    for text in ("a cat!", "!", "wow!!! !a", "a! !b"):
+        assert ours(text).ids == their_ids(theirs, text)
+
+
+def test_incomplete_folder(folder: Path) -> None:
+    (folder / "merges.txt").unlink()
+    with pytest.raises(MissingInputError, match=r"vocab\.json with merges\.txt"):
+        vocabulary_from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", "{"),
+        ("vocab.json", "[1, 2]"),
+        ("vocab.json", '{"a": "b"}'),
+        ("vocab.json", b"\xff\xfe\x00"),
+        ("vocab.json", "[" * 100_000),
+        ("merges.txt", "a b c\n"),
+        ("merges.txt", b"\xff\xff"),
+    ],
+)
+def test_damaged_folder(folder: Path, name: str, content: str | bytes) -> None:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadDataError):
+        vocabulary_from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"model": None},
+        {"model": []},
+        {"model": {"vocab": None, "merges": []}},
+        {"model": {"vocab": {"a": 0}, "merges": [["a"]]}},
+        {"model": {"vocab": {"a": 0}, "merges": None}},
+        {"model": {"vocab": {"a": 0}, "merges": [7]}},
+    ],
+)
+def test_damaged_tokenizer_json(tmp_path: Path, model: Any) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    with pytest.raises(BadDataError):
+        vocabulary_from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("token", ["<|startoftext|>", "<|endoftext|>"])
+def test_vocabulary_without_marks(folder: Path, token: str) -> None:
+    ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    del ids[token]
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    with pytest.raises(BadDataError, match="has no"):
+        ClipTokenizer(vocabulary_from_folder(folder), 77)
+
+
+def test_merges_of_unknown_tokens(folder: Path) -> None:
+    (folder / "merges.txt").write_text("#version: 0.2\nnowhere toBeFound\n", encoding="utf-8")
+    tokenizer = ClipTokenizer(vocabulary_from_folder(folder), 77)
+    with pytest.raises(BadDataError):
+        tokenizer("a cat")
