@@ -6,7 +6,8 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """A cross-attention U-Net. Levels run from the finest to the coarsest; `attention[i]` is the number of transformer
-    layers in each attention of level i (0: none), `heads[i]` the number of attention heads there."""
+    layers in each attention of level i (0: none), `heads[i]` the number of attention heads there; the middle, which has
+    the coarsest level's width and heads, always attends, with `middle_attention` layers."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -14,6 +15,7 @@ class UNetConfig:
     block_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     attention: tuple[int, ...] = (1, 1, 1, 0)
+    middle_attention: int = 1
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
     norm_groups: int = 32
@@ -68,16 +70,25 @@ class ScheduleConfig:
     betas: tuple[float, ...] | None = None
     steps_offset: int = 1
     set_alpha_to_one: bool = False
+    spacing: str = "leading"
     prediction_type: str = "epsilon"
 
     def timesteps(self, steps: int) -> list[int] | None:
-        """Where `steps` sampling steps sit, noisiest first: a whole stride from 0 on ("leading"), plus the offset; None
-        where that runs past the training steps."""
+        """Where `steps` sampling steps sit, noisiest first; None where they do not fit.
+
+        "leading", SD's own: a whole stride from 0 on, plus the offset. "trailing": from the last training step down.
+        "linspace": from the last to the first (Lin et al. 2023, table 2).
+        """
+        last = self.training_steps - 1
         if not 1 <= steps <= self.training_steps:
             return None
+        if self.spacing == "trailing":
+            return [round(self.training_steps * (1 - i / steps)) - 1 for i in range(steps)]
+        if self.spacing == "linspace":
+            return [round(last * i / max(steps - 1, 1)) for i in reversed(range(steps))]
         stride = self.training_steps // steps
         timesteps = [i * stride + self.steps_offset for i in reversed(range(steps))]
-        return timesteps if timesteps[0] < self.training_steps else None
+        return timesteps if timesteps[0] <= last else None
 
 
 @dataclasses.dataclass(frozen=True)

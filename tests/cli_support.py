@@ -103,7 +103,7 @@ def ldm(
     return result
 
 
-def refused(result: Result, code: int, *words: str, seconds: float = SECONDS) -> str:
+def assert_refused(result: Result, code: int, *words: str, seconds: float = SECONDS) -> str:
     """Assert that `result` is a refusal: its exit code, nothing on stdout, one readable sentence with `words`."""
     assert result.code == code, result
     assert result.out == b"", result

@@ -1,5 +1,6 @@
 """Fixtures that several test files share. Nothing heavy is imported before a test asks for it."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,4 +84,5 @@ def load(path: Path, dtype: str = "fp32", attention: str = "auto") -> "Pipeline"
     from ldmcli.pipeline import load_pipeline
     from ldmcli.runtime.policy import choose_runtime
 
-    return load_pipeline(open_model(path), choose_runtime("cpu", dtype, attention))
+    runtime = choose_runtime("cpu", dtype, attention)
+    return load_pipeline(dataclasses.replace(open_model(path), half=runtime.half), runtime)

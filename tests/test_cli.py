@@ -16,12 +16,12 @@ from cli_support import (
     EMBEDDED,
     LDM,
     Result,
+    assert_refused,
     chunk,
     copy_model,
     error_sentence,
     ldm,
     pixels,
-    refused,
     start,
     tiny_model,
     tiny_single_file,
@@ -200,8 +200,8 @@ def test_options_win_over_the_picture(drawn: Drawn, tmp_path: Path) -> None:
     expected = {"prompt": "a dog", "steps": 1, "seed": 9, "width": 8, "height": 16, "sampler": "plms"}
     assert (expected | {"negative_prompt": NEGATIVE, "model": "other"}).items() <= again.records[0].items()
     assert pixels(tmp_path / "new.png").shape == (16, 8, 3)
-    refused(ldm("info", tmp_path / "new.png"), 65, "no text at all")
-    refused(ldm("txt2img", "--from-image", tmp_path / "new.png"), 65, "no ldmcli record")
+    assert_refused(ldm("info", tmp_path / "new.png"), 65, "no text at all")
+    assert_refused(ldm("txt2img", "--from-image", tmp_path / "new.png"), 65, "no ldmcli record")
 
 
 def test_a_picture_whose_model_has_changed_or_gone(drawn: Drawn, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_picture_whose_model_has_changed_or_gone(drawn: Drawn, tmp_path: Path)
         return file
 
     gone = with_model(str(tmp_path / "gone.safetensors"), "0" * 64)
-    refused(ldm("txt2img", "--from-image", gone), 66, "gone.safetensors", "not exist")
+    assert_refused(ldm("txt2img", "--from-image", gone), 66, "gone.safetensors", "not exist")
     changed = ldm("txt2img", "--from-image", with_model(str(tiny_model()), "0" * 64), "-o", tmp_path, "--steps", "1")
     assert changed.code == 0
     assert changed.err.count("is not the one the picture was made with") == 1
@@ -232,7 +232,7 @@ def test_a_named_file_with_a_bar_on_the_terminal(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"old")
     common = ("txt2img", "-m", tiny_model(), "x", "--steps", "3", "-o", path)
-    refused(ldm(*common), 73, "one.png", "--overwrite")
+    assert_refused(ldm(*common), 73, "one.png", "--overwrite")
     assert path.read_bytes() == b"old"
     environ = {"NO_COLOR": "1", "LDM_VERBOSE": "1"}
     result, terminal = on_a_terminal(*common, "--overwrite", "--no-metadata", stream="stderr", env=environ)
@@ -276,10 +276,10 @@ def test_every_option_has_its_variable() -> None:
                 plain = max(parameter.opts, key=len).lstrip("-").replace("-", "_").upper()
                 wanted = "LDM_GUIDANCE_SCALE" if plain == "CFG_SCALE" else f"LDM_{plain}"
                 assert parameter.envvar in (wanted, "LDM_GUIDANCE_SCALE"), f"{name} {parameter.name}"
-    refused(ldm("txt2img", "x", env={"LDM_STEPS": "0"}), 2, "steps 0")
-    refused(ldm("txt2img", "x", env={"LDM_STEPS": "many"}), 2, "--steps", "many")
-    refused(ldm("txt2img", "x", "--steps", "0", env={"LDM_STEPS": "1"}), 2, "steps 0")
-    refused(ldm("txt2img", "x", env={"LDM_OVERWRITE": "perhaps"}), 2, "--overwrite", "perhaps")
+    assert_refused(ldm("txt2img", "x", env={"LDM_STEPS": "0"}), 2, "steps 0")
+    assert_refused(ldm("txt2img", "x", env={"LDM_STEPS": "many"}), 2, "--steps", "many")
+    assert_refused(ldm("txt2img", "x", "--steps", "0", env={"LDM_STEPS": "1"}), 2, "steps 0")
+    assert_refused(ldm("txt2img", "x", env={"LDM_OVERWRITE": "perhaps"}), 2, "--overwrite", "perhaps")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_every_option_has_its_variable() -> None:
     ],
 )
 def test_outputs_that_cannot_be_meant(tmp_path: Path, options: list[str], words: list[str]) -> None:
-    refused(ldm("txt2img", "-m", tiny_model(), "x", *options, cwd=tmp_path), 2, *words)
+    assert_refused(ldm("txt2img", "-m", tiny_model(), "x", *options, cwd=tmp_path), 2, *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -410,7 +410,7 @@ def test_no_prompts_are_no_error(tmp_path: Path) -> None:
     ],
 )
 def test_values_out_of_range_are_named_before_anything_is_opened(options: list[str], words: list[str]) -> None:
-    sentence = refused(ldm("txt2img", "x", "-m", "nowhere", *options), 2, *words)
+    sentence = assert_refused(ldm("txt2img", "x", "-m", "nowhere", *options), 2, *words)
     assert len(sentence) < 700
 
 
@@ -423,7 +423,7 @@ def test_values_out_of_range_are_named_before_anything_is_opened(options: list[s
     ],
 )
 def test_sizes_that_the_model_cannot_draw(options: list[str], words: list[str]) -> None:
-    refused(ldm("txt2img", "x", "-m", tiny_model(), *options, measure=True), 2, *words)
+    assert_refused(ldm("txt2img", "x", "-m", tiny_model(), *options, measure=True), 2, *words)
 
 
 def test_a_huge_count_starts_at_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_support import LDM, environment, error_sentence, ldm, pixels, refused, start, tiny_model, until
+from cli_support import LDM, assert_refused, environment, error_sentence, ldm, pixels, start, tiny_model, until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -182,7 +182,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert sorted(path.name for path in disk.iterdir()) == ["filler", "ldm-1.png"]
         pixels(disk / "ldm-1.png")
         (disk / "more").write_bytes(bytes(shutil.disk_usage(disk).free))
-        refused(ldm("txt2img", "-m", tiny_model(), "x", "-s", "7", "-o", disk / "new"), 74, "No space left")
+        assert_refused(ldm("txt2img", "-m", tiny_model(), "x", "-s", "7", "-o", disk / "new"), 74, "No space left")
 
 
 def test_folders_that_cannot_take_a_picture_are_found_before_the_model_loads(tmp_path: Path) -> None:
@@ -200,11 +200,13 @@ def test_folders_that_cannot_take_a_picture_are_found_before_the_model_loads(tmp
         (tmp_path / "link.png", "there already"),
         ("/dev/null", "not a folder"),
     ):
-        refused(ldm(*common, path), 73, word, seconds=10)
-    refused(ldm(*common, b"\x1b[31m\xff/\x00".rstrip(b"\x00") + b"/" + b"n" * 300, cwd=tmp_path), 73, "\\x1b[31m")
+        assert_refused(ldm(*common, path), 73, word, seconds=10)
+    assert_refused(
+        ldm(*common, b"\x1b[31m\xff/\x00".rstrip(b"\x00") + b"/" + b"n" * 300, cwd=tmp_path), 73, "\\x1b[31m"
+    )
     with mounted(tmp_path / "frozen", "ro") as frozen:
-        refused(ldm(*common, frozen), 73, "frozen", "Read-only", seconds=10)
-        refused(ldm(*common, frozen / "one.png"), 73, "frozen", seconds=10)
+        assert_refused(ldm(*common, frozen), 73, "frozen", "Read-only", seconds=10)
+        assert_refused(ldm(*common, frozen / "one.png"), 73, "frozen", seconds=10)
 
 
 def test_the_output_folder_goes_away_while_drawing(tmp_path: Path) -> None:

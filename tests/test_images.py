@@ -164,9 +164,7 @@ Model: tiny-emoji, RNG: CPU, Version: ldmcli """
 
 def test_infotext_leaves_out_what_is_not_there() -> None:
     text = infotext(GenerationRequest("a cat", guidance_scale=7.0), "", "")
-    assert re.fullmatch(
-        r"a cat\nSteps: 50, Sampler: DDIM, CFG scale: 7, Seed: 0, RNG: CPU, Version: ldmcli \S+", text
-    )
+    assert re.fullmatch(r"a cat\nSteps: 50, Sampler: DDIM, CFG scale: 7, Seed: 0, RNG: CPU, Version: ldmcli \S+", text)
 
 
 def test_eta_shows_only_when_not_zero() -> None:
@@ -177,13 +175,9 @@ def test_eta_shows_only_when_not_zero() -> None:
 @pytest.mark.parametrize(
     "name", ["plain", "a, b: c", "two\nlines", '"quoted"', "back\\slash", 'mid"dle', "é猫👩‍🚀", "end\\,"]
 )
-@pytest.mark.parametrize(
-    "prompt", ["", "a\nSteps: 3, Sampler: x, Seed: 1\n", 'Model: "', "Negative prompt: x\n\n"]
-)
+@pytest.mark.parametrize("prompt", ["", "a\nSteps: 3, Sampler: x, Seed: 1\n", 'Model: "', "Negative prompt: x\n\n"])
 def test_reader_finds_the_values_whatever_the_prompt(name: str, prompt: str) -> None:
-    request = GenerationRequest(
-        prompt, prompt, seed=MAX_SEED, steps=7, guidance_scale=1.25, width=64, height=128
-    )
+    request = GenerationRequest(prompt, prompt, seed=MAX_SEED, steps=7, guidance_scale=1.25, width=64, height=128)
     fields = fields_of(infotext(request, name, MODEL["sha256"]))
     assert fields["Steps"] == "7"
     assert fields["Seed"] == str(MAX_SEED)

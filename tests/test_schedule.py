@@ -17,13 +17,15 @@ CONFIGS = [
     ScheduleConfig(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
     ScheduleConfig(training_steps=400, steps_offset=7),
     ScheduleConfig(training_steps=40, betas=BETAS),
+    ScheduleConfig(spacing="trailing"),
+    ScheduleConfig(spacing="linspace", set_alpha_to_one=True),
 ]
 
 
 def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
-    renamed = {"num_train_timesteps": fields.pop("training_steps"), "trained_betas": fields.pop("betas")}
-    return fields | renamed
+    names = {"training_steps": "num_train_timesteps", "betas": "trained_betas", "spacing": "timestep_spacing"}
+    return {names.get(name, name): value for name, value in fields.items()}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

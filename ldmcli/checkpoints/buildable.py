@@ -39,8 +39,9 @@ def _unet_faults(unet: UNetConfig) -> Iterator[str]:
     yield from _group_faults("U-Net", unet.block_channels, unet.norm_groups)
     if not any(unet.attention):
         yield "no level of the U-Net attends to the text"
-    if max(unet.attention) > _MAX_LAYERS:
-        yield f"the U-Net has {max(unet.attention)} transformer layers in one place, more than {_MAX_LAYERS}"
+    deepest = max(*unet.attention, unet.middle_attention)
+    if deepest > _MAX_LAYERS:
+        yield f"the U-Net has {deepest} transformer layers in one place, more than {_MAX_LAYERS}"
     # The middle, which has the last level's channels and heads, always attends.
     depths = (*unet.attention[:-1], 1)
     for channels, heads, depth in zip(unet.block_channels, unet.heads, depths, strict=True):

@@ -74,6 +74,7 @@ def _unet(shapes: Shapes, family: Family) -> UNetConfig:
         block_channels=tuple(channels),
         layers_per_block=blocks // len(channels) - 1,
         attention=tuple(depths),
+        middle_attention=_count(_under(shapes, "middle_block.1."), r"transformer_blocks\.(\d+)\."),
         heads=(family.heads,) * len(channels),
         context_dim=context_dim,
         norm_groups=family.norm_groups,

@@ -99,6 +99,7 @@ def unet_config(path: Path) -> UNetConfig:
         block_channels=channels,
         layers_per_block=fields.whole("layers_per_block", 2),
         attention=tuple(d if attend else 0 for d, attend in zip(depths, attends, strict=True)),
+        middle_attention=depths[-1],
         heads=fields.per_level(heads_field, 8, levels),
         context_dim=fields.whole("cross_attention_dim", 1280),
         norm_groups=fields.whole("norm_num_groups", 32),
@@ -154,6 +155,8 @@ def schedule_config(path: Path) -> ScheduleConfig:
     usual = ScheduleConfig()
     prediction_type = str(fields.get("prediction_type", usual.prediction_type))
     fields.only("prediction_type", (prediction_type,), {"epsilon", "v_prediction", "sample"})
+    spacing = str(fields.get("timestep_spacing", usual.spacing))
+    fields.only("timestep_spacing", (spacing,), {"leading", "linspace", "trailing"})
     beta_schedule = str(fields.get("beta_schedule", usual.beta_schedule))
     fields.only("beta_schedule", (beta_schedule,), {"linear", "scaled_linear"})
     training_steps = fields.whole("num_train_timesteps", usual.training_steps)
@@ -165,6 +168,7 @@ def schedule_config(path: Path) -> ScheduleConfig:
         betas=fields.numbers("trained_betas", training_steps),
         steps_offset=fields.whole("steps_offset", usual.steps_offset, low=0),
         set_alpha_to_one=fields.flag("set_alpha_to_one", usual.set_alpha_to_one),
+        spacing=spacing,
         prediction_type=prediction_type,
     )
 

@@ -65,14 +65,14 @@ def load_text_encoder(source: ModelSource, device: torch.device, dtype: torch.dt
     return ClipTextEncoder(model, tokenizer)
 
 
-def model_sha256(source: ModelSource, *, half: bool = False) -> "Future[str]":
+def model_sha256(source: ModelSource) -> "Future[str]":
     """The model's identity, computed in a thread beside the sampling: the SHA-256 of its file; for a folder, that of
     the list of its weight files' hashes."""
     future: Future[str] = Future()
 
     def compute() -> None:
         try:
-            future.set_result(_sha256(source, half))
+            future.set_result(_sha256(source))
         except Exception as error:
             future.set_exception(error)
 
@@ -81,8 +81,8 @@ def model_sha256(source: ModelSource, *, half: bool = False) -> "Future[str]":
     return future
 
 
-def _sha256(source: ModelSource, half: bool) -> str:
-    paths = source.weight_paths(half=half)
+def _sha256(source: ModelSource) -> str:
+    paths = source.weight_paths()
     if source.single_file:
         return file_sha256(paths[0])
     lines = [f"{file_sha256(path)}  {path.relative_to(source.path).as_posix()}\n" for path in paths]
@@ -103,8 +103,7 @@ def _fill(
     dtype: torch.dtype,
 ) -> None:
     """Read every weight of `module`, which is on meta, and put it in place; none may be missing, left or misshapen."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    on_disk = source.keys(part, half=half)
+    on_disk = source.keys(part)
     canonical = _match(module, source, part, names, on_disk)
     by_file: dict[int, tuple[WeightFile, list[str]]] = {}
     for disk_key in canonical:

@@ -24,27 +24,29 @@ _PREFIXES = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": TEXT_PREFIX
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model on disk: a diffusers folder, or one file in the original layout."""
+    """A model on disk: a diffusers folder, or one file in the original layout. Where a folder has its weights twice,
+    `half` takes the fp16 variant of every part."""
 
     path: Path
     config: ModelConfig
     single_file: WeightFile | None = None
+    half: bool = False
 
     @property
     def name(self) -> str:
         """The model's name: that of its folder, or of its file without the ending."""
         return self.path.stem if self.single_file else self.path.name
 
-    def files(self, part: str, *, half: bool = False) -> list[WeightFile]:
-        """The validated files of a part of PARTS. Where a folder has both, `half` prefers its fp16 variant."""
+    def files(self, part: str) -> list[WeightFile]:
+        """The validated files of a part of PARTS."""
         if self.single_file:
             return [self.single_file]
-        return _open_part(self.path / part, _STEMS[part], half)
+        return _open_part(self.path / part, _STEMS[part], self.half)
 
-    def keys(self, part: str, *, half: bool = False) -> dict[str, WeightFile]:
+    def keys(self, part: str) -> dict[str, WeightFile]:
         """Every tensor key of a part, as it stands on disk, with the file it is in."""
         prefix = _PREFIXES[part] if self.single_file else ""
-        return {key: file for file in self.files(part, half=half) for key in file.tensors if key.startswith(prefix)}
+        return {key: file for file in self.files(part) for key in file.tensors if key.startswith(prefix)}
 
     @cached_property
     def tokenizer(self) -> ClipTokenizer:
@@ -53,9 +55,9 @@ class ModelSource:
         _check_vocabulary(vocabulary, self.config.text_encoder.vocab_size, printable(str(self.path)))
         return ClipTokenizer(vocabulary, self.config.text_encoder.max_length)
 
-    def weight_paths(self, *, half: bool = False) -> list[Path]:
+    def weight_paths(self) -> list[Path]:
         """All weight files, sorted: what identifies the model."""
-        return sorted({file.path for part in PARTS for file in self.files(part, half=half)})
+        return sorted({file.path for part in PARTS for file in self.files(part)})
 
 
 def embedded_model() -> Path:

@@ -113,7 +113,7 @@ def _open_streams() -> bool:
 
 
 def _flush(stream: TextIO) -> None:
-    """Empty `stream`, into the void where it takes no more: the interpreter would try again at its end, and complain."""
+    """Empty `stream`, into the void where it takes no more: the interpreter would try again and complain."""
     try:
         stream.flush()
     except OSError:

@@ -63,9 +63,20 @@ def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) 
     if not one_image:
         raise UsageError(f"{printable(where)} is one file, and more than one picture may come; give a folder to -o.")
     prepare_folder(path.parent)
-    if os.path.lexists(path) and not overwrite:
+    if _is_there(path) and not overwrite:
         raise CannotCreateError(f"{printable(where)} is there already; choose another name or give --overwrite.")
     return Output(path, True, overwrite, as_json)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether the name is taken. Raises CannotCreateError where it can be no name, such as one too long."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CannotCreateError(f"cannot write '{printable(str(path))}': {error.strerror}.") from None
+    return True
 
 
 def _to_stdout(data: bytes) -> None:

@@ -131,7 +131,8 @@ def _draw_all(
     from ldmcli.pipeline import load_pipeline
 
     runtime = _choose_runtime(options, record)
-    hashed = model_sha256(source, half=runtime.half)
+    source = dataclasses.replace(source, half=runtime.half)
+    hashed = model_sha256(source)
     started = time.perf_counter()
     pipeline = load_pipeline(source, runtime)
     _log.debug("%s loaded in %.2f s: %s", source.name, time.perf_counter() - started, runtime.to_dict())

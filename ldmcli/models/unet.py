@@ -91,9 +91,7 @@ class MidBlock(Block):
 
     def __init__(self, config: UNetConfig) -> None:
         channels = config.block_channels[-1]
-        # The middle attends even where the coarsest level does not (SD1: 1, 1, 1, 0); its depth is the deepest one's.
-        layers = config.attention[-1] or max(config.attention)
-        super().__init__(config, len(config.heads) - 1, [(channels, channels)] * 2, 1, layers)
+        super().__init__(config, len(config.heads) - 1, [(channels, channels)] * 2, 1, config.middle_attention)
 
     def forward(self, x: Tensor, time: Tensor, context: BlockContext) -> Tensor:
         x = self.resnets[0](x, time)

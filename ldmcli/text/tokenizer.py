@@ -61,15 +61,17 @@ class ClipTokenizer:
     def _backend(self) -> Any:
         from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-        backend = Tokenizer(
-            models.BPE(
+        try:
+            model = models.BPE(
                 vocab=self._vocabulary.ids,
                 merges=self._vocabulary.merges,
                 continuing_subword_prefix="",
                 end_of_word_suffix="</w>",
                 unk_token=_EOS,
             )
-        )
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise BadDataError(f"the tokenizer's vocabulary and merges do not fit: {printable(str(error))}.") from None
+        backend = Tokenizer(model)
         backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
@@ -88,12 +90,15 @@ def vocabulary_from_folder(folder: Path) -> Vocabulary:
     """The vocabulary of a diffusers `tokenizer/` folder: vocab.json with merges.txt, or tokenizer.json."""
     pad_token = _pad_token(folder)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        ids = _read_json(folder / "vocab.json")
+        ids: Any = _read_json(folder / "vocab.json")
         lines = _read_text(folder / "merges.txt").splitlines()
         merges = [_pair(line, folder) for line in lines if line and not line.startswith("#version")]
     elif (folder / "tokenizer.json").is_file():
-        model = _read_json(folder / "tokenizer.json").get("model", {})
-        ids, merges = model.get("vocab"), [_pair(m, folder) for m in model.get("merges", [])]
+        model = _read_json(folder / "tokenizer.json").get("model")
+        ids, found = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+        if not isinstance(found, list):
+            raise BadDataError(f"{printable(str(folder / 'tokenizer.json'))} holds no list of merges.")
+        merges = [_pair(merge, folder) for merge in found]
     else:
         raise MissingInputError(
             f"{printable(str(folder))} holds neither vocab.json with merges.txt nor tokenizer.json; the model folder "
@@ -128,8 +133,8 @@ def _byte_alphabet() -> list[str]:
 
 
 def _pair(merge: Any, source: Path) -> tuple[str, str]:
-    parts = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-    if len(parts) != 2:
+    parts = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) if isinstance(merge, list) else ()
+    if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
         raise BadDataError(f"{printable(str(source))} holds a merge that is not two tokens: {printable(str(merge))}.")
     return parts
 

@@ -33,10 +33,10 @@ def run_txt2img(*arguments: str | Path) -> list[np.ndarray]:
     ids=["ddim", "plms", "ddpm"],
 )
 def test_command(embedded_diffusers: Any, settings: dict[str, Any], tmp_path: Path) -> None:
-    prompts = ["a red apple on a blue background", "a whale on a yellow background"]
+    prompt = "a red apple on a blue background"
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    ours = run_txt2img(*prompts, *options, "--seed", "11", "--count", "2", "--output", tmp_path)
-    requests = [GenerationRequest(prompt, seed=seed, **settings) for prompt in prompts for seed in (11, 12)]
+    ours = run_txt2img(prompt, *options, "--seed", "11", "--count", "2", "--output", tmp_path)
+    requests = [GenerationRequest(prompt, seed=seed, **settings) for seed in (11, 12)]
     _, theirs = draw_with_diffusers(embedded_diffusers, requests)
     assert pixels_apart(np.stack(ours), theirs) <= 1
 

@@ -26,7 +26,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return request.getfixturevalue("embedded_pipeline"), request.getfixturevalue("embedded_diffusers")
 
 
-def compare(pair: Pair, requests: list[GenerationRequest], **schedule: Any) -> None:
+def assert_same(pair: Pair, requests: list[GenerationRequest], **schedule: Any) -> None:
     """Same latents after every step and same pixels. Of two float32 programs, one rounds a pixel up where the other
     rounds it down: they may be 1 apart."""
     pipeline, reference = pair
@@ -52,13 +52,13 @@ def test_trajectory(pair: Pair, sampler: str, eta: float, steps: int, guidance_s
         eta=eta,
         guidance_scale=guidance_scale,
     )
-    compare(pair, [request])
+    assert_same(pair, [request])
 
 
 @pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
 def test_trajectory_of_a_batch(pair: Pair, sampler: str, eta: float) -> None:
     common: dict[str, Any] = {"steps": 7, "sampler": sampler, "eta": eta, "guidance_scale": 3.0}
-    compare(
+    assert_same(
         pair,
         [
             GenerationRequest("a rose", seed=2**63 - 1, **common),
@@ -72,14 +72,14 @@ def test_trajectory_of_a_batch(pair: Pair, sampler: str, eta: float) -> None:
 @pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
 def test_short_runs(pipeline: Pipeline, random_model: Any, sampler: str, eta: float, steps: int) -> None:
     """PLMS has another formula for each of its first four steps."""
-    compare((pipeline, random_model), [GenerationRequest("a pear", steps=steps, sampler=sampler, eta=eta)])
+    assert_same((pipeline, random_model), [GenerationRequest("a pear", steps=steps, sampler=sampler, eta=eta)])
 
 
 @pytest.mark.parametrize("size", [(72, 56), (40, 104)])
 @pytest.mark.parametrize("sampler", ["ddim", "plms"])
 def test_sizes_that_do_not_halve_evenly(pair: Pair, sampler: str, size: tuple[int, int]) -> None:
     width, height = size
-    compare(pair, [GenerationRequest("a pear", seed=3, steps=5, sampler=sampler, width=width, height=height)])
+    assert_same(pair, [GenerationRequest("a pear", seed=3, steps=5, sampler=sampler, width=width, height=height)])
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
@@ -89,7 +89,7 @@ def test_other_prediction_types(
 ) -> None:
     folder = copy_with(model_folder, tmp_path / "model", {"prediction_type": prediction_type})
     request = GenerationRequest("a pear", seed=4, steps=10, eta=eta, guidance_scale=3.0)
-    compare((load(folder), random_model), [request], prediction_type=prediction_type)
+    assert_same((load(folder), random_model), [request], prediction_type=prediction_type)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,15 @@ def test_other_schedules(
 ) -> None:
     folder = copy_with(model_folder, tmp_path / "model", schedule)
     request = GenerationRequest("a pear", seed=4, steps=6, sampler=sampler, guidance_scale=3.0)
-    compare((load(folder), random_model), [request], **schedule)
+    assert_same((load(folder), random_model), [request], **schedule)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_other_spacings(model_folder: Path, random_model: Any, tmp_path: Path, spacing: str) -> None:
+    """DDIM only: diffusers' PLMS assumes equal strides in its first step, which these do not have."""
+    folder = copy_with(model_folder, tmp_path / "model", {"timestep_spacing": spacing})
+    request = GenerationRequest("a pear", seed=4, steps=6, guidance_scale=3.0)
+    assert_same((load(folder), random_model), [request], timestep_spacing=spacing)
 
 
 def copy_with(folder: Path, target: Path, schedule: dict[str, Any]) -> Path:
