@@ -5,15 +5,18 @@ import difflib
 import errno
 import io
 import itertools
+import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, StorageError, printable
 
 WEIGHTS = (".safetensors", "name a weight file (.safetensors), or a folder with model_index.json")
 PICTURES = (".png", "name a PNG file")
+PARTS = ("", "the model folder is damaged, get it again")
 _LISTED = 2000  # names compared with a missing one: difflib needs ≈ 0.1 s for them
 
 
@@ -37,6 +40,32 @@ def open_regular(path: Path, wanted: tuple[str, str] = WEIGHTS) -> Iterator[io.F
             yield raw
         except OSError as error:
             raise StorageError(f"reading {shown(path)} failed: {printable(str(error))}.") from None
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """The UTF-8 text of a file that belongs to a model folder; raises as `open_regular` does, BadDataError beyond
+    `max_bytes` or where it is no UTF-8."""
+    if not os.path.lexists(path):
+        raise MissingInputError(f"{shown(path)} is missing; the model folder is incomplete.")
+    with open_regular(path, PARTS) as file:
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise bad_file(path, f"is over {max_bytes >> 20} MiB, far too large for what it is", PARTS[1])
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise bad_file(path, f"is not UTF-8 text ({error})", PARTS[1]) from None
+
+
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in a file of a model folder; raises as `read_text` does."""
+    try:
+        value = json.loads(read_text(path, max_bytes))
+    except (ValueError, RecursionError) as error:
+        raise bad_file(path, f"is not valid JSON: {error}", PARTS[1]) from None
+    if not isinstance(value, dict):
+        raise bad_file(path, "does not hold a JSON object", PARTS[1])
+    return value
 
 
 def _check_regular(path: Path, status: os.stat_result, wanted: tuple[str, str]) -> None:

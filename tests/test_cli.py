@@ -234,6 +234,8 @@ def test_a_named_file_with_a_bar_on_the_terminal(tmp_path: Path) -> None:
     common = ("txt2img", "-m", tiny_model(), "x", "--steps", "3", "-o", path)
     assert_refused(ldm(*common), 73, "one.png", "--overwrite")
     assert path.read_bytes() == b"old"
+    os.mkfifo(tmp_path / "pipe.png")
+    assert_refused(ldm(*common[:-1], tmp_path / "pipe.png", "--overwrite"), 73, "not a regular file")
     environ = {"NO_COLOR": "1", "LDM_VERBOSE": "1"}
     result, terminal = on_a_terminal(*common, "--overwrite", "--no-metadata", stream="stderr", env=environ)
     assert (result.code, result.out) == (0, f"{path}\n".encode())

@@ -272,7 +272,7 @@ def test_broken_configurations(tmp_path: Path) -> None:
     config = folder / "unet" / "config.json"
     for content, words in (
         (b"", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8"),
         (b"[]", "JSON object"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"block_out_channels":' + b"[" * 900 + b"]" * 900 + b"}", "block_out_channels"),

@@ -1,18 +1,16 @@
 """A diffusers folder's configuration: its config.json files, with anything this program cannot do refused by name."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ldmcli.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from ldmcli.errors import BadDataError, MissingInputError, printable
-from ldmcli.opening import open_regular
+from ldmcli.errors import BadDataError, printable
+from ldmcli.opening import read_json
 
-_MAX_JSON_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
 _MAX_WHOLE = 1 << 24
-_CONFIGURATIONS = (".json", "the model folder is damaged, download it again")
 
 # Fields whose other values mean a network that is not built here: {field: the values that mean "as usual"}.
 _UNET_USUAL: dict[str, tuple[Any, ...]] = {
@@ -48,24 +46,6 @@ _SCHEDULER_USUAL: dict[str, tuple[Any, ...]] = {
     "rescale_betas_zero_snr": (False,),
     "thresholding": (False,),
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises MissingInputError or BadDataError naming the file."""
-    shown = printable(str(path))
-    if not os.path.lexists(path):
-        raise MissingInputError(f"{shown} is missing; the model folder is incomplete.")
-    with open_regular(path, _CONFIGURATIONS) as file:
-        raw = file.read(_MAX_JSON_BYTES + 1)
-    if len(raw) > _MAX_JSON_BYTES:
-        raise BadDataError(f"{shown} is over {_MAX_JSON_BYTES >> 20} MiB, far too large for a configuration.")
-    try:
-        value = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadDataError(f"{shown} is not valid JSON: {printable(str(error))}.") from None
-    if not isinstance(value, dict):
-        raise BadDataError(f"{shown} does not hold a JSON object.")
-    return value
 
 
 def unet_config(path: Path) -> UNetConfig:
@@ -178,7 +158,7 @@ class _Fields:
 
     def __init__(self, path: Path, usual: Mapping[str, tuple[Any, ...]]) -> None:
         self.shown = printable(str(path))
-        self._fields = read_json(path)
+        self._fields = read_json(path, MAX_CONFIG_BYTES)
         self._usual = usual
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -14,6 +14,7 @@ from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, TEXT_PREFIX, UNET_PREFI
 from ldmcli.config import ModelConfig
 from ldmcli.errors import BadDataError, MissingInputError, printable
 from ldmcli.families import describe_single_file, require_sd1
+from ldmcli.opening import read_json
 from ldmcli.text.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -104,7 +105,7 @@ def _open_folder(path: Path) -> ModelSource:
         raise MissingInputError(f"{shown} is not readable; check its permissions.")
     if not (path / "model_index.json").is_file():
         raise BadDataError(f"{shown} is a folder without model_index.json, so not a diffusers model{_inside(path)}.")
-    index = folder_config.read_json(path / "model_index.json")
+    index = read_json(path / "model_index.json", folder_config.MAX_CONFIG_BYTES)
     kind = str(index.get("_class_name", ""))
     if kind.startswith("StableDiffusionXL"):
         raise BadDataError(f"{shown} looks like SDXL ({printable(kind)}); this version reads Stable Diffusion 1.x.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.errors import CannotCreateError, UsageError, printable
-from ldmcli.images.write import prepare_folder, write_exact, write_new
+from ldmcli.images.write import check_replaceable, prepare_folder, write_exact, write_new
 
 STDOUT = "-"
 _OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}
@@ -63,8 +63,8 @@ def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) 
     if not one_image:
         raise UsageError(f"{printable(where)} is one file, and more than one picture may come; give a folder to -o.")
     prepare_folder(path.parent)
-    if _is_there(path) and not overwrite:
-        raise CannotCreateError(f"{printable(where)} is there already; choose another name or give --overwrite.")
+    if _is_there(path):
+        check_replaceable(path, overwrite=overwrite)
     return Output(path, True, overwrite, as_json)
 
 

@@ -67,7 +67,7 @@ def write_exact(path: Path, data: bytes, *, overwrite: bool) -> Path:
     """
     with _named_errors(path, "write"):
         if os.path.lexists(path):
-            _check_replaceable(path, overwrite)
+            check_replaceable(path, overwrite=overwrite)
         with _temporary_name(path.parent) as temporary:
             _write_synced(temporary, data)
             if overwrite:
@@ -78,7 +78,8 @@ def write_exact(path: Path, data: bytes, *, overwrite: bool) -> Path:
     return path
 
 
-def _check_replaceable(path: Path, overwrite: bool) -> None:
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raise CannotCreateError where `path`, which is there, may not be replaced."""
     if not overwrite:
         raise CannotCreateError(f"'{printable(str(path))}' is there already; choose another name or --overwrite.")
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):

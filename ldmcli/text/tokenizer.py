@@ -7,15 +7,16 @@ diffusers uses; the `tokenizers` library is used directly because transformers t
 import dataclasses
 import gzip
 import importlib.util
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ldmcli.errors import BadDataError, MissingInputError, printable
+from ldmcli.opening import read_json, read_text
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_MAX_BYTES = 16 << 20  # of one file; CLIP's largest has 3.6 MB
 _CLIP_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of its merges file
 
 
@@ -90,11 +91,11 @@ def vocabulary_from_folder(folder: Path) -> Vocabulary:
     """The vocabulary of a diffusers `tokenizer/` folder: vocab.json with merges.txt, or tokenizer.json."""
     pad_token = _pad_token(folder)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        ids: Any = _read_json(folder / "vocab.json")
-        lines = _read_text(folder / "merges.txt").splitlines()
+        ids: Any = read_json(folder / "vocab.json", _MAX_BYTES)
+        lines = read_text(folder / "merges.txt", _MAX_BYTES).splitlines()
         merges = [_pair(line, folder) for line in lines if line and not line.startswith("#version")]
     elif (folder / "tokenizer.json").is_file():
-        model = _read_json(folder / "tokenizer.json").get("model")
+        model = read_json(folder / "tokenizer.json", _MAX_BYTES).get("model")
         ids, found = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
         if not isinstance(found, list):
             raise BadDataError(f"{printable(str(folder / 'tokenizer.json'))} holds no list of merges.")
@@ -142,25 +143,8 @@ def _pair(merge: Any, source: Path) -> tuple[str, str]:
 def _pad_token(folder: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            token = _read_json(folder / name).get("pad_token")
+            token = read_json(folder / name, _MAX_BYTES).get("pad_token")
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
                 return token
     return _EOS
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadDataError(f"{printable(str(path))} cannot be read: {printable(str(error))}.") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise BadDataError(f"{printable(str(path))} is not valid JSON: {printable(str(error))}.") from None
-    if not isinstance(value, dict):
-        raise BadDataError(f"{printable(str(path))} does not hold a JSON object.")
-    return value
