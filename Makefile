@@ -11,7 +11,7 @@ help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 demo: install ## install, draw a first picture with the embedded model and print its path
-	$(BIN)/ldm txt2img "$(DEMO_PROMPT)" --seed 1 --output $(DEMO_OUTPUT) --overwrite
+	$(BIN)/ldm txt2img "$(DEMO_PROMPT)" --seed 8 --output $(DEMO_OUTPUT) --overwrite
 
 install: $(VENV)/.installed ## make the virtual environment and install ldmcli into it
 

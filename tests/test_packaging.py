@@ -1,7 +1,9 @@
 """What is installed is what is in the tree, and an installed copy finds its model."""
 
 import configparser
+import hashlib
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -72,3 +74,13 @@ def test_a_wheel_runs_elsewhere_with_its_model(tmp_path: Path) -> None:
     assert str(site) in done.stderr
     assert done.stdout == "out/ldm-7.png\n"
     assert (tmp_path / "out" / "ldm-7.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_embedded_model_is_the_one_described() -> None:
+    folder = ROOT / "weights" / "tiny-emoji"
+    described = dict(re.findall(r"^([0-9a-f]{64})  (\S+)$", (ROOT / "weights" / "README.md").read_text(), re.M))
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert set(described.values()) == set(files)
+    for digest, name in described.items():
+        assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest, name
+    assert sum(path.stat().st_size for path in files.values()) < 25_000_000

@@ -8,9 +8,9 @@ classifier should be right nearly always; its own scores are printed first.
 """
 
 import argparse
-import json
 from pathlib import Path
 
+import numpy
 import torch
 from data import (
     BACKGROUNDS,
@@ -23,16 +23,13 @@ from data import (
     save_grid,
     to_float,
 )
-from generate import generate
-from safetensors.torch import load_file
-from tokenizer import tokenise
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextModel
 
-from ldmcli.config import UNetConfig, VAEConfig
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.checkpoints.source import open_model
+from ldmcli.pipeline import load_pipeline
+from ldmcli.request import GenerationRequest
+from ldmcli.runtime.policy import choose_runtime
 
 Pairs = list[tuple[int, int]]
 
@@ -65,59 +62,20 @@ class Judge:
 
 
 class Model:
-    """An exported folder, in float32 whatever it is stored in."""
+    """An exported folder behind the pipeline that `ldm txt2img` uses, in float32."""
 
     def __init__(self, folder: Path) -> None:
-        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-        levels = tuple(unet["block_out_channels"])
-        self.unet = UNet(
-            UNetConfig(
-                sample_size=unet["sample_size"],
-                block_channels=levels,
-                layers_per_block=unet["layers_per_block"],
-                attention=(1,) * len(levels),
-                heads=(unet["attention_head_dim"],) * len(levels),
-                context_dim=unet["cross_attention_dim"],
-                norm_groups=unet["norm_num_groups"],
-            )
-        )
-        self.vae = AutoencoderKL(
-            VAEConfig(
-                block_channels=tuple(vae["block_out_channels"]),
-                layers_per_block=vae["layers_per_block"],
-                norm_groups=vae["norm_num_groups"],
-                scaling_factor=vae["scaling_factor"],
-            )
-        )
-        for name, module in (("unet", self.unet), ("vae", self.vae)):
-            state = load_file(folder / name / "diffusion_pytorch_model.safetensors")
-            module.load_state_dict({key: value.float() for key, value in state.items()})
-            module.eval().requires_grad_(False)
-        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
-        self.tokenizer = folder / "tokenizer"
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Tensor:
-        return self.text_encoder(tokenise(self.tokenizer, prompts)).last_hidden_state
+        self.pipeline = load_pipeline(open_model(folder), choose_runtime("cpu", "fp32"))
 
     def images(self, prompts: list[str], guidance_scale: float, steps: int, first_seed: int) -> Tensor:
-        empty, done = self.encode([""]), []
-        for start in range(0, len(prompts), 30):
-            part = prompts[start : start + 30]
-            seeds = list(range(first_seed + start, first_seed + start + len(part)))
-            context = self.encode(part)
-            done.append(
-                generate(
-                    self.unet,
-                    self.vae,
-                    context,
-                    empty,
-                    seeds=seeds,
-                    guidance_scale=guidance_scale,
-                    steps=steps,
-                )
-            )
-        return torch.cat(done)
+        """One image (3, 64, 64) in [-1, 1] of each prompt, with seeds counting up."""
+        requests = [
+            GenerationRequest(prompt, seed=first_seed + i, steps=steps, guidance_scale=guidance_scale)
+            for i, prompt in enumerate(prompts)
+        ]
+        batches = [requests[start : start + 30] for start in range(0, len(requests), 30)]
+        pictures = numpy.stack([picture for batch in batches for picture in self.pipeline.draw(batch)])
+        return to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2))
 
 
 def seen_pairs(shift: int) -> Pairs:
