@@ -36,15 +36,21 @@ format: install-test ## let ruff put the code in shape
 clean: ## remove the virtual environment and what tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
+# Setuptools warns at length about every editable installation: what pip says is shown where it fails.
+pip = $(BIN)/pip install --quiet --constraint constraints.txt --editable $(1) >$(VENV)/pip.log 2>&1 \
+	|| { cat $(VENV)/pip.log; exit 1; }
+
 # The marker files make an install happen once, and again when what is to be installed changes.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@echo "installing ldmcli into $(VENV): about 6 GB, some minutes …"
+	@$(call pip,.)
 	@touch $@
 
 $(VENV)/.installed-test: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@echo "installing ldmcli and its test tools into $(VENV): about 6 GB, some minutes …"
+	@$(call pip,".[test]")
 	@touch $@ $(VENV)/.installed
