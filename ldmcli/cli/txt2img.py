@@ -48,7 +48,7 @@ class _Device(click.ParamType):
 @option("-H", "--height", type=int, help="Pixels.  [default: the model's own]")
 @option("--steps", type=int, default=50, show_default=True, help="Sampling steps.")
 @option("--sampler", type=click.Choice(SAMPLERS), default="ddim", show_default=True,
-        help="DDIM, or PLMS, which does with fewer steps.")  # fmt: skip
+        help="DDIM; or PLMS, of higher order, which wants less guidance or more steps.")  # fmt: skip
 @option("--eta", type=float, default=0.0, show_default=True, help="Fresh noise in DDIM: 0 none, 1 as in DDPM.")
 @option(
     "-g", "--guidance-scale", "--cfg-scale", type=float, default=7.5, show_default=True,
