@@ -2,6 +2,8 @@
 
 import dataclasses
 
+UNDECIDED = "undecided"  # a prediction type that only the network itself can tell
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
@@ -23,6 +25,10 @@ class UNetConfig:
     linear_projection: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
+    pooled_dim: int = 0  # width of the pooled prompt that is added to the time embedding (SDXL); 0: none is
+    added_numbers: int = 0  # sizes and the like that are added with it, each as `added_number_dim` sinusoids
+    added_number_dim: int = 256
+    guidance_dim: int | None = None  # sinusoids of the guidance scale, for models distilled to read it (LCM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,7 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_groups: int = 32
     scaling_factor: float = 0.18215
+    force_upcast: bool = False  # its activations overflow fp16
 
     @property
     def factor(self) -> int:
@@ -44,9 +51,32 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextEncoderConfig:
-    """A CLIP text transformer."""
+class TinyVAEConfig:
+    """TAESD's decoder: `blocks[i]` blocks at each resolution, from the latents' to the pixels', all of one width.
 
+    It takes latents as they are diffused, hence the scaling factor of 1.
+    """
+
+    out_channels: int = 3
+    latent_channels: int = 4
+    channels: int = 64
+    blocks: tuple[int, ...] = (3, 3, 3, 1)
+    scaling_factor: float = 1.0
+    force_upcast: bool = False
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.blocks) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """A CLIP text transformer, and what of it the U-Net reads: the states `skipped_layers` before the last layer, with
+    or without the final norm; and, where there is a `projection_dim`, the projected state of the end mark."""
+
+    part: str = "text_encoder"  # its folder in a diffusers model
+    layout: str = "clip"  # whose keys its weights have on disk: transformers' ("clip") or OpenCLIP's ("openclip")
     vocab_size: int = 49408
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -57,38 +87,80 @@ class TextEncoderConfig:
     norm_eps: float = 1e-5
     bos_token_id: int = 49406
     eos_token_id: int = 49407
+    skipped_layers: int = 0
+    final_norm: bool = True
+    projection_dim: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """The training noise schedule and where sampling steps sit on it."""
+    """The training noise schedule and where sampling steps sit on it.
+
+    `alphas_cumprod`, one level per training step, is a file's own schedule and stands in place of any betas.
+    `zero_terminal_snr` rescales whichever there is so that the last training step is pure noise (Lin et al. 2023).
+    """
 
     training_steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     betas: tuple[float, ...] | None = None
+    alphas_cumprod: tuple[float, ...] | None = None
+    zero_terminal_snr: bool = False
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     spacing: str = "leading"
     prediction_type: str = "epsilon"
 
-    def timesteps(self, steps: int) -> list[int] | None:
-        """Where `steps` sampling steps sit, noisiest first; None where they do not fit.
+    @property
+    def starts_without_signal(self) -> bool:
+        """Whether the noisiest level is pure noise, ᾱ = 0."""
+        return self.zero_terminal_snr or (self.alphas_cumprod is not None and self.alphas_cumprod[-1] == 0)
 
-        "leading", SD's own: a whole stride from 0 on, plus the offset. "trailing": from the last training step down.
-        "linspace": from the last to the first (Lin et al. 2023, table 2).
+    def timesteps(self, steps: int, grid: str = "ddim", spacing: str | None = None) -> list[float] | None:
+        """Where `steps` sampling steps sit, noisiest first; None where they do not fit. `spacing`: the model's own, if
+        None; one of those of Lin et al. 2023, table 2. "leading", SD's own: a whole stride from 0 on, plus the offset.
+        "trailing": from the last training step down. "linspace": from the last to the first.
+
+        Samplers disagree about the ends. With grid "ddim" (DDIM, PLMS) the steps are whole and the last is on the
+        grid; "euler" (Euler, Heun) does not round; "dpm" (DPM-Solver++, UniPC) has one point more, of which the last,
+        where noise ends, is no step; "lcm" takes some of the 50 levels that it was distilled at. All as diffusers does.
         """
-        last = self.training_steps - 1
         if not 1 <= steps <= self.training_steps:
             return None
-        if self.spacing == "trailing":
-            return [round(self.training_steps * (1 - i / steps)) - 1 for i in range(steps)]
-        if self.spacing == "linspace":
-            return [round(last * i / max(steps - 1, 1)) for i in reversed(range(steps))]
-        stride = self.training_steps // steps
-        timesteps = [i * stride + self.steps_offset for i in reversed(range(steps))]
-        return timesteps if timesteps[0] <= last else None
+        timesteps = self._lcm(steps) if grid == "lcm" else self._spaced(steps, grid, spacing or self.spacing)
+        fits = len(set(timesteps)) == steps and timesteps[-1] >= 0 and timesteps[0] < self.training_steps
+        return timesteps if fits else None
+
+    def fits(self, steps: int, grid: str = "ddim", spacing: str | None = None) -> bool:
+        """Whether so many steps can be taken. Karras's noise levels need no training step each."""
+        if grid != "lcm" and (spacing or self.spacing) == "karras":
+            return 1 <= steps <= self.training_steps > 1
+        return self.timesteps(steps, grid, spacing) is not None
+
+    def _spaced(self, steps: int, grid: str, spacing: str) -> list[float]:
+        count, more = self.training_steps, int(grid == "dpm")
+        if spacing == "trailing":
+            stride = count - (count - count / steps)  # as numpy's arange has it, to round the same halves up
+            return [round(count - i * stride) - 1 for i in range(steps)]
+        if spacing == "linspace":
+            stride = (count - 1) / max(steps - 1 + more, 1)
+            exact = [min(i * stride, count - 1) for i in reversed(range(more, steps + more))]
+            return exact if grid == "euler" else [round(timestep) for timestep in exact]
+        return [i * (count // (steps + more)) + self.steps_offset for i in reversed(range(more, steps + more))]
+
+    def _lcm(self, steps: int, distilled: int = 50) -> list[float]:
+        stride = self.training_steps // distilled
+        return [(distilled - i * distilled // steps) * stride - 1 for i in range(steps)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """How a model is drawn with where the request does not say."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +170,10 @@ class ModelConfig:
     family: str
     unet: UNetConfig
     vae: VAEConfig
-    text_encoder: TextEncoderConfig
+    text_encoders: tuple[TextEncoderConfig, ...]
     schedule: ScheduleConfig
+    zero_empty_negative: bool = False  # an empty negative prompt is zeros, not the encoded empty text
+    defaults: Defaults = Defaults()
 
     @property
     def default_size(self) -> int:

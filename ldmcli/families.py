@@ -9,32 +9,80 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from ldmcli.config import Defaults, UNetConfig
 from ldmcli.errors import BadDataError, printable
 
 SHAPES = Mapping[str, tuple[int, ...]]
 
 
+_USUAL = Defaults()
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPart:
+    """One text encoder of a family: where a single file keeps it, in whose layout, and what of it the U-Net reads."""
+
+    part: str
+    prefix: str
+    layout: str = "clip"
+    skipped_layers: int = 0
+    final_norm: bool = True
+    layers: int | None = None  # of the full-size tower: with one less, converters have left out the one not read
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a family's models share and shapes do not tell; sample_size is in latents. The context_dim is the
-    usual one: small models of the family may have another, and shapes tell it."""
+    """What a family's models share and shapes do not tell; sample sizes are in latents, that for v-prediction being
+    another where given. A prediction type of None has to be found out from what the network computes."""
 
     name: str
-    heads: int
-    norm_groups: int
-    scaling_factor: float
-    sample_size: int
-    context_dim: int
+    texts: tuple[TextPart, ...]
+    heads: int | None = None  # attention heads on every level of the U-Net, or …
+    head_dim: int = 64  # … their width
+    norm_groups: int = 32
+    scaling_factor: float = 0.18215
+    force_upcast: bool = False
+    sample_size: int = 64
+    v_sample_size: int | None = None
+    prediction_type: str | None = "epsilon"
+    added_numbers: int = 0
+    zero_empty_negative: bool = False
+    defaults: Defaults = _USUAL
 
 
-SD1 = Family(
-    "Stable Diffusion 1.x",
-    heads=8,
-    norm_groups=32,
-    scaling_factor=0.18215,
-    sample_size=64,
-    context_dim=768,
+_CLIP_L = TextPart("text_encoder", "cond_stage_model.transformer.")
+_VIT_H = TextPart("text_encoder", "cond_stage_model.model.", "openclip", skipped_layers=1, layers=24)
+_XL_TEXTS = (
+    TextPart("text_encoder", "conditioner.embedders.0.transformer.", skipped_layers=1, final_norm=False),
+    TextPart("text_encoder_2", "conditioner.embedders.1.model.", "openclip", skipped_layers=1, final_norm=False),
 )
+_REFINER_TEXTS = (dataclasses.replace(_XL_TEXTS[1], prefix="conditioner.embedders.0.model."),)
+_XL_DEFAULTS = Defaults(sampler="euler", guidance_scale=5.0)
+
+SD1 = Family("Stable Diffusion 1.x", (_CLIP_L,), heads=8)
+SD2 = Family("Stable Diffusion 2.x", (_VIT_H,), v_sample_size=96, prediction_type=None)
+SDXL = Family(
+    "Stable Diffusion XL",
+    _XL_TEXTS,
+    scaling_factor=0.13025,
+    force_upcast=True,
+    sample_size=128,
+    added_numbers=6,
+    zero_empty_negative=True,
+    defaults=_XL_DEFAULTS,
+)
+REFINER = dataclasses.replace(
+    SDXL, name="Stable Diffusion XL refiner", texts=_REFINER_TEXTS, added_numbers=5, zero_empty_negative=False
+)
+FAMILIES = (SD1, SD2, SDXL, REFINER)
+READ = "Stable Diffusion 1.x, 2.x and XL"  # what can be drawn with, in errors
+
+
+def family_of_unet(unet: UNetConfig) -> Family:
+    """The family of a diffusers U-Net: XL adds six numbers to the time step, its refiner five; 2.x projects by linear
+    layers where 1.x convolves."""
+    added = {family.added_numbers: family for family in (SDXL, REFINER)}
+    return added.get(unet.added_numbers) or (SD2 if unet.linear_projection else SD1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +134,19 @@ _ORIGINAL: tuple[Kind, ...] = (
         sizes=((_FIRST, 1, 9),),
         whole=True,
     ),
-    Kind("Stable Diffusion 2.x", (_UNET + "input_blocks.", _SD2_TEXT), whole=True),
+    Kind("Stable Diffusion 2.x upscaler (7 input channels)", (_UNET, _SD2_TEXT), sizes=((_FIRST, 1, 7),), whole=True),
+    Kind(
+        "Stable Diffusion 2.x unCLIP",
+        (_UNET + "label_emb.", _SD2_TEXT),
+        whole=True,
+    ),
+    Kind(
+        "Stable Diffusion 2.x checkpoint",
+        (*_PARTS, _SD2_TEXT),
+        sizes=((_FIRST, 1, 4),),
+        whole=True,
+        family=SD2,
+    ),
     Kind(
         "Stable Diffusion 1.x inpainting (9 input channels)",
         _PARTS,
@@ -120,8 +180,47 @@ _ORIGINAL: tuple[Kind, ...] = (
         sizes=((_FIRST, 1, 9),),
         whole=True,
     ),
-    Kind("SDXL base", (_UNET + "input_blocks.", "conditioner.embedders.1."), whole=True),
-    Kind("SDXL refiner", (_UNET + "input_blocks.", "conditioner.embedders.0.model."), whole=True),
+    Kind(
+        "SDXL instruct-pix2pix (8 input channels)",
+        (_UNET, "conditioner.embedders.1."),
+        sizes=((_FIRST, 1, 8),),
+        whole=True,
+    ),
+    Kind(
+        "SDXL in EDM's formulation (Playground 2.5)",
+        (_UNET + "input_blocks.", "conditioner.embedders.1."),
+        keys=("edm_mean", "edm_std", "edm_vpred.sigma_max"),
+        whole=True,
+    ),
+    Kind(
+        "SDXL checkpoint",
+        (*_PARTS, _UNET + "label_emb.", *(text.prefix for text in _XL_TEXTS)),
+        sizes=((_FIRST, 1, 4),),
+        whole=True,
+        family=SDXL,
+    ),
+    Kind(
+        "SDXL refiner checkpoint",
+        (*_PARTS, _UNET + "label_emb.", _REFINER_TEXTS[0].prefix),
+        sizes=((_FIRST, 1, 4),),
+        whole=True,
+        family=REFINER,
+    ),
+    Kind(
+        "SDXL checkpoint without its VAE",
+        (_UNET + "label_emb.", "conditioner.embedders."),
+        without=("first_stage_model.",),
+    ),
+    Kind(
+        "SDXL checkpoint without its text encoders",
+        (_UNET + "label_emb.", "first_stage_model."),
+        without=("conditioner.",),
+    ),
+    Kind(
+        "Stable Diffusion 2.x checkpoint without its VAE",
+        (_UNET + "input_blocks.", _SD2_TEXT),
+        without=("first_stage_model.",),
+    ),
     Kind(
         "latent diffusion model with a BERT text encoder",
         (*_PARTS, "cond_stage_model.transformer.attn_layers."),
@@ -175,6 +274,11 @@ _ADAPTERS: tuple[Kind, ...] = (
 _PARTS_ALONE: tuple[Kind, ...] = (
     Kind("U-Net only (original keys)", (_UNET + "input_blocks.",), without=("first_stage_model.",)),
     Kind("U-Net only (original keys)", ("input_blocks.", "middle_block.", "output_blocks.")),
+    Kind(
+        "SDXL inpainting U-Net (9 input channels, diffusers keys)",
+        (*_FOLDER_UNET, "add_embedding."),
+        sizes=(("conv_in.weight", 1, 9),),
+    ),
     Kind("SDXL U-Net (diffusers keys)", (*_FOLDER_UNET, "add_embedding.")),
     Kind(
         "Stable Diffusion inpainting U-Net (9 input channels, diffusers keys)",
@@ -222,18 +326,16 @@ def describe_single_file(shapes: SHAPES) -> str:
     return kind.name if kind else "unknown"
 
 
-def require_sd1(shapes: SHAPES, path: Path) -> Family:
+def require_family(shapes: SHAPES, path: Path) -> Family:
     """The family of the single file `path`. Raises BadDataError saying what it is instead, and what to do."""
     kind = _find(shapes)
     if kind and kind.family:
         return kind.family
     shown = printable(str(path), 500)
     if kind is None:
-        raise BadDataError(f"{shown} is no model this version knows ({_found(shapes)}); it reads Stable Diffusion 1.x.")
+        raise BadDataError(f"{shown} is no model this version knows ({_found(shapes)}); it reads {READ}.")
     if kind.whole:
-        raise BadDataError(
-            f"{shown} looks like {kind.name}; this version reads Stable Diffusion 1.x with 4 input channels."
-        )
+        raise BadDataError(f"{shown} looks like {kind.name}; this version reads {READ} with 4 input channels.")
     article = "an" if kind.name[0] in "AEIO" or kind.name.startswith("SDXL") else "a"
     raise BadDataError(f"{shown} is {article} {kind.name}, not a whole model; {kind.cure}.")
 

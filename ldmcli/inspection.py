@@ -10,7 +10,7 @@ from typing import Any
 
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import TensorInfo
-from ldmcli.checkpoints.source import PARTS, ModelSource, describe, open_model
+from ldmcli.checkpoints.source import ModelSource, describe, model_of_file, open_model
 from ldmcli.errors import BadDataError
 from ldmcli.families import describe_single_file
 from ldmcli.images.metadata import read_parameters, read_record
@@ -18,15 +18,15 @@ from ldmcli.images.metadata import read_parameters, read_record
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Facts about a PNG, a model folder or a .safetensors file, as JSON values. Raises LdmError where it is none."""
     if _is_png(path):
         return {"kind": "picture", **_picture(path)}
     if os.path.isdir(path):  # unlike Path.is_dir, never raises
-        return {"kind": "model", **_model(open_model(path))}
-    weights = open_weights(path)
+        return {"kind": "model", **_model(open_model(path, allow_pickle=allow_pickle))}
+    weights = open_weights(path, allow_pickle=allow_pickle)
     try:
-        return {"kind": "model", **_model(open_model(path))}
+        return {"kind": "model", **_model(model_of_file(weights))}
     except BadDataError:
         # Not a model that can be run; still a file whose contents can be told.
         kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
@@ -45,9 +45,9 @@ def _picture(path: Path) -> dict[str, Any]:
 
 def _model(source: ModelSource) -> dict[str, Any]:
     config = source.config
-    dims: dict[str, Any] = {"unet": config.unet, "vae": config.vae, "text_encoder": config.text_encoder}
+    dims: dict[str, Any] = {"unet": config.unet, "vae": config.vae, **{t.part: t for t in config.text_encoders}}
     parts = {}
-    for part in PARTS:
+    for part in source.parts:
         tensors = _tensors(source.keys(part))
         parts[part] = {**_totals(tensors), **dataclasses.asdict(dims[part])}
     return {
@@ -74,7 +74,8 @@ def _totals(tensors: Iterable[TensorInfo]) -> dict[str, Any]:
 
 def _is_png(path: Path) -> bool:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:  # /proc/kmsg waits for who reads it
             return False
         with path.open("rb") as file:
             return file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE

@@ -2,42 +2,50 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ldmcli.checkpoints.load import load_text_encoder, load_unet, load_vae
-from ldmcli.checkpoints.source import ModelSource
-from ldmcli.config import ModelConfig
+from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
+from ldmcli.checkpoints.source import ModelSource, with_prediction_type
+from ldmcli.config import UNDECIDED, ModelConfig
+from ldmcli.diffusion import DiffusionModel
 from ldmcli.errors import LdmError
+from ldmcli.models.taesd import TinyVAE
+from ldmcli.models.tiling import decode_tiled
 from ldmcli.models.unet import UNet
 from ldmcli.models.vae import AutoencoderKL
 from ldmcli.request import GenerationRequest, fit_to_model
 from ldmcli.runtime.policy import Runtime
-from ldmcli.sampling.denoiser import Denoiser, as_noise_prediction
-from ldmcli.sampling.guidance import guided
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.samplers import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
-from ldmcli.text.clip import ClipTextEncoder
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ldmcli.checkpoints.vae_source import VAESource
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Pipeline:
-    """A model's parts on their device. Requests drawn together must agree in all but prompts and seed."""
+    """A model's parts on their device, and maybe a refiner for the end of the way. Requests drawn together must agree
+    in all but prompts and seed."""
 
-    config: ModelConfig
     runtime: Runtime
-    unet: UNet
-    vae: AutoencoderKL
-    text_encoder: ClipTextEncoder
+    model: DiffusionModel
+    vae: AutoencoderKL | TinyVAE
+    refiner: DiffusionModel | None = None
+    tile_vae: bool = False
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.model.config
 
     @torch.inference_mode()
     def draw(
@@ -47,39 +55,56 @@ class Pipeline:
 
         Raises LdmError when the U-Net gives numbers that are not finite, or the VAE does so in float32 too.
         """
-        settings = self._settings(requests)
-        # 1. Prompts to context: the negative prompts' half first where there is guidance.
-        guide = settings.guidance_scale != 1
-        prompts = [r.negative_prompt for r in requests if guide] + [r.prompt for r in requests]
-        context = self.encode_prompts(prompts)
+        requests = self._fitted(requests)
+        settings = requests[0]
+        # 1. Where the steps sit on the noise schedule.
+        assert settings.sampler is not None
+        assert settings.steps is not None
+        schedule = Schedule(self.config.schedule)
+        steps = schedule.steps(settings.steps, settings.sampler, settings.schedule)
         # 2. Seeds to noise.
         noise = SeededNoise([r.seed for r in requests], self._latent_shape(settings), self.runtime.device)
-        # 3. The model, the prompts and the guidance make a denoiser.
-        steps = Schedule(self.config.schedule).steps(settings.steps)
-        denoise = self._denoiser(steps, context)
-        if guide:
-            denoise = guided(denoise, settings.guidance_scale)
-        # 4. The sampler walks from noise to latents.
-        latents = noise()
+        latents = noise() * schedule.first_scale(steps, settings.sampler, settings.schedule)
+        # 3. The sampler walks from noise to latents, led by one model or by two in turn.
         sample = SAMPLERS[settings.sampler]
-        for after_step in sample(denoise, latents, steps, noise, eta=settings.eta):
-            latents = after_step
-            on_step()
+        for model, stage in self._stages(steps, settings):
+            # Prompts and guidance make a denoiser of the model.
+            denoise = model.denoiser(requests, steps)
+            for after_step in sample(denoise, latents, stage, noise, eta=settings.eta):
+                latents = after_step
+                on_step()
         if not latents.isfinite().all():
             raise LdmError(f"the U-Net gave numbers that are not finite; {self._cure()}.")
-        # 5. Latents to pixels, one picture at a time: the decoder needs more memory than all before.
+        # 4. Latents to pixels, one picture at a time: the decoder needs more memory than all before.
         return [to_pixels(self.decode(one)) for one in latents.split(1)]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Context (len(prompts), tokens, width) in the U-Net's dtype; equal prompts are encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        states = self.text_encoder.encode([self.text_encoder.tokenizer(prompt) for prompt in distinct])
-        return states[[distinct.index(prompt) for prompt in prompts]].to(self.runtime.dtype)
+    def alike(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
+        """The requests in groups that can be drawn together: with contexts of one length. In the order of each group's
+        first; prompts padded to their neighbours' length would make a picture depend on its batch."""
+        groups: dict[int, list[GenerationRequest]] = {}
+        for request in requests:
+            groups.setdefault(self.model.chunks(request), []).append(request)
+        return list(groups.values())
+
+    def _stages(
+        self, steps: Sequence[Step], settings: GenerationRequest
+    ) -> Iterator[tuple[DiffusionModel, Sequence[Step]]]:
+        """Which model takes which steps: the refiner those below a share of the noise schedule, as an ensemble of
+        experts (Podell et al. 2023, section 2.5; Balaji et al. 2022)."""
+        if self.refiner is None or settings.refiner_start is None:
+            yield self.model, steps
+            return
+        last = self.config.schedule.training_steps
+        cut = round(last - settings.refiner_start * last)
+        first = [step for step in steps if step.timestep >= cut]
+        for model, stage in ((self.model, first), (self.refiner, steps[len(first) :])):
+            if stage:
+                yield model, stage
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (1, 3, height, width) in about -1…1 for scaled latents; repeated in float32 if 16 bits overflow."""
-        latents = latents / self.config.vae.scaling_factor
+        latents = latents / self.vae.config.scaling_factor
         images = self._decode_as(latents, next(self.vae.parameters()).dtype)
         if not images.isfinite().all() and self.runtime.half:
             _log.warning("the VAE overflowed in 16 bits; decoding in float32")
@@ -90,20 +115,8 @@ class Pipeline:
         return images
 
     def _decode_as(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.vae.decode(latents.to(dtype, memory_format=torch.channels_last)).float()
-
-    def _denoiser(self, steps: Sequence[Step], context: Tensor) -> Denoiser:
-        """The U-Net for these steps and prompts; what does not depend on the latents is computed here, once."""
-        timesteps = torch.tensor([step.timestep for step in steps], device=self.runtime.device)
-        embeddings = self.unet.embed_time(timesteps)
-        keys_values = self.unet.project_context(context)
-
-        def denoise(latents: Tensor, step: Step) -> Tensor:
-            inputs = latents.to(self.runtime.dtype, memory_format=torch.channels_last)
-            output = self.unet(inputs, embeddings[step.index : step.index + 1], keys_values).float()
-            return as_noise_prediction(output, latents, step, self.config.schedule.prediction_type)
-
-        return denoise
+        latents = latents.to(dtype, memory_format=torch.channels_last)
+        return (decode_tiled(self.vae, latents) if self.tile_vae else self.vae.decode(latents)).float()
 
     def _latent_shape(self, settings: GenerationRequest) -> tuple[int, int, int]:
         assert settings.width is not None
@@ -111,25 +124,67 @@ class Pipeline:
         factor = self.config.vae.factor
         return self.config.unet.in_channels, settings.height // factor, settings.width // factor
 
-    def _settings(self, requests: Sequence[GenerationRequest]) -> GenerationRequest:
-        """What the requests have in common, sizes filled in."""
+    def _fitted(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+        """The requests with the model's own settings filled in, once they are seen to be alike."""
         common = {dataclasses.replace(r, prompt="", negative_prompt="", seed=0) for r in requests}
         if len(common) != 1:
             raise ValueError("requests drawn together must agree in all but prompts and seed")
-        return fit_to_model(common.pop(), self.config)
+        return [fit_to_model(request, self.config) for request in requests]
 
     def _cure(self) -> str:
         return "try --dtype fp32" if self.runtime.half else "its weights may be damaged"
 
 
-def load_pipeline(source: ModelSource, runtime: Runtime) -> Pipeline:
-    """Read all parts of a model to the runtime's device and dtype."""
+def load_pipeline(
+    source: ModelSource,
+    runtime: Runtime,
+    *,
+    vae: "VAESource | None" = None,
+    refiner: ModelSource | None = None,
+    unet: UNet | None = None,
+    tile_vae: bool = False,
+) -> Pipeline:
+    """Read all parts of a model to the runtime's device and dtype: with another `vae` than its own, with a refiner's
+    U-Net and text encoder, or with its U-Net as it was read before."""
+    if vae is None:
+        loaded: AutoencoderKL | TinyVAE = load_vae(source, runtime.device, runtime.vae_dtype(source.config.vae))
+    else:
+        from ldmcli.checkpoints.vae_source import load_vae_from
+
+        loaded = load_vae_from(vae, runtime.device, runtime.vae_dtype(vae.config))
+    runtime.prepare(loaded)
+    model = _load_model(source, runtime, unet)
+    return Pipeline(runtime, model, loaded, _load_model(refiner, runtime) if refiner else None, tile_vae)
+
+
+def _load_model(source: ModelSource, runtime: Runtime, unet: UNet | None = None) -> DiffusionModel:
+    unet = load_unet(source, runtime.device, runtime.dtype) if unet is None else unet
+    runtime.prepare(unet)
+    prompts = load_text_encoders(source, runtime.device, runtime.text_dtype)
+    return DiffusionModel(source.config, runtime, unet, prompts)
+
+
+def settled(source: ModelSource, runtime: Runtime) -> tuple[ModelSource, UNet | None]:
+    """The source with its prediction type found out where only its U-Net can tell; then with that U-Net."""
+    if source.config.schedule.prediction_type != UNDECIDED:
+        return source, None
     unet = load_unet(source, runtime.device, runtime.dtype)
-    vae = load_vae(source, runtime.device, runtime.dtype)
-    for module in (unet, vae):
-        runtime.prepare(module)
-    text_encoder = load_text_encoder(source, runtime.device, runtime.text_dtype)
-    return Pipeline(source.config, runtime, unet, vae, text_encoder)
+    found = probed_prediction_type(unet)
+    _log.info("%s: prediction type %s, as its network answers; --prediction-type would override", source.name, found)
+    return with_prediction_type(source, found), unet
+
+
+@torch.inference_mode()
+def probed_prediction_type(unet: UNet) -> str:
+    """`epsilon` or `v_prediction`, by what a U-Net makes of a constant at the noisiest step: one that predicts v
+    answers with about minus the image that it expects, one that predicts noise with about its input. Source: the same
+    test in AUTOMATIC1111's web UI."""
+    weight = unet.conv_in.weight
+    half = torch.full((1,), 0.5, device=weight.device, dtype=weight.dtype)
+    latents = half.expand(1, unet.config.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
+    context = unet.project_context(half.expand(1, 2, unet.config.context_dim))
+    output = unet(latents, unet.embed_time(torch.tensor([999.0], device=weight.device)), context)
+    return "v_prediction" if float((output - latents).float().mean()) < -1 else "epsilon"
 
 
 def to_pixels(image: Tensor) -> "np.ndarray":

@@ -246,10 +246,13 @@ def make_model(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: di
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     torch.manual_seed(0)
+    text_config = folder_config.text_encoder_config(
+        folder / "text_encoder" / "config.json", "text_encoder", "CLIPTextModel"
+    )
     modules = {
         "unet": UNet(folder_config.unet_config(folder / "unet" / "config.json")),
         "vae": AutoencoderKL(folder_config.vae_config(folder / "vae" / "config.json")),
-        "text_encoder": build_clip(folder_config.text_encoder_config(folder / "text_encoder" / "config.json")),
+        "text_encoder": build_clip(text_config),
     }
     for name, module in modules.items():
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
@@ -264,7 +267,7 @@ def tiny_single_file() -> Path:
 
     from ldmcli.checkpoints import folder_config
     from ldmcli.checkpoints.files import open_weights, read_tensors, write_tensors
-    from ldmcli.checkpoints.key_map import TEXT_PREFIX, original_unet_keys, original_vae_keys
+    from ldmcli.checkpoints.key_map import original_unet_keys, original_vae_keys
 
     unet = _UNET | {"block_out_channels": [32, 32], "norm_num_groups": 32, "attention_head_dim": 8}
     unet |= {"cross_attention_dim": 64}
@@ -281,7 +284,7 @@ def tiny_single_file() -> Path:
         elif part == "vae":
             names = original_vae_keys(tensors, folder_config.vae_config(folder / part / "config.json"))
         else:
-            names = {key: f"{TEXT_PREFIX}text_model.{key.removeprefix('text_model.')}" for key in tensors}
+            names = {key: f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}" for key in tensors}
         state |= {names[key]: tensor for key, tensor in tensors.items()}
     path = _scratch() / "single.safetensors"
     write_tensors(path, state)

@@ -86,3 +86,11 @@ def load(path: Path, dtype: str = "fp32", attention: str = "auto") -> "Pipeline"
 
     runtime = choose_runtime("cpu", dtype, attention)
     return load_pipeline(dataclasses.replace(open_model(path), half=runtime.half), runtime)
+
+
+@pytest.fixture(scope="session")
+def family_models(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Small random models of every family, in every layout: see `oracle.family_models.FamilyModels`."""
+    from oracle.family_models import FamilyModels
+
+    return FamilyModels(tmp_path_factory.mktemp("families"))

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def passes(pipeline: Pipeline) -> Iterator[list[int]]:
     def count(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         sizes.append(len(inputs[0]))
 
-    handle = pipeline.unet.register_forward_pre_hook(count)
+    handle = pipeline.model.unet.register_forward_pre_hook(count)
     yield sizes
     handle.remove()
 
@@ -143,22 +143,24 @@ def test_equal_prompts_are_encoded_once(
     pipeline: Pipeline, guidance_scale: float, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = pipeline.text_encoder.encode
+    (encoder,) = pipeline.model.prompts.encoders
+    encode = encoder.encode
 
-    def counting(prompts: Sequence[Any]) -> Tensor:
-        encoded.append(len(prompts))
-        return encode(prompts)
+    def counting(ids: Tensor, *, clip_skip: int = 1) -> Any:
+        encoded.append(len(ids))
+        return encode(ids, clip_skip=clip_skip)
 
-    monkeypatch.setattr(pipeline.text_encoder, "encode", counting)
+    monkeypatch.setattr(encoder, "encode", counting)
     pipeline.draw(with_settings(guidance_scale=guidance_scale, steps=1))
     assert encoded == [texts]
 
 
 def test_context_is_in_the_order_of_the_prompts(pipeline: Pipeline) -> None:
     prompts = ["b", "a", "b", "", "a"]
-    together = pipeline.encode_prompts(prompts)
-    for i, prompt in enumerate(prompts):
-        assert relative(together[i : i + 1], pipeline.encode_prompts([prompt])) < 1e-5
+    together = pipeline.model.prompts.encode(prompts)
+    for prompt, conditioning in zip(prompts, together, strict=True):
+        (alone,) = pipeline.model.prompts.encode([prompt])
+        assert relative(conditioning.context, alone.context) < 1e-5
 
 
 def test_guidance_0_follows_the_negative_prompt(pipeline: Pipeline) -> None:
@@ -176,7 +178,7 @@ def test_guidance_0_follows_the_negative_prompt(pipeline: Pipeline) -> None:
 def test_unet_that_gives_no_finite_numbers(pipeline: Pipeline, bad: float) -> None:
     request = GenerationRequest("a", steps=2, width=64, height=64)
     with (
-        changed_output(pipeline.unet, lambda output: output.index_fill(1, torch.tensor([2]), bad)),
+        changed_output(pipeline.model.unet, lambda output: output.index_fill(1, torch.tensor([2]), bad)),
         pytest.raises(LdmError, match="U-Net gave numbers that are not finite; its weights may be damaged"),
     ):
         pipeline.draw([request])
@@ -185,7 +187,7 @@ def test_unet_that_gives_no_finite_numbers(pipeline: Pipeline, bad: float) -> No
 def test_unet_that_overflows_16_bits(model_folder: Path) -> None:
     halved = load(model_folder, "bf16")
     with (
-        changed_output(halved.unet, lambda output: output * float("inf")),
+        changed_output(halved.model.unet, lambda output: output * float("inf")),
         pytest.raises(LdmError, match="--dtype fp32"),
     ):
         halved.draw([GenerationRequest("a", steps=1, width=64, height=64)])

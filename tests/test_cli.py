@@ -407,7 +407,7 @@ def test_no_prompts_are_no_error(tmp_path: Path) -> None:
         (["--device", "cuda:x"], ["cuda:x"]),
         (["--dtype", "int4"], ["--dtype", "int4"]),
         (["--attention", "magic"], ["--attention", "magic"]),
-        (["--on-long-prompt", "chunk"], ["--on-long-prompt", "chunk"]),
+        (["--on-long-prompt", "shout"], ["--on-long-prompt", "shout", "chunk"]),
         (["--no-such-option\x1b[31m\u202e"], ["--no-such-option"]),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ldmcli.errors import BadDataError
-from ldmcli.families import KINDS, SD1, describe_single_file, require_sd1
+from ldmcli.families import KINDS, REFINER, SD1, SD2, SDXL, Family, describe_single_file, require_family
 
 Shapes = dict[str, tuple[int, ...]]
 UNET = "model.diffusion_model."
@@ -55,27 +55,44 @@ def keys(*names: str) -> Shapes:
     return {name: (4, 4) for name in names}
 
 
-SD1_MODELS = [
-    original_unet() | VAE | CLIP,
-    original_unet() | VAE | NEW_CLIP,
-    original_unet(channels=32) | VAE | CLIP,
-    original_unet() | VAE | CLIP | {"model_ema.decay": (), "alphas_cumprod": (1000,)},
+MODELS: list[tuple[Family, str, Shapes]] = [
+    (SD1, "Stable Diffusion 1.x checkpoint", original_unet() | VAE | CLIP),
+    (SD1, "Stable Diffusion 1.x checkpoint", original_unet() | VAE | NEW_CLIP),
+    (SD1, "Stable Diffusion 1.x checkpoint", original_unet(channels=32) | VAE | CLIP),
+    (
+        SD1,
+        "Stable Diffusion 1.x checkpoint",
+        original_unet() | VAE | CLIP | {"model_ema.decay": (), "alphas_cumprod": (1000,)},
+    ),
+    (SD2, "Stable Diffusion 2.x checkpoint", original_unet(linear=True) | VAE | OPEN_CLIP),
+    (SDXL, "SDXL checkpoint", original_unet(linear=True) | LABEL | VAE | SDXL_TEXT),
+    (SDXL, "SDXL checkpoint", original_unet(linear=True) | LABEL | VAE | SDXL_TEXT | keys("v_pred", "ztsnr")),
+    (
+        REFINER,
+        "SDXL refiner checkpoint",
+        original_unet(linear=True) | LABEL | VAE | keys("conditioner.embedders.0.model.ln_final.weight"),
+    ),
 ]
 
 OTHERS: list[tuple[str, Shapes]] = [
     ("Stable Diffusion 1.x inpainting (9 input channels)", original_unet(9) | VAE | CLIP),
     ("instruct-pix2pix (8 input channels)", original_unet(8) | VAE | CLIP),
-    ("Stable Diffusion 2.x", original_unet(linear=True) | VAE | OPEN_CLIP),
+    ("Stable Diffusion 2.x upscaler (7 input channels)", original_unet(7, linear=True) | VAE | OPEN_CLIP),
+    ("Stable Diffusion 2.x unCLIP", original_unet(linear=True) | LABEL | VAE | OPEN_CLIP),
+    ("Stable Diffusion 2.x checkpoint without its VAE", original_unet(linear=True) | OPEN_CLIP),
     ("Stable Diffusion 2.x inpainting (9 input channels)", original_unet(9, linear=True) | VAE | OPEN_CLIP),
     (
         "Stable Diffusion 2.x depth",
         original_unet(5) | VAE | OPEN_CLIP | {"depth_model.model.scratch.weight": (4,)},
     ),
-    ("SDXL base", original_unet(linear=True) | LABEL | VAE | SDXL_TEXT),
+    ("SDXL inpainting (9 input channels)", original_unet(9, linear=True) | LABEL | VAE | SDXL_TEXT),
+    ("SDXL instruct-pix2pix (8 input channels)", original_unet(8, linear=True) | LABEL | VAE | SDXL_TEXT),
     (
-        "SDXL refiner",
-        original_unet(linear=True) | LABEL | VAE | keys("conditioner.embedders.0.model.ln_final.weight"),
+        "SDXL in EDM's formulation (Playground 2.5)",
+        original_unet(linear=True) | LABEL | VAE | SDXL_TEXT | keys("edm_mean", "edm_std"),
     ),
+    ("SDXL checkpoint without its VAE", original_unet(linear=True) | LABEL | SDXL_TEXT),
+    ("SDXL checkpoint without its text encoders", original_unet(linear=True) | LABEL | VAE),
     ("SDXL U-Net only (original keys)", original_unet(linear=True) | LABEL),
     (
         "latent diffusion model with a BERT text encoder",
@@ -92,6 +109,10 @@ OTHERS: list[tuple[str, Shapes]] = [
     ("U-Net only (diffusers keys)", FOLDER_UNET),
     ("Stable Diffusion inpainting U-Net (9 input channels, diffusers keys)", wide(FOLDER_UNET, 9)),
     ("instruct-pix2pix U-Net (8 input channels, diffusers keys)", wide(FOLDER_UNET, 8)),
+    (
+        "SDXL inpainting U-Net (9 input channels, diffusers keys)",
+        wide(FOLDER_UNET, 9) | keys("add_embedding.linear_1.weight"),
+    ),
     ("SDXL U-Net (diffusers keys)", FOLDER_UNET | keys("add_embedding.linear_1.weight")),
     (
         "Stable Diffusion 2.x U-Net (diffusers keys)",
@@ -134,17 +155,17 @@ OTHERS: list[tuple[str, Shapes]] = [
 ]
 
 
-@pytest.mark.parametrize("shapes", SD1_MODELS)
-def test_stable_diffusion_1_of_any_size_is_accepted(shapes: Shapes) -> None:
-    assert describe_single_file(shapes) == "Stable Diffusion 1.x checkpoint"
-    assert require_sd1(shapes, PATH) is SD1
+@pytest.mark.parametrize(("family", "name", "shapes"), MODELS)
+def test_models_of_any_size_are_accepted(family: Family, name: str, shapes: Shapes) -> None:
+    assert describe_single_file(shapes) == name
+    assert require_family(shapes, PATH) is family
 
 
 @pytest.mark.parametrize(("name", "shapes"), OTHERS)
 def test_other_files_are_named_and_refused(name: str, shapes: Shapes) -> None:
     assert describe_single_file(shapes) == name
     with pytest.raises(BadDataError) as caught:
-        require_sd1(shapes, PATH)
+        require_family(shapes, PATH)
     message = str(caught.value)
     assert message.startswith("model.safetensors ")
     assert "\n" not in message
@@ -154,15 +175,16 @@ def test_other_files_are_named_and_refused(name: str, shapes: Shapes) -> None:
 def test_messages_read_as_sentences() -> None:
     def message(shapes: Shapes) -> str:
         with pytest.raises(BadDataError) as caught:
-            require_sd1(shapes, PATH)
+            require_family(shapes, PATH)
         return str(caught.value)
 
     assert message(keys("a.lora_A.weight")) == (
         "model.safetensors is a LoRA, not a whole model; "
         "this version does not apply it; name the whole model it was made for."
     )
-    assert message(original_unet(linear=True) | LABEL | VAE | SDXL_TEXT) == (
-        "model.safetensors looks like SDXL base; this version reads Stable Diffusion 1.x with 4 input channels."
+    assert message(original_unet(9, linear=True) | LABEL | VAE | SDXL_TEXT) == (
+        "model.safetensors looks like SDXL inpainting (9 input channels); this version reads Stable Diffusion 1.x, 2.x "
+        "and XL with 4 input channels."
     )
     assert "an IP-Adapter" in message(keys("image_proj.a", "ip_adapter.b"))
 
@@ -170,7 +192,7 @@ def test_messages_read_as_sentences() -> None:
 def test_unknown_file_shows_its_first_keys_escaped_and_cut() -> None:
     shapes = {f"\x1b[2J{i}" + "x" * 5000: (1,) * 30 for i in range(1000)}
     with pytest.raises(BadDataError) as caught:
-        require_sd1(shapes, PATH)
+        require_family(shapes, PATH)
     message = str(caught.value)
     assert "\x1b" not in message
     assert "and 995 more" in message

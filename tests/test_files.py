@@ -248,7 +248,7 @@ def test_real_torch_pickles_are_never_unpickled(tmp_path: Path) -> None:
         ('{"a":NaN}', b"", "without dtype"),
         ("{" + '"a":1,' * 2_000_000 + '"a":1}', b"", "far beyond any model"),
         ("{" + '"a":[],' * 500_000 + '"a":1}', b"", "far beyond any model"),
-        ({str(i): 0 for i in range(100_001)}, b"", "more than 100000"),
+        ({str(i): 0 for i in range(50_001)}, b"", "more than 50000"),
     ],
 )
 def test_hostile_headers(
@@ -271,10 +271,10 @@ def test_headers_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
     "header",
     [
         "{" + ",".join(f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(500_000)) + "}",
-        "{" + ",".join(f'"{i}":0' for i in range(999_000)) + "}",
+        "{" + ",".join(f'"{i}":0' for i in range(499_000)) + "}",
         '{"a":"' + "x" * (MAX_HEADER_BYTES - 10) + '"}',
         '{"a":"' + "\\u4e00" * (MAX_HEADER_BYTES // 6 - 10) + '"}',
-        '{"a":[' + "[]," * 190_000 + "0" + ",1000000" * 800_000 + "]}",
+        '{"a":[' + "[]," * 99_000 + "0" + ",1000000" * 400_000 + "]}",
         " " * 10 + "{}",
     ],
     ids=["tensors", "pairs", "string", "escapes", "lists", "indented"],

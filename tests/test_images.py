@@ -33,7 +33,9 @@ from ldmcli.request import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
 MODEL = {"name": "tiny-emoji", "path": "/models/tiny", "sha256": "6ce0161689b3853acaa03779ec93eafe" * 2}
 RUNTIME = {"dtype": "bfloat16", "device": "cpu", "attention": "sdpa", "torch": "2.14.1"}
 PIXELS = np.zeros((2, 2, 3), np.uint8)
-REQUEST = GenerationRequest("a cat", "blurry", seed=42, width=512, height=512)
+REQUEST = GenerationRequest(
+    "a cat", "blurry", seed=42, steps=50, guidance_scale=7.5, width=512, height=512, sampler="ddim"
+)
 TEXTS = [
     "",
     "plain",
@@ -163,7 +165,7 @@ Model: tiny-emoji, RNG: CPU, Version: ldmcli """
 
 
 def test_infotext_leaves_out_what_is_not_there() -> None:
-    text = infotext(GenerationRequest("a cat", guidance_scale=7.0), "", "")
+    text = infotext(GenerationRequest("a cat", steps=50, guidance_scale=7.0, sampler="ddim"), "", "")
     assert re.fullmatch(r"a cat\nSteps: 50, Sampler: DDIM, CFG scale: 7, Seed: 0, RNG: CPU, Version: ldmcli \S+", text)
 
 

@@ -13,11 +13,13 @@ from conftest import load
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldmcli.checkpoints.load import load_text_encoder, load_unet, load_vae
+from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
 from ldmcli.checkpoints.source import open_model
+from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError
 from ldmcli.pipeline import Pipeline
 from ldmcli.request import GenerationRequest
+from ldmcli.sampling.schedule import Schedule
 
 State = dict[str, Tensor]
 WEIGHTS = {
@@ -33,8 +35,14 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(model_folder, tmp_path / "model")
 
 
+def text_model(pipeline: Pipeline) -> Any:
+    """The module of its one text encoder."""
+    (encoder,) = pipeline.model.prompts.encoders
+    return encoder.model  # type: ignore[attr-defined]
+
+
 def parts(pipeline: Pipeline) -> dict[str, nn.Module]:
-    return {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder.model}
+    return {"unet": pipeline.model.unet, "vae": pipeline.vae, "text_encoder": text_model(pipeline)}
 
 
 def assert_same_weights(one: Pipeline, other: Pipeline) -> None:
@@ -95,7 +103,7 @@ def test_single_file_dimensions(model_folder: Path, model_file: Path) -> None:
     """Read from shapes alone, they are those that config.json gives; only the picture's usual size is the family's."""
     one, other = open_model(model_file).config, open_model(model_folder).config
     assert one.unet.sample_size == 64
-    assert one.text_encoder == other.text_encoder
+    assert one.text_encoders == other.text_encoders
     assert one.vae == other.vae
     assert one.schedule == other.schedule
     differing = {name for name, value in vars(one.unet).items() if value != getattr(other.unet, name)}
@@ -106,7 +114,7 @@ def test_single_file_with_all_that_old_files_carry(model_file: Path, pipeline: P
     extras = {
         "model_ema.decay": torch.tensor(0.9999),
         "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3),
-        "alphas_cumprod": torch.zeros(1000),
+        "alphas_cumprod": Schedule(ScheduleConfig()).alphas_cumprod.half(),
         "betas": torch.zeros(1000),
         "sqrt_alphas_cumprod": torch.zeros(1000),
         "posterior_variance": torch.zeros(1000),
@@ -158,17 +166,17 @@ def test_fp16_variant_is_for_16_bits(folder: Path, pipeline: Pipeline) -> None:
         save_file(halves, path.with_suffix(".fp16.safetensors"))
     assert_same_weights(load(folder), pipeline)
     halved = load(folder, "bf16")
-    weight = pipeline.unet.conv_in.weight
-    assert torch.equal(halved.unet.conv_in.weight, weight.half().bfloat16())
+    weight = pipeline.model.unet.conv_in.weight
+    assert torch.equal(halved.model.unet.conv_in.weight, weight.half().bfloat16())
     # One variant for all parts, so that one hash names what was read; on a CPU the text encoder computes in 32 bits.
-    weight_32 = pipeline.text_encoder.model.final_layer_norm.weight
-    assert torch.equal(halved.text_encoder.model.final_layer_norm.weight, weight_32.half().float())
+    weight_32 = text_model(pipeline).final_layer_norm.weight
+    assert torch.equal(text_model(halved).final_layer_norm.weight, weight_32.half().float())
     for name in WEIGHTS.values():
         (folder / name).unlink()
     widened = load(folder)
-    assert widened.unet.conv_in.weight.dtype == torch.float32
-    assert torch.equal(widened.unet.conv_in.weight, weight.half().float())
-    assert torch.equal(widened.text_encoder.model.final_layer_norm.weight, weight_32.half().float())
+    assert widened.model.unet.conv_in.weight.dtype == torch.float32
+    assert torch.equal(widened.model.unet.conv_in.weight, weight.half().float())
+    assert torch.equal(text_model(widened).final_layer_norm.weight, weight_32.half().float())
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
@@ -193,7 +201,7 @@ def test_sharded_folder(folder: Path, pipeline: Pipeline, part: str) -> None:
 def refusal(path: Path, part: str) -> str:
     """What loading that part says."""
     source = open_model(path)
-    loader = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoder}[part]
+    loader = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoders}[part]
     with pytest.raises(BadDataError) as caught:
         loader(source, torch.device("cpu"), torch.float32)
     return str(caught.value)
@@ -276,7 +284,7 @@ def test_nothing_is_left_on_meta(pipeline: Pipeline) -> None:
         for tensor in [*part.parameters(), *part.buffers()]:
             assert tensor.device.type == "cpu"
             assert not tensor.requires_grad
-    ids = [module.position_ids for module in pipeline.text_encoder.model.modules() if hasattr(module, "position_ids")]
+    ids = [module.position_ids for module in text_model(pipeline).modules() if hasattr(module, "position_ids")]
     assert len(ids) == 1
     assert torch.equal(ids[0], torch.arange(77)[None])
 
@@ -285,11 +293,11 @@ def test_nothing_is_left_on_meta(pipeline: Pipeline) -> None:
 def test_dtype_and_memory_format(model_folder: Path, dtype: str) -> None:
     loaded = load(model_folder, dtype)
     wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    for part in (loaded.unet, loaded.vae):
+    for part in (loaded.model.unet, loaded.vae):
         assert {tensor.dtype for tensor in part.parameters()} == {wanted}
         for tensor in part.parameters():
             assert tensor.ndim != 4 or tensor.is_contiguous(memory_format=torch.channels_last)
-    assert {tensor.dtype for tensor in loaded.text_encoder.model.parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in text_model(loaded).parameters()} == {torch.float32}
 
 
 def test_no_weight_is_initialised_only_to_be_overwritten(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

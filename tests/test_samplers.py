@@ -1,37 +1,52 @@
-"""Samplers against a denoiser whose answers are known in closed form: data from a normal distribution.
+"""Samplers against a model whose answers are known in closed form: data from a normal distribution.
 
 Where data are N(mean, deviation²), latents at signal level ᾱ are normal too, with mean √ᾱ·mean and variance
 ᾱ·deviation² + 1 − ᾱ. That gives the exact noise prediction, and the exact end of the probability-flow ODE: each latent
 keeps its standard score all the way.
 """
 
+import inspect
 import itertools
+import json
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
-from ldmcli import request
+from ldmcli import samplers
+from ldmcli.cli.samplers import samplers as command
 from ldmcli.config import ScheduleConfig
-from ldmcli.sampling.denoiser import Denoiser, as_noise_prediction
-from ldmcli.sampling.guidance import guided
+from ldmcli.sampling.denoiser import Model, predicting
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.samplers import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN, DEVIATION = 0.6, 0.35
 SCHEDULE = Schedule(ScheduleConfig())
+ROWS = samplers.SAMPLERS
+NOISY = [name for name, row in ROWS.items() if row.draws_noise]
+DETERMINISTIC = [name for name in ROWS if name not in NOISY]
+ENDS_IN_SIGMA = [name for name, row in ROWS.items() if row.grid in ("euler", "dpm")]
 
 
 def variance(alpha_cumprod: float) -> float:
     return alpha_cumprod * DEVIATION**2 + 1 - alpha_cumprod
 
 
-def exact_denoiser(latents: Tensor, step: Step) -> Tensor:
+def exact_noise(latents: Tensor, step: Step) -> Tensor:
     alpha = step.alpha_cumprod
     return math.sqrt(1 - alpha) * (latents - math.sqrt(alpha) * MEAN) / variance(alpha)
+
+
+def exact_velocity(latents: Tensor, step: Step) -> Tensor:
+    """v = √ᾱ · ε − √(1−ᾱ) · x₀; defined at ᾱ = 0 too, where x₀ is best guessed as the mean."""
+    alpha = step.alpha_cumprod
+    image = MEAN + math.sqrt(alpha) * DEVIATION**2 * (latents - math.sqrt(alpha) * MEAN) / variance(alpha)
+    return math.sqrt(alpha) * exact_noise(latents, step) - math.sqrt(1 - alpha) * image
 
 
 def at_level(scores: Tensor, alpha_cumprod: float) -> Tensor:
@@ -47,30 +62,106 @@ def no_noise() -> Tensor:
     raise AssertionError("a deterministic sampler drew noise")
 
 
+def normal_draws(count: int, seed: int = 0) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(count, generator=generator, dtype=torch.float64)
+
+
 def run(
     sampler: str,
     count: int,
     scores: Tensor,
     eta: float = 0.0,
     noise: Callable[[], Tensor] = no_noise,
-    denoise: Denoiser = exact_denoiser,
+    model: Model = exact_noise,
     schedule: Schedule = SCHEDULE,
+    spacing: str | None = None,
 ) -> Tensor:
     """The standard scores in which the sampler ends, having started from `scores`: the same, were it exact."""
-    steps = schedule.steps(count)
+    steps = schedule.steps(count, sampler, spacing)
     latents = at_level(scores, steps[0].alpha_cumprod)
+    denoise = predicting(model, schedule.config.prediction_type)
     *_, latents = SAMPLERS[sampler](denoise, latents, steps, noise, eta=eta)
     return standard_scores(latents, steps[-1].previous_alpha_cumprod)
 
 
-def error(sampler: str, count: int, schedule: Schedule = SCHEDULE) -> float:
+def error(sampler: str, count: int, schedule: Schedule = SCHEDULE, spacing: str | None = None) -> float:
     """How far the worst of thirteen latents ends from where the exact solution does, in standard deviations."""
     scores = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    return (run(sampler, count, scores, schedule=schedule) - scores).abs().max().item()
+    model = exact_noise if schedule.config.prediction_type == "epsilon" else exact_velocity
+    ends = run(sampler, count, scores, schedule=schedule, spacing=spacing, model=model)
+    return (ends - scores).abs().max().item()
 
 
-def test_every_sampler_that_a_request_knows_is_there() -> None:
-    assert set(SAMPLERS) == set(request.SAMPLERS)
+# ---- the table ----
+
+
+def test_both_tables_have_the_same_samplers() -> None:
+    assert list(SAMPLERS) == list(ROWS)
+    for name, row in ROWS.items():
+        assert row.name == name
+        assert (SAMPLERS[name].__doc__ or "").startswith("Yield the latents after each step")
+        assert inspect.signature(SAMPLERS[name]) == inspect.signature(SAMPLERS["ddim"])
+    assert [row.title for row in ROWS.values()] == [
+        "DDIM", "PLMS", "Euler", "Euler a", "Heun", "DPM++ 2M", "DPM++ 2M SDE", "UniPC", "LCM",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_number_of_predictions(sampler: str, steps: int) -> None:
+    seen: list[float] = []
+
+    def counting(latents: Tensor, step: Step) -> Tensor:
+        seen.append(step.timestep)
+        return exact_noise(latents, step)
+
+    run(sampler, steps, torch.zeros(1), model=counting, noise=lambda: torch.zeros(1))
+    assert len(seen) == ROWS[sampler].predictions(steps)
+    assert seen == sorted(seen, reverse=True)
+    timesteps = [step.timestep for step in SCHEDULE.steps(steps, sampler)]
+    assert list(dict.fromkeys(seen)) == timesteps
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_who_draws_noise(sampler: str, eta: float) -> None:
+    draws: list[int] = []
+
+    def counting() -> Tensor:
+        draws.append(1)
+        return torch.zeros(1)
+
+    run(sampler, 9, torch.zeros(1), eta=eta, noise=counting)
+    row = ROWS[sampler]
+    assert bool(draws) == (row.draws_noise or (row.takes_eta and eta > 0))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_latents_are_yielded_after_every_step_and_left_alone(sampler: str) -> None:
+    start = torch.randn(2, 4, 3, 3)
+    kept = start.clone()
+    denoise = predicting(exact_noise, "epsilon")
+    noise = SeededNoise([1, 2], (4, 3, 3))
+    yielded = list(SAMPLERS[sampler](denoise, start, SCHEDULE.steps(9, sampler), noise, eta=0.0))
+    assert len(yielded) == 9
+    assert torch.equal(start, kept)
+    assert len({latents.data_ptr() for latents in yielded}) == 9
+    assert all(latents.shape == start.shape for latents in yielded)
+    assert all(latents.dtype == start.dtype for latents in yielded)
+
+
+def test_the_command_lists_them() -> None:
+    lines = CliRunner().invoke(command, []).output.splitlines()
+    assert [line.split()[0] for line in lines] == list(SAMPLERS)
+    assert all(row.summary in line for row, line in zip(ROWS.values(), lines, strict=True))
+    assert "not with --schedule karras" in lines[0]
+    records = [json.loads(line) for line in CliRunner().invoke(command, ["--json"]).output.splitlines()]
+    assert [(record["name"], record["title"]) for record in records] == [(r.name, r.title) for r in ROWS.values()]
+    assert records[2]["spacings"] == list(samplers.SPACINGS)
+
+
+# ---- right on a Gaussian ----
 
 
 def test_ddim_converges_at_first_order() -> None:
@@ -98,23 +189,137 @@ def test_plms_converges_faster() -> None:
     assert math.log(ddim[0] / ddim[-1]) / math.log(20) < 1
 
 
+# What is measured is where the last step but one leads: the last ends without noise in one stride of first order, whose
+# error depends on the schedule's lowest noise level only.
+
+
+def solver_error(sampler: str, count: int, schedule: Schedule) -> float:
+    steps = schedule.steps(count, sampler, "karras")
+    prediction_type = schedule.config.prediction_type
+    denoise = predicting(exact_noise if prediction_type == "epsilon" else exact_velocity, prediction_type)
+    scores = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    *_, end, _ = SAMPLERS[sampler](denoise, at_level(scores, steps[0].alpha_cumprod), steps, no_noise)
+    return (standard_scores(end, steps[-1].alpha_cumprod) - scores).abs().max().item()
+
+
+def variance_error(sampler: str, count: int, schedule: Schedule) -> float:
+    """How far the variance of where a noisy sampler leads is from the data's, over the latter: exactly, not by drawing.
+    All being linear here, it is the sum of squares of what one unit in the start or in one draw does to the end."""
+    steps = schedule.steps(count, sampler, "karras")
+    units = iter(torch.eye(count, dtype=torch.float64))
+    start = at_level(next(units), steps[0].alpha_cumprod)
+    every = SAMPLERS[sampler](predicting(exact_noise, "epsilon"), start, steps, lambda: next(units))
+    *_, end = itertools.islice(every, count - 1)
+    return abs(1 - (standard_scores(end, steps[-1].alpha_cumprod) ** 2).sum().item())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order", "last"),
+    [("euler", 1, 0.04), ("heun", 2, 8e-4), ("dpmpp-2m", 2, 8e-4), ("unipc", 3, 5e-5)],
+)
+def test_orders_of_convergence(sampler: str, order: int, last: float) -> None:
+    """UniPC's is one more than its name: the corrector adds it."""
+    errors = [solver_error(sampler, count, SCHEDULE) for count in (40, 80, 160)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+    assert errors[-1] < last
+
+
+@pytest.mark.parametrize(("sampler", "order", "last"), [("euler-a", 1, 0.05), ("dpmpp-2m-sde", 2, 2e-3)])
+def test_orders_of_convergence_with_noise(sampler: str, order: int, last: float) -> None:
+    errors = [variance_error(sampler, count, SCHEDULE) for count in (40, 80, 160)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+    assert errors[-1] < last
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("dpmpp-2m", 2), ("unipc", 3)])
+def test_orders_of_convergence_from_pure_noise(sampler: str, order: int) -> None:
+    """Zero terminal SNR: from a noise level of 4096 instead of 15."""
+    schedule = Schedule(ScheduleConfig(prediction_type="v_prediction", zero_terminal_snr=True))
+    coarse, fine = (solver_error(sampler, count, schedule) for count in (80, 160))
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_ddim_from_pure_noise() -> None:
+    """ᾱ is truly 0 in the first step. With as many steps as divide the schedule, strides are equal."""
+    schedule = Schedule(ScheduleConfig(prediction_type="v_prediction", zero_terminal_snr=True))
+    assert schedule.steps(50, "ddim", "trailing")[0].alpha_cumprod == 0
+    errors = [error("ddim", count, schedule, "trailing") for count in (10, 20, 40)]
+    assert all(fine < 0.6 * coarse for coarse, fine in itertools.pairwise(errors))
+    assert errors[-1] < 0.3
+
+
+@pytest.mark.parametrize(("sampler", "spacing"), [(n, s) for n in ENDS_IN_SIGMA for s in ROWS[n].spacings])
+def test_every_spacing_ends_where_it_should(sampler: str, spacing: str) -> None:
+    """The mean is met exactly at any number of steps, and the deviation better and better."""
+    zeros = torch.zeros(1, dtype=torch.float64)
+    for count in (1, 2, 5, 30):
+        assert run(sampler, count, zeros, noise=lambda: zeros, spacing=spacing).abs().item() < 1e-9
+    ends = []
+    for count in (20, 200):
+        units = iter(torch.eye(count + 1, dtype=torch.float64))
+        scores = next(units)
+        ends.append((run(sampler, count, scores, noise=lambda u=units: next(u), spacing=spacing) ** 2).sum().sqrt())
+    assert abs(1 - ends[1].item()) < min(0.06, abs(1 - ends[0].item()) + 0.004)
+
+
+def test_higher_order_pays() -> None:
+    """At 20 predictions, in the spacing that each is best in."""
+    errors = {sampler: error(sampler, 20, spacing="karras") for sampler in ("euler", "dpmpp-2m", "unipc")}
+    heun = error("heun", 10, spacing="karras")
+    assert errors["unipc"] < errors["dpmpp-2m"] < errors["euler"] / 5
+    assert heun < errors["euler"]
+
+
+def test_lcm_samples_the_distribution() -> None:
+    """Of an exact consistency model, which tells where the ODE leads: right in one step, and in any number of them."""
+    schedule = Schedule(ScheduleConfig(prediction_type="sample"))
+
+    def consistent(latents: Tensor, step: Step) -> Tensor:
+        return MEAN + DEVIATION * standard_scores(latents, step.alpha_cumprod)
+
+    scores = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    assert (run("lcm", 1, scores, model=consistent, schedule=schedule) - scores).abs().max() < 1e-6
+    for count in (2, 4, 8, 50):
+        units = iter(torch.eye(count, dtype=torch.float64))
+        start = next(units)
+        ends = run("lcm", count, start, noise=lambda u=units: next(u), model=consistent, schedule=schedule)
+        assert (ends**2).sum().item() == pytest.approx(1, abs=0.02)
+
+
 def test_one_ddim_step_is_the_formula() -> None:
     """From any level straight to the last: √ᾱ₀ · x̂₀ + √(1−ᾱ₀) · ε."""
     (step,) = SCHEDULE.steps(1)
     latents = torch.tensor([0.3, -1.2], dtype=torch.float64)
-    noise = exact_denoiser(latents, step)
+    noise = exact_noise(latents, step)
     image = (latents - math.sqrt(1 - step.alpha_cumprod) * noise) / math.sqrt(step.alpha_cumprod)
     last = step.previous_alpha_cumprod
-    (after,) = SAMPLERS["ddim"](exact_denoiser, latents, [step], no_noise, eta=0.0)
+    (after,) = SAMPLERS["ddim"](predicting(exact_noise, "epsilon"), latents, [step], no_noise, eta=0.0)
     torch.testing.assert_close(after, math.sqrt(last) * image + math.sqrt(1 - last) * noise, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler-a"])
+def test_euler_is_karras_formula(sampler: str) -> None:
+    """Karras et al.'s steps, x + (σ′ − σ) · ε for x = latents / √ᾱ, though the code writes DDIM's."""
+    latents = torch.randn(7, dtype=torch.float64)
+    noise = normal_draws(7)
+    steps = SCHEDULE.steps(6, sampler, "karras")
+    found = list(SAMPLERS[sampler](predicting(exact_noise, "epsilon"), latents, steps, normal_draws(7)))
+    x = latents * math.sqrt(1 + steps[0].sigma ** 2)
+    for step, after in zip(steps, found, strict=True):
+        slope = exact_noise(x / math.sqrt(1 + step.sigma**2), step)
+        up = step.previous_sigma * math.sqrt(1 - (step.previous_sigma / step.sigma) ** 2) if sampler == "euler-a" else 0
+        x = x + slope * (math.sqrt(step.previous_sigma**2 - up**2) - step.sigma) + up * noise()
+        torch.testing.assert_close(after, x / math.sqrt(1 + step.previous_sigma**2), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_noisy_ddim_samples_the_distribution(eta: float) -> None:
     count = 20_000
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(count, generator=generator, dtype=torch.float64)
-    ends = run("ddim", 999, scores, eta, lambda: torch.randn(count, generator=generator, dtype=torch.float64))
+    noise = normal_draws(count)
+    scores = noise()
+    ends = run("ddim", 999, scores, eta, noise)
     # Monte-Carlo errors of four deviations, and 0.01 for the finite number of steps.
     assert abs(ends.mean().item()) < 4 / math.sqrt(count) + 0.01
     assert abs(ends.var().item() - 1) < 4 * math.sqrt(2 / count) + 0.01
@@ -126,66 +331,79 @@ def test_noisy_ddim_samples_the_distribution(eta: float) -> None:
 
 def test_noisy_ddim_gets_better_with_steps() -> None:
     """The variance that is missing because each step takes x₀ for known falls with the number of steps."""
-    generator = torch.Generator().manual_seed(1)
     missing = []
     for count in (10, 40, 160):
-        scores = torch.randn(40_000, generator=generator, dtype=torch.float64)
-        ends = run("ddim", count, scores, 1.0, lambda: torch.randn(40_000, generator=generator, dtype=torch.float64))
-        missing.append(abs(1 - ends.var().item()))
-    assert missing[0] > 2 * missing[1] > 4 * missing[2]
+        units = iter(torch.eye(count + 1, dtype=torch.float64))  # see variance_error
+        ends = run("ddim", count, next(units), 1.0, lambda u=units: next(u))
+        missing.append(1 - (ends**2).sum().item())
+    assert missing[0] > 2 * missing[1] > 4 * missing[2] > 0
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 20), ("plms", 21)])
-def test_number_of_predictions(sampler: str, calls: int) -> None:
-    seen: list[int] = []
-
-    def counting(latents: Tensor, step: Step) -> Tensor:
-        seen.append(step.timestep)
-        return exact_denoiser(latents, step)
-
-    run(sampler, 20, torch.zeros(1), denoise=counting)
-    assert len(seen) == calls
-    assert seen == sorted(seen, reverse=True)
-    timesteps = [step.timestep for step in SCHEDULE.steps(20)]
-    assert list(dict.fromkeys(seen)) == timesteps
+# ---- runs in two parts ----
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_latents_are_yielded_after_every_step_and_left_alone(sampler: str) -> None:
-    start = torch.randn(2, 4, 3, 3)
-    kept = start.clone()
-    yielded = list(SAMPLERS[sampler](exact_denoiser, start, SCHEDULE.steps(9), no_noise, eta=0.0))
-    assert len(yielded) == 9
-    assert torch.equal(start, kept)
-    assert len({latents.data_ptr() for latents in yielded}) == 9
-    assert all(latents.shape == start.shape for latents in yielded)
+@pytest.mark.parametrize("cut", [1, 12, 23])
+def test_a_run_can_be_split(sampler: str, cut: int) -> None:
+    """Another model may go on where one stops. Samplers without a memory do not notice; the others start afresh."""
+    steps = SCHEDULE.steps(24, sampler)
+    denoise = predicting(exact_noise, "epsilon")
+    latents = at_level(torch.linspace(-2, 2, 5, dtype=torch.float64), steps[0].alpha_cumprod)
+    noise = normal_draws(5)
+    whole = list(SAMPLERS[sampler](denoise, latents, steps, noise))
+    noise = normal_draws(5)
+    first = list(SAMPLERS[sampler](denoise, latents, steps[:cut], noise))
+    second = list(SAMPLERS[sampler](denoise, first[-1], steps[cut:], noise))
+    assert len(first) + len(second) == 24
+    memory = sampler in ("plms", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc")
+    assert torch.equal(second[-1], whole[-1]) or memory
+    torch.testing.assert_close(second[-1], whole[-1], rtol=0, atol=0.08)
+
+
+# ---- what outputs mean ----
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_prediction_types_mean_the_same_noise(prediction_type: str) -> None:
+def test_prediction_types_mean_the_same(prediction_type: str) -> None:
     generator = torch.Generator().manual_seed(2)
     image, noise = torch.randn(2, 100, generator=generator, dtype=torch.float64)
     for step in SCHEDULE.steps(20):
         signal, spread = math.sqrt(step.alpha_cumprod), math.sqrt(1 - step.alpha_cumprod)
-        latents = signal * image + spread * noise
         outputs = {"epsilon": noise, "v_prediction": signal * noise - spread * image, "sample": image}
-        found = as_noise_prediction(outputs[prediction_type], latents, step, prediction_type)
-        torch.testing.assert_close(found, noise, rtol=1e-9, atol=1e-9)
+        denoise = predicting(lambda _latents, _step, given=outputs: given[prediction_type], prediction_type)
+        found = denoise(signal * image + spread * noise, step)
+        torch.testing.assert_close(found.noise, noise, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.denoised, image, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
-def test_guidance(scale: float) -> None:
-    """The negative half comes first, and both halves see the same latents."""
-    (step,) = SCHEDULE.steps(1)
-    negative, positive = torch.tensor([[2.0]]), torch.tensor([[3.0]])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_pure_noise_is_well_defined(prediction_type: str) -> None:
+    """At ᾱ = 0 the latents are the noise, and v is minus the image."""
+    latents, image = torch.randn(2, 9)
+    step = Step(0, 999, 0.0, 0.1)
+    output = -image if prediction_type == "v_prediction" else image
+    found = predicting(lambda _latents, _step: output, prediction_type)(latents, step)
+    assert torch.equal(found.noise, latents)
+    assert torch.equal(found.denoised, image)
+    assert step.sigma == math.inf
 
-    def denoise(latents: Tensor, _: Step) -> Tensor:
-        assert torch.equal(latents[:2], latents[2:])
-        return latents * torch.cat([negative, negative, positive, positive])
 
-    latents = torch.tensor([[1.0], [10.0]])
-    expected = latents * (negative + scale * (positive - negative))
-    torch.testing.assert_close(guided(denoise, scale)(latents, step), expected)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_prediction_types_lead_to_the_same_end(sampler: str) -> None:
+    scores = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    ends = []
+    for prediction_type, model in (("epsilon", exact_noise), ("v_prediction", exact_velocity)):
+        schedule = Schedule(ScheduleConfig(prediction_type=prediction_type))
+        ends.append(run(sampler, 8, scores, noise=normal_draws(5), model=model, schedule=schedule))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
+
+
+def test_an_unknown_prediction_type_is_refused() -> None:
+    with pytest.raises(KeyError, match="flow"):
+        predicting(exact_noise, "flow")
+
+
+# ---- noise ----
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])

@@ -1,6 +1,11 @@
 """The noise schedule and where sampling steps sit on it: diffusers', bit for bit."""
 
 import dataclasses
+import inspect
+import itertools
+import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -8,9 +13,11 @@ import torch
 
 from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError, UsageError
-from ldmcli.sampling.schedule import Schedule
+from ldmcli.samplers import SAMPLERS, SPACINGS, check_fit, check_spacing, sampler_named
+from ldmcli.sampling.schedule import SMALLEST_LEVEL, Schedule
 
 BETAS = tuple(0.001 * (i + 1) for i in range(40))
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
 CONFIGS = [
     ScheduleConfig(),
     ScheduleConfig(steps_offset=0, set_alpha_to_one=True),
@@ -22,8 +29,20 @@ CONFIGS = [
 ]
 
 
+EULER, DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+KIN = [
+    ("ddim", "DDIMScheduler"),
+    ("euler", EULER),
+    ("euler-a", "EulerAncestralDiscreteScheduler"),
+    ("heun", "HeunDiscreteScheduler"),
+    ("dpmpp-2m", DPM),
+    ("unipc", "UniPCMultistepScheduler"),
+]
+
+
 def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
-    fields = dataclasses.asdict(config)
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    fields.pop("zero_terminal_snr")
     names = {"training_steps": "num_train_timesteps", "betas": "trained_betas", "spacing": "timestep_spacing"}
     return {names.get(name, name): value for name, value in fields.items()}
 
@@ -71,6 +90,158 @@ def test_signal_levels(config: ScheduleConfig, steps: int) -> None:
     assert found[-1].previous_alpha_cumprod == (1.0 if config.set_alpha_to_one else levels[0])
 
 
+def diffusers_scheduler(kind: str, config: ScheduleConfig, **more: Any) -> Any:
+    import diffusers
+
+    made = getattr(diffusers, kind)
+    settings = diffusers_settings(config) | {"rescale_betas_zero_snr": config.zero_terminal_snr} | more
+    known = inspect.signature(made).parameters
+    return made(**{name: value for name, value in settings.items() if name in known})
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(("sampler", "kind"), KIN)
+def test_every_samplers_steps_are_diffusers(sampler: str, kind: str, spacing: str) -> None:
+    row, config = SAMPLERS[sampler], ScheduleConfig()
+    scheduler = diffusers_scheduler(kind, config, timestep_spacing=spacing)
+    for count in [*range(1, 130), 192, 206, 250, 333, 400, 500, 640, 998]:
+        scheduler.set_timesteps(count)
+        theirs = scheduler.timesteps.tolist()
+        if sampler == "heun":
+            theirs = theirs[::2]
+        # Where its floats run over, diffusers' trailing spacing has a step too many, at time step -1.
+        assert config.timesteps(count, row.grid, spacing) == pytest.approx(theirs[:count], rel=1e-6), count
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize(("sampler", "kind"), [("euler", EULER), ("dpmpp-2m", DPM), ("unipc", KIN[-1][1])])
+def test_karras_steps_are_diffusers(sampler: str, kind: str, zero_terminal_snr: bool) -> None:
+    config = ScheduleConfig(zero_terminal_snr=zero_terminal_snr)
+    schedule = Schedule(config)
+    scheduler = diffusers_scheduler(kind, config, use_karras_sigmas=True, timestep_spacing="linspace")
+    for count in (2, 3, 10, 25, 50, 200, 999):
+        scheduler.set_timesteps(count)
+        steps = schedule.steps(count, sampler, "karras")
+        assert [step.timestep for step in steps] == pytest.approx(scheduler.timesteps.tolist(), rel=1e-5, abs=1e-4)
+        sigmas = [step.sigma for step in steps]
+        assert [*sigmas, 0.0] == pytest.approx(scheduler.sigmas.tolist(), rel=1e-6)
+        assert sigmas[0] == pytest.approx(schedule.sigmas[-1], rel=1e-9)
+        assert sigmas[-1] == pytest.approx(schedule.sigmas[0], rel=1e-9)
+
+
+def test_one_karras_step_starts_at_the_noisiest_level() -> None:
+    (step,) = Schedule(ScheduleConfig()).steps(1, "euler", "karras")
+    assert step.timestep == 999
+    assert step.sigma == pytest.approx(14.6146, rel=1e-5)
+
+
+def test_lcm_steps_are_diffusers() -> None:
+    for config in (ScheduleConfig(), ScheduleConfig(training_steps=400, steps_offset=7)):
+        scheduler = diffusers_scheduler("LCMScheduler", config)
+        for count in range(1, 51):
+            scheduler.set_timesteps(count)
+            assert config.timesteps(count, "lcm") == scheduler.timesteps.tolist()
+        assert config.timesteps(51, "lcm") is None
+    assert ScheduleConfig(training_steps=49).timesteps(1, "lcm") is None
+
+
+@pytest.mark.parametrize(("sampler", "spacing"), [(n, s) for n, row in SAMPLERS.items() for s in row.spacings])
+def test_steps_join(sampler: str, spacing: str) -> None:
+    """But for DDIM's and PLMS's, whose strides diffusers takes for equal where they are not quite."""
+    steps = Schedule(ScheduleConfig()).steps(7, sampler, spacing)
+    assert [step.index for step in steps] == list(range(7))
+    assert all(a.alpha_cumprod < b.alpha_cumprod for a, b in itertools.pairwise(steps))
+    if SAMPLERS[sampler].grid != "ddim":
+        assert steps[-1].previous_alpha_cumprod == 1
+        assert steps[-1].previous_sigma == 0
+        assert all(a.previous_alpha_cumprod == b.alpha_cumprod for a, b in itertools.pairwise(steps))
+    for step in steps:
+        assert step.signal**2 + step.spread**2 == pytest.approx(1)
+        assert step.sigma == pytest.approx(step.spread / step.signal)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    ("sampler", "kind", "zero_terminal_snr"),
+    [
+        (*kin, on) for kin in KIN for on in (False, True) if not (on and kin[0] == "heun")
+    ],  # its setting is missing there
+)
+def test_the_first_noise_is_scaled_as_in_diffusers(
+    sampler: str, kind: str, spacing: str, zero_terminal_snr: bool
+) -> None:
+    config = ScheduleConfig(zero_terminal_snr=zero_terminal_snr, prediction_type="v_prediction")
+    schedule = Schedule(config)
+    scheduler = diffusers_scheduler(kind, config, timestep_spacing=spacing)
+    scheduler.set_timesteps(9)
+    steps = schedule.steps(9, sampler, spacing)
+    theirs = float(scheduler.init_noise_sigma)
+    if SAMPLERS[sampler].grid == "euler":  # theirs are latents / √ᾱ
+        theirs *= steps[0].signal
+    assert schedule.first_scale(steps, sampler, spacing) == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
+def test_zero_terminal_snr_is_diffusers(beta_schedule: str) -> None:
+    config = ScheduleConfig(beta_schedule=beta_schedule, zero_terminal_snr=True, prediction_type="v_prediction")
+    schedule = Schedule(config)
+    levels = schedule.alphas_cumprod
+    assert torch.equal(levels, diffusers_scheduler("DDIMScheduler", config).alphas_cumprod)
+    assert levels[-1] == 0
+    assert levels[0].item() == pytest.approx(Schedule(ScheduleConfig(beta_schedule=beta_schedule)).alphas_cumprod[0])
+    # DDIM and LCM start at 0 indeed; what divides by the level starts at diffusers' smallest.
+    assert schedule.steps(5, "ddim", "trailing")[0].alpha_cumprod == 0
+    assert schedule.steps(5, "lcm")[0].alpha_cumprod == 0
+    for sampler in ("euler", "euler-a", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc"):
+        for spacing in ("trailing", "linspace", "karras"):
+            first = schedule.steps(5, sampler, spacing)[0]
+            assert first.alpha_cumprod == pytest.approx(SMALLEST_LEVEL, rel=1e-6)
+
+
+# ---- a file's own levels ----
+
+
+def test_a_files_own_levels_are_used_as_they_are() -> None:
+    levels = tuple(0.999 * 0.99**i for i in range(1000))
+    schedule = Schedule(ScheduleConfig(alphas_cumprod=levels, betas=BETAS))
+    assert torch.equal(schedule.alphas_cumprod, torch.tensor(levels))
+    assert schedule.steps(10)[0].alpha_cumprod == pytest.approx(levels[901])
+
+
+def test_own_levels_that_end_at_0_are_zero_terminal_snr() -> None:
+    levels = (*Schedule(ScheduleConfig()).alphas_cumprod.tolist()[:-1], 0.0)
+    config = ScheduleConfig(alphas_cumprod=levels, prediction_type="v_prediction")
+    assert config.starts_without_signal
+    assert Schedule(config).steps(3, "ddim", "trailing")[0].alpha_cumprod == 0
+    first = Schedule(config).steps(3, "euler", "trailing")[0]
+    assert first.alpha_cumprod == pytest.approx(SMALLEST_LEVEL, rel=1e-6)
+
+
+def test_own_levels_can_be_rescaled() -> None:
+    """A file may hold its schedule and say beside that it was trained on the rescaled one."""
+    levels = tuple(Schedule(ScheduleConfig()).alphas_cumprod.tolist())
+    found = Schedule(ScheduleConfig(alphas_cumprod=levels, zero_terminal_snr=True)).alphas_cumprod
+    torch.testing.assert_close(found, Schedule(ScheduleConfig(zero_terminal_snr=True)).alphas_cumprod)
+    assert found[-1] == 0
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        (0.9, 0.5),
+        (0.9, 0.5, 0.5, 0.1),
+        (0.1, 0.5, 0.7, 0.9),
+        (1.0, 0.7, 0.5, 0.1),
+        (0.9, 0.7, 0.5, -0.1),
+        (0.9, math.nan, 0.5, 0.1),
+        (0.9, 0.7, 0.5, math.nan),
+    ],
+)
+def test_own_levels_that_are_none_are_refused(levels: tuple[float, ...]) -> None:
+    with pytest.raises(BadDataError, match="does not make 4 signal levels that fall from below 1"):
+        Schedule(ScheduleConfig(training_steps=4, alphas_cumprod=levels))
+
+
 def test_golden_timesteps() -> None:
     assert [step.timestep for step in Schedule(ScheduleConfig()).steps(10)] == [1 + 100 * i for i in range(9, -1, -1)]
     assert [step.timestep for step in Schedule(ScheduleConfig()).steps(3)] == [667, 334, 1]
@@ -102,6 +273,108 @@ def test_offset_zero_takes_all_steps() -> None:
     assert [step.timestep for step in found] == list(range(999, -1, -1))
 
 
+@pytest.mark.parametrize(
+    "betas",
+    [(0.0, 0.1, 0.1), (0.1, 0.0, 0.1), (0.1, -0.1, 0.1), (0.1, 1.5, 0.1), (0.1, math.nan, 0.1), (1.0, 0.1, 0.1)],
+)
+def test_betas_that_are_none_are_refused(betas: tuple[float, ...]) -> None:
+    with pytest.raises(BadDataError, match="does not make 3 signal levels"):
+        Schedule(ScheduleConfig(training_steps=3, betas=betas))
+
+
+def test_one_training_step() -> None:
+    """Absurd, but no reason to fall over."""
+    config = ScheduleConfig(training_steps=1, betas=(0.5,), steps_offset=0)
+    for name, row in SAMPLERS.items():
+        for spacing in row.spacings or (None,):
+            if config.fits(1, row.grid, row.spacing(config, spacing)):
+                assert len(Schedule(config).steps(1, name, spacing)) == 1
+
+
 def test_unknown_beta_schedule_is_refused() -> None:
     with pytest.raises(BadDataError, match="squaredcos"):
         Schedule(ScheduleConfig(beta_schedule="squaredcos_cap_v2"))
+
+
+# ---- what does not go together ----
+
+
+def test_samplers_say_which_spacings_go() -> None:
+    for name, row in SAMPLERS.items():
+        check_spacing(row, None)
+        for spacing in row.spacings:
+            check_spacing(row, spacing)
+            check_fit(row, ScheduleConfig(), 25, spacing)
+        assert Schedule(ScheduleConfig()).steps(25, name) == Schedule(ScheduleConfig()).steps(25, row)
+    with pytest.raises(UsageError, match=r"karras does not go with sampler ddim, which takes leading, trailing, linsp"):
+        Schedule(ScheduleConfig()).steps(25, "ddim", "karras")
+    with pytest.raises(UsageError, match=r"it goes with euler, euler-a, heun, dpmpp-2m, dpmpp-2m-sde, unipc\."):
+        check_spacing(SAMPLERS["plms"], "karras")
+    with pytest.raises(UsageError, match="lcm has a schedule of its own; leave out --schedule trailing"):
+        check_spacing(SAMPLERS["lcm"], "trailing")
+    with pytest.raises(
+        UsageError, match="schedule 'cosine' is not known; choose from leading, trailing, linspace, kar"
+    ):
+        check_spacing(SAMPLERS["ddim"], "cosine")
+    with pytest.raises(UsageError, match=r"sampler 'ddpm' is not known; choose from ddim, plms, .*lcm\."):
+        sampler_named("ddpm")
+
+
+def test_a_models_own_spacing_is_used_where_the_sampler_takes_it() -> None:
+    model = ScheduleConfig(spacing="karras")
+    karras, leading = Schedule(model), Schedule(ScheduleConfig())
+    assert karras.steps(9, "euler") == leading.steps(9, "euler", "karras")
+    assert karras.steps(9, "ddim") == leading.steps(9, "ddim", "leading")
+    assert karras.steps(9, "lcm") == leading.steps(9, "lcm")
+    steps = karras.steps(9, "euler")
+    assert karras.first_scale(steps, "euler") == leading.first_scale(steps, "euler", "karras") < 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("config", [ScheduleConfig(), ScheduleConfig(training_steps=60, steps_offset=2)])
+def test_the_check_before_loading_is_the_schedules(sampler: str, config: ScheduleConfig) -> None:
+    """Whatever the check lets pass has its steps, all levels apart; whatever it refuses is refused."""
+    row = SAMPLERS[sampler]
+    passed = []
+    for spacing in row.spacings or (None,):
+        for count in (0, 1, 2, 50, 51, 59, 60, 61, 500, 998, 999, 1000, 1001):
+            if not config.fits(count, row.grid, row.spacing(config, spacing)):
+                for check in (check_fit, lambda row, config, *how: Schedule(config).steps(how[0], row, how[1])):
+                    with pytest.raises(UsageError, match=f"^{count} steps do not fit"):
+                        check(row, config, count, spacing)
+                continue
+            check_fit(row, config, count, spacing)
+            steps = Schedule(config).steps(count, row, spacing)
+            assert len({step.alpha_cumprod for step in steps}) == count
+            passed.append(count)
+    assert {1, 2, 50} <= set(passed)
+    assert max(passed) <= config.training_steps
+
+
+def test_zero_terminal_snr_and_samplers_that_divide_by_it() -> None:
+    config = ScheduleConfig(zero_terminal_snr=True, prediction_type="v_prediction")
+    with pytest.raises(UsageError, match=r"plms divides by the signal level.*use ddim"):
+        Schedule(config).steps(10, "plms")
+    noise = dataclasses.replace(config, prediction_type="epsilon")
+    for sampler in ("ddim", "lcm"):
+        with pytest.raises(UsageError, match=f"sampler {sampler} would divide by 0: the model predicts noise"):
+            Schedule(noise).steps(10, sampler)
+    for sampler in SAMPLERS:
+        if sampler != "plms":
+            check_fit(SAMPLERS[sampler], config, 10)
+
+
+def test_the_check_needs_no_torch() -> None:
+    code = """
+import sys
+from ldmcli.config import ScheduleConfig
+from ldmcli.samplers import SAMPLERS, check_fit
+for row in SAMPLERS.values():
+    check_fit(row, ScheduleConfig(), 50)
+assert not {"torch", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_spacings_are_all_somebodys() -> None:
+    assert set(SPACINGS) == {spacing for row in SAMPLERS.values() for spacing in row.spacings}

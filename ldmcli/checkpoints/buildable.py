@@ -24,7 +24,7 @@ def check_buildable(config: ModelConfig, shown: str) -> None:
     faults = (
         *_unet_faults(config.unet),
         *_vae_faults(config.vae),
-        *_text_faults(config.text_encoder),
+        *(fault for text in config.text_encoders for fault in _text_faults(text)),
         *_schedule_faults(config.schedule),
         *_fit_faults(config),
     )
@@ -47,6 +47,8 @@ def _unet_faults(unet: UNetConfig) -> Iterator[str]:
     for channels, heads, depth in zip(unet.block_channels, unet.heads, depths, strict=True):
         if depth and channels % heads:
             yield f"the U-Net's {channels} channels do not divide into {heads} attention heads"
+    if min(unet.pooled_dim, unet.added_number_dim) < 0 or (unet.added_numbers and unet.pooled_dim < 1):
+        yield "the U-Net's added conditioning has no room for a pooled prompt"
     if unet.freq_shift >= unet.block_channels[0] // 2:
         yield f"the U-Net's freq_shift {unet.freq_shift:g} is not below half its {unet.block_channels[0]} channels"
     yield from _eps_faults("U-Net", unet.norm_eps)
@@ -67,6 +69,8 @@ def _text_faults(text: TextEncoderConfig) -> Iterator[str]:
     yield from _layer_faults("text encoder", text.layers)
     if text.hidden_size % text.heads:
         yield f"the text encoder's width {text.hidden_size} does not divide into {text.heads} attention heads"
+    if text.layers <= text.skipped_layers:
+        yield f"the text encoder has {text.layers} layers, not enough to read one before the last"
     if text.max_length not in _TOKENS:
         yield f"the text encoder reads {text.max_length} tokens; {_TOKENS[0]} to {_TOKENS[-1]} can be run"
     if text.activation not in _ACTIVATIONS:
@@ -82,7 +86,7 @@ def _schedule_faults(schedule: ScheduleConfig) -> Iterator[str]:
         )
         return
     low, high = _BETAS
-    betas = _betas(schedule)
+    betas = betas_of(schedule)
     if not all(low <= beta <= high for beta in betas):
         yield f"the schedule's betas are not all from {low:g} to {high:g}"
     elif -sum(math.log1p(-beta) for beta in betas) > _MAX_DECAY:
@@ -91,11 +95,20 @@ def _schedule_faults(schedule: ScheduleConfig) -> Iterator[str]:
 
 def _fit_faults(config: ModelConfig) -> Iterator[str]:
     """What keeps the parts from fitting together."""
-    if config.unet.context_dim != config.text_encoder.hidden_size:
+    width = sum(text.hidden_size for text in config.text_encoders)
+    if config.unet.context_dim != width:
+        writes = "the text encoder writes" if len(config.text_encoders) == 1 else "the text encoders write"
         yield (
-            f"the U-Net reads contexts of width {config.unet.context_dim}, the text encoder writes "
-            f"{config.text_encoder.hidden_size}; they are not of one model"
+            f"the U-Net reads contexts of width {config.unet.context_dim}, {writes} {width}; they are not of one model"
         )
+    pooled = config.text_encoders[-1].projection_dim or 0
+    if config.unet.pooled_dim not in (0, pooled):
+        yield (
+            f"the U-Net reads pooled prompts of width {config.unet.pooled_dim}, the text encoder writes {pooled}; they "
+            "are not of one model"
+        )
+    if len({text.max_length for text in config.text_encoders}) > 1:
+        yield "the text encoders read different numbers of tokens"
     if config.unet.in_channels != config.vae.latent_channels:
         yield (
             f"the U-Net takes {config.unet.in_channels} latent channels, the VAE has {config.vae.latent_channels}; "
@@ -121,7 +134,7 @@ def _eps_faults(part: str, eps: float) -> Iterator[str]:
         yield f"the {part}'s norm_eps is {eps:g}, not between 0 and 1"
 
 
-def _betas(schedule: ScheduleConfig) -> Sequence[float]:
+def betas_of(schedule: ScheduleConfig) -> Sequence[float]:
     """The betas; NaN where a start or an end below 0 has no square root."""
     if schedule.betas is not None:
         return schedule.betas

@@ -4,17 +4,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ldmcli.checkpoints.key_map import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from ldmcli.checkpoints.key_map import UNET_PREFIX, VAE_PREFIX
 from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.errors import BadDataError, printable
-from ldmcli.families import Family
+from ldmcli.families import Family, TextPart
 
 Shapes = Mapping[str, tuple[int, ...]]
+_NUMBER_DIM = 256  # sinusoids for each of SDXL's added numbers
 _MAX_BLOCKS = 64  # Stable Diffusion's U-Net has 12; the time to look at a file grows with their number
 
 
-def config_from_shapes(shapes: Shapes, family: Family, path: Path) -> ModelConfig:
+def config_from_shapes(shapes: Shapes, family: Family, schedule: ScheduleConfig, path: Path) -> ModelConfig:
     """Dimensions of a checkpoint in the original layout; what shapes cannot tell (head counts, groups) is the family's.
+    `schedule` is what else is known of the model.
 
     Raises BadDataError naming the tensor that is missing or of an unexpected rank.
     """
@@ -22,9 +24,13 @@ def config_from_shapes(shapes: Shapes, family: Family, path: Path) -> ModelConfi
         return ModelConfig(
             family=family.name,
             unet=_unet(_under(shapes, UNET_PREFIX), family),
-            vae=_vae(_under(shapes, VAE_PREFIX), family),
-            text_encoder=_text(_under(shapes, TEXT_PREFIX), family),
-            schedule=ScheduleConfig(),
+            vae=vae_from_shapes(
+                _under(shapes, VAE_PREFIX), family.norm_groups, family.scaling_factor, force_upcast=family.force_upcast
+            ),
+            text_encoders=tuple(_text(_under(shapes, text.prefix), text) for text in family.texts),
+            schedule=schedule,
+            zero_empty_negative=family.zero_empty_negative,
+            defaults=family.defaults,
         )
     except KeyError as error:
         raise BadDataError(
@@ -67,6 +73,8 @@ def _unet(shapes: Shapes, family: Family) -> UNetConfig:
             context_dim = shapes[f"{attention}transformer_blocks.0.attn2.to_k.weight"][1]
             linear = len(shapes[f"{attention}proj_in.weight"]) == 2
     blocks = _count(shapes, r"input_blocks\.(\d+)\.")
+    added = shapes["label_emb.0.0.weight"][1] if family.added_numbers else 0
+    guidance = shapes.get("time_embed.cond_proj.weight")
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],
@@ -75,14 +83,22 @@ def _unet(shapes: Shapes, family: Family) -> UNetConfig:
         layers_per_block=blocks // len(channels) - 1,
         attention=tuple(depths),
         middle_attention=_count(_under(shapes, "middle_block.1."), r"transformer_blocks\.(\d+)\."),
-        heads=(family.heads,) * len(channels),
+        heads=tuple(family.heads or max(1, width // family.head_dim) for width in channels),
         context_dim=context_dim,
         norm_groups=family.norm_groups,
         linear_projection=linear,
+        pooled_dim=added - family.added_numbers * _NUMBER_DIM if added else 0,
+        added_numbers=family.added_numbers,
+        added_number_dim=_NUMBER_DIM,
+        guidance_dim=guidance[1] if guidance else None,
     )
 
 
-def _vae(shapes: Shapes, family: Family) -> VAEConfig:
+def vae_from_shapes(
+    shapes: Shapes, norm_groups: int, scaling_factor: float, *, force_upcast: bool = False
+) -> VAEConfig:
+    """An autoencoder's dimensions from its tensors in the original layout, without prefix. Raises KeyError, IndexError,
+    ValueError or ZeroDivisionError where they are none of one."""
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     return VAEConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
@@ -90,19 +106,44 @@ def _vae(shapes: Shapes, family: Family) -> VAEConfig:
         latent_channels=shapes["post_quant_conv.weight"][0],
         block_channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
         layers_per_block=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-        norm_groups=family.norm_groups,
-        scaling_factor=family.scaling_factor,
+        norm_groups=norm_groups,
+        scaling_factor=scaling_factor,
+        force_upcast=force_upcast,
     )
 
 
-def _text(shapes: Shapes, family: Family) -> TextEncoderConfig:
+def _text(shapes: Shapes, text: TextPart) -> TextEncoderConfig:
+    if text.layout == "openclip":
+        return _openclip(shapes, text)
     shapes = {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
     vocab_size, hidden = shapes["embeddings.token_embedding.weight"]
     return TextEncoderConfig(
+        part=text.part,
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
         layers=_count(shapes, r"encoder\.layers\.(\d+)\."),
         heads=max(1, hidden // 64),  # every CLIP text model has heads of 64
         max_length=shapes["embeddings.position_embedding.weight"][0],
+        skipped_layers=text.skipped_layers,
+        final_norm=text.final_norm,
+    )
+
+
+def _openclip(shapes: Shapes, text: TextPart) -> TextEncoderConfig:
+    vocab_size, hidden = shapes["token_embedding.weight"]
+    layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
+    return TextEncoderConfig(
+        part=text.part,
+        layout=text.layout,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        layers=layers,
+        heads=max(1, hidden // 64),
+        max_length=shapes["positional_embedding"][0],
+        activation="gelu",
+        skipped_layers=text.skipped_layers - (text.layers is not None and layers == text.layers - 1),
+        final_norm=text.final_norm,
+        projection_dim=shapes["text_projection"][1] if "text_projection" in shapes else None,
     )

@@ -1,17 +1,22 @@
 """Weight files on disk: checked without torch, then read tensor by tensor. The only safetensors import.
 
+Pickled files, where they are allowed, are read by `pickled` and are the same to the caller.
+
 Nothing is ever memory-mapped: a mapped file that someone truncates kills the process with SIGBUS.
 """
 
 import hashlib
 import io
+import math
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldmcli.checkpoints.header import (
+    DTYPE_BYTES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     HeaderError,
@@ -19,7 +24,7 @@ from ldmcli.checkpoints.header import (
     parse_header,
     parse_json_object,
 )
-from ldmcli.checkpoints.sniff import SNIFF_BYTES, sniff
+from ldmcli.checkpoints.sniff import SNIFF_BYTES, may_be_pickled, sniff
 from ldmcli.errors import CannotCreateError, StorageError, printable
 from ldmcli.opening import bad_file, open_regular, shown
 
@@ -27,12 +32,15 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ldmcli.checkpoints.pickled import Loader
+
 __all__ = [
     "TensorInfo",
     "WeightFile",
     "file_sha256",
     "open_sharded",
     "open_weights",
+    "read_numbers",
     "read_tensors",
     "write_tensors",
 ]
@@ -60,25 +68,35 @@ _TORCH_NAMES = {
 }
 
 
+_NUMBERS = {"F16": "e", "F32": "f", "F64": "d"}  # struct's letters
+
+
 @dataclass(frozen=True)
 class WeightFile:
-    """A checked safetensors file: tensors by name, metadata, and what identifies the file as checked."""
+    """A checked weight file: tensors by name, metadata, and what identifies the file as checked."""
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     stamp: tuple[int, ...] = field(default=(), compare=False)  # device, inode, bytes, modification time in ns
+    loader: "Loader | None" = field(default=None, compare=False, repr=False)  # of a pickled file
 
 
-def open_weights(path: Path) -> WeightFile:
-    """Check the safetensors file at `path` and describe it, without torch and without reading tensor data.
+def open_weights(path: Path, *, allow_pickle: bool = False) -> WeightFile:
+    """Check the weight file at `path` and describe it, without torch and without reading tensor data.
 
-    Raises MissingInputError (no such file, not readable), BadDataError (anything but sound safetensors; the
-    message says what it is instead) or StorageError.
+    It has to be safetensors or, with `allow_pickle`, a pickle of plain tensors by torch.save. Raises
+    MissingInputError (no such file, not readable), BadDataError (anything else; the message says what it is) or
+    StorageError.
     """
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
-        header_bytes = _header_length(path, file, status.st_size)
+        # What the kernel makes up as it is read (/proc/kmsg, /proc/self/mem) has no size: it is not even read.
+        head = file.read(SNIFF_BYTES) if status.st_size else b""
+        if allow_pickle and may_be_pickled(head) and not _begins_as_safetensors(head):
+            return _open_pickled(path, file, status)
+        header_bytes = _header_length(path, head, status.st_size)
+        file.seek(8)
         raw = file.read(header_bytes)
     if len(raw) < header_bytes:
         raise bad_file(path, "changed while it was read", "try again once nothing writes to it")
@@ -89,8 +107,8 @@ def open_weights(path: Path) -> WeightFile:
     return WeightFile(path, tensors, metadata, _stamp(status))
 
 
-def open_sharded(index: Path) -> list[WeightFile]:
-    """The files of a sharded model, by name, from its `*.safetensors.index.json`.
+def open_sharded(index: Path, *, allow_pickle: bool = False) -> list[WeightFile]:
+    """The files of a sharded model, by name, from its `*.safetensors.index.json` (or `*.bin.index.json`).
 
     Every tensor of `weight_map` is in the file the map gives, and in no other. Files stay inside the folder
     of the index, or, as links, in `blobs` of the same Hugging Face cache. Raises what open_weights raises.
@@ -106,7 +124,7 @@ def open_sharded(index: Path) -> list[WeightFile]:
     names = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
     if len(names) > _MAX_SHARDS:
         raise bad_file(index, f"lists {len(names)} files, more than {_MAX_SHARDS}", _AGAIN)
-    shards = {name: open_weights(_inside(index, name)) for name in sorted(names)}
+    shards = {name: open_weights(_inside(index, name), allow_pickle=allow_pickle) for name in sorted(names)}
     for key, name in weight_map.items():
         if key not in shards[name].tensors:
             raise bad_file(index, f"promises tensor “{key}” in {name}, which lacks it", _AGAIN)
@@ -127,7 +145,6 @@ def read_tensors(
     yielded. Raises BadDataError for a name the file lacks, NaN or infinity on disk, values `dtype` cannot
     hold, and a file that changed since open_weights.
     """
-    import numpy as np
     import torch
 
     try:
@@ -135,22 +152,39 @@ def read_tensors(
     except KeyError as error:
         raise bad_file(weights.path, f"has no tensor “{error.args[0]}”", "check that it is the right file") from None
     target = torch.device(device)
-    scratch = np.empty(0, np.uint8)
+    stored = _unpickled(weights, wanted) if weights.loader else _read_raw(weights, wanted, target.type == "cpu", dtype)
+    for name, tensor in stored:
+        floating = tensor.is_floating_point()
+        if floating and not _all_finite(tensor):
+            raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
+        wish = dtype if dtype is not None and floating else tensor.dtype
+        yield name, _converted(weights.path, name, tensor, target, wish)
+
+
+def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[float]:
+    """The values of a small list of floating numbers, without torch.
+
+    Raises BadDataError where there is none of that name, it has another shape or type or more than `limit` numbers,
+    holds NaN or infinity, or the file changed.
+    """
+    info = weights.tensors.get(name)
+    if info is None:
+        raise bad_file(weights.path, f"has no tensor “{name}”", "check that it is the right file")
+    size = info.end - info.start
+    plain = len(info.shape) <= 1 and size == math.prod(info.shape) * DTYPE_BYTES[info.dtype]
+    if not plain or math.prod(info.shape) > limit or info.dtype not in (*_NUMBERS, "BF16"):
+        cause = f"holds tensor “{name}” as {info.dtype} {list(info.shape)}, not as a list of up to {limit} numbers"
+        raise bad_file(weights.path, cause, _AGAIN)
+    raw = bytearray(size)
     with open_regular(weights.path) as file:
-        for name, info in wanted:
-            source = _torch_dtype(weights.path, name, info)
-            wish = dtype if dtype is not None and source.is_floating_point else source
-            size = info.end - info.start
-            if target.type == "cpu" and wish == source:
-                raw = np.empty(size, np.uint8)  # the result itself
-            else:  # `to` copies: fresh memory for each tensor would cost ten times the read in page faults
-                scratch = scratch if scratch.size >= size else np.empty(size, np.uint8)
-                raw = scratch[:size]
-            _read_into(raw, weights, file, info)
-            tensor = _as_tensor(raw, source, info.shape)
-            if source.is_floating_point and not _all_finite(tensor):
-                raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
-            yield name, _converted(weights.path, name, tensor, target, wish)
+        _read_into(raw, weights, file, info)
+    letter = _NUMBERS.get(info.dtype, "f")
+    if info.dtype == "BF16":  # the upper half of a float32
+        raw = bytearray(b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, size, 2)))
+    numbers = [number for (number,) in struct.iter_unpack(f"<{letter}", raw)]
+    if not all(map(math.isfinite, numbers)):
+        raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
+    return numbers
 
 
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
@@ -185,14 +219,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _header_length(path: Path, file: io.FileIO, size: int) -> int:
-    """The length of the JSON header, at whose start `file` is left. Raises BadDataError."""
-    head = file.read(SNIFF_BYTES)
-    file.seek(8)
+def _open_pickled(path: Path, file: io.FileIO, status: os.stat_result) -> WeightFile:
+    from ldmcli.checkpoints import pickled  # seldom needed, and zipfile takes time to import
+
+    try:
+        tensors = pickled.parse_pickled(file, status.st_size)
+    except HeaderError as error:
+        raise bad_file(path, str(error), pickled.CURE) from None
+    return WeightFile(path, tensors, {}, _stamp(status), pickled.Loader(path))
+
+
+def _begins_as_safetensors(head: bytes) -> bool:
+    return len(head) > 8 and 0 < int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:9] == b"{"
+
+
+def _header_length(path: Path, head: bytes, size: int) -> int:
+    """The length of the JSON header of a file that begins with `head`. Raises BadDataError."""
     if not head:
         raise bad_file(path, "is empty", _AGAIN)
     length = int.from_bytes(head[:8], "little")
-    if len(head) > 8 and 0 < length <= MAX_HEADER_BYTES and head[8:9] == b"{":
+    if _begins_as_safetensors(head):
         if 8 + length > size:
             raise bad_file(path, f"is cut short: its header needs {8 + length} bytes, it has {size}", _AGAIN)
         return length
@@ -217,7 +263,9 @@ def _inside(index: Path, name: str) -> Path:
     allowed = [folder]
     if "snapshots" in folder.parts:  # …/models--OWNER--NAME/snapshots/REVISION[/part] has …/blobs beside snapshots
         at = len(folder.parts) - 1 - folder.parts[::-1].index("snapshots")
-        allowed.append(Path(*folder.parts[:at]) / "blobs")
+        repository = Path(*folder.parts[:at])
+        # huggingface_hub 2 has blobs beside the repositories too, for what several of them share.
+        allowed += [repository / "blobs", repository.parent / "blobs"]
     if not any(target.is_relative_to(root) for root in allowed):
         raise bad_file(index, f"names the file “{name}”, a link that leads out of the folder", cure)
     return path
@@ -237,7 +285,44 @@ def _torch_dtype(path: Path, name: str, info: TensorInfo) -> "torch.dtype":
     return dtype
 
 
-def _read_into(raw: "np.ndarray", weights: WeightFile, file: io.FileIO, info: TensorInfo) -> None:
+_Wanted = list[tuple[str, TensorInfo]]
+
+
+def _read_raw(
+    weights: WeightFile, wanted: _Wanted, on_cpu: bool, dtype: "torch.dtype | None"
+) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Each tensor of a safetensors file as it is stored; it lives until the next, unless it is the result itself."""
+    import numpy as np
+
+    scratch = np.empty(0, np.uint8)
+    with open_regular(weights.path) as file:
+        for name, info in wanted:
+            source = _torch_dtype(weights.path, name, info)
+            size = info.end - info.start
+            if on_cpu and (dtype in (None, source) or not source.is_floating_point):
+                raw = np.empty(size, np.uint8)  # the result itself
+            else:  # `to` copies: fresh memory for each tensor would cost ten times the read in page faults
+                scratch = scratch if scratch.size >= size else np.empty(size, np.uint8)
+                raw = scratch[:size]
+            _read_into(raw, weights, file, info)
+            yield name, _as_tensor(raw, source, info.shape)
+
+
+def _unpickled(weights: WeightFile, wanted: _Wanted) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Each tensor of a pickled file, which must be what the file's outline said."""
+    import torch
+
+    assert weights.loader
+    tensors = weights.loader.take(name for name, _ in wanted)
+    for name, info in wanted:
+        tensor = tensors.pop(name)
+        is_told = tensor.dtype == _torch_dtype(weights.path, name, info) and tuple(tensor.shape) == info.shape
+        if not is_told or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise bad_file(weights.path, f"holds tensor “{name}” otherwise than it says", _AGAIN)
+        yield name, tensor
+
+
+def _read_into(raw: "np.ndarray | bytearray", weights: WeightFile, file: io.FileIO, info: TensorInfo) -> None:
     """Fill `raw` with the tensor's bytes. Raises BadDataError where the file is no longer the one checked."""
     view = memoryview(raw)  # type: ignore[arg-type]
     file.seek(info.start)

@@ -5,17 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldmcli.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.config import Defaults, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.errors import BadDataError, printable
 from ldmcli.opening import read_json
 
 MAX_CONFIG_BYTES = 1 << 20
+WITH_PROJECTION = "CLIPTextModelWithProjection"
 _MAX_WHOLE = 1 << 24
 
 # Fields whose other values mean a network that is not built here: {field: the values that mean "as usual"}.
 _UNET_USUAL: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -29,7 +30,7 @@ _UNET_USUAL: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "only_cross_attention": (False,),
     "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (None,),
+    "reverse_transformer_layers_per_block": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
@@ -43,16 +44,14 @@ _VAE_USUAL: dict[str, tuple[Any, ...]] = {
 }
 _SCHEDULER_USUAL: dict[str, tuple[Any, ...]] = {
     "clip_sample": (False,),
-    "rescale_betas_zero_snr": (False,),
     "thresholding": (False,),
 }
 
 
-def unet_config(path: Path) -> UNetConfig:
-    """The U-Net that `unet/config.json` describes; a missing field means diffusers' default."""
+def unet_config(path: Path, pooled_dim: int = 0) -> UNetConfig:
+    """The U-Net that `unet/config.json` describes; a missing field means diffusers' default. `pooled_dim` is the width
+    of the pooled prompt that the model's text encoder gives, if any."""
     fields = _Fields(path, _UNET_USUAL)
-    if fields.get("addition_embed_type") == "text_time":
-        raise BadDataError(f"{fields.shown} describes an SDXL U-Net; this version reads Stable Diffusion 1.x.")
     in_channels = fields.whole("in_channels", 4)
     if in_channels != 4:
         kind = {9: "an inpainting", 8: "an instruct-pix2pix"}.get(in_channels, "another kind of")
@@ -72,6 +71,7 @@ def unet_config(path: Path) -> UNetConfig:
     depths = fields.per_level("transformer_layers_per_block", 1, levels)
     # diffusers' attention_head_dim is the number of heads, unless num_attention_heads is given as well.
     heads_field = "num_attention_heads" if fields.get("num_attention_heads") is not None else "attention_head_dim"
+    guided = fields.get("time_cond_proj_dim") is not None
     return UNetConfig(
         in_channels=in_channels,
         out_channels=fields.whole("out_channels", 4),
@@ -87,7 +87,24 @@ def unet_config(path: Path) -> UNetConfig:
         linear_projection=fields.flag("use_linear_projection", False),
         flip_sin_to_cos=fields.flag("flip_sin_to_cos", True),
         freq_shift=fields.number("freq_shift", 0),
+        guidance_dim=fields.whole("time_cond_proj_dim", 256, low=4) if guided else None,
+        **_added(fields, pooled_dim),
     )
+
+
+def _added(fields: "_Fields", pooled_dim: int) -> dict[str, int]:
+    """What SDXL adds to the time step: a pooled prompt of `pooled_dim`, and six numbers or, in its refiner, five."""
+    if fields.get("addition_embed_type") is None:
+        return {}
+    width = fields.whole("projection_class_embeddings_input_dim", 2816)
+    dim = fields.whole("addition_time_embed_dim", 256)
+    count, rest = divmod(width - pooled_dim, dim)
+    if rest or count not in (5, 6) or not pooled_dim:
+        raise BadDataError(
+            f"{fields.shown}: projection_class_embeddings_input_dim {width} is not the last text encoder's "
+            f"projection_dim ({pooled_dim}) and 5 or 6 times addition_time_embed_dim ({dim}): not of one model."
+        )
+    return {"pooled_dim": pooled_dim, "added_numbers": count, "added_number_dim": dim}
 
 
 def vae_config(path: Path) -> VAEConfig:
@@ -106,13 +123,15 @@ def vae_config(path: Path) -> VAEConfig:
         layers_per_block=fields.whole("layers_per_block", 1),
         norm_groups=fields.whole("norm_num_groups", 32),
         scaling_factor=fields.number("scaling_factor", 0.18215),
+        force_upcast=fields.flag("force_upcast", True),
     )
 
 
-def text_encoder_config(path: Path) -> TextEncoderConfig:
-    """The CLIP text encoder that `text_encoder/config.json` describes."""
+def text_encoder_config(path: Path, part: str, kind: str) -> TextEncoderConfig:
+    """The CLIP text encoder that `config.json` describes; `kind` is its class in transformers."""
     fields = _Fields(path, {})
     return TextEncoderConfig(
+        part=part,
         vocab_size=fields.whole("vocab_size", 49408),
         hidden_size=fields.whole("hidden_size", 512),
         intermediate_size=fields.whole("intermediate_size", 2048),
@@ -123,7 +142,27 @@ def text_encoder_config(path: Path) -> TextEncoderConfig:
         norm_eps=fields.number("layer_norm_eps", 1e-5),
         bos_token_id=fields.whole("bos_token_id", 49406, low=0),
         eos_token_id=fields.whole("eos_token_id", 49407, low=0),
+        projection_dim=fields.whole("projection_dim", 512) if kind == WITH_PROJECTION else None,
     )
+
+
+def defaults_for(path: Path, usual: Defaults) -> Defaults:
+    """How a model wants to be drawn with, from its scheduler: those distilled to few steps name one that says so.
+
+    Latent consistency models name LCMScheduler. Adversarially distilled ones (SD-Turbo, SDXL-Turbo: Sauer et al. 2023)
+    name Euler's or its ancestral kin with "trailing" spacing and predict noise; no other known model does.
+    """
+    if not path.exists():
+        return usual
+    fields = _Fields(path, {})
+    kind = str(fields.get("_class_name"))
+    if kind == "LCMScheduler":
+        return Defaults("lcm", steps=4, guidance_scale=usual.guidance_scale)
+    turbo = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-a"}
+    trailing = fields.get("timestep_spacing") == "trailing" and not fields.get("rescale_betas_zero_snr")
+    if kind in turbo and trailing and fields.get("prediction_type", "epsilon") == "epsilon":
+        return Defaults(turbo[kind], steps=4, guidance_scale=1.0)
+    return usual
 
 
 def schedule_config(path: Path) -> ScheduleConfig:
@@ -132,6 +171,8 @@ def schedule_config(path: Path) -> ScheduleConfig:
         return ScheduleConfig()
     fields = _Fields(path, _SCHEDULER_USUAL)
     fields.require_usual()
+    if str(fields.get("_class_name")).startswith(("EDM", "FlowMatch")):
+        fields.refuse("_class_name", fields.get("_class_name"), "a scheduler of the noise schedules that run here")
     usual = ScheduleConfig()
     prediction_type = str(fields.get("prediction_type", usual.prediction_type))
     fields.only("prediction_type", (prediction_type,), {"epsilon", "v_prediction", "sample"})
@@ -150,6 +191,7 @@ def schedule_config(path: Path) -> ScheduleConfig:
         set_alpha_to_one=fields.flag("set_alpha_to_one", usual.set_alpha_to_one),
         spacing=spacing,
         prediction_type=prediction_type,
+        zero_terminal_snr=fields.flag("rescale_betas_zero_snr", False),
     )
 
 
@@ -184,20 +226,20 @@ class _Fields:
     def wholes(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         value = self._fields.get(name, default)
         if not isinstance(value, list | tuple) or not 1 <= len(value) <= 16:
-            self._refuse(name, value, "a list of 1 to 16 whole numbers")
+            self.refuse(name, value, "a list of 1 to 16 whole numbers")
         return tuple(self._whole(name, item, 1) for item in value)
 
     def names(self, name: str, default: tuple[str, ...], count: int) -> tuple[str, ...]:
         value = self._fields.get(name, default)
         if not isinstance(value, list | tuple) or len(value) != count or not all(isinstance(v, str) for v in value):
-            self._refuse(name, value, f"a list of {count} names")
+            self.refuse(name, value, f"a list of {count} names")
         return tuple(value)
 
     def per_level(self, name: str, default: int, levels: int) -> tuple[int, ...]:
         """One number for all levels, or a list of one each."""
         value = self._fields.get(name, default)
         if isinstance(value, list) and len(value) != levels:
-            self._refuse(name, value, f"one number, or a list of {levels}")
+            self.refuse(name, value, f"one number, or a list of {levels}")
         values = value if isinstance(value, list) else [value] * levels
         return tuple(self._whole(name, item, 1) for item in values)
 
@@ -210,24 +252,24 @@ class _Fields:
         if value is None:
             return None
         if not isinstance(value, list) or len(value) != count:
-            self._refuse(name, value, f"a list of {count} numbers")
+            self.refuse(name, value, f"a list of {count} numbers")
         return tuple(self._number(name, item) for item in value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._fields.get(name, default)
         if not isinstance(value, bool):
-            self._refuse(name, value, "true or false")
+            self.refuse(name, value, "true or false")
         return bool(value)
 
     def _number(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-            self._refuse(name, value, "a number")
+            self.refuse(name, value, "a number")
         return float(value)
 
     def _whole(self, name: str, value: Any, low: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_WHOLE:
-            self._refuse(name, value, f"a whole number from {low} to {_MAX_WHOLE}")
+            self.refuse(name, value, f"a whole number from {low} to {_MAX_WHOLE}")
         return int(value)
 
-    def _refuse(self, name: str, value: Any, wanted: str) -> None:
+    def refuse(self, name: str, value: Any, wanted: str) -> None:
         raise BadDataError(f"{self.shown}: {name} is {printable(repr(value))}, not {wanted}.")

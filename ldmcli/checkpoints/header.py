@@ -6,11 +6,12 @@ Pure: bytes in, descriptions out, no file and no torch. Format: https://github.c
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 MAX_HEADER_BYTES = 32 << 20  # real checkpoints stay below 1 MB
-MAX_TENSORS = 100_000
-_MAX_COMMAS = 1_000_000  # 100,000 four-dimensional tensors need 700,000: bounds what the JSON parser may build
+MAX_TENSORS = 50_000  # the largest known have 5,000
+_MAX_COMMAS = 500_000  # 50,000 four-dimensional tensors need 350,000: bounds what the JSON parser may build
 _MAX_RANK = 32
 _MAX_ELEMENTS = 1 << 60  # so that strides and byte counts fit in 64 bits, even where another dimension is 0
 
@@ -123,10 +124,9 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     size = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
     if size is None:
         raise HeaderError(f"gives {quoted} the unknown type {_cut(repr(dtype))}")
-    if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(_is_count(dim) for dim in shape):
+    if not isinstance(shape, list):
         raise HeaderError(f"gives {quoted} the impossible shape {_cut(repr(shape))}")
-    if math.prod(max(dim, 1) for dim in shape) > _MAX_ELEMENTS:
-        raise HeaderError(f"gives {quoted} the impossibly large shape {_cut(repr(shape))}")
+    check_shape(quoted, shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(at) for at in offsets):
         raise HeaderError(f"gives {quoted} the impossible offsets {_cut(repr(offsets))}")
     start, end = offsets
@@ -134,6 +134,14 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     if end - start != needed:
         raise HeaderError(f"gives {quoted} {end - start} bytes where {dtype} {_cut(repr(shape))} needs {needed}")
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def check_shape(quoted: str, shape: Sequence[object]) -> None:
+    """Raise HeaderError unless `shape` is one that a tensor, which the message calls `quoted`, can have."""
+    if len(shape) > _MAX_RANK or not all(_is_count(dim) for dim in shape):
+        raise HeaderError(f"gives {quoted} the impossible shape {_cut(repr(shape))}")
+    if math.prod(max(dim, 1) for dim in shape if isinstance(dim, int)) > _MAX_ELEMENTS:
+        raise HeaderError(f"gives {quoted} the impossibly large shape {_cut(repr(shape))}")
 
 
 def _check_cover(tensors: dict[str, TensorInfo], data_start: int, file_size: int) -> None:

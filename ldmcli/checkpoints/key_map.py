@@ -29,13 +29,15 @@ _OLD_VAE_PARTS = (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), (
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model.transformer."
 
 # What original checkpoints carry beside the three parts: averages, schedule tables, losses. None is needed to sample.
+# Nor are marks such as `v_pred`, which are read before.
 IGNORED_ORIGINAL = re.compile(
     r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights$|logvar$|first_stage_model\.loss\."
     r"|cond_stage_model\.(logit_scale$|transformer\.(vision_model\.|visual_projection|text_projection|logit_scale))"
-    r"|.*\.position_ids$|model_ema$|scale_factor$|global_step$"
+    r"|conditioner\.embedders\.\d\.(logit_scale$|transformer\.(text_projection|logit_scale))"
+    r"|.*\.model\.(logit_scale|attn_mask)$|.*\.position_ids$|model_ema$|scale_factor$|global_step$|denoiser\.sigmas$"
+    r"|v_pred$|ztsnr$"
 )
 
 
@@ -68,6 +70,9 @@ def _unet_prefixes(config: UNetConfig) -> dict[str, str]:
         "conv_in.": "input_blocks.0.0.",
         "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.",
+        "time_embedding.cond_proj.": "time_embed.cond_proj.",
+        "add_embedding.linear_1.": "label_emb.0.0.",
+        "add_embedding.linear_2.": "label_emb.0.2.",
         "conv_norm_out.": "out.0.",
         "conv_out.": "out.2.",
         "mid_block.resnets.0.": "middle_block.0.",

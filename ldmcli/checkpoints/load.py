@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from ldmcli.checkpoints.files import WeightFile, file_sha256, read_tensors
 from ldmcli.checkpoints.key_map import (
     IGNORED_ORIGINAL,
-    TEXT_PREFIX,
     old_diffusers_vae_key,
     original_unet_keys,
     original_vae_keys,
     without_text_prefix,
 )
 from ldmcli.checkpoints.source import ModelSource, list_keys
+from ldmcli.config import TextEncoderConfig
 from ldmcli.errors import BadDataError, printable
 from ldmcli.models.unet import UNet
 from ldmcli.models.vae import AutoencoderKL
 from ldmcli.text.clip import ClipTextEncoder, build_clip, restore_position_ids
+from ldmcli.text.conditioning import PromptEncoder, TextEncoder
+from ldmcli.text.openclip import OpenClipTextEncoder, build_openclip, restore_mask
+from ldmcli.text.tokenizer import ClipTokenizer
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -33,36 +36,46 @@ DiskNames = dict[str, Sequence[str]]
 
 def load_unet(source: ModelSource, device: torch.device, dtype: torch.dtype) -> UNet:
     """The source's U-Net."""
-    unet = _on_meta(lambda: UNet(source.config.unet))
+    unet = on_meta(lambda: UNet(source.config.unet))
     names: DiskNames = {key: [key] for key in unet.state_dict()}
     if source.single_file:
         names = {key: [disk] for key, disk in original_unet_keys(names, source.config.unet).items()}
-    _fill(unet, source, "unet", names, device, dtype)
+    fill(unet, names, source.keys("unet"), _where(source, "unet"), device, dtype)
     return unet
 
 
 def load_vae(source: ModelSource, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """The source's autoencoder."""
-    vae = _on_meta(lambda: AutoencoderKL(source.config.vae))
+    vae = on_meta(lambda: AutoencoderKL(source.config.vae))
     names: DiskNames = {key: [key, old_diffusers_vae_key(key)] for key in vae.state_dict()}
     if source.single_file:
         names = {key: [disk] for key, disk in original_vae_keys(names, source.config.vae).items()}
-    _fill(vae, source, "vae", names, device, dtype)
+    fill(vae, names, source.keys("vae"), _where(source, "vae"), device, dtype)
     return vae
 
 
-def load_text_encoder(source: ModelSource, device: torch.device, dtype: torch.dtype) -> ClipTextEncoder:
-    """The source's text encoder with its tokenizer."""
-    tokenizer = source.tokenizer
-    model = _on_meta(lambda: build_clip(source.config.text_encoder))
-    prefix = TEXT_PREFIX if source.single_file else ""
+def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.dtype) -> PromptEncoder:
+    """The source's text encoders, each with its tokenizer."""
+    pairs = zip(source.config.text_encoders, source.tokenizers, strict=True)
+    return PromptEncoder([_load_text_encoder(source, text, tokenizer, device, dtype) for text, tokenizer in pairs])
+
+
+def _load_text_encoder(
+    source: ModelSource, text: TextEncoderConfig, tokenizer: ClipTokenizer, device: torch.device, dtype: torch.dtype
+) -> TextEncoder:
+    prefix = source.prefixes.get(text.part, "")
+    openclip = text.layout == "openclip"
+    model = on_meta(lambda: build_openclip(text) if openclip else build_clip(text))
     names: DiskNames = {}
     for key in model.state_dict():
         bare = without_text_prefix(key)
-        names[key] = [f"{prefix}text_model.{bare}", f"{prefix}{bare}"]
-    _fill(model, source, "text_encoder", names, device, dtype)
+        names[key] = [prefix + key] if openclip else [f"{prefix}text_model.{bare}", f"{prefix}{bare}"]
+    fill(model, names, source.keys(text.part), _where(source, text.part), device, dtype)
+    if openclip:
+        restore_mask(model, device, dtype)
+        return OpenClipTextEncoder(model, tokenizer, text)
     restore_position_ids(model, device)
-    return ClipTextEncoder(model, tokenizer)
+    return ClipTextEncoder(model, tokenizer, text)
 
 
 def model_sha256(source: ModelSource) -> "Future[str]":
@@ -89,22 +102,25 @@ def _sha256(source: ModelSource) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _on_meta(build: Callable[[], _Module]) -> _Module:
+def on_meta(build: Callable[[], _Module]) -> _Module:
     with torch.device("meta"):
         return build()
 
 
-def _fill(
+def fill(
     module: nn.Module,
-    source: ModelSource,
-    part: str,
     names: DiskNames,
+    on_disk: dict[str, WeightFile],
+    where: str,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Read every weight of `module`, which is on meta, and put it in place; none may be missing, left or misshapen."""
-    on_disk = source.keys(part)
-    canonical = _match(module, source, part, names, on_disk)
+    """Read every weight of `module`, which is on meta, and put it in place; none may be missing, left or misshapen.
+
+    `on_disk` has the keys of the module's part with the files they are in; `where` begins the error that says what of
+    them does not fit (BadDataError).
+    """
+    canonical = _match(module, names, on_disk, where)
     by_file: dict[int, tuple[WeightFile, list[str]]] = {}
     for disk_key in canonical:
         file = on_disk[disk_key]
@@ -119,9 +135,12 @@ def _fill(
     module.requires_grad_(False).eval()
 
 
-def _match(
-    module: nn.Module, source: ModelSource, part: str, names: DiskNames, on_disk: dict[str, WeightFile]
-) -> dict[str, str]:
+def _where(source: ModelSource, part: str) -> str:
+    path = source.path if source.single_file else source.path / part
+    return f"{printable(str(path))} is not the {part} it should be"
+
+
+def _match(module: nn.Module, names: DiskNames, on_disk: dict[str, WeightFile], where: str) -> dict[str, str]:
     """Disk key → canonical key for the whole module. Raises BadDataError listing what does not fit."""
     canonical: dict[str, str] = {}
     faults: dict[str, list[str]] = defaultdict(list)
@@ -138,9 +157,8 @@ def _match(
     if left:
         faults["has tensors of no use here"] = left
     if faults:
-        where = printable(str(source.path if source.single_file else source.path / part))
         told = "; it ".join(list_keys(what, keys) for what, keys in faults.items())
-        raise BadDataError(f"{where} is not the {part} it should be: it {told}.")
+        raise BadDataError(f"{where}: it {told}.")
     return canonical
 
 

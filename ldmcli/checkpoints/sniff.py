@@ -4,7 +4,10 @@ import dataclasses
 
 SNIFF_BYTES = 1024
 _DOWNLOAD = "download the weight file itself again"
-_CONVERT = "get or convert it to .safetensors: ldm never unpickles, for a pickle can run any code"
+_CONVERT = (
+    "get or convert it to .safetensors, for a pickle can run any code; ldm never unpickles, but --allow-pickle reads "
+    "plain tensors out of one"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,15 @@ def sniff(head: bytes) -> Verdict | None:
     return _sniff_text(head)
 
 
+def may_be_pickled(head: bytes) -> bool:
+    """Whether a file that begins like this may be one of torch.save's, in a zip (since torch 1.6) or bare."""
+    return head.startswith(b"PK\x03\x04") or any(head.startswith(magic) for magic, what in _MAGIC if what is _PICKLE)
+
+
 def _sniff_text(head: bytes) -> Verdict | None:
     """The same for text: git-lfs pointers, pages, JSON, error messages of servers."""
+    if b"\0" in head:
+        return None
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"version https://git-lfs"):
         return _LFS

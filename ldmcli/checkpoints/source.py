@@ -2,63 +2,82 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import config_from_shapes
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
-from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
-from ldmcli.config import ModelConfig
+from ldmcli.checkpoints.hub_name import snapshot_name
+from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX
+from ldmcli.checkpoints.layout import weight_names
+from ldmcli.checkpoints.training import schedule_of_file
+from ldmcli.config import ModelConfig, TextEncoderConfig
 from ldmcli.errors import BadDataError, MissingInputError, printable
-from ldmcli.families import describe_single_file, require_sd1
+from ldmcli.families import FAMILIES, READ, describe_single_file, family_of_unet, require_family
 from ldmcli.opening import read_json
 from ldmcli.text.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 
-PARTS = ("unet", "vae", "text_encoder")
 EMBEDDED_NAME = "tiny-emoji"
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_PREFIXES = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "text_encoder": TEXT_PREFIX}
+_DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+_OPENCLIP_PAD = "!"  # whose id, 0, OpenCLIP fills short prompts up with
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model on disk: a diffusers folder, or one file in the original layout. Where a folder has its weights twice,
-    `half` takes the fp16 variant of every part."""
+    """A model on disk: a diffusers folder, or one file in the original layout, whose `prefixes` tell a part's keys.
+    Where a folder has its weights twice, `half` takes the fp16 variant of every part."""
 
     path: Path
     config: ModelConfig
     single_file: WeightFile | None = None
+    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     half: bool = False
+    allow_pickle: bool = False
 
     @property
     def name(self) -> str:
-        """The model's name: that of its folder, or of its file without the ending."""
-        return self.path.stem if self.single_file else self.path.name
+        """The model's name: that of its folder or its hub repository, or of its file without the ending."""
+        return self.path.stem if self.single_file else snapshot_name(self.path) or self.path.name
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks it is made of, by the names of their folders in a diffusers model."""
+        return ("unet", "vae", *(text.part for text in self.config.text_encoders))
 
     def files(self, part: str) -> list[WeightFile]:
-        """The validated files of a part of PARTS."""
+        """The validated files of one of `parts`."""
         if self.single_file:
             return [self.single_file]
-        return _open_part(self.path / part, _STEMS[part], self.half)
+        stem = _TRANSFORMERS_STEM if part.startswith("text_encoder") else _DIFFUSERS_STEM
+        return open_part(self.path / part, stem, half=self.half, allow_pickle=self.allow_pickle)
 
     def keys(self, part: str) -> dict[str, WeightFile]:
         """Every tensor key of a part, as it stands on disk, with the file it is in."""
-        prefix = _PREFIXES[part] if self.single_file else ""
+        prefix = self.prefixes.get(part, "")
         return {key: file for file in self.files(part) for key in file.tensors if key.startswith(prefix)}
 
     @cached_property
-    def tokenizer(self) -> ClipTokenizer:
-        """The folder's tokenizer; CLIP's own for a single file."""
-        vocabulary = clip_vocabulary() if self.single_file else vocabulary_from_folder(self.path / "tokenizer")
-        _check_vocabulary(vocabulary, self.config.text_encoder.vocab_size, printable(str(self.path)))
-        return ClipTokenizer(vocabulary, self.config.text_encoder.max_length)
+    def tokenizers(self) -> tuple[ClipTokenizer, ...]:
+        """One for each text encoder: the folder's, or CLIP's own for a single file."""
+        return tuple(self._tokenizer(text) for text in self.config.text_encoders)
+
+    def _tokenizer(self, text: TextEncoderConfig) -> ClipTokenizer:
+        openclip = text.layout == "openclip"
+        if self.single_file:
+            vocabulary = clip_vocabulary()
+            vocabulary = dataclasses.replace(vocabulary, pad_token=_OPENCLIP_PAD) if openclip else vocabulary
+        else:
+            vocabulary = vocabulary_from_folder(self.path / text.part.replace("text_encoder", "tokenizer"))
+        _check_vocabulary(vocabulary, text.vocab_size, printable(str(self.path)))
+        return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip)
 
     def weight_paths(self) -> list[Path]:
         """All weight files, sorted: what identifies the model."""
-        return sorted({file.path for part in PARTS for file in self.files(part)})
+        return sorted({file.path for part in self.parts for file in self.files(part)})
 
 
 def embedded_model() -> Path:
@@ -73,23 +92,40 @@ def embedded_model() -> Path:
     )
 
 
-def open_model(path: Path) -> ModelSource:
+def open_model(path: Path, *, allow_pickle: bool = False) -> ModelSource:
     """Look at a diffusers folder or a single .safetensors file; every header is validated.
 
     Raises MissingInputError (nothing there) or BadDataError (what it is instead, and what to do).
     """
     if os.path.isdir(path):  # unlike Path.is_dir, never raises
-        return _open_folder(path)
-    file = open_weights(path)
+        return _open_folder(path, allow_pickle)
+    return model_of_file(open_weights(path, allow_pickle=allow_pickle))
+
+
+def model_of_file(file: WeightFile) -> ModelSource:
+    """The model that a single file holds. Raises BadDataError saying what it is instead."""
+    path = file.path
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
-    family = require_sd1(shapes, path)
-    known = tuple(_PREFIXES.values())
+    family = require_family(shapes, path)
+    prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.part: text.prefix for text in family.texts}}
+    known = tuple(prefixes.values())
     strangers = [k for k in shapes if not k.startswith(known) and not IGNORED_ORIGINAL.match(k)]
     if strangers:
         raise BadDataError(f"{printable(str(path))} {list_keys('holds tensors of no known part', strangers)}.")
-    config = config_from_shapes(shapes, family, path)
+    schedule = schedule_of_file(file, family)
+    config = config_from_shapes(shapes, family, schedule, path)
     check_buildable(config, printable(str(path)))
-    return ModelSource(path, config, file)
+    return with_prediction_type(ModelSource(path, config, file, prefixes), schedule.prediction_type)
+
+
+def with_prediction_type(source: ModelSource, prediction_type: str) -> ModelSource:
+    """The source as a model of this prediction type, and of the size that its family has for that."""
+    config = source.config
+    family = next(family for family in FAMILIES if family.name == config.family)
+    size = family.v_sample_size if prediction_type == "v_prediction" and source.single_file else None
+    unet = dataclasses.replace(config.unet, sample_size=size) if size else config.unet
+    schedule = dataclasses.replace(config.schedule, prediction_type=prediction_type)
+    return dataclasses.replace(source, config=dataclasses.replace(config, unet=unet, schedule=schedule))
 
 
 def list_keys(what: str, keys: list[str]) -> str:
@@ -99,34 +135,52 @@ def list_keys(what: str, keys: list[str]) -> str:
     return f"{what} ({shown}{more})"
 
 
-def _open_folder(path: Path) -> ModelSource:
+def _open_folder(path: Path, allow_pickle: bool) -> ModelSource:
     shown = printable(str(path))
     if not os.access(path, os.R_OK | os.X_OK):
         raise MissingInputError(f"{shown} is not readable; check its permissions.")
     if not (path / "model_index.json").is_file():
         raise BadDataError(f"{shown} is a folder without model_index.json, so not a diffusers model{_inside(path)}.")
-    index = read_json(path / "model_index.json", folder_config.MAX_CONFIG_BYTES)
-    kind = str(index.get("_class_name", ""))
-    if kind.startswith("StableDiffusionXL"):
-        raise BadDataError(f"{shown} looks like SDXL ({printable(kind)}); this version reads Stable Diffusion 1.x.")
-    text_encoder = index.get("text_encoder")
-    if text_encoder not in (None, ["transformers", "CLIPTextModel"]) or "transformer" in index:
-        raise BadDataError(
-            f"{shown} is a {printable(kind) or 'model'}, not a latent diffusion U-Net with a CLIP text encoder; this "
-            "version reads Stable Diffusion 1.x."
-        )
-    config = ModelConfig(
-        family="Stable Diffusion 1.x",
-        unet=folder_config.unet_config(path / "unet" / "config.json"),
-        vae=folder_config.vae_config(path / "vae" / "config.json"),
-        text_encoder=folder_config.text_encoder_config(path / "text_encoder" / "config.json"),
-        schedule=folder_config.schedule_config(path / "scheduler" / "scheduler_config.json"),
-    )
+    config = _folder_model(path, read_json(path / "model_index.json", folder_config.MAX_CONFIG_BYTES))
     check_buildable(config, shown)
-    source = ModelSource(path, config)
-    for part in PARTS:
+    source = ModelSource(path, config, allow_pickle=allow_pickle)
+    for part in source.parts:
         source.files(part)
     return source
+
+
+def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
+    """What a diffusers folder describes. Raises BadDataError where it is another kind of model."""
+    kind = printable(str(index.get("_class_name", ""))) or "model"
+    classes = {name: index.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
+    known = [["transformers", name] for name in ("CLIPTextModel", folder_config.WITH_PROJECTION)]
+    named = {name: found for name, found in classes.items() if found not in (None, [None, None])}
+    if any(found not in known for found in named.values()) or "transformer" in index:
+        raise BadDataError(
+            f"{printable(str(path))} is a {kind}, not a latent diffusion U-Net with a CLIP text encoder; this version "
+            f"reads {READ}."
+        )
+    texts = [
+        folder_config.text_encoder_config(path / part / "config.json", part, found[1])
+        for part, found in (named or {"text_encoder": known[0]}).items()
+    ]
+    unet = folder_config.unet_config(path / "unet" / "config.json", texts[-1].projection_dim or 0)
+    vae = folder_config.vae_config(path / "vae" / "config.json")
+    family = family_of_unet(unet)
+    if unet.added_numbers:  # XL reads the states before the last layer, as they are
+        texts = [dataclasses.replace(text, skipped_layers=1, final_norm=False) for text in texts]
+    else:
+        vae = dataclasses.replace(vae, force_upcast=False)
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    return ModelConfig(
+        family=family.name,
+        unet=unet,
+        vae=vae,
+        text_encoders=tuple(texts),
+        schedule=folder_config.schedule_config(scheduler),
+        zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
+        defaults=folder_config.defaults_for(scheduler, family.defaults),
+    )
 
 
 def _check_vocabulary(vocabulary: Vocabulary, size: int, shown: str) -> None:
@@ -147,24 +201,24 @@ def _check_vocabulary(vocabulary: Vocabulary, size: int, shown: str) -> None:
             )
 
 
-def _open_part(folder: Path, stem: str, half: bool) -> list[WeightFile]:
-    plain = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
-    fp16 = (
-        f"{stem}.fp16.safetensors",
-        f"{stem}.safetensors.index.fp16.json",
-        f"{stem}.fp16.safetensors.index.json",
-    )
-    for name in fp16 + plain if half else plain + fp16:
+def open_part(folder: Path, stem: str, *, half: bool = False, allow_pickle: bool = False) -> list[WeightFile]:
+    """The validated weight files of one part of a diffusers model, its fp16 variant first where `half`."""
+    for name in weight_names(stem, half=half):
         if os.path.lexists(folder / name):
             return open_sharded(folder / name) if name.endswith(".json") else [open_weights(folder / name)]
     shown = printable(str(folder))
-    pickles = [name for name in (f"{stem}.bin", "pytorch_model.bin") if (folder / name).exists()]
+    names = [f"{name}{end}" for name in (stem, "pytorch_model") for end in (".bin", ".bin.index.json")]
+    pickles = [name for name in names if (folder / name).exists()]
+    if pickles and allow_pickle:
+        read = open_sharded if pickles[0].endswith(".json") else open_weights
+        found = read(folder / pickles[0], allow_pickle=True)
+        return found if isinstance(found, list) else [found]
     if pickles:
         raise BadDataError(
             f"{shown} has its weights only as {pickles[0]}, a pickle that could run code when opened; convert it to "
-            f"safetensors or fetch {plain[0]}."
+            f"safetensors, fetch {stem}.safetensors, or read it in torch's restricted way with --allow-pickle."
         )
-    raise MissingInputError(f"{shown} has no {plain[0]}; the model folder is incomplete.")
+    raise MissingInputError(f"{shown} has no {stem}.safetensors; the model folder is incomplete.")
 
 
 def _inside(path: Path) -> str:

@@ -13,6 +13,9 @@ import click
 
 from ldmcli import __version__
 from ldmcli.cli.info import info
+from ldmcli.cli.models import models
+from ldmcli.cli.pull import pull
+from ldmcli.cli.samplers import samplers
 from ldmcli.cli.txt2img import txt2img
 from ldmcli.errors import LdmError, StorageError, printable
 
@@ -38,6 +41,7 @@ def cli() -> None:
     ldm txt2img "a red apple on a blue background"
     ldm txt2img -m sd15.safetensors "a lighthouse at dawn" -o pictures
     ldm info picture.png
+    ldm models
 
     Results go to standard output, everything else to standard error.
     """
@@ -45,6 +49,9 @@ def cli() -> None:
 
 cli.add_command(txt2img)
 cli.add_command(info)
+cli.add_command(pull)
+cli.add_command(models)
+cli.add_command(samplers)
 
 
 def main() -> None:

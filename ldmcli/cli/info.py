@@ -10,16 +10,17 @@ from ldmcli.cli.options import expanded, json_option, verbosity_options
 
 @click.command()
 @click.argument("file", metavar="FILE")
+@click.option("--allow-pickle", is_flag=True, help="Look into .ckpt, .pt and .bin files too, for plain tensors alone.")
 @json_option("Print one JSON object.")
 @verbosity_options
-def info(file: str, as_json: bool) -> None:
+def info(file: str, allow_pickle: bool, as_json: bool) -> None:
     """Tell what FILE is: the request a PNG holds; or a model's family, parts and dimensions.
 
     Only headers are read, so this is quick for files of any size.
     """
     from ldmcli.inspection import inspect
 
-    facts = inspect(expanded(file))
+    facts = inspect(expanded(file), allow_pickle=allow_pickle)
     if as_json:
         click.echo(json.dumps(facts))
         return

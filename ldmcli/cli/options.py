@@ -8,6 +8,10 @@ from typing import Any, TypeVar
 
 import click
 
+from ldmcli.errors import printable
+from ldmcli.request import LONG_PROMPTS, PROMPT_SYNTAXES
+from ldmcli.samplers import SAMPLERS, SPACINGS
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -38,6 +42,116 @@ def verbosity_options(command: _Command) -> _Command:
 def json_option(help_text: str) -> Callable[[_Command], _Command]:
     """--json, passed on as `as_json`."""
     return option("--json", "as_json", is_flag=True, envvar="LDM_JSON", help=help_text)
+
+
+class _Device(click.ParamType):
+    name = "auto|cpu|cuda[:N]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        kind, colon, number = value.partition(":")
+        if value in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and number.isascii() and number.isdigit()):
+            return value
+        raise click.BadParameter(f"{printable(repr(value))} is not auto, cpu, cuda or cuda:N.", ctx, param)
+
+
+class _Interval(click.ParamType):
+    name = "low:high"
+
+    def convert(
+        self, value: str | tuple[float, float], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        low, colon, high = value.partition(":")
+        try:
+            if colon:
+                return float(low), float(high)
+        except ValueError:
+            pass
+        raise click.BadParameter(f"{printable(repr(value))} is not two numbers with a colon between.", ctx, param)
+
+
+# What a picture is drawn with: these become a GenerationRequest's fields of the same names.
+REQUEST_OPTIONS = (
+    "negative_prompt", "width", "height", "steps", "sampler", "schedule", "eta", "guidance_scale", "guidance_rescale",
+    "guidance_interval", "prompt_syntax", "on_long_prompt", "clip_skip", "original_width", "original_height",
+    "crop_left", "crop_top", "refiner_start",
+)  # fmt: skip
+_REQUEST = (
+    option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show."),
+    option("-W", "--width", type=int, help="Pixels.  [default: the model's own]"),
+    option("-H", "--height", type=int, help="Pixels.  [default: the model's own]"),
+    option("--steps", type=int, help="Sampling steps.  [default: 50; 4 for models distilled to few]"),
+    option("--sampler", type=click.Choice(list(SAMPLERS)),
+           help="See `ldm samplers`.  [default: ddim; euler for SDXL; what a distilled model wants]"),
+    option("--schedule", type=click.Choice(SPACINGS), help="Where the steps sit.  [default: the model's own]"),
+    option("--eta", type=float, default=0.0, show_default=True, help="Fresh noise in DDIM: 0 none, 1 as in DDPM."),
+    option(
+        "-g", "--guidance-scale", "--cfg-scale", type=float,
+        help="How closely to follow the prompt; 1 is unguided, twice as fast.  [default: 7.5; SDXL 5; Turbo 1]",
+    ),
+    option("--guidance-rescale", type=float, default=0.0, show_default=True,
+           help="Take back what guidance adds to the contrast: 0 nothing, 1 all (Lin et al. use 0.7)."),
+    option("--guidance-interval", type=_Interval(), metavar="LOW:HIGH",
+           help="Guide only at noise levels sigma from LOW to HIGH (Kynkäänniemi et al.; for SDXL 0.28:5.42)."),
+    option("--prompt-syntax", type=click.Choice(PROMPT_SYNTAXES), default="plain", show_default=True,
+           help="weighted: (word:1.3), (word), [word], \\( and BREAK count; plain: what you type is what is read."),
+    option("--on-long-prompt", type=click.Choice(LONG_PROMPTS), default="warn", show_default=True,
+           help="A prompt longer than the model reads: cut it with a warning, refuse, or read it in chunks."),
+    option("--clip-skip", type=int, default=1, show_default=True,
+           help="Which of the text encoder's last layers to read: 1 is the model's usual, 2 the one before."),
+    option("--original-width", type=int, help="SDXL: size of the imagined original.  [default: the picture's]"),
+    option("--original-height", type=int, help="SDXL: as --original-width."),
+    option("--crop-left", type=int, default=0, show_default=True, help="SDXL: where that was cropped."),
+    option("--crop-top", type=int, default=0, show_default=True, help="SDXL: as --crop-left."),
+    option("--refiner-start", type=float,
+           help="Share of the noise schedule after which the refiner takes over.  [default: 0.8 with --refiner]"),
+)  # fmt: skip
+
+# Which weights.
+_MODEL = (
+    option("-m", "--model", metavar="MODEL",
+           help="Diffusers folder, .safetensors file, or ORG/NAME[@REVISION] of the Hugging Face hub.  [default: the "
+           "embedded model]"),
+    option("--vae", metavar="MODEL", help="Another VAE, a folder or file, or TAESD, for a quick look."),
+    option("--refiner", metavar="MODEL", help="An SDXL refiner for the last steps."),
+    option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),
+           help="What the U-Net was trained to predict, where the files do not tell it right."),
+    option("--allow-pickle", is_flag=True,
+           help="Read .ckpt and .bin files too, by torch's restricted unpickler alone."),
+)  # fmt: skip
+
+# Where and how to compute.
+_RUNTIME = (
+    option("--dtype", type=click.Choice(["auto", "fp16", "bf16", "fp32"]), default="auto", show_default=True,
+           help="Numbers to compute with; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32."),
+    option("--device", type=_Device(), metavar="[auto|cpu|cuda|cuda:N]", default="auto", show_default=True,
+           help="Where to compute; auto: the GPU if there is one."),
+    option("--attention", type=click.Choice(["auto", "sdpa", "xformers", "math"]), default="auto", show_default=True,
+           help="How attention is computed: torch's kernels, xformers', or plainly."),
+    option("--vae-tiling", is_flag=True, help="Decode strip by strip: the same picture in a third of the memory, slower."),
+)  # fmt: skip
+
+
+def request_options(command: _Command) -> _Command:
+    """The options that say how a picture is drawn: REQUEST_OPTIONS."""
+    for decorate in reversed(_REQUEST):
+        command = decorate(command)
+    return command
+
+
+def model_options(command: _Command) -> _Command:
+    """The options that say with which weights."""
+    for decorate in reversed(_MODEL):
+        command = decorate(command)
+    return command
+
+
+def runtime_options(command: _Command) -> _Command:
+    """The options that say where and how to compute."""
+    for decorate in reversed(_RUNTIME):
+        command = decorate(command)
+    return command
 
 
 def expanded(path: str) -> Path:

@@ -13,27 +13,32 @@ from ldmcli import __version__
 from ldmcli.errors import BadDataError, LdmError, printable
 from ldmcli.images.png import iterate_text
 from ldmcli.request import GenerationRequest
+from ldmcli.samplers import SAMPLERS
 
 RECORD_KEYWORD = "ldmcli"
 PARAMETERS_KEYWORD = "parameters"
 _MAX_SHOWN_KEYWORDS = 8
+_SCHEDULE_TITLES = {"karras": "Karras", "leading": "Leading", "trailing": "Trailing", "linspace": "Linspace"}
 
 
 def infotext(request: GenerationRequest, model_name: str, model_hash: str) -> str:
     """The `parameters` text: prompt, negative prompt if there is one, a last line of `Name: value` pairs.
 
-    `model_hash` is the SHA-256 of the weights in hex, of which ten digits are shown. Left out: Size while
-    the request does not say it, Eta when 0, name and hash when empty.
+    `model_hash` is the SHA-256 of the weights in hex, of which ten digits are shown. Left out: what the request does
+    not say, Eta when 0, name and hash when empty.
     """
     values = {
-        "Steps": str(request.steps),
-        "Sampler": request.sampler.upper(),
-        "CFG scale": _number(request.guidance_scale),
+        "Steps": str(request.steps) if request.steps else "",
+        "Sampler": SAMPLERS[request.sampler].title if request.sampler else "",
+        "Schedule type": _SCHEDULE_TITLES.get(request.schedule or "", ""),
+        "CFG scale": _number(request.guidance_scale) if request.guidance_scale is not None else "",
         "Seed": str(request.seed),
         "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
         "Model hash": model_hash[:10],
         "Model": _quoted(model_name),
         "Eta": _number(request.eta) if request.eta else "",
+        "CFG Rescale": _number(request.guidance_rescale) if request.guidance_rescale else "",
+        "Clip skip": str(request.clip_skip) if request.clip_skip > 1 else "",
         "RNG": "CPU",
         "Version": f"ldmcli {__version__}",
     }

@@ -17,14 +17,17 @@ UNetContext = list[BlockContext]  # per block: down blocks, the middle, up block
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers over sinusoids of the time step."""
+    """Two linear layers over sinusoids of the time step, to which those of a guidance scale may be added first."""
 
-    def __init__(self, channels: int, time_channels: int) -> None:
+    def __init__(self, channels: int, time_channels: int, guidance_channels: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(channels, time_channels)
         self.linear_2 = nn.Linear(time_channels, time_channels)
+        self.cond_proj = nn.Linear(guidance_channels, channels, bias=False) if guidance_channels else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and guidance is not None:
+            x = x + self.cond_proj(guidance)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -135,19 +138,36 @@ class UNet(nn.Module):
         self.config = config
         first, levels = config.block_channels[0], range(len(config.block_channels))
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
-        self.time_embedding = TimeEmbedding(first, 4 * first)
+        self.time_embedding = TimeEmbedding(first, 4 * first, config.guidance_dim)
+        added = config.pooled_dim + config.added_numbers * config.added_number_dim
+        self.add_embedding = TimeEmbedding(added, 4 * first) if added else None
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
-    def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Embeddings (n, 4 · block_channels[0]) of time steps (n,)."""
+    def embed_time(self, timesteps: Tensor, guidance_scale: float = 1.0) -> Tensor:
+        """Embeddings (n, 4 · block_channels[0]) of time steps (n,). A model distilled from guided ones is told the
+        `guidance_scale` too (Luo et al. 2023, "Latent Consistency Models")."""
+        config, dtype = self.config, self.conv_in.weight.dtype
+        waves = timestep_waves(timesteps, config.block_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        guidance = None
+        if config.guidance_dim:
+            # In thousandths and less 1, as such models are trained; sines first and spaced as Vaswani et al. do.
+            scale = torch.tensor([1000.0 * (guidance_scale - 1.0)], device=timesteps.device)
+            guidance = timestep_waves(scale, config.guidance_dim, False, 1.0).to(dtype)
+        return self.time_embedding(waves.to(dtype), guidance)
+
+    def embed_added(self, pooled: Tensor, numbers: Tensor) -> Tensor:
+        """What SDXL adds to every time embedding, (batch, 4 · block_channels[0]): of pooled prompts (batch, pooled_dim)
+        and picture sizes (batch, added_numbers), Podell et al. 2023, section 2.2."""
+        assert self.add_embedding is not None
         waves = timestep_waves(
-            timesteps, self.config.block_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift
+            numbers.flatten(), self.config.added_number_dim, self.config.flip_sin_to_cos, self.config.freq_shift
         )
-        return self.time_embedding(waves.to(self.conv_in.weight.dtype))
+        added = torch.cat([pooled, waves.unflatten(0, numbers.shape).flatten(1).to(pooled.dtype)], dim=1)
+        return self.add_embedding(added.to(self.conv_in.weight.dtype))
 
     def project_context(self, context: Tensor) -> UNetContext:
         """Cross-attention keys and values for a text context (batch, tokens, context_dim)."""

@@ -6,6 +6,7 @@ import logging
 import torch
 from torch import nn
 
+from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.errors import UsageError, printable
 from ldmcli.models.attention import ATTENTIONS, check_xformers, set_attention
 
@@ -36,6 +37,10 @@ class Runtime:
             "attention": self.attention,
             "torch": torch.__version__,
         }
+
+    def vae_dtype(self, vae: VAEConfig | TinyVAEConfig) -> torch.dtype:
+        """The number type of a VAE: float32 in place of fp16 where its activations are known to overflow that."""
+        return torch.float32 if vae.force_upcast and self.dtype == torch.float16 else self.dtype
 
     def prepare(self, module: nn.Module) -> None:
         """Lay a U-Net or VAE out for speed: channels last in memory, and this runtime's attention."""

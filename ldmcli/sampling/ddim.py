@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from ldmcli.sampling.denoiser import Denoiser
+from ldmcli.sampling.denoiser import Denoiser, Prediction
 from ldmcli.sampling.schedule import Step
 
 
-def ddim_step(latents: Tensor, noise_prediction: Tensor, step: Step, deviation: float = 0.0) -> Tensor:
+def ddim_step(prediction: Prediction, step: Step, deviation: float = 0.0) -> Tensor:
     """Equation 12 without its random term: the predicted image, and as much of the predicted noise as the next level
     holds beside fresh noise of standard deviation `deviation`."""
-    alpha, previous = step.alpha_cumprod, step.previous_alpha_cumprod
-    denoised = (latents - (1.0 - alpha) ** 0.5 * noise_prediction) / alpha**0.5
-    return previous**0.5 * denoised + (1.0 - previous - deviation**2) ** 0.5 * noise_prediction
+    previous = step.previous_alpha_cumprod
+    kept = max(1.0 - previous - deviation**2, 0.0)  # rounding may lead below 0
+    return previous**0.5 * prediction.denoised + kept**0.5 * prediction.noise
 
 
 def ddim(
@@ -24,7 +24,7 @@ def ddim(
         alpha, previous = step.alpha_cumprod, step.previous_alpha_cumprod
         variance = (1.0 - previous) / (1.0 - alpha) * (1.0 - alpha / previous)
         deviation = eta * max(variance, 0.0) ** 0.5
-        latents = ddim_step(latents, denoise(latents, step), step, deviation)
+        latents = ddim_step(denoise(latents, step), step, deviation)
         if eta > 0:
             latents = latents + deviation * noise()
         yield latents

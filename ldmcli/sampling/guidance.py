@@ -1,20 +1,43 @@
-"""Classifier-free guidance (Ho & Salimans 2022), as a wrapper of a denoiser."""
+"""Classifier-free guidance (Ho & Salimans 2022) and what tempers it, as a wrapper of a model."""
 
 import torch
 from torch import Tensor
 
-from ldmcli.sampling.denoiser import Denoiser
+from ldmcli.sampling.denoiser import Model
 from ldmcli.sampling.schedule import Step
 
 
-def guided(denoise: Denoiser, scale: float) -> Denoiser:
-    """Push the prediction away from the negative prompt: ε₋ + scale · (ε₊ − ε₋).
+def guided(
+    model: Model,
+    scale: float,
+    *,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+    unguided: Model | None = None,
+) -> Model:
+    """Push the output away from the negative prompt: o₋ + scale · (o₊ − o₋).
 
-    `denoise` takes a batch of twice the size, the negative prompts' half first; the result takes the plain batch.
+    `model` takes a batch of twice the size, the negative prompts' half first; the result takes the plain batch. It acts
+    on raw outputs, which for plain guidance means the same for every prediction type. `rescale`: see `rescaled`.
+    `interval` (low, high): guidance only at noise levels low < σ <= high, where σ² = (1−ᾱ)/ᾱ (Kynkäänniemi et al.
+    2024); elsewhere `unguided` runs, which takes the plain batch with the positive prompts: half the work.
     """
+    if interval is not None and unguided is None:
+        raise ValueError("guidance in an interval needs a model for the steps outside it")
 
-    def denoise_guided(latents: Tensor, step: Step) -> Tensor:
-        negative, positive = denoise(torch.cat([latents, latents]), step).chunk(2)
-        return negative + scale * (positive - negative)
+    def run_guided(latents: Tensor, step: Step) -> Tensor:
+        if unguided is not None and interval is not None and not interval[0] < step.sigma <= interval[1]:
+            return unguided(latents, step)
+        negative, positive = model(torch.cat([latents, latents]), step).chunk(2)
+        output = negative + scale * (positive - negative)
+        return rescaled(output, positive, rescale) if rescale > 0 else output
 
-    return denoise_guided
+    return run_guided
+
+
+def rescaled(output: Tensor, positive: Tensor, amount: float) -> Tensor:
+    """The guided output with each image's standard deviation moved towards the positive prompt's, which guidance
+    inflates: 0 leaves it, 1 restores it fully (Lin et al. 2023, equations 15 and 16). Shapes (batch, …)."""
+    dims = tuple(range(1, output.ndim))
+    restored = output * (positive.std(dim=dims, keepdim=True) / output.std(dim=dims, keepdim=True))
+    return amount * restored + (1 - amount) * output

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.sampling.ddim import ddim_step
-from ldmcli.sampling.denoiser import Denoiser
+from ldmcli.sampling.denoiser import Denoiser, from_noise
 from ldmcli.sampling.schedule import Step
 
 # Adams–Bashforth weights, newest prediction first, by how many there are (equation 12 and its shorter kin).
@@ -21,16 +21,19 @@ def plms(
     denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Callable[[], Tensor], *, eta: float = 0.0
 ) -> Iterator[Tensor]:
     """Yield the latents after each step. Costs one prediction a step and one more: without history, the first step is
-    taken with the mean of the predictions at its two ends. Draws no noise; `noise` and `eta` are every sampler's."""
+    taken with the mean of the predictions at its two ends. Draws no noise; `noise` and `eta` are every sampler's.
+
+    It combines predicted noises, as the paper does. diffusers combines raw outputs, which is another thing for v.
+    """
     history: list[Tensor] = []
     for step in steps:
         prediction = denoise(latents, step)
-        history = [prediction, *history[:3]]
+        history = [prediction.noise, *history[:3]]
         if len(history) > 1:
             terms = [w * e for w, e in zip(_WEIGHTS[len(history)], history, strict=True)]
-            prediction = torch.stack(terms).sum(dim=0)
+            prediction = from_noise(torch.stack(terms).sum(dim=0), latents, step)
         elif len(steps) > 1:
-            ahead = denoise(ddim_step(latents, prediction, step), steps[1])
-            prediction = (prediction + ahead) / 2
-        latents = ddim_step(latents, prediction, step)
+            ahead = denoise(ddim_step(prediction, step), steps[1])
+            prediction = from_noise((prediction.noise + ahead.noise) / 2, latents, step)
+        latents = ddim_step(prediction, step)
         yield latents

@@ -1,20 +1,22 @@
 """CLIP's text transformer, from transformers (the only place that imports it)."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldmcli.config import TextEncoderConfig
-from ldmcli.text.tokenizer import ClipTokenizer, TokenizedPrompt
+from ldmcli.text.tokenizer import ClipTokenizer
 
 
 def build_clip(config: TextEncoderConfig) -> nn.Module:
-    """transformers' CLIPTextModel of these dimensions; its weights are as the current default device makes them."""
+    """transformers' CLIP text model of these dimensions, with its projection where the configuration has one; its
+    weights are as the current default device makes them."""
     from transformers import CLIPTextConfig
-    from transformers.models.clip.modeling_clip import CLIPTextModel
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModel(
+    build = CLIPTextModelWithProjection if config.projection_dim else CLIPTextModel
+    return build(
         CLIPTextConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -26,6 +28,7 @@ def build_clip(config: TextEncoderConfig) -> nn.Module:
             layer_norm_eps=config.norm_eps,
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
+            projection_dim=config.projection_dim or config.hidden_size,
         )
     )
 
@@ -39,16 +42,26 @@ def restore_position_ids(model: nn.Module, device: torch.device) -> None:
 
 
 class ClipTextEncoder:
-    """Prompts to the context that cross-attention reads."""
+    """Token ids to the context that cross-attention reads."""
 
-    def __init__(self, model: nn.Module, tokenizer: ClipTokenizer) -> None:
+    def __init__(self, model: Any, tokenizer: ClipTokenizer, config: TextEncoderConfig) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._config = config
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[TokenizedPrompt]) -> Tensor:
-        """Last hidden states after the final norm, (len(prompts), max_length, hidden_size). Padding is attended to, as
-        Stable Diffusion 1 was trained."""
-        device = next(self.model.parameters()).device
-        ids = torch.tensor([prompt.ids for prompt in prompts], dtype=torch.long, device=device)
-        return self.model(input_ids=ids).last_hidden_state
+    def encode(self, ids: Tensor, *, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (n, max_length, hidden_size) of ids (n, max_length), and the projected end mark
+        (n, projection_dim) where the model has that. `clip_skip` 1 takes the layer the family uses, 2 the one before.
+        Padding is attended to, as Stable Diffusion was trained."""
+        ids = ids.to(next(self.model.parameters()).device)
+        skipped = self._config.skipped_layers + clip_skip - 1
+        out = self.model(input_ids=ids, output_hidden_states=bool(skipped) or not self._config.final_norm)
+        pooled = out.text_embeds if self._config.projection_dim else None
+        if not skipped and self._config.final_norm:
+            return out.last_hidden_state, pooled
+        states = out.hidden_states[-1 - skipped]
+        if self._config.final_norm:
+            text_model = self.model.text_model if self._config.projection_dim else self.model
+            states = text_model.final_layer_norm(states)
+        return states, pooled

@@ -1,12 +1,15 @@
 """CLIP's byte-pair tokenizer, built from a model folder or from CLIP's own vocabulary.
 
 The rules (NFC, spaces folded, lower case, the splitting expression) are those of transformers' CLIPTokenizer, which
-diffusers uses; the `tokenizers` library is used directly because transformers takes seconds to import.
+diffusers uses; the `tokenizers` library is used directly because transformers takes seconds to import. OpenCLIP's rules
+differ: it mends text first (ftfy, HTML entities) and writes the begin and end marks otherwise.
 """
 
 import dataclasses
 import gzip
+import html
 import importlib.util
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,11 @@ from ldmcli.opening import read_json, read_text
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+# OpenCLIP's marks are matched as words, not cut out of the text beforehand, and the letter case is ignored. That matters
+# for U+017F, a long s that stays so in lower case, and for U+0345, an accent whose capital is a letter.
+_OPENCLIP_BOS, _OPENCLIP_EOS = "<start_of_text>", "<end_of_text>"
+_OPENCLIP_SPLIT = _SPLIT.replace(r"<\|startoftext\|>", _OPENCLIP_BOS).replace(r"<\|endoftext\|>", _OPENCLIP_EOS)
+_OPENCLIP_SPLIT = "(?i)" + _OPENCLIP_SPLIT.replace(r"\p{L}", "\\p{L}\u0345")
 _MAX_BYTES = 16 << 20  # of one file; CLIP's largest has 3.6 MB
 _CLIP_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of its merges file
 
@@ -37,26 +45,70 @@ class Vocabulary:
     pad_token: str = _EOS
 
 
-class ClipTokenizer:
-    """Prompts to token ids. `max_length` counts the begin and end marks."""
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Token ids of a text, as many as there are, and where each starts in `text` (which `cleaned` may have changed)."""
 
-    def __init__(self, vocabulary: Vocabulary, max_length: int) -> None:
+    text: str
+    ids: list[int]
+    starts: list[int]
+
+    def text_from(self, index: int) -> str:
+        """The text from token `index` on; "" where there are no more than `index` tokens."""
+        return self.text[self.starts[index] :] if index < len(self.ids) else ""
+
+
+class ClipTokenizer:
+    """Prompts to token ids. `max_length` counts the begin and end marks; `cleaned` mends and splits text as OpenCLIP
+    does instead of as transformers does."""
+
+    def __init__(self, vocabulary: Vocabulary, max_length: int, *, cleaned: bool = False) -> None:
         missing = [token for token in (_BOS, _EOS, vocabulary.pad_token) if token not in vocabulary.ids]
         if missing:
             raise BadDataError(f"the tokenizer's vocabulary has no {printable(missing[0])} token.")
         self._vocabulary = vocabulary
         self.max_length = max_length
+        self.cleaned = cleaned
         self.bos_id = vocabulary.ids[_BOS]
         self.eos_id = vocabulary.ids[_EOS]
         self.pad_id = vocabulary.ids[vocabulary.pad_token]
+        self.comma_id = vocabulary.ids.get(",</w>")
 
     def __call__(self, prompt: str) -> TokenizedPrompt:
         """The prompt between begin and end marks, padded or cut to `max_length`."""
-        encoding = self._backend.encode(prompt, add_special_tokens=False)
+        tokens = self.tokens(prompt)
         room = self.max_length - 2
-        ids = (self.bos_id, *encoding.ids[:room], self.eos_id)
-        cut_text = "" if len(encoding.ids) <= room else prompt[encoding.offsets[room][0] :]
-        return TokenizedPrompt(ids + (self.pad_id,) * (self.max_length - len(ids)), cut_text)
+        return TokenizedPrompt(self.framed(tokens.ids[:room]), tokens.text_from(room))
+
+    def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Up to `max_length - 2` ids between begin and end marks, padded to `max_length`."""
+        row = (self.bos_id, *ids, self.eos_id)
+        return row + (self.pad_id,) * (self.max_length - len(row))
+
+    def tokens(self, text: str) -> Tokens:
+        """The text's tokens, however many, without marks."""
+        ids: list[int] = []
+        starts: list[int] = []
+        text = _cleaned(text) if self.cleaned else text
+        for start, end, mark in self._runs(text):
+            encoding = self._backend.encode(text[start:end], add_special_tokens=False)
+            ids += [*encoding.ids, *mark]
+            starts += [start + offset for offset, _ in encoding.offsets] + [end] * len(mark)
+        return Tokens(text, ids, starts)
+
+    def _runs(self, text: str) -> Iterator[tuple[int, int, list[int]]]:
+        """Where the stretches between OpenCLIP's marks start and end, and the id of the mark that follows, if any.
+
+        A mark counts where the splitting expression makes it a word, so `:<end_of_text>` holds none.
+        """
+        start = 0
+        if self.cleaned and (_OPENCLIP_BOS in text or _OPENCLIP_EOS in text):
+            marks = {_OPENCLIP_BOS: self.bos_id, _OPENCLIP_EOS: self.eos_id}
+            for word, (at, after) in self._backend.pre_tokenizer.pre_tokenize_str(text):
+                if word in marks:
+                    yield start, at, [marks[word]]
+                    start = after
+        yield start, len(text), []
 
     @cached_property
     def _backend(self) -> Any:
@@ -73,18 +125,31 @@ class ClipTokenizer:
         except Exception as error:  # tokenizers raises nothing narrower
             raise BadDataError(f"the tokenizer's vocabulary and merges do not fit: {printable(str(error))}.") from None
         backend = Tokenizer(model)
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
+        if not self.cleaned:
+            backend.normalizer = normalizers.Sequence(
+                [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+            )
+            special = dict.fromkeys([_BOS, _EOS, self._vocabulary.pad_token])
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        split = _OPENCLIP_SPLIT if self.cleaned else _SPLIT
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
+                pre_tokenizers.Split(Regex(split), behavior="removed", invert=True),
+                # Its own expression, GPT-2's, would split OpenCLIP's marks again.
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.cleaned),
             ]
         )
-        special = dict.fromkeys([_BOS, _EOS, self._vocabulary.pad_token])
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         return backend
+
+
+def _cleaned(text: str) -> str:
+    """OpenCLIP's cleaning (its tokenizer's "lower"): broken text mended, HTML entities read, spaces folded."""
+    try:
+        import ftfy
+    except ImportError:
+        raise MissingInputError("this model's prompts need ftfy, which is not installed: pip install ftfy.") from None
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
 
 
 def vocabulary_from_folder(folder: Path) -> Vocabulary:

@@ -1,6 +1,7 @@
 """Running this program and diffusers on the same requests, and measuring how far apart they are."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -12,6 +13,18 @@ from torch import Tensor
 from ldmcli.pipeline import Pipeline
 from ldmcli.request import GenerationRequest
 from ldmcli.sampling.samplers import SAMPLERS
+
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "plms": ("PNDMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpmpp-2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp-2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -52,11 +65,8 @@ def draw_with_diffusers(
 
     Each image has a CPU generator of its seed, as diffusers' documentation recommends for reproducible batches.
     """
-    from diffusers import DDIMScheduler, PNDMScheduler
-
-    settings = requests[0]
-    sampler = {"ddim": DDIMScheduler, "plms": PNDMScheduler}[settings.sampler]
-    scheduler = sampler.from_config(reference.scheduler.config, **(schedule or {}))
+    settings = with_defaults(requests[0])
+    scheduler = diffusers_scheduler(settings.sampler, reference.scheduler.config, **(schedule or {}))
     latents: list[Tensor] = []
 
     def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +88,28 @@ def draw_with_diffusers(
         ).images
     if settings.sampler == "plms" and settings.steps > 1:
         del latents[0]  # where its first, provisional step leads: it calls the model steps + 1 times
+    if settings.sampler == "heun":
+        latents = [*latents[1::2], latents[-1]]  # each step but the last calls the model twice
+    if settings.sampler in ("euler", "euler-a", "heun"):  # theirs are latents / √ᾱ
+        levels = [(sigma**2 + 1) ** 0.5 for sigma in sorted(set(scheduler.sigmas.tolist()), reverse=True)[1:]]
+        latents = [each / level for each, level in zip(latents, levels, strict=True)]
     return latents, (images * 255).round().astype(np.uint8)
+
+
+def with_defaults(request: GenerationRequest) -> GenerationRequest:
+    """The request with what Stable Diffusion is drawn with where nothing else is asked for."""
+    usual = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5}
+    return dataclasses.replace(request, **{k: v for k, v in usual.items() if getattr(request, k) is None})
+
+
+def diffusers_scheduler(sampler: str, config: Any, **settings: Any) -> Any:
+    """diffusers' scheduler for one of our samplers, as it comes, for a noise schedule's configuration."""
+    import diffusers
+
+    name, own = DIFFUSERS[sampler]
+    # Without this, from_config would take its own class's default for what the file does not say.
+    usual = {"timestep_spacing": config.get("timestep_spacing", "leading")}
+    return getattr(diffusers, name).from_config(config, **{**usual, **own, **settings})
 
 
 def pixels_apart(ours: np.ndarray, theirs: np.ndarray) -> int:

@@ -1,4 +1,4 @@
-"""diffusers' tensors under the names of the original Stable Diffusion checkpoints.
+"""diffusers' tensors under the names of the original Stable Diffusion 1 checkpoints.
 
 Written down for the tests alone, from CompVis' `openaimodel.py` and `diffusionmodules/model.py`, so that the program's
 own table is checked against another.
@@ -11,23 +11,44 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-def compvis_state(unet: State, vae: State, text: State, *, levels: int = 4, layers: int = 2) -> State:
-    """One original checkpoint from the three parts of a pipeline whose coarsest level has no attention."""
-    state = {f"model.diffusion_model.{_unet_key(key, levels, layers)}": tensor for key, tensor in unet.items()}
-    for key, tensor in vae.items():
-        # In the original the VAE's attention is made of 1×1 convolutions.
-        is_matrix = ".attentions." in key and tensor.ndim == 2
-        state[f"first_stage_model.{_vae_key(key, levels)}"] = tensor[:, :, None, None] if is_matrix else tensor
+def compvis_state(unet: State, vae: State, text: State) -> State:
+    """One original Stable Diffusion 1 checkpoint from the three parts of a pipeline."""
+    state = unet_state(unet) | vae_state(vae)
     for key, tensor in text.items():
         state[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
     return state
 
 
-def _unet_key(key: str, levels: int, layers: int) -> str:
+def unet_state(unet: State) -> State:
+    """The U-Net's part of an original checkpoint, whatever its levels and blocks."""
+    levels, layers = _count(unet, r"down_blocks\.(\d+)"), _count(unet, r"down_blocks\.0\.resnets\.(\d+)")
+    attending = {int(match[1]) for key in unet if (match := re.match(r"up_blocks\.(\d+)\.attentions", key))}
+    assert levels == _count(unet, r"up_blocks\.(\d+)")
+    return {f"model.diffusion_model.{_unet_key(key, layers, attending)}": tensor for key, tensor in unet.items()}
+
+
+def vae_state(vae: State) -> State:
+    """The VAE's part of an original checkpoint. There, its attention is made of 1×1 convolutions."""
+    levels = _count(vae, r"decoder\.up_blocks\.(\d+)")
+    state = {}
+    for key, tensor in vae.items():
+        is_matrix = ".attentions." in key and tensor.ndim == 2
+        state[f"first_stage_model.{_vae_key(key, levels)}"] = tensor[:, :, None, None] if is_matrix else tensor
+    return state
+
+
+def _count(state: State, pattern: str) -> int:
+    return 1 + max(int(match[1]) for key in state if (match := re.match(pattern, key)))
+
+
+def _unet_key(key: str, layers: int, attending: set[int]) -> str:
     simple = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "time_embedding.cond_proj": "time_embed.cond_proj",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
     }
@@ -44,8 +65,8 @@ def _unet_key(key: str, levels: int, layers: int) -> str:
             return f"input_blocks.{1 + level * (layers + 1) + layers}.0.op.{leaf}"
         block = 1 + level * (layers + 1) + index
         return f"input_blocks.{block}.{int(kind == 'attentions')}.{_unet_rest(kind, parts[4:])}"
-    if kind == "upsamplers":  # inside the level's last block: behind its attention, which the first level has none of
-        return f"output_blocks.{level * (layers + 1) + layers}.{1 if level == 0 else 2}.conv.{leaf}"
+    if kind == "upsamplers":  # inside the level's last block, behind its attention where it has one
+        return f"output_blocks.{level * (layers + 1) + layers}.{2 if level in attending else 1}.conv.{leaf}"
     block = level * (layers + 1) + index
     return f"output_blocks.{block}.{int(kind == 'attentions')}.{_unet_rest(kind, parts[4:])}"
 

@@ -17,6 +17,16 @@ SCHEDULER = {
     "steps_offset": 1,
 }
 
+SMALL_VAE = {
+    "block_out_channels": (32, 64, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 96,
+    "scaling_factor": 0.18215,
+}
+
 
 def random_pipeline(
     *,
@@ -30,24 +40,10 @@ def random_pipeline(
     Its noise prediction has a standard deviation of about 1, its images span the whole range.
     """
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    from ldmcli.text.tokenizer import clip_vocabulary
-
-    vocabulary = clip_vocabulary()
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            **{
-                "block_out_channels": (32, 64, 64, 64),
-                "down_block_types": ("DownEncoderBlock2D",) * 4,
-                "up_block_types": ("UpDecoderBlock2D",) * 4,
-                "layers_per_block": 2,
-                "latent_channels": 4,
-                "sample_size": 96,
-                "scaling_factor": 0.18215,
-            }
-            | (vae or {})
-        ),
+        vae=AutoencoderKL(**SMALL_VAE | (vae or {})),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(
                 **{
@@ -64,7 +60,7 @@ def random_pipeline(
                 | (text or {})
             )
         ),
-        tokenizer=CLIPTokenizer(vocab=vocabulary.ids, merges=vocabulary.merges, model_max_length=77),
+        tokenizer=clip_tokenizer(),
         unet=UNet2DConditionModel(
             **{
                 "block_out_channels": (32, 64, 64, 128),
@@ -83,14 +79,30 @@ def random_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    randomise_pipeline(pipeline, ("vae", "text_encoder", "unet"), seed)
+    return pipeline
+
+
+def clip_tokenizer(**settings: Any) -> Any:
+    """transformers' tokenizer with CLIP's own vocabulary."""
+    from transformers import CLIPTokenizer
+
+    from ldmcli.text.tokenizer import clip_vocabulary
+
+    vocabulary = clip_vocabulary()
+    return CLIPTokenizer(vocab=vocabulary.ids, merges=vocabulary.merges, model_max_length=77, **settings)
+
+
+def randomise_pipeline(pipeline: Any, parts: tuple[str, ...], seed: int) -> None:
+    """Random weights for these parts, in this order; predictions and pictures get the size of a trained model's."""
     generator = torch.Generator().manual_seed(seed)
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        randomise(part, generator)
-        part.requires_grad_(False).eval()
+    for part in parts:
+        module = getattr(pipeline, part)
+        randomise(module, generator)
+        module.requires_grad_(False).eval()
     pipeline.unet.conv_out.weight.mul_(1.8)
     pipeline.vae.decoder.conv_out.weight.mul_(1.5)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def randomise(module: nn.Module, generator: torch.Generator) -> None:
@@ -99,8 +111,8 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
         for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim > 1:
-                fan_in = 1 if "embedding" in name and "linear" not in name else weight[0].numel()
-                weight.copy_(noise / fan_in**0.5)
+                is_table = name.endswith(("token_embedding.weight", "position_embedding.weight"))
+                weight.copy_(noise if is_table else noise / weight[0].numel() ** 0.5)
             else:
                 weight.copy_(0.1 * noise + float(name.endswith("weight")))
 

@@ -33,6 +33,10 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+def our_context(pipeline: Pipeline, prompts: list[str]) -> torch.Tensor:
+    return torch.cat([conditioning.context for conditioning in pipeline.model.prompts.encode(prompts)])
+
+
 def their_context(reference: Any, prompts: list[str]) -> torch.Tensor:
     tokenizer = reference.tokenizer
     ids = tokenizer(
@@ -46,8 +50,8 @@ def their_context(reference: Any, prompts: list[str]) -> torch.Tensor:
 
 
 def compare_unets(pipeline: Pipeline, reference: Any, latents: torch.Tensor, timestep: int) -> float:
-    context = normal(len(latents), pipeline.config.text_encoder.max_length, pipeline.config.unet.context_dim)
-    unet = pipeline.unet
+    context = normal(len(latents), pipeline.config.text_encoders[0].max_length, pipeline.config.unet.context_dim)
+    unet = pipeline.model.unet
     with torch.inference_mode():
         ours = unet(latents, unet.embed_time(torch.tensor([timestep])), unet.project_context(context))
         theirs = reference.unet(latents, timestep, context).sample
@@ -69,7 +73,7 @@ def test_the_random_model_is_a_fair_test(random_model: Any) -> None:
 
 def test_text_context(pair: Pair) -> None:
     pipeline, reference = pair
-    ours, theirs = pipeline.encode_prompts(PROMPTS), their_context(reference, PROMPTS)
+    ours, theirs = our_context(pipeline, PROMPTS), their_context(reference, PROMPTS)
     for i in range(len(PROMPTS)):
         assert relative(ours[i], theirs[i]) < TOLERANCE
 
@@ -83,8 +87,8 @@ def test_unet(pair: Pair, timestep: int) -> None:
 
 @pytest.mark.parametrize("size", [(9, 7), (3, 1), (17, 8), (5, 24)])
 def test_unet_at_sizes_that_do_not_halve_evenly(pair: Pair, size: tuple[int, int]) -> None:
-    ours, theirs = (copy.deepcopy(side.unet).double() for side in pair)
-    context = normal(1, pair[0].config.text_encoder.max_length, ours.config.context_dim).double()
+    ours, theirs = (copy.deepcopy(unet).double() for unet in (pair[0].model.unet, pair[1].unet))
+    context = normal(1, pair[0].config.text_encoders[0].max_length, ours.config.context_dim).double()
     latents = normal(1, 4, *size).double()
     with torch.inference_mode():
         our_noise = ours(latents, ours.embed_time(torch.tensor([500])), ours.project_context(context))
@@ -167,4 +171,4 @@ def test_other_dimensions(name: str, settings: dict[str, Any], tmp_path: Path, o
     latents = normal(1, 4, 5, 4)
     theirs = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
     assert relative(pipeline.decode(latents), theirs) < TOLERANCE
-    assert relative(pipeline.encode_prompts(PROMPTS), their_context(reference, PROMPTS)) < TOLERANCE
+    assert relative(our_context(pipeline, PROMPTS), their_context(reference, PROMPTS)) < TOLERANCE

@@ -7,6 +7,7 @@ from ldmcli.config import ScheduleConfig
 from ldmcli.models.unet import UNet
 from ldmcli.models.vae import AutoencoderKL
 from ldmcli.sampling.ddim import ddim
+from ldmcli.sampling.denoiser import predicting
 from ldmcli.sampling.guidance import guided
 from ldmcli.sampling.schedule import Schedule, Step
 
@@ -34,12 +35,12 @@ def generate(
     conditioned = unet.project_context(context)
     both = unet.project_context(torch.cat([empty.expand_as(context), context]))
 
-    def denoise(x: Tensor, step: Step) -> Tensor:
+    def model(x: Tensor, step: Step) -> Tensor:
         chosen = conditioned if len(x) == len(context) else both
         return unet(x, unet.embed_time(torch.tensor([step.timestep])), chosen)
 
     if guidance_scale != 1:
-        denoise = guided(denoise, guidance_scale)
-    every_step = ddim(denoise, latents, Schedule(ScheduleConfig()).steps(steps), lambda: latents)
+        model = guided(model, guidance_scale)
+    every_step = ddim(predicting(model, "epsilon"), latents, Schedule(ScheduleConfig()).steps(steps), lambda: latents)
     *_, final = every_step
     return vae.decode(final / vae.config.scaling_factor).clamp(-1, 1)

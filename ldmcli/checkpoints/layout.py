@@ -1,0 +1,123 @@
+"""Which files make up a diffusers model, by their names: what to fetch of a repository, and whether it is whole."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from ldmcli.errors import BadDataError, MissingInputError, printable
+
+INDEX = "model_index.json"
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
+_MAX_SHARDS = 1000
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def weight_names(stem: str, *, half: bool) -> tuple[str, ...]:
+    """The names under which a network's weights, or the index of their shards, may stand, best first: where `half`, the
+    fp16 variant before the plain one."""
+    plain = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    fp16 = (
+        f"{stem}.fp16.safetensors",
+        f"{stem}.safetensors.index.fp16.json",
+        f"{stem}.fp16.safetensors.index.json",
+    )
+    return fp16 + plain if half else plain + fp16
+
+
+def needed_files(
+    name: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, half: bool
+) -> list[str]:
+    """The files of the model `name` that a run reads, small ones first, out of all its `files` (paths from its root);
+    also of a repository that is one VAE.
+
+    `read` gives the JSON object in one of them. Raises MissingInputError naming a file that is not among `files`, and
+    BadDataError where `files` are no model that can be run.
+    """
+    if INDEX not in files and any(file in files for file in weight_names(_DIFFUSERS_STEM, half=half)):
+        return ["config.json", *_network_files("", name, files, read, half=half)]
+    _check_is_model(name, files)
+    index = read(INDEX)
+    named = {part for part, kind in index.items() if isinstance(kind, list) and any(kind)}
+    if not {"unet", "vae"} <= named:
+        kind = printable(str(index.get("_class_name", ""))) or "model of another kind"
+        raise BadDataError(f"{name} is a {kind}, not a latent diffusion model with a U-Net and a VAE.")
+    small = [INDEX]
+    if "scheduler" in named:
+        small.append(_require("scheduler/scheduler_config.json", name, files))
+    for part in _TOKENIZERS:
+        small += _tokenizer_files(part, name, files) if part in named else []
+    parts = [part for part in _NETWORKS if part in named]
+    small += [_require(f"{part}/config.json", name, files) for part in parts]
+    large = [file for part in parts for file in _network_files(f"{part}/", name, files, read, half=half)]
+    return small + large
+
+
+def safetensors_hint(name: str, files: Collection[str]) -> str:
+    """The .safetensors files among `files` as they are typed, after the repository's `name`; "" where none are."""
+    repository, _, revision = name.partition("@")
+    found = sorted(file for file in files if file.endswith(".safetensors"))
+    shown = [printable(f"{repository}/{file}" + (f"@{revision}" if revision else "")) for file in found[:5]]
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return ", ".join(shown) + more
+
+
+def _check_is_model(name: str, files: Collection[str]) -> None:
+    """Raise BadDataError where there is no model_index.json, or no weights but pickles."""
+    pickles = sorted(file for file in files if file.endswith(_PICKLES))
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        raise BadDataError(
+            f"{name} has its weights only as pickles ({printable(pickles[0])}), which could run code when opened; look "
+            "for a repository or revision with safetensors."
+        )
+    if INDEX not in files:
+        hint = safetensors_hint(name, files)
+        cure = f"to use one of its files, name {hint}" if hint else "name another one"
+        raise BadDataError(f"{name} has no {INDEX}, so it is no diffusers model; {cure}.")
+
+
+def _network_files(
+    folder: str, name: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, half: bool
+) -> list[str]:
+    """The weights in `folder` ("" or ending in a slash): one file, or an index and its shards."""
+    names = weight_names("model" if folder.startswith("text_encoder") else _DIFFUSERS_STEM, half=half)
+    found = next((folder + file for file in names if folder + file in files), None)
+    if found is None:
+        pickles = sorted(file for file in files if file.startswith(folder) and file.endswith(_PICKLES))
+        if not pickles:
+            raise MissingInputError(f"{name} lacks {folder}{min(names, key=len)}.")
+        raise BadDataError(
+            f"{name} has the weights of its {folder.rstrip('/')} only as a pickle ({printable(pickles[0])}), which "
+            "could run code when opened; look for a repository or revision with safetensors."
+        )
+    if not found.endswith(".json"):
+        return [found]
+    shards = (folder + shard for shard in _shards(found, name, read(found)))
+    return [found, *(_require(shard, name, files) for shard in shards)]
+
+
+def _tokenizer_files(part: str, name: str, files: Collection[str]) -> Iterator[str]:
+    whole = f"{part}/tokenizer.json"
+    split = (f"{part}/vocab.json", f"{part}/merges.txt")
+    if whole in files and not all(file in files for file in split):
+        yield whole
+    else:
+        yield from (_require(file, name, files) for file in split)
+    yield from (f"{part}/{extra}" for extra in _TOKENIZER_EXTRAS if f"{part}/{extra}" in files)
+
+
+def _shards(index: str, name: str, content: Mapping[str, Any]) -> list[str]:
+    """The files that a shard index names, all of them beside it. Raises BadDataError."""
+    weight_map = content.get("weight_map")
+    found = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    sound = all(file.endswith(".safetensors") and not set(file) & set("/\\\0") for file in found)
+    if not found or not sound or len(found) > _MAX_SHARDS:
+        raise BadDataError(f"{name}: {index} does not name the .safetensors files of its folder.")
+    return sorted(found)
+
+
+def _require(file: str, name: str, files: Collection[str]) -> str:
+    if file not in files:
+        raise MissingInputError(f"{name} lacks {printable(file)}.")
+    return file

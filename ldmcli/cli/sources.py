@@ -1,0 +1,87 @@
+"""The weights that a command line names: a model, and maybe another VAE and a refiner; looked at, not read."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model, with_prediction_type
+from ldmcli.errors import BadDataError, UsageError, printable
+
+if TYPE_CHECKING:
+    from ldmcli.checkpoints.vae_source import VAESource
+    from ldmcli.models.unet import UNet
+    from ldmcli.pipeline import Pipeline
+    from ldmcli.runtime.policy import Runtime
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What to draw with. `unet` is the model's, where it had to be read to know what the model is."""
+
+    model: ModelSource
+    vae: "VAESource | None" = None
+    refiner: ModelSource | None = None
+    unet: "UNet | None" = None
+
+    def load(self, runtime: "Runtime", *, tile_vae: bool) -> "Pipeline":
+        """Read all weights."""
+        from ldmcli.pipeline import load_pipeline
+
+        model, refiner = (s and dataclasses.replace(s, half=runtime.half) for s in (self.model, self.refiner))
+        assert model is not None
+        return load_pipeline(model, runtime, vae=self.vae, refiner=refiner, unet=self.unet, tile_vae=tile_vae)
+
+    def settled(self, runtime: "Runtime") -> "Sources":
+        """With the model's prediction type found out, if only its U-Net can tell."""
+        from ldmcli.pipeline import settled
+
+        model, unet = settled(dataclasses.replace(self.model, half=runtime.half), runtime)
+        return dataclasses.replace(self, model=model, unet=unet)
+
+
+def open_sources(options: Mapping[str, Any]) -> Sources:
+    """Look at the headers of all that the options name, fetching models of the hub. Raises LdmError."""
+    allow_pickle = options["allow_pickle"]
+    model = open_model(located(options["model"], options), allow_pickle=allow_pickle)
+    if options["prediction_type"]:
+        model = with_prediction_type(model, options["prediction_type"])
+    config = model.config
+    _log.debug("%s: %s, prediction type %s", model.name, config.family, config.schedule.prediction_type)
+    vae = refiner = None
+    if options["vae"]:
+        from ldmcli.checkpoints.vae_source import open_vae
+
+        vae = open_vae(located(options["vae"], options), config, allow_pickle=allow_pickle)
+    if options["refiner"]:
+        refiner = open_model(located(options["refiner"], options), allow_pickle=allow_pickle)
+        _check_refiner(model, refiner)
+    elif options["refiner_start"] is not None:
+        raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
+    return Sources(model, vae, refiner)
+
+
+def located(model: str | None, options: Mapping[str, Any]) -> Path:
+    """Where a model is on disk: the embedded one for None, fetched for a name of the hub."""
+    from ldmcli.checkpoints.hub import locate
+
+    return embedded_model() if model is None else locate(model, half=options["dtype"] != "fp32")
+
+
+def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
+    """Raises BadDataError where the two do not work on the same latents with the same steps."""
+    one, other = model.config, refiner.config
+    same = (
+        one.unet.in_channels == other.unet.in_channels
+        and one.vae.factor == other.vae.factor
+        and one.vae.scaling_factor == other.vae.scaling_factor
+        and one.schedule.training_steps == other.schedule.training_steps
+    )
+    if not same:
+        raise BadDataError(
+            f"{printable(str(refiner.path))} ({other.family}) cannot refine what {printable(str(model.path))} "
+            f"({one.family}) begins: their latents differ."
+        )

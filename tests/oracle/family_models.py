@@ -1,0 +1,178 @@
+"""The small models of `random_families` in every layout, and diffusers drawing with them."""
+
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from oracle.comparing import diffusers_scheduler
+from oracle.original_layout import original_state, with_extras, write
+from oracle.random_families import RECIPES, random_family, same_networks, with_scheduler
+from oracle.random_model import save
+from torch import Tensor
+
+from ldmcli.pipeline import Pipeline
+from ldmcli.request import GenerationRequest
+
+
+class FamilyModels:
+    """Models by the name of their recipe, each made once and not to be changed.
+
+    Layouts: `folder`, `fp16` (a folder with nothing else), `sharded`, `file`, and `crowded`: the file with all that
+    training leaves in it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[tuple[str, str], Any] = {}
+
+    def _once(self, name: str, kind: str, make: Callable[[], Any]) -> Any:
+        if (name, kind) not in self._made:
+            self._made[name, kind] = make()
+        return self._made[name, kind]
+
+    def diffusers(self, name: str) -> Any:
+        """diffusers' pipeline. Recipes that differ in their noise schedule alone share their networks."""
+        alike = same_networks(name)
+        if alike == name:
+            return self._once(name, "diffusers", lambda: random_family(name))
+        return self._once(name, "diffusers", lambda: with_scheduler(self.diffusers(alike), name))
+
+    def parts(self, name: str) -> dict[str, Any]:
+        """Its networks by part."""
+        return {part: getattr(self.diffusers(name), part) for part in ("unet", "vae", *RECIPES[name].texts)}
+
+    def path(self, name: str, layout: str = "folder") -> Path:
+        """The model on disk."""
+        makers: Mapping[str, Callable[[Path], Path]] = {
+            "folder": lambda path: self._save(name, path),
+            "fp16": lambda path: _save_half(random_family(name), path),
+            "sharded": lambda path: _save_sharded(self.diffusers(name), path),
+            "file": lambda path: write(original_state(self.parts(name)), path.with_suffix(".safetensors")),
+            "crowded": lambda path: write(
+                with_extras(original_state(self.parts(name))), path.with_suffix(".safetensors")
+            ),
+        }
+        return self._once(name, layout, lambda: makers[layout](self._root / f"{name}-{layout}"))
+
+    def _save(self, name: str, path: Path) -> Path:
+        alike = same_networks(name)
+        if alike == name:
+            return save(self.diffusers(name), path)
+        shutil.copytree(self.path(alike), path, copy_function=os.link, ignore=shutil.ignore_patterns("scheduler"))
+        self.diffusers(name).scheduler.save_pretrained(path / "scheduler")
+        return path
+
+    def ours(self, name: str, layout: str = "folder", refiner: str | None = None) -> Pipeline:
+        """This program's pipeline of it, on the CPU in float32; with a refiner of the same layout."""
+        return self._once(name, f"ours {layout} {refiner}", lambda: self._load(name, layout, refiner))
+
+    def _load(self, name: str, layout: str, refiner: str | None) -> Pipeline:
+        from ldmcli.checkpoints.source import open_model, with_prediction_type
+        from ldmcli.pipeline import load_pipeline
+        from ldmcli.runtime.policy import choose_runtime
+
+        source = open_model(self.path(name, layout))
+        told = RECIPES[name].scheduler[1].get("prediction_type", "epsilon")
+        if layout in ("file", "crowded"):  # a file of 2.x does not say
+            source = with_prediction_type(source, told)
+        assert source.config.schedule.prediction_type == told
+        second = open_model(self.path(refiner, layout)) if refiner else None
+        return load_pipeline(source, choose_runtime("cpu", "fp32", "auto"), refiner=second)
+
+
+def _save_half(pipeline: Any, path: Path) -> Path:
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(path, safe_serialization=True, variant="fp16")
+    assert list(path.glob("unet/*.safetensors")) == [path / "unet" / "diffusion_pytorch_model.fp16.safetensors"]
+    return path
+
+
+def _save_sharded(pipeline: Any, path: Path) -> Path:
+    pipeline.save_pretrained(path, safe_serialization=True, max_shard_size="12MB")
+    assert len(list(path.glob("unet/*-of-*.safetensors"))) > 2
+    return path
+
+
+def draw_theirs(
+    reference: Any, requests: Sequence[GenerationRequest], refiner: Any = None, **schedule: Any
+) -> tuple[list[Tensor], np.ndarray]:
+    """diffusers' latents after each step, as ours are scaled, and its pictures; `schedule` replaces settings of the
+    noise schedule. A refiner takes over where the requests say."""
+    settings = requests[0]
+    assert settings.sampler is not None
+    scheduler = diffusers_scheduler(settings.sampler, reference.scheduler.config, **schedule)
+    latents: list[Tensor] = []
+
+    def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents.append(tensors["latents"].clone())
+        return tensors
+
+    common = _arguments(requests) | {"callback_on_step_end": keep}
+    with mock.patch.object(reference, "scheduler", scheduler):
+        if refiner is None:
+            images = _call(reference, common | {"output_type": "np"})
+        else:
+            share = settings.refiner_start
+            handed = _call(reference, common | {"output_type": "latent", "denoising_end": share})
+            following = diffusers_scheduler(settings.sampler, refiner.scheduler.config, **schedule)
+            with mock.patch.object(refiner, "scheduler", following):
+                images = _call(refiner, common | {"output_type": "np", "image": handed, "denoising_start": share})
+    if settings.sampler.startswith("euler"):  # theirs are latents / √ᾱ
+        levels = [(sigma**2 + 1) ** 0.5 for sigma in scheduler.sigmas.tolist()[1:]]
+        latents = [each / level for each, level in zip(latents, levels, strict=True)]
+    return latents, (images * 255).round().astype(np.uint8)
+
+
+def _arguments(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    """The requests as diffusers' pipelines take them."""
+    settings = requests[0]
+    assert settings.height is not None
+    assert settings.width is not None
+    negatives = [request.negative_prompt for request in requests]
+    return {
+        "prompt": [request.prompt for request in requests],
+        "negative_prompt": negatives if any(negatives) else None,
+        "height": settings.height,
+        "width": settings.width,
+        "original_size": (settings.original_height or settings.height, settings.original_width or settings.width),
+        "crops_coords_top_left": (settings.crop_top, settings.crop_left),
+        # Its refiner would take 0, 0 here, where its base takes the prompt's own and Stability AI's code does in both.
+        "negative_crops_coords_top_left": (settings.crop_top, settings.crop_left),
+        "target_size": (settings.height, settings.width),
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "guidance_rescale": settings.guidance_rescale,
+        "clip_skip": settings.clip_skip - 1 or None,
+        "eta": settings.eta,
+        "generator": [torch.Generator().manual_seed(request.seed) for request in requests],
+    }
+
+
+def _call(reference: Any, arguments: dict[str, Any]) -> Any:
+    """The images of a pipeline, given those arguments that it takes."""
+    takes = inspect.signature(reference.__call__).parameters
+    return reference(**{name: value for name, value in arguments.items() if name in takes}).images
+
+
+def their_prompts(reference: Any, prompts: list[str], clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Context and, for XL, pooled prompts as diffusers encodes them."""
+    if hasattr(reference, "text_encoder_2"):
+        found = reference.encode_prompt(prompts, device="cpu", clip_skip=clip_skip - 1 or None)
+        return found[0], found[2]
+    # Its own clip_skip for version 2 fails with a CLIPTextModel of transformers 5.6 and later: written out here.
+    ids = reference.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    states = reference.text_encoder(ids.input_ids, output_hidden_states=True).hidden_states[-clip_skip]
+    return reference.text_encoder.final_layer_norm(states), None
+
+
+def their_negative(reference: Any) -> tuple[Tensor, Tensor | None]:
+    """What diffusers takes where no negative prompt is given: context and, for XL, the pooled prompt."""
+    asked = {"prompt": ["a"], "device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    found = reference.encode_prompt(**asked)
+    return found[1], found[3] if len(found) == 4 else None

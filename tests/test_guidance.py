@@ -1,0 +1,121 @@
+"""Classifier-free guidance, its rescaling and its interval: the formulas, what is off, and what is saved."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmcli.config import ScheduleConfig
+from ldmcli.sampling.denoiser import Model
+from ldmcli.sampling.guidance import guided, rescaled
+from ldmcli.sampling.schedule import Schedule, Step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = Schedule(ScheduleConfig()).steps(20)
+STEP = STEPS[7]
+
+
+def batch(images: int = 3, seed: int = 0) -> Tensor:
+    return torch.randn(images, 4, 5, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def halves(latents: Tensor, _step: Step) -> Tensor:
+    """Two different answers: to the negative prompts, the first half, and to the others."""
+    negative, positive = latents.chunk(2)
+    return torch.cat([negative.sin(), 1.5 * positive + 0.3])
+
+
+def counting(model: Model, sizes: list[int]) -> Model:
+    def run(latents: Tensor, step: Step) -> Tensor:
+        sizes.append(len(latents))
+        return model(latents, step)
+
+    return run
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
+def test_guidance(scale: float) -> None:
+    """The negative half comes first, and both halves see the same latents."""
+    negative, positive = torch.tensor([[2.0]]), torch.tensor([[3.0]])
+
+    def model(latents: Tensor, _: Step) -> Tensor:
+        assert torch.equal(latents[:2], latents[2:])
+        return latents * torch.cat([negative, negative, positive, positive])
+
+    latents = torch.tensor([[1.0], [10.0]])
+    expected = latents * (negative + scale * (positive - negative))
+    torch.testing.assert_close(guided(model, scale)(latents, STEP), expected)
+
+
+@pytest.mark.parametrize("off", [{}, {"rescale": 0.0}, {"interval": None}, {"unguided": halves}])
+def test_what_is_off_changes_no_bit(off: dict) -> None:
+    latents = batch()
+    negative, positive = halves(torch.cat([latents, latents]), STEP).chunk(2)
+    assert torch.equal(guided(halves, 7.5, **off)(latents, STEP), negative + 7.5 * (positive - negative))
+
+
+def test_an_interval_of_all_levels_changes_no_bit() -> None:
+    sizes: list[int] = []
+    everywhere = guided(halves, 5.0, interval=(0.0, float("inf")), unguided=counting(halves, sizes))
+    for step in STEPS:
+        assert torch.equal(everywhere(batch(), step), guided(halves, 5.0)(batch(), step))
+    assert not sizes
+
+
+# ---- rescaling ----
+
+
+def test_full_rescaling_restores_each_images_deviation() -> None:
+    latents = batch()
+    positive = halves(torch.cat([latents, latents]), STEP).chunk(2)[1]
+    output = guided(halves, 7.5, rescale=1.0)(latents, STEP)
+    torch.testing.assert_close(output.std(dim=(1, 2, 3)), positive.std(dim=(1, 2, 3)))
+    plain = guided(halves, 7.5)(latents, STEP)
+    for i in range(len(latents)):  # only the scale of each image is changed
+        assert torch.nn.functional.cosine_similarity(output[i].flatten(), plain[i].flatten(), dim=0) > 1 - 1e-6
+
+
+def test_rescaling_mixes() -> None:
+    output, positive = batch(seed=1), batch(seed=2)
+    mixed = 0.7 * rescaled(output, positive, 1.0) + 0.3 * output
+    torch.testing.assert_close(rescaled(output, positive, 0.7), mixed)
+
+
+def test_rescaling_keeps_images_apart() -> None:
+    latents = batch()
+    together = guided(halves, 7.5, rescale=0.7)(latents, STEP)
+    alone = [guided(halves, 7.5, rescale=0.7)(one, STEP) for one in latents.split(1)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+# ---- the interval ----
+
+
+def test_guidance_in_an_interval_runs_half_the_batch_elsewhere() -> None:
+    guided_sizes: list[int] = []
+    plain_sizes: list[int] = []
+    plain = counting(lambda latents, _step: 0.5 * latents, plain_sizes)
+    model = guided(counting(halves, guided_sizes), 7.5, interval=(0.3, 5.0), unguided=plain)
+    for step in STEPS:
+        wanted = guided(halves, 7.5)(batch(), step) if 0.3 < step.sigma <= 5.0 else 0.5 * batch()
+        assert torch.equal(model(batch(), step), wanted)
+    inside = sum(0.3 < step.sigma <= 5.0 for step in STEPS)
+    assert 0 < inside < len(STEPS)
+    assert guided_sizes == [6] * inside
+    assert plain_sizes == [3] * (len(STEPS) - inside)
+
+
+def test_the_ends_of_the_interval() -> None:
+    """Above the lower end, up to the upper one (Kynkäänniemi et al. 2024, equation 5)."""
+    for interval, inside in (((STEP.sigma, 9.0), False), ((0.0, STEP.sigma), True)):
+        model = guided(halves, 7.5, interval=interval, unguided=lambda latents, _step: 0 * latents)
+        assert bool(model(batch(), STEP).any()) == inside
+
+
+def test_pure_noise_is_outside_every_bounded_interval() -> None:
+    model = guided(halves, 7.5, interval=(0.0, 1e9), unguided=lambda latents, _step: 0 * latents)
+    assert not model(batch(), Step(0, 999, 0.0, 0.1)).any()
+
+
+def test_an_interval_needs_a_model_for_the_rest() -> None:
+    with pytest.raises(ValueError, match="outside"):
+        guided(halves, 7.5, interval=(0.3, 5.0))

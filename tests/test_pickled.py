@@ -1,0 +1,400 @@
+"""Pickled checkpoints: plain tensors are read where that is allowed, and nothing else, ever, runs or is believed."""
+
+import os
+import pickle
+import struct
+import sys
+import time
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from weight_corpus import MARKER, Bomb
+
+from ldmcli.checkpoints import pickled
+from ldmcli.checkpoints.files import open_sharded, open_weights, read_tensors, write_tensors
+from ldmcli.errors import BadDataError, LdmError
+
+pytestmark = pytest.mark.timeout(60)
+LAYOUTS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "bare"])
+
+
+def save(path: Path, value: object, zipped: bool = True) -> Path:
+    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def read(path: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    weights = open_weights(path, allow_pickle=True)
+    return dict(read_tensors(weights, weights.tensors, "cpu", dtype))
+
+
+def refusal(path: Path) -> str:
+    """The message with which the file is refused, soon and before torch.load has a say."""
+    began = time.process_time()
+    with pytest.raises(BadDataError) as caught:
+        open_weights(path, allow_pickle=True)
+    assert time.process_time() - began < 4
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert message.isprintable()
+    assert len(message) < 1500
+    return message
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / MARKER).exists()
+
+
+# ---- what is read ----
+
+
+def state() -> "OrderedDict[str, torch.Tensor]":
+    base = torch.arange(24.0)
+    tensors = OrderedDict(
+        half=torch.arange(6.0).reshape(2, 3).half(),
+        view=base[4:10],
+        transposed=base.reshape(4, 6).t(),
+        parameter=torch.nn.Parameter(torch.ones(3)),
+        none=torch.zeros(0, 3),
+        scalar=torch.tensor(5),
+        bools=torch.tensor([True, False]),
+        bf16=torch.ones(2, 2, dtype=torch.bfloat16),
+        channels_last=torch.arange(96.0).reshape(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    )
+    tensors["tied"] = tensors["half"]
+    tensors._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]  # as state_dict() has it
+    return tensors
+
+
+@LAYOUTS
+@pytest.mark.parametrize("wrapped", [True, False], ids=["state_dict", "plain"])
+def test_plain_tensors_are_read(tmp_path: Path, zipped: bool, wrapped: bool) -> None:
+    expected = state()
+    value = {"state_dict": expected, "epoch": 3, "rates": [0.1, {"k": None}]} if wrapped else expected
+    weights = open_weights(save(tmp_path / "model.ckpt", value, zipped), allow_pickle=True)
+    assert weights.tensors.keys() == expected.keys()
+    found = dict(read_tensors(weights, weights.tensors, "cpu", None))
+    for name, tensor in expected.items():
+        assert weights.tensors[name].shape == tuple(tensor.shape)
+        assert found[name].equal(tensor)
+        assert found[name].dtype == tensor.dtype
+        assert found[name].is_contiguous()
+        assert type(found[name]) is torch.Tensor
+        assert not found[name].requires_grad
+    own = {t.untyped_storage().data_ptr() for t in found.values() if t.numel()}
+    assert len(own) == len([t for t in found.values() if t.numel()])
+    again = dict(read_tensors(weights, ["view", "scalar"], "cpu", torch.float16))
+    assert again["view"].tolist() == [4, 5, 6, 7, 8, 9]
+    assert again["view"].dtype == torch.float16
+    assert again["scalar"].dtype == torch.int64
+
+
+@LAYOUTS
+def test_inner_tables_get_names_with_dots(tmp_path: Path, zipped: bool) -> None:
+    embedding = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 4)}, "name": "cat", "step": 5}
+    assert list(open_weights(save(tmp_path / "a.pt", embedding, zipped), allow_pickle=True).tensors) == [
+        "string_to_param.*"
+    ]
+    itself: dict[str, Any] = {"a": torch.ones(1)}
+    itself["again"] = itself
+    assert list(read(save(tmp_path / "b.pt", itself, zipped))) == ["a"]
+    assert "“a.b” twice" in refusal(save(tmp_path / "c.pt", {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, zipped))
+
+
+@LAYOUTS
+def test_nothing_is_read_without_permission(tmp_path: Path, zipped: bool) -> None:
+    path = save(tmp_path / "model.ckpt", {"a": torch.ones(1)}, zipped)
+    with pytest.raises(BadDataError, match="--allow-pickle"):
+        open_weights(path)
+
+
+def test_safetensors_stay_what_they_are_with_permission(tmp_path: Path) -> None:
+    """Even where the length of the header reads as the beginning of a pickle."""
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"a": torch.ones(1)}, {"x": "y"})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    write_tensors(path, {"a": torch.ones(1)}, {"x": "y" * (0x280 - length + 1)})
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert open_weights(path, allow_pickle=True).loader is None
+    assert read(path)["a"].tolist() == [1]
+
+
+def test_shards(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save(tmp_path / f"{name}.bin", {name: torch.ones(2)})
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"one": "one.bin", "two": "two.bin"}}')
+    assert [list(file.tensors) for file in open_sharded(index, allow_pickle=True)] == [["one"], ["two"]]
+    with pytest.raises(BadDataError, match="--allow-pickle"):
+        open_sharded(index)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_nan_and_infinity_are_found(tmp_path: Path, zipped: bool, value: str) -> None:
+    path = save(tmp_path / "a.ckpt", {"fine": torch.ones(3), "bad": torch.tensor([0.0, float(value)]).half()}, zipped)
+    with pytest.raises(BadDataError, match="NaN or infinity in tensor “bad”"):
+        read(path)
+
+
+@LAYOUTS
+def test_the_file_is_read_once_for_all_its_parts(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    true_load = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **options: asked.append(options) or true_load(file, **options))
+    names = ["unet.a", "vae.a", "model_ema.a", "alphas_cumprod"]
+    path = save(tmp_path / "a.ckpt", {name: torch.ones(2) for name in names}, zipped)
+    weights = open_weights(path, allow_pickle=True)
+    assert asked == []
+    for name in names[:2]:
+        assert [found for found, _ in read_tensors(weights, [name], "cpu", None)] == [name]
+    assert asked == [{"map_location": "cpu", "weights_only": True, "mmap": False}]
+    assert weights.loader
+    assert weights.loader._tensors == {}, "what no model wants is not kept"
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+@LAYOUTS
+def test_a_file_that_changed_is_checked_again(tmp_path: Path, zipped: bool) -> None:
+    path = save(tmp_path / "a.ckpt", {"a": torch.ones(2)}, zipped)
+    for change, words in (
+        (lambda: save(path, {"a": Bomb()}, zipped), "exec"),
+        (lambda: save(path, {"b": torch.ones(2)}, zipped), "changed while"),
+        (lambda: save(path, {"a": torch.ones(3)}, zipped), "otherwise than it says"),
+        (lambda: os.truncate(path, 100), "cut short|broken"),
+    ):
+        save(path, {"a": torch.ones(2)}, zipped)
+        weights = open_weights(path, allow_pickle=True)
+        change()
+        with pytest.raises(BadDataError, match=words):
+            dict(read_tensors(weights, ["a"], "cpu", None))
+
+
+def test_what_torch_still_refuses_has_no_second_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*_: object, **options: object) -> None:
+        assert options["weights_only"] is True
+        raise pickle.UnpicklingError("Weights only load failed.\n\x1b[31mMore")
+
+    path = save(tmp_path / "a.ckpt", {"a": torch.ones(2)})
+    monkeypatch.setattr(torch, "load", refusing)
+    with pytest.raises(BadDataError, match=r"weights_only=True \(Weights only load failed.\); get or convert"):
+        read(path)
+
+
+def test_torch_load_is_called_in_one_place() -> None:
+    package = Path(pickled.__file__).parent.parent
+    calls = [path.name for path in package.rglob("*.py") if "torch.load(" in path.read_text().replace("`", "")]
+    assert sorted(set(calls) - {"outline.py"}) == ["pickled.py"]  # outline.py only speaks of it
+    assert "weights_only=False" not in "".join(path.read_text() for path in package.rglob("*.py"))
+
+
+# ---- what is refused ----
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (Bomb(), "wants “__builtin__.exec”"),
+        (print, "wants “__builtin__.print”"),
+        (Path("x"), "wants “pathlib.PosixPath”"),
+        (torch.nn.Linear(1, 1), "wants “torch.nn.modules.linear.Linear”"),
+        (torch.ones(3).to_sparse(), "_rebuild_sparse_tensor"),
+        (torch.ones(3, dtype=torch.complex64), "ComplexFloatStorage"),
+        (torch.ones(2, device="meta"), "_rebuild_meta_tensor_no_storage"),
+        (torch.ones(2).expand(1 << 20, 2), "[1048576, 2] that reaches beyond"),
+        (bytearray(9), "bytearray"),
+        ({(1, 2): 3}, "neither texts nor numbers"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path: Path, zipped: bool, value: object, words: str) -> None:
+    assert words in refusal(save(tmp_path / "a.ckpt", {"x": value, "y": torch.ones(1)}, zipped))
+
+
+def archive(path: Path, pickle_code: bytes, compression: int = zipfile.ZIP_STORED, **members: bytes) -> Path:
+    """A zip as torch.save's, around any pickle; `members` by names without their folder, `data_0` for data/0."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("archive/data.pkl", pickle_code)
+        file.writestr("archive/version", b"3\n")
+        for name, content in members.items():
+            file.writestr(f"archive/{name.replace('_', '/')}", content)
+    return path
+
+
+def tensor_code(
+    count: int = 1, offset: int = 0, shape: tuple[int, ...] = (1,), strides: tuple[int, ...] = (1,)
+) -> bytes:
+    """The pickle of {"a": one float32 tensor}, with any numbers in it."""
+
+    def number(value: int) -> bytes:
+        raw = value.to_bytes(16, "little", signed=True)
+        return b"\x8a\x10" + raw
+
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu" + number(count) + b"tQ"
+    rest = b"\x89ccollections\nOrderedDict\n)Rt"
+    tensor = b"(" + storage + number(offset) + numbers(shape) + numbers(strides) + rest
+    return b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n" + tensor + b"Rs."
+
+
+def test_the_hand_made_archive_is_sound(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.ckpt", tensor_code(2, 1), data_0=struct.pack("<2f", 5, 7))
+    assert read(path)["a"].tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (tensor_code(1 << 40), "“0” are missing or of another size"),
+        (tensor_code(1 << 61), "impossible name or size"),
+        (tensor_code(-1), "impossible name or size"),
+        (tensor_code(offset=1), "reaches beyond"),
+        (tensor_code(offset=-1), "impossible place"),
+        (tensor_code(shape=(1 << 59,), strides=(0,)), "reaches beyond"),
+        (tensor_code(shape=(1 << 62, 1 << 62), strides=(0, 0)), "impossible shape"),
+        (tensor_code(shape=(1 << 40,) * 20 + (0,), strides=(0,) * 21), "impossibly large"),
+        (tensor_code(shape=(1,) * 100, strides=(0,) * 100), "impossible shape"),
+        (tensor_code(shape=(1, 1), strides=(1,)), "shape or strides"),
+        (tensor_code(strides=(-1,)), "shape or strides"),
+        (b"", "broken pickle"),
+        (b".", "broken pickle"),
+        (b"\x80\x02N.", "no table of tensors"),
+        (b"\x80\x02]" + b"]" * 100_000, "broken pickle"),
+        (b"\x80\x02" + b"(" * 400_000 + b".", "no table of tensors"),
+        (b"\x80\x02}" + b"0" * 10 + b".", "the step POP"),
+        (b"\x80\x02}r\xff\xff\xff\xff.", "no tensors"),
+        (b"\x80\x02}" + b"q\0" * 1_000_000 + b".", "more than 500000 steps"),
+        (b"\x80\x02" + b"K\x01" + b"\x85" * 200_000 + b".", "no table of tensors"),
+        (b"\x80\x02}q\x01K\x01\x85q\0" + b"h\0h\0\x86q\0" * 60 + b"h\x01h\0K\x01s.", "neither texts nor numbers"),
+        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x08\0\0\0\0\0\0\0\x10\x85R.", "builtins.bytearray"),
+        (b"\x80\x02ctorch\nTensor\n\x8a\x05\0\0\0\0\x10\x85R.", "wants “torch.Tensor”"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "SHORT_BINUNICODE"),
+        (b"\x80\x02cos\nsystem\nX\x02\0\0\0id\x85R.", "wants “os.system”"),
+        (b"\x80\x02c\x1b[31m\nx\n.", "wants “\\x1b[31m.x”"),
+        (b"\x80\x02Y.", "broken pickle"),
+        (b"\x80\x02X\xff\xff\xff\xff.", "broken pickle"),
+        (b"\x80\x02cos\nsystem" + b"x" * (5 << 20), "far beyond any model"),
+        (b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.", "sets attributes"),
+    ],
+)  # fmt: skip
+def test_hostile_pickles_in_a_zip(tmp_path: Path, code: bytes, words: str) -> None:
+    path = archive(tmp_path / "a.ckpt", code, data_0=bytes(4))
+    if words == "no tensors":  # sound, and empty
+        assert open_weights(path, allow_pickle=True).tensors == {}
+    else:
+        assert words in refusal(path)
+
+
+def test_a_small_file_makes_no_large_model(tmp_path: Path) -> None:
+    """Any number of tensors may see the same data: what they are in all is bounded by what is there."""
+    base = torch.ones(100_000)
+    assert "which share" in refusal(save(tmp_path / "a.ckpt", {str(i): base[i:] for i in range(1000)}))
+
+
+def test_hostile_archives(tmp_path: Path) -> None:
+    path, code, data = tmp_path / "a.ckpt", tensor_code(), bytes(4)
+    whole = archive(path, code, data_0=data).read_bytes()
+    for content, words in (
+        (whole[:-1], "end of its zip archive"),
+        (whole[:100], "end of its zip archive"),
+        (b"PK\x03\x04", "end of its zip archive"),
+        (whole + b"\0", "end of its zip archive"),
+        (whole[:4] + b"x" + whole[4:], "damaged zip"),
+        (whole.replace(b"PK\x03\x04", b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x03\x04", 1), "damaged zip archive"),
+        (whole[:-10] + struct.pack("<L", 1 << 31) + whole[-6:], "far beyond any model"),
+    ):
+        path.write_bytes(content)
+        assert words in refusal(path)
+    assert "compressed" in refusal(archive(path, code, zipfile.ZIP_DEFLATED, data_0=bytes(1 << 24)))
+    assert "TorchScript" in refusal(archive(path, code, data_0=data, **{"constants.pkl": b""}))
+    assert "byte order" in refusal(archive(path, code, data_0=data, byteorder=b"big"))
+    assert "missing or of another size" in refusal(archive(path, code))
+    assert "names a file twice" in refusal(archive(path, code, data_0=data, DATA_0=bytes(8)))
+
+
+def test_other_zips(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    for names in (["a.txt"], ["archive/data.pkl", "../x"], ["archive/version"], ["/data.pkl"]):
+        with zipfile.ZipFile(path, "w") as file:
+            for name in names:
+                file.writestr(name, b"\x80\x02}.")
+        if names == ["/data.pkl"]:  # a sound, empty table in a folder without a name
+            assert open_weights(path, allow_pickle=True).tensors == {}
+        else:
+            assert "torch.save did not write" in refusal(path)
+
+
+def test_a_zip_with_a_huge_directory(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    with zipfile.ZipFile(path, "w") as file:
+        for i in range(5000):
+            file.writestr(zipfile.ZipInfo(f"archive/data/{i}{'x' * 1000}"), b"")
+    assert "far beyond any model" in refusal(path)
+
+
+def test_hostile_bare_pickles(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ckpt", {"a": torch.ones(3)}, zipped=False)
+    whole = path.read_bytes()
+    for content, words in (
+        (whole[:-1], "cut short"),
+        (whole[:50], "broken pickle"),
+        (whole + b"\0", "after its last tensor"),
+        (whole[:-20] + struct.pack("<Q", 1 << 60) + whole[-12:], "missing or of another size"),
+        (pickle.dumps({"a": 1}, 2), "torch.save did not write"),
+        (pickle.dumps(Bomb(), 2), "wants “__builtin__.exec”"),
+        (b"\x80\x02" + b"}" * (10 << 20), "more than 500000 steps"),
+    ):
+        path.write_bytes(content)
+        assert words in refusal(path)
+
+
+def outcome(path: Path) -> str:
+    """What is said of a file that is refused; "" where it is read. Any error but ours fails the test."""
+    try:
+        read(path)
+    except LdmError as error:
+        return str(error)
+    return ""
+
+
+@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.booleans(), st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3), st.integers(0, 3)), max_size=3))
+def test_mutated_files_are_refused_or_read(tmp_path: Path, zipped: bool, edits: list[tuple[float, bytes, int]]) -> None:
+    """Whatever passes the check, torch.load reads, or refuses in our words; no other error, and nothing runs."""
+    path = save(tmp_path / "a.ckpt", {"state_dict": {"a": torch.ones(2, 3), "b": torch.ones(4).half()}, "c": 1}, zipped)
+    content = path.read_bytes()
+    for place, new, cut in edits:
+        at = int(place * len(content))
+        content = content[:at] + new + content[at + cut :]
+    path.write_bytes(content)
+    assert outcome(path).isprintable()
+
+
+@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4), st.integers(0, 4)), max_size=4))
+def test_mutated_pickles_are_refused_or_read(tmp_path: Path, edits: list[tuple[float, bytes, int]]) -> None:
+    """The same with the pickle alone mutated, inside an archive that is sound."""
+    code = tensor_code(6, 0, (2, 3), (3, 1))
+    for place, new, cut in edits:
+        at = int(place * len(code))
+        code = code[:at] + new + code[at + cut :]
+    assert outcome(archive(tmp_path / "a.ckpt", code, data_0=bytes(24))).isprintable()
+
+
+@LAYOUTS
+def test_checking_needs_no_torch(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.ckpt", {"a": torch.ones(2)}, zipped)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert list(open_weights(path, allow_pickle=True).tensors) == ["a"]
