@@ -11,10 +11,12 @@ from typing import Any
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import TensorInfo
 from ldmcli.checkpoints.source import ModelSource, describe, model_of_file, open_model
+from ldmcli.config import UNDECIDED
 from ldmcli.errors import BadDataError
 from ldmcli.families import describe_single_file
 from ldmcli.images.metadata import read_parameters, read_record
 
+_UNTOLD = "epsilon or v_prediction: the network tells when it draws"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -50,10 +52,13 @@ def _model(source: ModelSource) -> dict[str, Any]:
     for part in source.parts:
         tensors = _tensors(source.keys(part))
         parts[part] = {**_totals(tensors), **dataclasses.asdict(dims[part])}
+    prediction_type = config.schedule.prediction_type
     return {
         "is": describe(source),
         "family": config.family,
-        "prediction_type": config.schedule.prediction_type,
+        "prediction_type": _UNTOLD if prediction_type == UNDECIDED else prediction_type,
+        "zero_terminal_snr": config.schedule.starts_without_signal,
+        "defaults": dataclasses.asdict(config.defaults),
         "default_size": f"{config.default_size}x{config.default_size}",
         "parts": parts,
     }

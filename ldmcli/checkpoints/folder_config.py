@@ -146,10 +146,11 @@ def text_encoder_config(path: Path, part: str, kind: str) -> TextEncoderConfig:
     )
 
 
-def defaults_for(path: Path, usual: Defaults) -> Defaults:
+def defaults_for(path: Path, usual: Defaults, *, reads_guidance: bool) -> Defaults:
     """How a model wants to be drawn with, from its scheduler: those distilled to few steps name one that says so.
 
-    Latent consistency models name LCMScheduler. Adversarially distilled ones (SD-Turbo, SDXL-Turbo: Sauer et al. 2023)
+    Latent consistency models name LCMScheduler; unless the network reads the guidance scale itself, guidance is off, as
+    it was distilled in. Adversarially distilled ones (SD-Turbo, SDXL-Turbo: Sauer et al. 2023)
     name Euler's or its ancestral kin with "trailing" spacing and predict noise; no other known model does.
     """
     if not path.exists():
@@ -157,7 +158,7 @@ def defaults_for(path: Path, usual: Defaults) -> Defaults:
     fields = _Fields(path, {})
     kind = str(fields.get("_class_name"))
     if kind == "LCMScheduler":
-        return Defaults("lcm", steps=4, guidance_scale=usual.guidance_scale)
+        return Defaults("lcm", steps=4, guidance_scale=8.0 if reads_guidance else 1.0)
     turbo = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-a"}
     trailing = fields.get("timestep_spacing") == "trailing" and not fields.get("rescale_betas_zero_snr")
     if kind in turbo and trailing and fields.get("prediction_type", "epsilon") == "epsilon":

@@ -179,7 +179,7 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
         text_encoders=tuple(texts),
         schedule=folder_config.schedule_config(scheduler),
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
-        defaults=folder_config.defaults_for(scheduler, family.defaults),
+        defaults=folder_config.defaults_for(scheduler, family.defaults, reads_guidance=unet.guidance_dim is not None),
     )
 
 

@@ -129,7 +129,8 @@ _RUNTIME = (
            help="Where to compute; auto: the GPU if there is one."),
     option("--attention", type=click.Choice(["auto", "sdpa", "xformers", "math"]), default="auto", show_default=True,
            help="How attention is computed: torch's kernels, xformers', or plainly."),
-    option("--vae-tiling", is_flag=True, help="Decode strip by strip: the same picture in a third of the memory, slower."),
+    option("--vae-tiling", is_flag=True,
+           help="Decode strip by strip: the same picture in a third of the memory, slower."),
 )  # fmt: skip
 
 

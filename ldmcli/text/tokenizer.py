@@ -18,12 +18,13 @@ from ldmcli.errors import BadDataError, MissingInputError, printable
 from ldmcli.opening import read_json, read_text
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
-_SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-# OpenCLIP's marks are matched as words, not cut out of the text beforehand, and the letter case is ignored. That matters
-# for U+017F, a long s that stays so in lower case, and for U+0345, an accent whose capital is a letter.
+_ENDINGS, _WORDS = "'s|'t|'re|'ve|'m|'ll|'d", r"[\p{L}]+|[\p{N}]"
+_SPLIT = rf"<\|startoftext\|>|<\|endoftext\|>|{_ENDINGS}|{_WORDS}|[^\s\p{{L}}\p{{N}}]+"
+# OpenCLIP's marks are matched as words, not cut out of the text beforehand, and letter case is ignored: so a long s
+# (U+017F), which stays so in lower case, is an ending as 's is, and the accent U+0345, whose capital is a letter, is
+# left out, since to open_clip's `regex` it is neither a letter nor something else.
 _OPENCLIP_BOS, _OPENCLIP_EOS = "<start_of_text>", "<end_of_text>"
-_OPENCLIP_SPLIT = _SPLIT.replace(r"<\|startoftext\|>", _OPENCLIP_BOS).replace(r"<\|endoftext\|>", _OPENCLIP_EOS)
-_OPENCLIP_SPLIT = "(?i)" + _OPENCLIP_SPLIT.replace(r"\p{L}", "\\p{L}\u0345")
+_OPENCLIP_SPLIT = rf"(?i:{_OPENCLIP_BOS}|{_OPENCLIP_EOS}|{_ENDINGS})|{_WORDS}|[^\s\p{{L}}\p{{N}}\x{{0345}}]+"
 _MAX_BYTES = 16 << 20  # of one file; CLIP's largest has 3.6 MB
 _CLIP_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of its merges file
 

@@ -256,16 +256,19 @@ def test_other_settings_together(family_models: FamilyModels, name: str) -> None
 
 @pytest.mark.parametrize("layout", ["folder", "file"])
 def test_what_sdxl_is_told_of_the_picture(family_models: FamilyModels, layout: str) -> None:
-    sizes = {"original_width": 1024, "original_height": 512, "crop_left": 40, "crop_top": 7, "width": 72}
-    told = request(sampler="euler", negative_prompt="a dog", **sizes)
+    sizes = {"original_width": 1024, "original_height": 512, "crop_left": 40, "crop_top": 7}
+    told = request(sampler="euler", steps=5, negative_prompt="a dog", width=72, height=64, **sizes)
     assert_same(family_models.ours("sdxl", layout), family_models.diffusers("sdxl"), [told])
 
 
-@pytest.mark.parametrize(("sampler", "layout"), [("euler", "folder"), ("euler", "file"), ("ddim", "folder")])
-def test_refiner_takes_over(family_models: FamilyModels, sampler: str, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "layout", "steps"), [("euler", "folder", 10), ("euler", "file", 5), ("ddim", "folder", 5)]
+)
+def test_refiner_takes_over(family_models: FamilyModels, sampler: str, layout: str, steps: int) -> None:
     """As diffusers' denoising_end and denoising_start do: the same noise schedule, walked on by another model."""
     ours = family_models.ours("sdxl", layout, refiner="refiner")
-    asked = request(sampler=sampler, refiner_start=0.8, negative_prompt="a dog", original_width=640, crop_top=9)
+    told: dict[str, Any] = {"negative_prompt": "a dog", "original_width": 640, "crop_top": 9}
+    asked = request(sampler=sampler, steps=steps, refiner_start=0.8, **told)
     assert_same(ours, family_models.diffusers("sdxl"), [asked], family_models.diffusers("refiner"))
 
 
