@@ -14,7 +14,7 @@ from ldmcli.sampling.denoiser import Denoiser, Model, predicting
 from ldmcli.sampling.guidance import guided
 from ldmcli.sampling.schedule import Step
 from ldmcli.text.chunks import tokenize
-from ldmcli.text.conditioning import Conditioning, PromptEncoder, pad_to
+from ldmcli.text.conditioning import Conditioning, PromptEncoder, zeros_like
 
 # How pleasing SDXL's refiner is told the picture is, for prompts and for negative prompts: its authors' numbers.
 _AESTHETIC, _NEGATIVE_AESTHETIC = 6.0, 2.5
@@ -37,38 +37,71 @@ class DiffusionModel:
         assert scale is not None
         guide = scale != 1 and not self.config.unet.guidance_dim  # a model that reads the scale is not pushed as well
         pairs = self.conditions(requests, negatives=guide)
-        positive = [pair[1] for pair in pairs]
-        model = self._model([*(pair[0] for pair in pairs), *positive] if guide else positive, requests, steps)
-        if guide:
-            interval = settings.guidance_interval
-            unguided = self._model(positive, requests, steps) if interval else None
-            model = guided(model, scale, rescale=settings.guidance_rescale, interval=interval, unguided=unguided)
+        negative, positive = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if not guide:
+            return predicting(self._model(positive, requests, steps), self.config.schedule.prediction_type)
+        interval = settings.guidance_interval
+        model = guided(
+            self._both(negative, positive, requests, steps),
+            scale,
+            rescale=settings.guidance_rescale,
+            interval=interval,
+            unguided=self._model(positive, requests, steps) if interval else None,
+        )
         return predicting(model, self.config.schedule.prediction_type)
 
     def conditions(
         self, requests: Sequence[GenerationRequest], *, negatives: bool
     ) -> list[tuple[Conditioning, Conditioning]]:
-        """What each request's negative prompt and prompt mean to the U-Net, the two of a request equally long; without
-        `negatives`, twice the prompt."""
+        """What each request's negative prompt and prompt mean to the U-Net; without `negatives`, twice the prompt."""
         prompts = [r.prompt for r in requests]
         if not negatives:
             return [(c, c) for c in self._encode(prompts, requests[0])]
         encoded = self._encode([r.negative_prompt for r in requests] + prompts, requests[0])
-        pairs = zip(encoded[: len(requests)], encoded[len(requests) :], strict=True)
-        return [self._paired(*pair, request) for pair, request in zip(pairs, requests, strict=True)]
+        pairs = list(zip(encoded[: len(requests)], encoded[len(requests) :], strict=True))
+        if self.config.zero_empty_negative:
+            pairs = [
+                (negative if r.negative_prompt else zeros_like(positive), positive)
+                for r, (negative, positive) in zip(requests, pairs, strict=True)
+            ]
+        return pairs
 
-    def chunks(self, request: GenerationRequest) -> int:
-        """How many chunks long the context of the request's prompts is; requests drawn together must agree in it."""
-        texts = (request.prompt, request.negative_prompt)
+    def _both(
+        self,
+        negative: Sequence[Conditioning],
+        positive: Sequence[Conditioning],
+        requests: Sequence[GenerationRequest],
+        steps: Sequence[Step],
+    ) -> Model:
+        """The U-Net for a batch of twice the size, the negative prompts' half first: in one call, or in two where the
+        prompts' contexts are of other lengths."""
+        if negative[0].context.shape == positive[0].context.shape:
+            return self._model([*negative, *positive], requests, steps)
+        one, other = self._model(negative, requests, steps, negative=True), self._model(positive, requests, steps)
+
+        def run_both(latents: Tensor, step: Step) -> Tensor:
+            first, second = latents.chunk(2)
+            return torch.cat([one(first, step), other(second, step)])
+
+        return run_both
+
+    def chunks(self, request: GenerationRequest) -> tuple[int, int]:
+        """How many chunks long the contexts of the request's negative prompt and prompt are; requests drawn together
+        must agree in both."""
         chunked = request.on_long_prompt == "chunk"
         if not chunked and request.prompt_syntax == "plain":
-            return 1
-        found = (
-            tokenize(encoder.tokenizer, text, syntax=request.prompt_syntax, chunked=chunked)
-            for encoder in self.prompts.encoders
-            for text in texts
-        )
-        return max(len(prompt.chunks) for prompt in found)
+            return 1, 1
+
+        def count(text: str) -> int:
+            found = (
+                tokenize(encoder.tokenizer, text, syntax=request.prompt_syntax, chunked=chunked)
+                for encoder in self.prompts.encoders
+            )
+            return max(len(prompt.chunks) for prompt in found)
+
+        positive = count(request.prompt)
+        empty_is_zeros = self.config.zero_empty_negative and not request.negative_prompt
+        return positive if empty_is_zeros else count(request.negative_prompt), positive
 
     def _encode(self, prompts: Sequence[str], settings: GenerationRequest) -> list[Conditioning]:
         return self.prompts.encode(
@@ -78,34 +111,25 @@ class DiffusionModel:
             clip_skip=settings.clip_skip,
         )
 
-    def _paired(
-        self, negative: Conditioning, positive: Conditioning, request: GenerationRequest
-    ) -> tuple[Conditioning, Conditioning]:
-        if self.config.zero_empty_negative and not request.negative_prompt:
-            pooled = None if positive.pooled is None else torch.zeros_like(positive.pooled)
-            return Conditioning(torch.zeros_like(positive.context), pooled), positive
-        tokens = [c.context.shape[1] for c in (negative, positive)]
-        if tokens[0] != tokens[1]:
-            (empty,) = self._encode([""], request)
-            chunks = max(tokens) // empty.context.shape[1]
-            negative, positive = pad_to(negative, chunks, empty), pad_to(positive, chunks, empty)
-        return negative, positive
-
     def _model(
         self,
         conditions: Sequence[Conditioning],
         requests: Sequence[GenerationRequest],
         steps: Sequence[Step],
+        *,
+        negative: bool = False,
     ) -> Model:
-        """The U-Net for these steps and conditions: one for each request, or two, the negative prompts' half first."""
+        """The U-Net for these steps and conditions: one for each request, which may be the negative prompts'; or two,
+        the negative prompts' half first."""
         device, dtype = self.runtime.device, self.runtime.dtype
         context = torch.cat([c.context for c in conditions]).to(device, dtype)
         keys_values = self.unet.project_context(context)
         timesteps = torch.tensor([step.timestep for step in steps], dtype=torch.float32, device=device)
         embeddings = self.unet.embed_time(timesteps, requests[0].guidance_scale or 0.0)[:, None]  # (steps, 1, width)
         if self.config.unet.added_numbers:
+            negatives = [negative or i < len(conditions) - len(requests) for i in range(len(conditions))]
             pooled = torch.cat([c.pooled for c in conditions if c.pooled is not None]).to(device, dtype)
-            added = self.unet.embed_added(pooled, self._numbers(requests, len(conditions)).to(device))
+            added = self.unet.embed_added(pooled, self._numbers(requests, negatives).to(device))
             embeddings = embeddings + added  # (steps, batch, width)
 
         def run(latents: Tensor, step: Step) -> Tensor:
@@ -114,11 +138,11 @@ class DiffusionModel:
 
         return run
 
-    def _numbers(self, requests: Sequence[GenerationRequest], count: int) -> Tensor:
-        """What SDXL is told of each picture, (count, added_numbers): its original size, where it was cropped, and its
-        size; the refiner, in place of the last, how pleasing it is. The negative prompts' half comes first."""
+    def _numbers(self, requests: Sequence[GenerationRequest], negatives: Sequence[bool]) -> Tensor:
+        """What SDXL is told of each picture, (len(negatives), added_numbers): its original size, where it was cropped,
+        and its size; the refiner, in place of the last, how pleasing it is. `negatives` marks the negative prompts."""
         rows = []
-        for i in range(count):
+        for i, negative in enumerate(negatives):
             r = requests[i % len(requests)]
             assert r.width is not None
             assert r.height is not None
@@ -126,7 +150,6 @@ class DiffusionModel:
             if self.config.unet.added_numbers == len(row) + 2:
                 row += [r.height, r.width]
             else:
-                negative = i < count - len(requests)
                 row += [_NEGATIVE_AESTHETIC if negative else _AESTHETIC]
             rows.append(row)
         return torch.tensor(rows, dtype=torch.float32)

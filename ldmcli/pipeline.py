@@ -12,7 +12,7 @@ from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
 from ldmcli.checkpoints.source import ModelSource, with_prediction_type
 from ldmcli.config import UNDECIDED, ModelConfig
 from ldmcli.diffusion import DiffusionModel
-from ldmcli.errors import LdmError
+from ldmcli.errors import NotFiniteError
 from ldmcli.models.taesd import TinyVAE
 from ldmcli.models.tiling import decode_tiled
 from ldmcli.models.unet import UNet
@@ -53,7 +53,7 @@ class Pipeline:
     ) -> "list[np.ndarray]":
         """The pictures, each (height, width, 3) uint8, in order. `on_step` is called after every sampling step.
 
-        Raises LdmError when the U-Net gives numbers that are not finite, or the VAE does so in float32 too.
+        Raises NotFiniteError when the U-Net gives numbers that are not finite, or the VAE does so in float32 too.
         """
         requests = self._fitted(requests)
         settings = requests[0]
@@ -74,14 +74,14 @@ class Pipeline:
                 latents = after_step
                 on_step()
         if not latents.isfinite().all():
-            raise LdmError(f"the U-Net gave numbers that are not finite; {self._cure()}.")
+            raise NotFiniteError(f"the U-Net gave numbers that are not finite; {self._cure()}.")
         # 4. Latents to pixels, one picture at a time: the decoder needs more memory than all before.
         return [to_pixels(self.decode(one)) for one in latents.split(1)]
 
     def alike(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
         """The requests in groups that can be drawn together: with contexts of one length. In the order of each group's
         first; prompts padded to their neighbours' length would make a picture depend on its batch."""
-        groups: dict[int, list[GenerationRequest]] = {}
+        groups: dict[tuple[int, int], list[GenerationRequest]] = {}
         for request in requests:
             groups.setdefault(self.model.chunks(request), []).append(request)
         return list(groups.values())
@@ -111,7 +111,7 @@ class Pipeline:
             self.vae.float()
             images = self._decode_as(latents, torch.float32)
         if not images.isfinite().all():
-            raise LdmError("the VAE gave numbers that are not finite; its weights may be damaged.")
+            raise NotFiniteError("the VAE gave numbers that are not finite; its weights may be damaged.")
         return images
 
     def _decode_as(self, latents: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """One request gives one picture: whatever is drawn beside it, and at no more cost than needed."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from ldmcli.errors import LdmError, UsageError
 from ldmcli.pipeline import Pipeline, to_pixels
-from ldmcli.request import GenerationRequest
+from ldmcli.request import GenerationRequest, fit_to_model
+from ldmcli.sampling.schedule import Schedule
 
 # Kernels may sum in another order for another batch size; that is all an image's neighbours can change.
 LATENTS_TOLERANCE = 1e-5
@@ -249,3 +251,43 @@ def test_16_bits_draw_the_same_picture(embedded_folder: Path, embedded_pipeline:
     halved = load(embedded_folder, "bf16").draw([request])[0]
     difference = np.abs(halved.astype(int) - embedded_pipeline.draw([request])[0])
     assert difference.mean() < 6
+
+
+# ---- long prompts ----
+
+LONG = "a whale in a storm, " * 30
+
+
+def long_request(prompt: str, negative_prompt: str = "", seed: int = 1) -> GenerationRequest:
+    return GenerationRequest(
+        prompt, negative_prompt, seed=seed, steps=3, guidance_scale=4.0, on_long_prompt="chunk", sampler="ddim"
+    )
+
+
+def test_prompts_of_other_lengths_are_drawn_apart(pipeline: Pipeline) -> None:
+    requests = [long_request(LONG), long_request("a pear"), long_request(LONG, seed=2), long_request("a pear", LONG)]
+    assert pipeline.alike(requests) == [[requests[0], requests[2]], [requests[1]], [requests[3]]]
+    together = [picture for group in pipeline.alike(requests) for picture in pipeline.draw(group)]
+    alone = [pipeline.draw([request])[0] for request in (requests[0], requests[2], requests[1], requests[3])]
+    assert pixels_apart(np.stack(together), np.stack(alone)) <= 1
+
+
+def test_a_long_prompt_says_more_than_its_beginning(pipeline: Pipeline) -> None:
+    chunked = pipeline.draw([long_request(LONG)])
+    cut = pipeline.draw([dataclasses.replace(long_request(LONG), on_long_prompt="warn")])
+    assert pixels_apart(np.stack(chunked), np.stack(cut)) > 1
+
+
+def test_guidance_between_prompts_of_other_lengths(pipeline: Pipeline) -> None:
+    """The two are run apart, neither of them padded: ε₋ + g · (ε₊ − ε₋) of what each alone gives."""
+    request = fit_to_model(long_request(LONG, "fog"), pipeline.config)
+    steps = Schedule(pipeline.config.schedule).steps(3)
+    latents = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(3))
+
+    def noise(prompt: str, negative_prompt: str, scale: float) -> Tensor:
+        asked = dataclasses.replace(request, prompt=prompt, negative_prompt=negative_prompt, guidance_scale=scale)
+        with torch.inference_mode():
+            return pipeline.model.denoiser([asked], steps)(latents, steps[0]).noise
+
+    positive, negative = noise(LONG, "", 1.0), noise("fog", "", 1.0)
+    assert relative(noise(LONG, "fog", 4.0), negative + 4.0 * (positive - negative)) < 1e-5

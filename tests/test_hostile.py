@@ -96,7 +96,8 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("unet", {"cross_attention_dim": 32}, "not of one model"),
     ("unet", {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}, "attends"),
     ("unet", {"down_block_types": ["MagicBlock"] * 2}, "MagicBlock"),
-    ("unet", {"addition_embed_type": "text_time"}, "SDXL"),
+    ("unet", {"addition_embed_type": "text_time"}, "not of one model"),
+    ("unet", {"addition_embed_type": "image"}, "addition_embed_type"),
     ("vae", {"in_channels": 1}, "red, green and blue"),
     ("vae", {"scaling_factor": 0}, "scaling_factor"),
     ("vae", {"layers_per_block": 10**6}, "1000000 layers"),
@@ -145,7 +146,7 @@ def test_broken_configurations(tmp_path: Path) -> None:
     assert_lean_refusal(folder, 65, "config.json", "pipe")
     index = folder / "model_index.json"
     for value, words in (
-        ({"_class_name": "StableDiffusionXLPipeline"}, "SDXL"),
+        ({"_class_name": "AltDiffusionPipeline", "text_encoder": ["alt", "Roberta"]}, "AltDiffusionPipeline"),
         ({"_class_name": "Flux\x1b[31m", "transformer": []}, "Flux\\x1b[31m"),
         ({"text_encoder": ["transformers", "T5"]}, "is a model, not"),
     ):

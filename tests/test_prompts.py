@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldmcli.errors import BadDataError, LdmError, UsageError
 from ldmcli.text.chunks import TokenizedPrompt, tokenize
-from ldmcli.text.conditioning import Conditioning, PromptEncoder, emphasized, pad_to
+from ldmcli.text.conditioning import Conditioning, PromptEncoder, emphasized, zeros_like
 from ldmcli.text.prompt_syntax import Piece, parse
 from ldmcli.text.tokenizer import ClipTokenizer, clip_vocabulary
 
@@ -144,12 +144,12 @@ def test_escaped_text_comes_back(text: str, weight: float) -> None:
     ],
 )
 @pytest.mark.parametrize("start", ["", "(" * 60, "(a:"])
-def test_a_megabyte_is_parsed_in_time(start: str, unit: str) -> None:
-    """About 2 s at worst; 100 s would be little for anything quadratic."""
+def test_hostile_prompts_are_parsed_in_time(start: str, unit: str) -> None:
+    """A fifth of a second or so; anything quadratic would take minutes."""
     started = time.process_time()
     with contextlib.suppress(LdmError):
-        parse(start + unit * (1_000_000 // len(unit)))
-    assert time.process_time() - started < 30
+        parse(start + unit * (200_000 // len(unit)))
+    assert time.process_time() - started < 10
 
 
 # ---- chunks ----
@@ -425,13 +425,15 @@ def test_two_encoders(two: PromptEncoder) -> None:
     assert torch.equal(broken.pooled, plain.pooled)
 
 
-def test_padding_to_a_pair(two: PromptEncoder) -> None:
-    long, short, empty = two.encode(["cat " * 160, "ugly", ""], chunked=True)
-    padded = pad_to(short, 3, empty)
-    assert padded.context.shape == long.context.shape
-    assert torch.equal(padded.context, torch.cat([short.context, empty.context, empty.context], dim=1))
-    assert padded.pooled is short.pooled
-    assert pad_to(long, 3, empty) is long
+def test_nothing_said(two: PromptEncoder) -> None:
+    (long,) = two.encode(["cat " * 160], chunked=True)
+    nothing = zeros_like(long)
+    assert nothing.context.shape == long.context.shape
+    assert not nothing.context.any()
+    assert long.pooled is not None
+    assert nothing.pooled is not None
+    assert nothing.pooled.shape == long.pooled.shape
+    assert not nothing.pooled.any()
 
 
 def test_no_prompts(tiny: TinyEncoder) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TextIO
 
@@ -18,6 +18,7 @@ from ldmcli.cli.pull import pull
 from ldmcli.cli.samplers import samplers
 from ldmcli.cli.txt2img import txt2img
 from ldmcli.errors import LdmError, StorageError, printable
+from ldmcli.runtime.memory import is_out_of_memory
 
 _COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask
 _MAX_USAGE_ERROR = 500  # characters: click quotes whole arguments
@@ -64,13 +65,13 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code. All expected failures become one line on stderr."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
     if not _open_streams():
         return _fail("standard output is closed; results go there.", StorageError.exit_code)
     try:
-        result = _invoke(arguments)
-        sys.stdout.flush()
-        return result
+        with _signals_raise():
+            result = _invoke(arguments)
+            sys.stdout.flush()
+            return result
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -87,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(f"input or output failed: {printable(str(error))}.", StorageError.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail("out of memory; ask for a smaller picture, a smaller --batch-size or --dtype bf16.", 1)
     finally:
@@ -134,8 +135,25 @@ def _usage_error(error: click.ClickException) -> str:
     return f"{message[:1].lower()}{message[1:]}; see {context.command_path if context else 'ldm'} --help."
 
 
-def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt and _Terminated, whatever an import that they hit makes of that."""
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
+    received: list[type[BaseException]] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        received.append(kinds[signal.Signals(number)])
+        raise received[-1]
+
+    for number in kinds:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which is how nohup and shells in the background ask
+            signal.signal(number, on_signal)
+    try:
+        yield
+    except Exception:
+        if received:
+            raise received[-1] from None
+        raise
 
 
 def _fail(message: str, code: int) -> int:
@@ -143,8 +161,3 @@ def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
         click.echo(f"ldm: error: {message}", err=True)
     return code
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    named = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
-    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)

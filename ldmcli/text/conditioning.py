@@ -67,16 +67,10 @@ class PromptEncoder:
         return [by_prompt[prompt] for prompt in prompts]
 
 
-def pad_to(conditioning: Conditioning, chunks: int, empty: Conditioning) -> Conditioning:
-    """`conditioning` with chunks of the empty prompt, which `empty` is, appended until there are `chunks` of them.
-
-    This is A1111's "pad prompt/negative prompt to be same length". It changes the picture a little: pad a prompt to
-    the length of its own negative prompt, never to that of another picture's in the batch.
-    """
-    missing = chunks - conditioning.context.shape[1] // empty.context.shape[1]
-    if missing <= 0:
-        return conditioning
-    return Conditioning(torch.cat([conditioning.context, *[empty.context] * missing], dim=1), conditioning.pooled)
+def zeros_like(conditioning: Conditioning) -> Conditioning:
+    """Conditioning of the same shapes that says nothing: what SDXL was trained to take for no prompt."""
+    pooled = None if conditioning.pooled is None else torch.zeros_like(conditioning.pooled)
+    return Conditioning(torch.zeros_like(conditioning.context), pooled)
 
 
 def _encode(encoder: TextEncoder, prompts: Sequence[Sequence[Chunk]], clip_skip: int) -> list[Conditioning]:

@@ -1,0 +1,1 @@
+"""Prompt files to folders of pictures: rows, plan, workers, ledger."""
