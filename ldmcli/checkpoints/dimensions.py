@@ -7,7 +7,7 @@ from pathlib import Path
 from ldmcli.checkpoints.key_map import UNET_PREFIX, VAE_PREFIX
 from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.errors import BadDataError, printable
-from ldmcli.families import Family, TextPart
+from ldmcli.families import LCM_DEFAULTS, Family, TextPart
 
 Shapes = Mapping[str, tuple[int, ...]]
 _NUMBER_DIM = 256  # sinusoids for each of SDXL's added numbers
@@ -21,16 +21,17 @@ def config_from_shapes(shapes: Shapes, family: Family, schedule: ScheduleConfig,
     Raises BadDataError naming the tensor that is missing or of an unexpected rank.
     """
     try:
+        unet = _unet(_under(shapes, UNET_PREFIX), family)
         return ModelConfig(
             family=family.name,
-            unet=_unet(_under(shapes, UNET_PREFIX), family),
+            unet=unet,
             vae=vae_from_shapes(
                 _under(shapes, VAE_PREFIX), family.norm_groups, family.scaling_factor, force_upcast=family.force_upcast
             ),
             text_encoders=tuple(_text(_under(shapes, text.prefix), text) for text in family.texts),
             schedule=schedule,
             zero_empty_negative=family.zero_empty_negative,
-            defaults=family.defaults,
+            defaults=family.defaults if unet.guidance_dim is None else LCM_DEFAULTS,
         )
     except KeyError as error:
         raise BadDataError(

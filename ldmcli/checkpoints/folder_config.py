@@ -1,5 +1,6 @@
 """A diffusers folder's configuration: its config.json files, with anything this program cannot do refused by name."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from ldmcli.config import Defaults, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.errors import BadDataError, printable
+from ldmcli.families import LCM_DEFAULTS
 from ldmcli.opening import read_json
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -158,7 +160,7 @@ def defaults_for(path: Path, usual: Defaults, *, reads_guidance: bool) -> Defaul
     fields = _Fields(path, {})
     kind = str(fields.get("_class_name"))
     if kind == "LCMScheduler":
-        return Defaults("lcm", steps=4, guidance_scale=8.0 if reads_guidance else 1.0)
+        return LCM_DEFAULTS if reads_guidance else dataclasses.replace(LCM_DEFAULTS, guidance_scale=1.0)
     turbo = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-a"}
     trailing = fields.get("timestep_spacing") == "trailing" and not fields.get("rescale_betas_zero_snr")
     if kind in turbo and trailing and fields.get("prediction_type", "epsilon") == "epsilon":

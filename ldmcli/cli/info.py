@@ -34,6 +34,8 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
 
     lines = []
     for name, value in facts.items():
+        if value is None:
+            continue  # not said
         label = f"{indent}{name.replace('_', ' ')}:"
         if isinstance(value, dict):
             lines += [label, *_lines(value, indent + "  ")]

@@ -27,6 +27,18 @@ SMALL_VAE = {
     "scaling_factor": 0.18215,
 }
 
+SMALL_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+
 
 def random_pipeline(
     *,
@@ -44,22 +56,7 @@ def random_pipeline(
 
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(**SMALL_VAE | (vae or {})),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                **{
-                    "vocab_size": 49408,
-                    "hidden_size": 64,
-                    "intermediate_size": 256,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 1,
-                    "max_position_embeddings": 77,
-                    "hidden_act": "quick_gelu",
-                    "bos_token_id": 49406,
-                    "eos_token_id": 49407,
-                }
-                | (text or {})
-            )
-        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**SMALL_TEXT | (text or {}))),
         tokenizer=clip_tokenizer(),
         unet=UNet2DConditionModel(
             **{

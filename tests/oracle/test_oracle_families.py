@@ -16,6 +16,7 @@ from oracle.random_families import RECIPES, build_parts
 
 from ldmcli.checkpoints.source import open_model
 from ldmcli.errors import BadDataError
+from ldmcli.families import LCM_DEFAULTS
 from ldmcli.pipeline import Pipeline, probed_prediction_type
 from ldmcli.request import GenerationRequest
 
@@ -216,16 +217,13 @@ RUN_CASES = [
     ("sd2", "folder", "ddim", OFF),
     ("sd2", "folder", "ddim", ON),
     ("sd2", "file", "ddim", ON),
-    ("sd2-v", "folder", "ddim", OFF),
     ("sd2-v", "folder", "ddim", ON),
     ("sd2-v", "file", "ddim", ON),
     ("sd2-zero-snr", "folder", "ddim", ON),
-    ("sdxl", "folder", "ddim", OFF),
     ("sdxl", "folder", "ddim", ON),
     ("sdxl", "folder", "euler", OFF),
     ("sdxl", "folder", "euler", ON),
     ("sdxl", "file", "euler", ON),
-    ("sdxl-zero-snr", "folder", "ddim", ON),
     ("sdxl-zero-snr", "folder", "euler", ON),
 ]
 
@@ -248,7 +246,7 @@ def test_trajectory_without_a_negative_prompt(family_models: FamilyModels, name:
 
 @pytest.mark.parametrize("name", ["sd2-v", "sdxl"])
 def test_other_settings_together(family_models: FamilyModels, name: str) -> None:
-    common: dict[str, Any] = {"width": 72, "height": 120, "steps": 4, "eta": 1.0, "guidance_rescale": 0.7}
+    common: dict[str, Any] = {"width": 72, "height": 120, "steps": 3, "eta": 1.0, "guidance_rescale": 0.7}
     pairs = zip(PROMPTS[1:], NEGATIVES[1:], strict=True)
     requests = [request(prompt, negative_prompt=negative, seed=9, **common) for prompt, negative in pairs]
     assert_same(family_models.ours(name), family_models.diffusers(name), requests)
@@ -384,3 +382,10 @@ def test_other_input_channels_are_refused(name: str, channels: int, tmp_path: Pa
 def test_every_recipe_is_drawn_with() -> None:
     drawn = {name for name, *_ in RUN_CASES} | {"refiner", "turbo", "lcm"}
     assert drawn == set(RECIPES)
+
+
+@pytest.mark.parametrize("layout", ["folder", "file"])
+def test_latent_consistency_models_are_drawn_with_as_their_authors_say(
+    family_models: FamilyModels, layout: str
+) -> None:
+    assert family_models.ours("lcm", layout).config.defaults == LCM_DEFAULTS
