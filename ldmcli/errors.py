@@ -14,6 +14,10 @@ class LdmError(Exception):
     exit_code = 1
 
 
+class NotFiniteError(LdmError):
+    """A network gave numbers that are not finite: too few bits for it, or damaged weights."""
+
+
 class UsageError(LdmError):
     """The request itself cannot be meant: an option out of range, or options that exclude each other."""
 
@@ -42,6 +46,12 @@ class StorageError(LdmError):
     """Reading or writing failed under way: disk full, device error."""
 
     exit_code = 74
+
+
+class TryAgainError(LdmError):
+    """Something else is in the way for now, such as another run in the same folder; the same command works later."""
+
+    exit_code = 75
 
 
 def printable(text: str, limit: int = _MAX_QUOTED) -> str:

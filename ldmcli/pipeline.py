@@ -1,5 +1,6 @@
 """Requests to pictures: the one path that every command walks."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,27 @@ class Pipeline:
         for request in requests:
             groups.setdefault(self.model.chunks(request), []).append(request)
         return list(groups.values())
+
+    @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 inside the block: numbers of 16 bits can overflow where the same weights, widened, do not.
+        Memory doubles there; afterwards all is as it was."""
+        models = [model for model in (self.model, self.refiner) if model]
+        before, vae_dtype = self.runtime, next(self.vae.parameters()).dtype
+        wide = dataclasses.replace(before, dtype=torch.float32)
+        try:
+            self.runtime = wide
+            self.vae.float()
+            for model in models:
+                model.runtime = wide
+                model.unet.float()
+            yield
+        finally:
+            self.runtime = before
+            self.vae.to(vae_dtype)
+            for model in models:
+                model.runtime = before
+                model.unet.to(before.dtype)
 
     def _stages(
         self, steps: Sequence[Step], settings: GenerationRequest

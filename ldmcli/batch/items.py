@@ -29,6 +29,7 @@ class Item:
     id: str
     request: GenerationRequest  # fitted to the model: nothing is None that the model has its own of
     extra: Mapping[str, str] = dataclasses.field(default_factory=dict)  # columns that are no field of a request
+    pictures: int = 1  # that its row has
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,13 @@
 """From a model source to modules on a device: built on the meta device, then filled strictly, file by file."""
 
-import hashlib
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ldmcli.checkpoints.files import WeightFile, file_sha256, read_tensors
+from ldmcli.checkpoints.files import WeightFile, read_tensors
 from ldmcli.checkpoints.key_map import (
     IGNORED_ORIGINAL,
     old_diffusers_vae_key,
@@ -76,30 +73,6 @@ def _load_text_encoder(
         return OpenClipTextEncoder(model, tokenizer, text)
     restore_position_ids(model, device)
     return ClipTextEncoder(model, tokenizer, text)
-
-
-def model_sha256(source: ModelSource) -> "Future[str]":
-    """The model's identity, computed in a thread beside the sampling: the SHA-256 of its file; for a folder, that of
-    the list of its weight files' hashes."""
-    future: Future[str] = Future()
-
-    def compute() -> None:
-        try:
-            future.set_result(_sha256(source))
-        except Exception as error:
-            future.set_exception(error)
-
-    # A daemon, so that an interrupted run does not wait for gigabytes to be hashed.
-    threading.Thread(target=compute, name="sha256", daemon=True).start()
-    return future
-
-
-def _sha256(source: ModelSource) -> str:
-    paths = source.weight_paths()
-    if source.single_file:
-        return file_sha256(paths[0])
-    lines = [f"{file_sha256(path)}  {path.relative_to(source.path).as_posix()}\n" for path in paths]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def on_meta(build: Callable[[], _Module]) -> _Module:

@@ -12,6 +12,8 @@ from typing import TextIO
 import click
 
 from ldmcli import __version__
+from ldmcli.cli.batch import batch
+from ldmcli.cli.gallery import gallery
 from ldmcli.cli.info import info
 from ldmcli.cli.models import models
 from ldmcli.cli.pull import pull
@@ -49,7 +51,9 @@ def cli() -> None:
 
 
 cli.add_command(txt2img)
+cli.add_command(batch)
 cli.add_command(info)
+cli.add_command(gallery)
 cli.add_command(pull)
 cli.add_command(models)
 cli.add_command(samplers)

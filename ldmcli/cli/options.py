@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +107,17 @@ _REQUEST = (
     option("--refiner-start", type=float,
            help="Share of the noise schedule after which the refiner takes over.  [default: 0.8 with --refiner]"),
 )  # fmt: skip
+
+_REFINER_START = 0.8  # its authors' choice
+
+
+def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request that the options give."""
+    settings = {name: options[name] for name in REQUEST_OPTIONS}
+    if options["refiner"] and settings["refiner_start"] is None:
+        settings["refiner_start"] = _REFINER_START
+    return settings
+
 
 # Which weights.
 _MODEL = (

@@ -19,6 +19,7 @@ from ldmcli.cli.options import (
     model_options,
     option,
     request_options,
+    request_settings,
     runtime_options,
     verbosity_options,
 )
@@ -26,18 +27,17 @@ from ldmcli.cli.output import Output, open_output
 from ldmcli.cli.prompts import STDIN, read_prompts
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import UsageError, printable
-from ldmcli.request import MAX_SEED, GenerationRequest, fit_to_model
+from ldmcli.request import MAX_SEED, GenerationRequest
 
 if TYPE_CHECKING:
-    from ldmcli.cli.sources import Sources
     from ldmcli.pipeline import Pipeline
     from ldmcli.runtime.policy import Runtime
+    from ldmcli.sources import Sources
 
 _log = logging.getLogger(__name__)
 _RANDOM_SEEDS = 2**32  # short enough to type again
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
 _WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type")
-_REFINER_START = 0.8  # the authors' choice
 
 
 @click.command()
@@ -108,7 +108,7 @@ def _draw_all(
     record: dict[str, Any] | None,
 ) -> None:
     """Load the model, draw the requests batch by batch and write each picture."""
-    from ldmcli.checkpoints.load import model_sha256
+    from ldmcli.checkpoints.identity import model_sha256
 
     runtime = _choose_runtime(options, record)
     hashed = model_sha256(dataclasses.replace(sources.model, half=runtime.half))
@@ -124,8 +124,7 @@ def _draw_all(
             pictures = _draw(pipeline, alike, f"{done + len(drawn) + 1}")
             seconds = (time.perf_counter() - started) / len(alike)
             drawn |= {id(request): (pixels, seconds) for request, pixels in zip(alike, pictures, strict=True)}
-        identity = {"name": name, "path": _shareable(options["model"]), "sha256": hashed.result()}
-        identity |= {key: _shareable(options[key]) for key in _WEIGHT_OPTIONS if options[key]}
+        identity = sources.identity(options, hashed.result())
         _compare_models(record, identity, options)
         for request in batch:
             _write(output, request, drawn[id(request)], identity, runtime, metadata=not options["no_metadata"])
@@ -187,10 +186,7 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
     """The first request of each prompt. Raises UsageError before any prompt is read where an option is out of range."""
     seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
-    settings = {name: options[name] for name in REQUEST_OPTIONS}
-    if options["refiner"] and options["refiner_start"] is None:
-        settings["refiner_start"] = _REFINER_START
-    common = GenerationRequest(prompt="", seed=seed, **settings)
+    common = GenerationRequest(prompt="", seed=seed, **request_settings(options))
     if seed + options["count"] - 1 > MAX_SEED:
         raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")
     return (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
@@ -205,7 +201,7 @@ def _counted(requests: Iterable[GenerationRequest], count: int) -> Iterator[Gene
 
 def _open(options: dict[str, Any], record: dict[str, Any] | None) -> "Sources":
     """What to draw with. A U-Net that alone can tell its prediction type is asked here: its size depends on that."""
-    from ldmcli.cli.sources import open_sources
+    from ldmcli.sources import open_sources
 
     sources = open_sources(options)
     if sources.model.config.schedule.prediction_type == UNDECIDED:
@@ -216,40 +212,20 @@ def _open(options: dict[str, Any], record: dict[str, Any] | None) -> "Sources":
 def _checked(requests: Iterator[GenerationRequest], sources: "Sources", *, eager: bool) -> Iterator[GenerationRequest]:
     """The requests fitted to the model, prompts' lengths looked at. `eager` checks all before the first is drawn;
     requests from an endless standard input are checked as they come."""
-    from ldmcli.runtime.memory import check_memory
-
-    config = sources.model.config
     read: set[str] = set()  # negative prompts whose length was looked at: one, which all requests share
 
     def check(request: GenerationRequest) -> GenerationRequest:
-        fitted = fit_to_model(request, config)
-        assert fitted.width is not None
-        assert fitted.height is not None
-        check_memory(config, fitted.width, fitted.height)
+        fitted = sources.fit(request)
         for text in (fitted.prompt, *({fitted.negative_prompt} - read)):
-            _check_length(text, fitted, sources)
+            if cut := sources.check_length(text, fitted):
+                _log.warning("a prompt is longer than the model reads; cut off: “%s”", printable(cut))
+        if not read and fitted.guidance_scale is not None and fitted.guidance_scale < 1:
+            _log.warning("guidance below 1 draws what the negative prompt says; 1 is unguided")
         read.add(fitted.negative_prompt)
         return fitted
 
     checked = map(check, requests)
     return iter(list(checked)) if eager else checked
-
-
-def _check_length(text: str, request: GenerationRequest, sources: "Sources") -> None:
-    """Say once what of a prompt is cut off, or refuse it."""
-    from ldmcli.text.chunks import tokenize
-
-    chunked = request.on_long_prompt == "chunk"
-    cuts = []
-    for tokenizer in sources.model.tokenizers:
-        cuts.append(tokenize(tokenizer, text, syntax=request.prompt_syntax, chunked=chunked).cut_text)
-    cut = max(cuts, key=len)
-    if not cut:
-        return
-    limit = sources.model.config.text_encoders[0].max_length - 2
-    if request.on_long_prompt == "error":
-        raise UsageError(f"a prompt is longer than the {limit} tokens the model reads; too much: “{printable(cut)}”.")
-    _log.warning("a prompt is longer than the %d tokens the model reads; cut off: “%s”", limit, printable(cut))
 
 
 def _choose_runtime(options: dict[str, Any], record: dict[str, Any] | None) -> "Runtime":
@@ -262,14 +238,6 @@ def _choose_runtime(options: dict[str, Any], record: dict[str, Any] | None) -> "
             raise
         _log.warning("the picture was made otherwise than this machine can (%s) It may differ.", error)
         return choose_runtime()
-
-
-def _shareable(model: str | None) -> str:
-    """A model's path as it may stand in a picture that is given away: without the name of the user's home."""
-    if model is None:
-        return ""
-    path, home = Path(model), Path.home()
-    return str(Path("~") / path.relative_to(home)) if path.is_relative_to(home) else model
 
 
 def _compare_models(record: dict[str, Any] | None, identity: dict[str, str], options: dict[str, Any]) -> None:

@@ -31,13 +31,26 @@ def prepare_folder(folder: Path) -> None:
     Raises CannotCreateError (read-only, no permission, a file in the way, name too long) or StorageError
     (full).
     """
-    with _named_errors(folder, "create a file in the folder"):
+    with named_errors(folder, "create a file in the folder"):
         try:
             os.makedirs(folder, exist_ok=True)
         except FileExistsError:
             raise CannotCreateError(f"'{printable(str(folder))}' is there already and is not a folder.") from None
         with _temporary_name(folder) as probe:
             os.close(_create(probe))
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its missing parents so that they outlive a crash. Raises as `prepare_folder` does."""
+    if os.path.isdir(folder):
+        return
+    make_folder(folder.parent)
+    with named_errors(folder, "create the folder"):
+        with contextlib.suppress(FileExistsError):  # another process was faster, or a file is in the way
+            folder.mkdir()
+        sync_folder(folder.parent)
+    if not os.path.isdir(folder):
+        raise CannotCreateError(f"'{printable(str(folder))}' is there already and is not a folder.")
 
 
 def write_new(folder: Path, stem: str, data: bytes, *, overwrite: bool) -> Path:
@@ -51,10 +64,10 @@ def write_new(folder: Path, stem: str, data: bytes, *, overwrite: bool) -> Path:
     path = folder / f"{stem}.png"
     if overwrite:
         return write_exact(path, data, overwrite=True)
-    with _named_errors(path, "write"), _temporary_name(folder) as temporary:
+    with named_errors(path, "write"), _temporary_name(folder) as temporary:
         _write_synced(temporary, data)
         path = _place_at_first_free(temporary, folder, stem)
-        _sync_folder(folder)
+        sync_folder(folder)
     return path
 
 
@@ -65,7 +78,7 @@ def write_exact(path: Path, data: bytes, *, overwrite: bool) -> Path:
     is there and `overwrite` is not given, when something other than a file is there, or when it cannot be
     created; StorageError when the disk is full or fails. The name then holds what it held before.
     """
-    with _named_errors(path, "write"):
+    with named_errors(path, "write"):
         if os.path.lexists(path):
             check_replaceable(path, overwrite=overwrite)
         with _temporary_name(path.parent) as temporary:
@@ -74,7 +87,7 @@ def write_exact(path: Path, data: bytes, *, overwrite: bool) -> Path:
                 os.replace(temporary, path)
             else:
                 _place(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     return path
 
 
@@ -141,7 +154,7 @@ def _place_at_first_free(temporary: Path, folder: Path, stem: str) -> Path:
     return path
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the new name durable, where the file system can sync a folder and lets it be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -157,7 +170,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path, doing: str) -> Iterator[None]:
+def named_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn what the system says into one sentence with the path, of the class that carries the exit code."""
     try:
         yield

@@ -5,6 +5,9 @@ from pathlib import Path
 from ldmcli.config import ModelConfig
 from ldmcli.errors import UsageError
 
+# In errors without a class of their own: of torch's CPU allocator, of the CUDA runtime and of its libraries.
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+
 
 def check_memory(config: ModelConfig, width: int, height: int) -> None:
     """Refuse a size (pixels) that this machine's memory cannot hold, before any weight is read. Raises UsageError.
@@ -38,6 +41,12 @@ def host_memory() -> int:
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return min(limits, default=0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a GPU's or the machine's memory did not suffice."""
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch
+    return isinstance(error, MemoryError) or named or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _gib(size: int) -> str:

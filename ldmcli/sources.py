@@ -1,4 +1,4 @@
-"""The weights that a command line names: a model, and maybe another VAE and a refiner; looked at, not read."""
+"""The weights that options name: a model, and maybe another VAE and a refiner; looked at, not read."""
 
 import dataclasses
 import logging
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model, with_prediction_type
 from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.request import GenerationRequest, fit_to_model
+from ldmcli.runtime.memory import check_memory
+from ldmcli.text.chunks import tokenize
 
 if TYPE_CHECKING:
     from ldmcli.checkpoints.vae_source import VAESource
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from ldmcli.runtime.policy import Runtime
 
 _log = logging.getLogger(__name__)
+_OTHER_WEIGHTS = ("vae", "refiner", "prediction_type")  # options beside the model that a picture depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,33 @@ class Sources:
 
         model, unet = settled(dataclasses.replace(self.model, half=runtime.half), runtime)
         return dataclasses.replace(self, model=model, unet=unet)
+
+    def fit(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with the model's own settings filled in. Raises UsageError where the model, or this machine's
+        memory, cannot draw it."""
+        fitted = fit_to_model(request, self.model.config)
+        assert fitted.width is not None
+        assert fitted.height is not None
+        check_memory(self.model.config, fitted.width, fitted.height)
+        return fitted
+
+    def check_length(self, text: str, request: GenerationRequest) -> str:
+        """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
+        cut off and the request says that this is an error."""
+        chunked = request.on_long_prompt == "chunk"
+        prompts = (tokenize(t, text, syntax=request.prompt_syntax, chunked=chunked) for t in self.model.tokenizers)
+        cut = max((prompt.cut_text for prompt in prompts), key=len)
+        if cut and request.on_long_prompt == "error":
+            limit = self.model.config.text_encoders[0].max_length - 2
+            raise UsageError(
+                f"a prompt is longer than the {limit} tokens the model reads; too much: “{printable(cut)}”."
+            )
+        return cut
+
+    def identity(self, options: Mapping[str, Any], sha256: str) -> dict[str, str]:
+        """What a picture says of the weights it was drawn with; `sha256` is the model's."""
+        named = {"name": self.model.name, "path": _shareable(options["model"]), "sha256": sha256}
+        return named | {key: _shareable(options[key]) for key in _OTHER_WEIGHTS if options[key]}
 
 
 def open_sources(options: Mapping[str, Any]) -> Sources:
@@ -85,3 +116,11 @@ def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
             f"{printable(str(refiner.path))} ({other.family}) cannot refine what {printable(str(model.path))} "
             f"({one.family}) begins: their latents differ."
         )
+
+
+def _shareable(model: str | None) -> str:
+    """A model's path as it may stand in a picture that is given away: without the name of the user's home."""
+    if model is None:
+        return ""
+    path, home = Path(model), Path.home()
+    return str(Path("~") / path.relative_to(home)) if path.is_relative_to(home) else model

@@ -1,0 +1,120 @@
+"""Drawing on this machine: one device in this process, several in a process each, fed from one plan."""
+
+import logging
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+
+from ldmcli.batch.devices import threads_each
+from ldmcli.batch.dispatch import Dispatcher
+from ldmcli.batch.feed import Feed, Stop
+from ldmcli.batch.items import Item, Outcome, Setup
+from ldmcli.batch.member import Failed, Member, Ready
+
+_POLL = 0.1  # s between looks at the plan and at whether to stop
+_log = logging.getLogger(__name__)
+
+
+def run_local(
+    setup: Setup, batches: Iterable[Sequence[Item]], devices: Sequence[str], *, stop: Stop
+) -> Generator[Outcome, None, None]:
+    """Draw all batches on these devices; outcomes come as they are on the disk. Raises LdmError when the run cannot go
+    on, after what was in hand is noted. `batches` is read in a thread of its own, a little ahead.
+
+    On `stop`, batches in hand are finished and no more taken. Closing the iterator stops at once.
+    """
+    feed = Feed(batches, stop)
+    try:
+        if len(devices) == 1:
+            yield from _run_here(setup, feed, devices[0])
+        else:
+            yield from _Crew(setup, feed, devices, stop).run()
+    finally:
+        feed.close()
+
+
+def _run_here(setup: Setup, feed: Feed, device: str) -> Iterator[Outcome]:
+    from ldmcli.batch.worker import Worker
+
+    worker = Worker(setup, "worker-0", device=device)
+    try:
+        yield from worker.run(feed)
+    finally:
+        worker.close()
+
+
+class _Crew:
+    """Processes that draw, and what each has in hand."""
+
+    def __init__(self, setup: Setup, feed: Feed, devices: Sequence[str], stop: Stop) -> None:
+        self._stop = stop
+        self._dispatcher = Dispatcher(setup.folder, feed)
+        self._failure: Exception | None = None
+        threads = threads_each(tuple(devices), len(os.sched_getaffinity(0)))
+        self._members: list[Member] = []
+        for i, device in enumerate(devices):
+            self._members.append(Member(setup, f"worker-{i}", device, threads))
+
+    def run(self) -> Iterator[Outcome]:
+        """Feed all members until nothing is left, in the plan or in hand; then raise what went wrong, if anything."""
+        try:
+            while self._members:
+                self._hand_out()
+                by_pipe = {member.pipe: member for member in self._members}
+                for pipe in wait(by_pipe, _POLL):
+                    assert isinstance(pipe, Connection)
+                    yield from self._listen(by_pipe[pipe])
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            for member in self._members:
+                member.kill()
+            for member in self._members:
+                member.bury()
+            self._dispatcher.close()
+
+    def _hand_out(self) -> None:
+        """Give each member what it may hold, and dismiss those that get nothing more."""
+        try:
+            for member in self._members:
+                while not self._ending and member.ready and (batch := self._dispatcher.next(member.held)):
+                    member.give(batch)
+        except Exception as error:  # of the plan
+            self._failure = error
+        if self._ending or (self._dispatcher.over and not any(member.held for member in self._members)):
+            for member in self._members:
+                member.dismiss(at_once=self._ending)
+
+    @property
+    def _ending(self) -> bool:
+        return self._failure is not None or self._stop.requested
+
+    def _listen(self, member: Member) -> Iterator[Outcome]:
+        """Take one message of a member, or its end."""
+        try:
+            message = member.receive()
+        except (EOFError, OSError):
+            yield from self._ended(member)
+            return
+        if isinstance(message, Outcome):
+            member.told(message)
+            yield message
+        elif isinstance(message, Ready):
+            member.ready = True
+            self._dispatcher.started(lived=True)
+        elif isinstance(message, Failed):
+            self._failure = self._failure or message.error
+        elif isinstance(message, logging.LogRecord):
+            logging.getLogger(message.name).handle(message)
+
+    def _ended(self, member: Member) -> Iterator[Outcome]:
+        """A process is gone: dismissed, or dead; then settle what it had and put another in its place."""
+        member.bury()
+        self._members.remove(member)
+        if member.dismissed or self._ending:
+            return
+        _log.warning("%s (%s) died (%s); starting another", member.name, member.device, member.fate)
+        if not member.ready:
+            self._dispatcher.started(lived=False)
+        self._members.append(member.successor())
+        yield from self._dispatcher.died(member.held)

@@ -1,0 +1,202 @@
+"""A process that draws for another: how it is started, fed and heard, and what it does."""
+
+import contextlib
+import dataclasses
+import logging
+import logging.handlers
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import weakref
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ldmcli.batch.feed import Batch
+from ldmcli.batch.items import Outcome, Setup
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP = "stop"  # in place of a batch: take no more, not even what is queued; None: take no more after that
+_PATIENCE = 5  # s that a process has to end by itself
+
+
+class Ready:
+    """A member's model is loaded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """What a member says when the run cannot go on: a model that cannot be loaded, a full disk."""
+
+    error: Exception
+
+
+class Member:
+    """The parent's end of a worker process. `pipe` has something to receive when the process has said something or is
+    gone."""
+
+    def __init__(self, setup: Setup, name: str, device: str, threads: int) -> None:
+        self.name, self.device = name, device
+        self.ready = self.dismissed = False
+        self.held: list[Batch] = []  # less the items that it told of
+        self._arguments = (setup, name, device, threads)
+        # Not forked: CUDA and torch's threads do not outlive a fork.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        level = logging.getLogger("ldmcli").getEffectiveLevel()
+        self._process = context.Process(
+            target=_work, args=(theirs, *self._arguments, level), name=f"ldm {name}", daemon=True
+        )
+        # Blocked signals stay so in the child: it would die of a Ctrl-C before it could say that it ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # The process ignores SIGTERM, with which multiprocessing ends what is left at the interpreter's exit.
+        weakref.finalize(self, self._process.kill)
+        theirs.close()  # so that its end is the child's alone, whose death closes it
+
+    @property
+    def fate(self) -> str:
+        """How a dead process ended, in words."""
+        code = self._process.exitcode
+        return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+    def give(self, batch: Batch) -> None:
+        """Send a batch. A process that is dead is found out when it is listened to."""
+        self.held.append(batch)
+        with contextlib.suppress(OSError):
+            self.pipe.send(batch)
+
+    def dismiss(self, *, at_once: bool = False) -> None:
+        """Let the process end when it has drawn what it holds; `at_once`: the batch in hand alone, or nothing where it
+        still loads."""
+        if self.dismissed:
+            return
+        self.dismissed = True
+        with contextlib.suppress(OSError):
+            self.pipe.send(_STOP if at_once else None)
+        if not self.ready:
+            self._process.kill()
+
+    def receive(self) -> Any:
+        """The next message. Raises EOFError or OSError where the process is gone."""
+        return self.pipe.recv()
+
+    def told(self, outcome: Outcome) -> None:
+        """Take an item that is done with out of what is held."""
+        left = (
+            dataclasses.replace(batch, items=tuple(i for i in batch.items if i.number != outcome.item.number))
+            for batch in self.held
+        )
+        self.held = [batch for batch in left if batch.items]
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+
+    def bury(self) -> None:
+        """Let go of a process that is ending."""
+        self._process.join(_PATIENCE)
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+
+    def successor(self) -> "Member":
+        """Another process in place of this one."""
+        return Member(*self._arguments)
+
+
+def _work(pipe: Connection, setup: Setup, name: str, device: str, threads: int, level: int) -> None:
+    """The life of a worker process."""
+    for number in _SIGNALS:  # a terminal sends them to the whole group; the parent decides what they mean
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # results are the parent's to print
+    voice = _Voice(pipe)
+    logger = logging.getLogger("ldmcli")
+    logger.handlers[:] = [voice]
+    logger.setLevel(level)
+    logger.propagate = False
+    inbox = _Inbox(pipe)
+    try:
+        _draw(voice, inbox, setup, name, device, threads)
+    except Exception as error:
+        _end(voice, error)
+
+
+def _draw(voice: "_Voice", inbox: "_Inbox", setup: Setup, name: str, device: str, threads: int) -> None:
+    import torch
+
+    from ldmcli.batch.worker import Worker
+
+    if device == "cpu":
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
+    worker = Worker(setup, name, device=device)
+    voice.say(Ready())
+    for outcome in worker.run(inbox):
+        voice.say(outcome)
+    worker.close()
+
+
+def _end(voice: "_Voice", error: Exception) -> None:
+    """Tell the parent of an error that ends the run; die of any other, to be replaced."""
+    from ldmcli.batch.drawing import DeviceLostError
+    from ldmcli.errors import LdmError
+
+    if isinstance(error, LdmError | OSError) and not isinstance(error, DeviceLostError):
+        with contextlib.suppress(OSError):  # nobody is there to hear it
+            voice.say(Failed(error))
+        return
+    logging.getLogger(__name__).warning("%s: %s", type(error).__name__, error)
+    os._exit(1)
+
+
+class _Voice(logging.handlers.QueueHandler):
+    """Sends messages to the parent, log records among them, from any thread."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__(queue.Queue(1))  # which is never used
+        self._pipe = pipe
+        self._speaking = threading.Lock()
+
+    def say(self, message: Any) -> None:
+        with self._speaking:
+            self._pipe.send(message)
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.say(record)
+
+
+class _Inbox:
+    """The batches that the parent sends, read in a thread, so that the parent never waits until this process listens.
+    When the parent is gone the process ends on the spot: what is on the disk is sound at any instant."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.over = False
+        self._pipe = pipe
+        self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="inbox", daemon=True).start()
+
+    def get(self, timeout: float = 0.1) -> Batch | None:
+        """See feed.Source."""
+        try:
+            batch = self._queue.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if batch is None:
+            self.over = True
+        return None if self.over else batch
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = self._pipe.recv()
+            except (EOFError, OSError):
+                os._exit(1)
+            if message == _STOP:
+                self.over = True
+            else:
+                self._queue.put(message)

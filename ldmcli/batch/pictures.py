@@ -1,0 +1,88 @@
+"""The pictures of a run as files: their names, how they get there whole, and which are there."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ldmcli.batch.items import Item
+from ldmcli.errors import StorageError
+from ldmcli.images.write import make_folder, named_errors, write_exact
+
+PICTURE_PATH = re.compile(r"images/\d{5,19}/\d{1,19}-\d{1,20}(-\d{1,19})?\.png", re.ASCII)
+_IMAGES = "images"
+_PER_FOLDER = 10_000
+_NAME = re.compile(r"(\d{1,19})-\d{1,20}(?:-(\d{1,19}))?\.png", re.ASCII)
+_TEMPORARY = re.compile(r"\.ldm-.*\.part")
+
+
+def picture_path(item: Item) -> str:
+    """Where a picture goes, from the run's folder on: named by row and seed, and by its number where that is not its
+    row's. The only picture of row 31235, with seed 7, is `images/00003/00031235-7.png`."""
+    name = f"{item.row:08d}-{item.request.seed}"
+    if item.number != item.row - 1:  # rows can have several pictures, even with one seed
+        name += f"-{item.number}"
+    return f"{_IMAGES}/{item.number // _PER_FOLDER:05d}/{name}.png"
+
+
+def write_picture(folder: Path, path: str, data: bytes) -> str:
+    """Put the PNG `data` at `path` in the run's folder, whole and synced or not at all; returns its SHA-256 in hex.
+
+    What is there already, of a run that was killed before it could say so, is replaced. Raises CannotCreateError, and
+    StorageError where the disk is full or fails.
+    """
+    target = folder / path
+    try:
+        make_folder(target.parent)
+        write_exact(target, data, overwrite=True)
+    except StorageError as error:
+        sentence = str(error).removesuffix(".")
+        raise StorageError(f"{sentence}; the run can be resumed: the same command goes on where it stopped.") from error
+    return hashlib.sha256(data).hexdigest()
+
+
+def numbers_there(folder: Path) -> Iterator[int]:
+    """The numbers of the pictures that are there and not empty, in any order. One listing for each subfolder."""
+    for subfolder in _entries(folder / _IMAGES):
+        if not (subfolder.name.isdecimal() and subfolder.is_dir()):
+            continue
+        for entry in _entries(Path(subfolder.path)):
+            named = _NAME.fullmatch(entry.name)
+            if named is None or not _has_content(entry):
+                continue
+            number = int(named[1]) - 1 if named[2] is None else int(named[2])
+            if number // _PER_FOLDER == int(subfolder.name):
+                yield number
+
+
+def clean_temporaries(folder: Path) -> int:
+    """Remove what killed processes left half written, and return how many files that was. Only for who holds the
+    folder's lock: others' temporary files look the same."""
+    removed = 0
+    subfolders = (Path(entry.path) for entry in _entries(folder / _IMAGES) if entry.is_dir(follow_symlinks=False))
+    for place in (folder, folder / _IMAGES, *subfolders):
+        for entry in _entries(place):
+            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with named_errors(Path(entry.path), "remove"):
+                    Path(entry.path).unlink(missing_ok=True)
+                removed += 1
+    return removed
+
+
+def _entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    """What is in a folder; nothing where it is not there."""
+    with named_errors(folder, "list"):
+        try:
+            listing = os.scandir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        with listing:
+            yield from listing
+
+
+def _has_content(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_file() and entry.stat().st_size > 0
+    except OSError:  # gone since it was listed, or not readable
+        return False

@@ -1,0 +1,224 @@
+"""Prompt files of every format as raw rows, one at a time: plain text, JSON lines, CSV and TSV."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ldmcli.batch.fields import COLUMNS, EXTRAS, IDS, PROMPT, column_name, from_text, near
+from ldmcli.batch.lines import Digest, Line, Lines, continues, digest_of
+from ldmcli.batch.tables import Record, delimiter_of, records
+from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.opening import shown
+
+__all__ = ["FORMATS", "Digest", "RawRow", "RowReader", "continues", "digest_of", "open_rows"]
+
+FORMATS = ("txt", "jsonl", "csv", "tsv")
+_ALIASES = {"ndjson": "jsonl", "tab": "tsv"}
+_LISTED = 20  # columns named in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class RawRow:
+    """One row as it was written. `fields` are by the names of `fields.COLUMNS`, and `extra`, a dict of what else there
+    was; None where the row cannot be read at all, which `problem` then says."""
+
+    row: int  # counted from 1, without headers, comments and blank lines
+    line: int  # the row's first, counted from 1
+    fields: dict[str, Any] | None
+    problem: str = ""
+
+
+class RowReader(Iterator[RawRow]):
+    """The rows of one input, once, in order. `hints` are remarks on columns that may be misspelt, known after the first
+    row was read."""
+
+    def __init__(self, lines: Lines, kind: str, prompt_column: str | None) -> None:
+        self.name = lines.name
+        self.format = kind
+        self.hints: list[str] = []
+        self._lines = lines
+        readers: dict[str, Callable[[], Generator[RawRow]]] = {
+            "txt": self._text,
+            "jsonl": partial(self._json, prompt_column),
+            "csv": partial(self._table, prompt_column),
+            "tsv": partial(self._table, prompt_column),
+        }
+        self._rows = readers[kind]()
+
+    def __iter__(self) -> Iterator[RawRow]:
+        return self._rows
+
+    def __next__(self) -> RawRow:
+        return next(self._rows)
+
+    def close(self) -> None:
+        """Close the file; there are no more rows."""
+        self._rows.close()
+        self._lines.close()
+
+    def digest(self) -> Digest:
+        """Of the decompressed bytes read so far: after the last row, of all."""
+        return self._lines.digest()
+
+    def _text(self) -> Generator[RawRow]:
+        """A prompt a line; blank lines and those that begin with # are none."""
+        row = 0
+        for line in self._lines:
+            if (line.problem == "" and not line.text.strip()) or line.text.lstrip().startswith("#"):
+                continue
+            row += 1
+            yield _bad(row, line) if line.problem else RawRow(row, line.number, {PROMPT: line.text.rstrip("\r\n")})
+
+    def _json(self, prompt_column: str | None) -> Generator[RawRow]:
+        """A JSON object a line."""
+        row = 0
+        for line in self._lines:
+            if line.problem == "" and not line.text.strip():
+                continue
+            row += 1
+            if line.problem:
+                yield _bad(row, line)
+                continue
+            try:
+                fields = _json_fields(line.text, prompt_column)
+            except (ValueError, RecursionError) as error:
+                yield RawRow(row, line.number, None, f"the row is not valid JSON: {printable(str(error))}.")
+                continue
+            yield (
+                RawRow(row, line.number, fields)
+                if fields is not None
+                else RawRow(row, line.number, None, 'the row is not a JSON object; write {"prompt": "…"}.')
+            )
+
+    def _table(self, prompt_column: str | None) -> Generator[RawRow]:
+        """A header, then a row a record."""
+        header = next((line for line in self._lines if line.problem or line.text.strip()), None)
+        if header is None:
+            return
+        delimiter = "\t" if self.format == "tsv" else delimiter_of(header.text)
+        table = records(header, self._lines, delimiter)
+        columns = self._columns(next(table), prompt_column)
+        for row, record in enumerate((record for record in table if not record.blank), 1):
+            if record.problem:
+                yield RawRow(row, record.line, None, record.problem)
+            elif len(record.cells) != len(columns):
+                have = f"{len(record.cells)} field{'s' if len(record.cells) != 1 else ''}"
+                yield RawRow(row, record.line, None, f"the row has {have}, but the header has {len(columns)}.")
+            else:
+                yield RawRow(row, record.line, _table_fields(columns, record.cells))
+
+    def _columns(self, header: Record, prompt_column: str | None) -> list[tuple[str, bool]]:
+        """For each column the name of its field, and whether it is one. Raises BadDataError where the header cannot be
+        meant, UsageError where it has not the column asked for."""
+        where = f"{shown(self.name)}, line {header.line}"
+        if header.problem:
+            raise BadDataError(f"{where}: {header.problem}")
+        titles = [cell.strip() for cell in header.cells]
+        prompt = _prompt_index(titles, prompt_column, where)
+        columns = []
+        for i, title in enumerate(titles):
+            name = column_name(title)
+            known = i == prompt or (name in COLUMNS and name != PROMPT)
+            columns.append((PROMPT if i == prompt else name if known else title or f"column {i + 1}", known))
+            if not known and (advice := near(title, COLUMNS)):
+                self.hints.append(f"column {printable(repr(title))} is no field of a request; {advice}")
+        if (IDS[0], True) in columns:
+            columns = [(name, known and name != IDS[1]) for name, known in columns]  # two ids: one is kept as it is
+        if twice := [name for i, (name, known) in enumerate(columns) if (name, known) in columns[:i]]:
+            raise BadDataError(f"{where}: the header has column {printable(repr(twice[0]))} twice; rename one.")
+        return columns
+
+
+def open_rows(path: Path | None, *, format: str | None = None, prompt_column: str | None = None) -> RowReader:
+    """The rows of a prompt file, or of standard input where `path` is None.
+
+    `format` is one of FORMATS, by default what the name ends in; `prompt_column` the column (in JSON: the field) that
+    holds the prompts. Raises UsageError where the format cannot be told, and LdmError, here or at a row, where the
+    input cannot be read. A row that is wrong raises nothing.
+    """
+    kind = _format_of(path) if format is None else _ALIASES.get(format, format)
+    if kind not in FORMATS:
+        raise UsageError(f"format {printable(repr(format))} is not known; choose from {', '.join(FORMATS)}.")
+    if prompt_column is not None and kind == "txt":
+        raise UsageError("plain text has no columns; leave out --prompt-column, or give --format.")
+    return RowReader(Lines(path), kind, prompt_column)
+
+
+def _format_of(path: Path | None) -> str:
+    choice = f"give --format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+    if path is None:
+        raise UsageError(f"standard input has no name to tell its format by; {choice}.")
+    name = path.name.lower().removesuffix(".gz")
+    ending = name.rpartition(".")[2] if "." in name else ""
+    kind = _ALIASES.get(ending, ending)
+    if kind not in FORMATS:
+        raise UsageError(f"the name {printable(repr(path.name))} does not tell the file's format; {choice}.")
+    return kind
+
+
+def _bad(row: int, line: Line) -> RawRow:
+    return RawRow(row, line.number, None, line.problem)
+
+
+def _json_fields(text: str, prompt_column: str | None) -> dict[str, Any] | None:
+    """The fields of a JSON object, null ones left out; None where it is something else. Raises ValueError."""
+    try:
+        found = _JSON.decode(text)
+    except json.JSONDecodeError as error:  # its own text counts lines too, within the row
+        raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
+    if not isinstance(found, dict):
+        return None
+    if prompt_column is not None and prompt_column != PROMPT:
+        shadowed = found.pop(PROMPT, None)
+        found[PROMPT] = found.pop(prompt_column, None)
+        if shadowed is not None:
+            found.setdefault(EXTRAS[0], {})
+            if isinstance(found[EXTRAS[0]], dict):
+                found[EXTRAS[0]].setdefault(PROMPT, shadowed)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members; json alone would keep the last of two of one name and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"field {twice!r} is there twice")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)  # one: to make it costs more than to read a row
+
+
+def _table_fields(columns: list[tuple[str, bool]], cells: list[str]) -> dict[str, Any]:
+    """The fields of a record; an empty cell says nothing, save that a prompt is empty."""
+    fields: dict[str, Any] = {}
+    extra: dict[str, str] = {}
+    for (name, known), cell in zip(columns, cells, strict=True):
+        if not known:
+            extra[name] = cell
+        elif name == PROMPT or cell.strip():
+            fields[name] = from_text(name, cell)
+    if extra:
+        fields[EXTRAS[0]] = extra
+    return fields
+
+
+def _prompt_index(titles: list[str], prompt_column: str | None, where: str) -> int:
+    """Which column holds the prompts: the title that is meant exactly, else but for case, spaces and hyphens."""
+    wanted = PROMPT if prompt_column is None else prompt_column.strip()
+    if wanted in titles:
+        return titles.index(wanted)
+    same = [i for i, title in enumerate(titles) if column_name(title) == column_name(wanted)]
+    if len(same) == 1:
+        return same[0]
+    have = ", ".join(printable(repr(title), 60) for title in titles[:_LISTED]) + (" …" if len(titles) > _LISTED else "")
+    if same:
+        raise BadDataError(f"{where}: more than one column is called {printable(repr(wanted))}; rename one.")
+    if prompt_column is None:
+        raise BadDataError(f"{where}: no column is called prompt; name one of {have} with --prompt-column.")
+    raise UsageError(f"{where}: no column is called {printable(repr(wanted))}; the header has {have}.")

@@ -1,0 +1,321 @@
+"""`ldm batch`: a prompt file in, a folder of pictures and an account of them out."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ldmcli.cli.options import (
+    json_option,
+    model_options,
+    option,
+    request_options,
+    request_settings,
+    runtime_options,
+    verbosity_options,
+)
+from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
+
+if TYPE_CHECKING:
+    from ldmcli.batch.items import Outcome, Setup
+    from ldmcli.batch.job import Job
+    from ldmcli.batch.rows import Survey
+    from ldmcli.batch.run import Engine, Run
+
+_log = logging.getLogger(__name__)
+_STDIN = "-"
+_SOME_FAILED = 3
+_UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
+
+
+class _Duration(click.ParamType):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value), re.ASCII)
+        if found is None:
+            raise click.BadParameter(f"{printable(repr(value))} is not a time such as 90s, 55m or 1.5h.", ctx, param)
+        return float(found[1]) * _UNITS[found[2]]
+
+
+class _Shard(click.ParamType):
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value), re.ASCII)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise click.BadParameter(f"{printable(repr(value))} is not I/N with I from 1 to N.", ctx, param)
+        return int(found[1]), int(found[2])
+
+
+@click.command()
+@click.argument("file", metavar="[FILE]", required=False)
+@option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
+@option("--format", "input_format", type=click.Choice(["txt", "jsonl", "csv", "tsv"]),
+        help="What FILE is.  [default: by its name's ending; needed for -]")  # fmt: skip
+@option("--prompt-column", metavar="NAME", help="The CSV or TSV column, or JSON field, to take prompts from.")
+@option(
+    "--grid", metavar="FIELD=V,V,…", multiple=True, help="Draw each row with each of these values; may be repeated."
+)
+@option("-s", "--seed", type=int, default=0, show_default=True,
+        help="Rows without a seed get one made of this and their id.")  # fmt: skip
+@option("-c", "--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures for each row.")
+@option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
+        help="Pictures computed at once; rows of equal settings share a batch.")  # fmt: skip
+@option("--dry-run", is_flag=True, help="Check every row, print the totals, draw nothing.")
+@option("--strict", is_flag=True, help="Draw nothing if any row is bad.")
+@option("--extend", is_flag=True, help="Go on although rows were added at the end of FILE.")
+@option("--retry-failed", is_flag=True, help="Draw only what failed before.")
+@option("--status", metavar="DIR", help="Tell how far the run in DIR is, and do nothing else.")
+@option("--max-images", type=click.IntRange(1), metavar="N", help="End after N pictures.")
+@option("--time-limit", type=_Duration(), metavar="TIME", help="End after 90s, 55m, 1.5h …; the same command goes on.")
+@option("--shard", type=_Shard(), metavar="I/N", default="1/1", help="Only every N-th row, from the I-th on.")
+@option("--devices", metavar="LIST", help="A process on each: all, 0,1, cpu*2.  [default: --device, in this process]")
+@option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+        help="Draw on this machine, or on a Ray cluster.")  # fmt: skip
+@option("--ray-address", metavar="ADDRESS", help="The cluster to use.  [default: one of this machine's own]")
+@option("--sheet", metavar="PNG", help="Write a contact sheet of the run's pictures at the end.")
+@option("--no-metadata", is_flag=True, help="Write no prompt and settings into the PNGs.")
+@model_options
+@request_options
+@runtime_options
+@json_option("Report each picture as a JSON line as soon as it is there.")
+@verbosity_options
+@click.pass_context
+def batch(context: click.Context, file: str | None, **options: Any) -> None:
+    """Draw every row of a prompt FILE into the folder DIR; - reads standard input.
+
+    FILE is plain text (a prompt a line, # comments), JSON lines, CSV or TSV, maybe gzip. Rows may set prompt,
+    negative_prompt, seed, steps, guidance_scale, width, height, sampler, … and count and id; what they don't say, the
+    options say. All rows are checked before the model is loaded.
+
+    Running the same command again goes on where it stopped, however it stopped: what is done is not drawn again.
+
+    \b
+    Examples:
+    ldm batch prompts.txt -o out
+    ldm batch prompts.csv -o out --grid steps=20,50 --grid guidance_scale=5,7.5 --dry-run
+    ldm batch prompts.jsonl -o out --devices all -b 16 --sheet out/sheet.png
+    ldm batch --status out
+
+    Exit codes: 0 all done, 3 some rows failed, 65 --strict or another run's folder, 75 not finished or locked: the same
+    command goes on; the others as everywhere.
+    """
+    from ldmcli.batch.job import Job
+
+    if options["status"]:
+        _print_status(Path(options["status"]), as_json=options["as_json"])
+        return
+    if file is None:
+        raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
+    if options["output"] is None and not options["dry_run"]:
+        raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
+    engine = _engine(options)
+    options["settings"] = request_settings(options)
+    job = Job(None if file == _STDIN else Path(file), options)
+    # 1. Every row, before anything is loaded; standard input is checked as it comes.
+    found = job.survey() if file != _STDIN or options["dry_run"] else None
+    if found and found.bad_rows and options["strict"]:
+        raise BadDataError(f"{_named(file)} has {found.bad_rows} bad rows; mend them, or leave out --strict.")
+    if options["dry_run"]:
+        assert found is not None
+        _print_totals(found, as_json=options["as_json"])
+        context.exit(_SOME_FAILED if found.bad_rows else 0)
+    # 2. The run's folder, held against others; then the pictures.
+    context.exit(_run(job, found, engine))
+
+
+def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]") -> int:
+    """Draw what is still to be drawn, and return the exit code."""
+    from ldmcli.batch.ledger import Ledger
+    from ldmcli.batch.lock import folder_lock
+    from ldmcli.batch.pictures import clean_temporaries
+    from ldmcli.batch.run import Limits, Run
+    from ldmcli.batch.runfile import record_rows
+    from ldmcli.images.write import prepare_folder
+
+    options = job.options
+    folder = Path(options["output"])
+    prepare_folder(folder)
+    with folder_lock(folder):
+        job.open_run(folder, found)
+        clean_temporaries(folder)
+        limits = Limits(options["max_images"], options["time_limit"], options["shard"])
+        rows = found.rows if found else None
+        run = Run(folder, Ledger.load(folder), limits, rows=rows, retry_failed=options["retry_failed"])
+        if found:
+            _log.info("%d rows, %d pictures, %d of them done", found.rows, found.images, run.counts().images)
+        with _stopping() as stop:
+            _draw(run, job, found, engine(_setup(job)), stop)
+        if run.rows is not None and not found:
+            record_rows(folder, run.rows)
+        if options["sheet"]:
+            _write_sheet(folder, Path(options["sheet"]))
+        return _account(run, job, stop)
+
+
+def _draw(run: "Run", job: "Job", found: "Survey | None", engine: "Engine", stop: "_Signals") -> None:
+    """Report every picture as it comes."""
+    from tqdm import tqdm
+
+    options = job.options
+    folder = Path(options["output"])
+    outcomes = run.draw(job.items(told=found is None), engine, batch_size=options["batch_size"], stop=stop.stop)
+    quiet = not _log.isEnabledFor(logging.INFO)
+    done, total = run.counts().images, found.images if found else None
+    with (
+        contextlib.closing(outcomes),
+        tqdm(total=total, initial=done, unit="img", disable=quiet or None, file=sys.stderr) as bar,
+    ):
+        for outcome in outcomes:
+            _report(outcome, folder, as_json=options["as_json"])
+            bar.update()
+
+
+def _setup(job: "Job") -> "Setup":
+    from ldmcli.batch.items import Setup
+
+    options = job.options
+    folder = Path(options["output"]).resolve()
+    return Setup(folder, options, batch_size=options["batch_size"], metadata=not options["no_metadata"])
+
+
+def _engine(options: dict[str, Any]) -> "Callable[[Setup], Engine]":
+    """What draws the batches: this process, several on this machine, or a Ray cluster. Raises UsageError."""
+    from ldmcli.batch.devices import parse_devices
+
+    devices = parse_devices(options["devices"]) if options["devices"] else None
+    if options["engine"] == "ray":
+        return partial(_ray_engine, options["ray_address"], len(devices) if devices else None)
+    if options["ray_address"]:
+        raise UsageError("--ray-address is for --engine ray.")
+    return partial(_local_engine, devices or (options["device"],))
+
+
+def _local_engine(devices: tuple[str, ...], setup: "Setup") -> "Engine":
+    from ldmcli.batch.devices import present
+    from ldmcli.batch.local import run_local
+
+    return lambda batches, stop: run_local(setup, batches, present(devices), stop=stop)
+
+
+def _ray_engine(address: str | None, workers: int | None, setup: "Setup") -> "Engine":
+    from ldmcli.batch.ray_engine import run_ray
+
+    return lambda batches, stop: run_ray(setup, batches, address=address, workers=workers, stop=stop)
+
+
+def _account(run: "Run", job: "Job", stop: "_Signals") -> int:
+    """Say what came of the rows, and how to go on; the exit code."""
+    from ldmcli.batch.ledger import audit
+
+    counts = run.counts()
+    sentence, holds = audit(counts)
+    _log.info("%s", sentence)
+    if stop.number is not None:
+        _log.warning("stopped by %s; the same command goes on", signal.Signals(stop.number).name)
+        return 128 + stop.number
+    limited = any(job.options[name] for name in ("max_images", "time_limit", "retry_failed"))
+    if counts.pending and limited:
+        raise TryAgainError(f"{counts.pending} rows are still to be drawn; the same command goes on.")
+    if not holds and not (limited and counts.rows is None):
+        raise LdmError(f"the account does not add up: {sentence}")
+    return _SOME_FAILED if counts.failed else 0
+
+
+def _report(outcome: "Outcome", folder: Path, *, as_json: bool) -> None:
+    """One line on standard output for a picture that is there; with --json also for one that failed."""
+    if as_json:
+        item = outcome.item
+        said = dataclasses.asdict(outcome) | {"id": item.id, "row": item.row, "seed": item.request.seed}
+        del said["item"]
+        path = str(folder / outcome.path) if outcome.path else ""
+        line = json.dumps(said | {"path": path, "request": item.request.to_dict()}).encode("ascii")
+    elif outcome.status == "done":
+        line = os.fsencode(folder / outcome.path)
+    else:
+        _log.error("row %d: %s", outcome.item.row, outcome.error)
+        return
+    sys.stdout.buffer.write(line + b"\n")
+    sys.stdout.buffer.flush()
+
+
+class _Signals:
+    """Asks for the end of a run at the first SIGINT or SIGTERM, and interrupts it at the second."""
+
+    def __init__(self) -> None:
+        from ldmcli.batch.feed import Stop
+
+        self.stop = Stop()
+        self.number: int | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        self.stop.request()
+        # Not by way of logging, whose lock the interrupted code may hold.
+        os.write(2, b"\nldm: finishing the pictures in hand; once more stops now\n")
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[_Signals]:
+    signals = _Signals()
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, signals) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print_status(folder: Path, *, as_json: bool) -> None:
+    from ldmcli.batch.ledger import status
+
+    facts = status(folder)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        shown = "unknown" if value is None else printable(str(value), 4096)
+        click.echo(f"{name.replace('_', ' ')}: {shown}")
+
+
+def _print_totals(found: "Survey", *, as_json: bool) -> None:
+    facts = {
+        "rows": found.rows, "images": found.images, "bad_rows": found.bad_rows, "pixel_steps": found.pixel_steps,
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name.replace('_', ' ')}: {value:,}")
+
+
+def _write_sheet(folder: Path, path: Path) -> None:
+    """The run's first pictures, in the order of its rows."""
+    import heapq
+
+    from ldmcli.batch.manifest import read_manifests
+    from ldmcli.images.sheet import MAX_PICTURES, SheetPicture, write_sheet
+
+    done = (record for record in read_manifests(folder) if record["status"] == "done")
+    first = heapq.nsmallest(MAX_PICTURES + 1, done, key=lambda record: record["number"])
+    distinct = {record["number"]: record for record in first}.values()
+    write_sheet(path, (SheetPicture(folder / r["path"], r["request"]["prompt"]) for r in distinct), overwrite=True)
+
+
+def _named(file: str) -> str:
+    return "standard input" if file == _STDIN else printable(file)

@@ -1,0 +1,102 @@
+"""Pictures drawn together have the same settings, come in one order, and are never held back for long."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldmcli.batch.items import BadRow, Item
+from ldmcli.batch.plan import batches, shard
+from ldmcli.errors import UsageError
+from ldmcli.request import GenerationRequest
+
+
+def item(number: int, steps: int = 1, **fields: Any) -> Item:
+    request = GenerationRequest(f"prompt {number}", f"not {number}", number, steps=steps, **fields)
+    return Item(number, number // 2 + 1, number, f"{number}", request)
+
+
+def numbers(found: Iterator[list[Item]]) -> list[list[int]]:
+    return [[one.number for one in batch] for batch in found]
+
+
+def test_equal_settings_share_a_batch() -> None:
+    steps = [1, 1, 2, 1, 2, 2, 1]
+    assert numbers(batches((item(i, s) for i, s in enumerate(steps)), 2)) == [[0, 1], [2, 4], [3, 6], [5]]
+    for field, value in (("width", 8), ("guidance_interval", (1.0, 2.0)), ("clip_skip", 2), ("schedule", "karras")):
+        assert numbers(batches([item(0), item(1, **{field: value})], 2)) == [[0], [1]]
+    assert numbers(batches([], 4)) == []
+
+
+@pytest.mark.parametrize(("size", "needed"), [(1, 1), (4, 4)])
+def test_no_more_is_read_than_a_full_batch_needs(size: int, needed: int) -> None:
+    read = itertools.count()
+
+    def endless() -> Iterator[Item]:
+        for number in read:
+            yield item(number)
+
+    found = batches(endless(), size)
+    for i in range(1, 4):
+        next(found)
+        assert next(read) == needed * i + i - 1  # each look takes one out
+
+
+def test_a_rare_picture_waits_for_a_window_at_most() -> None:
+    endless = (item(i, 2 if i == 3 else 1) for i in itertools.count())
+    for found in numbers(itertools.islice(batches(endless, 4, window=50), 14)):
+        if found == [3]:
+            break
+    else:
+        pytest.fail("the rare one never came")
+
+
+@given(st.lists(st.integers(1, 4), max_size=60), st.integers(1, 6), st.integers(1, 12))
+def test_every_picture_is_in_one_batch(steps: list[int], size: int, window: int) -> None:
+    pictures = [item(i, s) for i, s in enumerate(steps)]
+    read = 0
+
+    def counted() -> Iterator[Item]:
+        nonlocal read
+        for picture in pictures:
+            read += 1
+            yield picture
+
+    out: list[Item] = []
+    for batch in batches(counted(), size, window=window):
+        assert 1 <= len(batch) <= size
+        assert len({one.request.steps for one in batch}) == 1
+        assert [one.number for one in batch] == sorted(one.number for one in batch)
+        out += batch
+        assert read - len(out) <= window
+    assert sorted(one.number for one in out) == list(range(len(steps)))
+    again = [one for batch in batches(pictures, size, window=window) for one in batch]
+    assert again == out
+
+
+def test_shards_are_whole_rows() -> None:
+    pictures = [item(i) for i in range(20)]
+    parts = [list(shard(pictures, index, 3)) for index in range(3)]
+    assert [{one.row for one in part} for part in parts] == [{1, 4, 7, 10}, {2, 5, 8}, {3, 6, 9}]
+    assert sorted(one.number for part in parts for one in part) == list(range(20))
+    assert list(shard(pictures, 0, 1)) == pictures
+    bad = BadRow(2, 2, "2", ("no.",))
+    assert list(shard([bad], 1, 3)) == [bad]
+    # A row stays in its shard whatever comes before it is drawn or not.
+    assert list(shard(pictures[10:], 1, 3)) == [one for one in parts[1] if one.number >= 10]
+
+
+@pytest.mark.parametrize(("index", "count"), [(3, 3), (-1, 3), (0, 0)])
+def test_shards_that_are_none(index: int, count: int) -> None:
+    with pytest.raises(UsageError, match="shard"):
+        shard([], index, count)
+
+
+def test_a_request_keeps_its_identity() -> None:
+    one = item(0)
+    other = dataclasses.replace(one, number=1)
+    assert next(batches([one, other], 2)) == [one, other]

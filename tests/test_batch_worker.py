@@ -1,0 +1,372 @@
+"""A worker draws what it is given, whatever its neighbours do, and notes it."""
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batch_support import batches, item, items, lines_of, pictures, setup_in, statuses
+from oracle.comparing import pixels_apart
+
+from ldmcli.batch import pictures as picture_files
+from ldmcli.batch.drawing import DeviceLostError
+from ldmcli.batch.feed import Feed, Stop
+from ldmcli.batch.items import Item, Outcome
+from ldmcli.batch.prompt_cache import PromptCache
+from ldmcli.batch.worker import Worker
+from ldmcli.errors import LdmError, NotFiniteError, StorageError
+from ldmcli.images.metadata import read_record
+from ldmcli.request import GenerationRequest
+
+TWO_GIB = 2 << 30
+
+
+@contextlib.contextmanager
+def opened(folder: Path, **fields: Any) -> Iterator[Worker]:
+    worker = Worker(setup_in(folder, **fields), "worker-0")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def worker(one_thread: None, tmp_path: Path) -> Iterator[Worker]:
+    with opened(tmp_path) as worker:
+        yield worker
+
+
+def drawn(worker: Worker, plan: Sequence[Sequence[Item]]) -> list[Outcome]:
+    return list(worker.run(Feed(plan, Stop())))
+
+
+def failing_above(worker: Worker, monkeypatch: pytest.MonkeyPatch, most: int, *, untiled: bool = True) -> list[int]:
+    """Let the worker's pipeline run out of memory for more than `most` pictures, or with `most` 0 for any unless tiled
+    where that helps; returns the list of sizes that it is asked for."""
+    pipeline = worker._artist.pipeline
+    sizes: list[int] = []
+    draw = type(pipeline).draw
+
+    def limited(requests: Sequence[GenerationRequest]) -> Any:
+        sizes.append(len(requests))
+        if len(requests) > most and not (pipeline.tile_vae and untiled and len(requests) == 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
+        return draw(pipeline, requests)
+
+    monkeypatch.setattr(pipeline, "draw", limited)
+    return sizes
+
+
+def poisoned(worker: Worker, monkeypatch: pytest.MonkeyPatch, bad: dict[str, Exception]) -> list[list[str]]:
+    """Let the pipeline raise for batches with certain prompts; returns the list of batches it is asked for."""
+    pipeline = worker._artist.pipeline
+    asked: list[list[str]] = []
+    draw = type(pipeline).draw
+
+    def poisonous(requests: Sequence[GenerationRequest]) -> Any:
+        asked.append([request.prompt for request in requests])
+        for request in requests:
+            if request.prompt in bad:
+                raise bad[request.prompt]
+        return draw(pipeline, requests)
+
+    monkeypatch.setattr(pipeline, "draw", poisonous)
+    return asked
+
+
+# ---- what is drawn ----
+
+
+def test_the_same_pictures_in_batches_of_any_size(one_thread: None, tmp_path: Path) -> None:
+    row = items(8)
+    found = {}
+    for size in (1, 3, 8):
+        with opened(tmp_path / str(size)) as worker:
+            outcomes = drawn(worker, list(batches(row, size)))
+        assert statuses(outcomes) == dict.fromkeys(range(8), "done")
+        found[size] = pictures(tmp_path / str(size), outcomes)
+    assert len({picture.tobytes() for picture in found[1]}) == 8
+    assert pixels_apart(found[1], found[3]) <= 1
+    assert pixels_apart(found[1], found[8]) <= 1
+
+
+def test_outcomes_manifest_and_files_agree(worker: Worker, tmp_path: Path) -> None:
+    outcomes = drawn(worker, [items(3)])
+    assert lines_of(tmp_path) == {number: ["done"] for number in range(3)}
+    for outcome in outcomes:
+        record = read_record(tmp_path / outcome.path)
+        assert record["request"] == outcome.item.request.to_dict()
+        assert record["model"]["name"] == "tiny"
+        assert record["runtime"]["device"] == "cpu"
+        assert (outcome.worker, outcome.attempts, len(outcome.sha256)) == ("worker-0", 1, 64)
+        assert outcome.seconds > 0
+
+
+def test_pictures_without_metadata(one_thread: None, tmp_path: Path) -> None:
+    with opened(tmp_path, metadata=False) as worker:
+        (outcome,) = drawn(worker, [items(1)])
+    with pytest.raises(LdmError, match="no text at all"):
+        read_record(tmp_path / outcome.path)
+
+
+def test_prompts_of_all_lengths_in_one_batch(worker: Worker, tmp_path: Path) -> None:
+    long = [item(n, text, on_long_prompt="chunk") for n, text in enumerate(["a", "a " * 60, "b", "b " * 60, "c"])]
+    together = pictures(tmp_path, drawn(worker, [long]))
+    alone = pictures(tmp_path, drawn(worker, [[one] for one in long]))
+    assert pixels_apart(together, alone) <= 1
+
+
+def test_settings_that_a_batch_should_not_mix_are_drawn_apart(worker: Worker) -> None:
+    mixed = [item(0), item(1, steps=3), item(2, width=24)]
+    assert statuses(drawn(worker, [mixed])) == {0: "done", 1: "done", 2: "done"}
+
+
+# ---- prompts encoded once ----
+
+
+def test_equal_prompts_are_encoded_once_a_run(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    (encoder,) = worker._artist.pipeline.model.prompts.encoders
+    encode, encoded = encoder.encode, []
+    monkeypatch.setattr(encoder, "encode", lambda ids, **k: encoded.append(len(ids)) or encode(ids, **k))
+    prompts = ["an apple", "a pear", "an apple", "a plum", "a pear", "an apple"]
+    row = [item(n, prompt, negative_prompt="fog") for n, prompt in enumerate(prompts)]
+    outcomes = drawn(worker, [row[:2], row[2:4], row[4:]])
+    assert encoded == [3, 1]  # apple, pear and fog; plum
+    assert statuses(outcomes) == dict.fromkeys(range(6), "done")
+
+
+def test_the_prompt_cache_is_bounded(worker: Worker) -> None:
+    inner = worker._artist.pipeline.model.prompts
+    (one,) = inner.encode(["a"])
+    few, small = PromptCache(inner, entries=2), PromptCache(inner, size=3 * one.context.nbytes)
+    for cache, most in ((few, 2), (small, 3)):
+        wanted = [conditioning.context for conditioning in cache.encode(["a", "b", "c", "d", "a"])]
+        assert len(cache._held) == most
+        assert torch.equal(wanted[0], wanted[4])
+        cache.encode(["c"])
+        cache.encode(["e"])  # pushes out what was used longest ago
+        assert [key[0] for key in cache._held][-2:] == ["c", "e"]
+        assert cache._bytes == most * one.context.nbytes
+    assert torch.equal(small.encode(["e"], clip_skip=1)[0].context, inner.encode(["e"])[0].context)
+    assert len(small.encode([])) == 0
+
+
+def test_the_prompt_cache_tells_settings_apart(worker: Worker) -> None:
+    cache = worker._artist.pipeline.model.prompts
+    plain, weighted = (cache.encode(["(a:1.5)"], syntax=syntax)[0].context for syntax in ("plain", "weighted"))
+    assert not torch.equal(plain, weighted)
+
+
+# ---- memory ----
+
+
+def test_out_of_memory_halves_the_batch_and_is_remembered(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = pictures(tmp_path, drawn(worker, [items(8)]))
+    sizes = failing_above(worker, monkeypatch, 2)
+    outcomes = drawn(worker, [items(8), items(8)[:5]])
+    assert sizes == [8, 4, 2, 2, 2, 2, *[2, 2, 1]]
+    assert pixels_apart(pictures(tmp_path, outcomes[:8]), wanted) <= 1
+    assert {outcome.status for outcome in outcomes} == {"done"}
+
+
+def test_out_of_memory_alone_tiles_the_vae(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = pictures(tmp_path, drawn(worker, [items(2)]))
+    sizes = failing_above(worker, monkeypatch, 0)
+    outcomes = drawn(worker, [items(2), items(1)])
+    assert sizes == [2, 1, 1, 1, 1]  # both fail, one fails, is tiled, and so are all others from there on
+    assert pixels_apart(pictures(tmp_path, outcomes[:2]), wanted) <= 1
+
+
+def test_out_of_memory_whatever_is_done_fails_the_row(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    big, small = item(0, width=32), item(1)
+    failing_above(worker, monkeypatch, 0, untiled=False)
+    (outcome,) = drawn(worker, [[big]])
+    assert (outcome.status, outcome.code, outcome.path) == ("failed", 1, "")
+    assert outcome.error == "out of memory, even alone and decoded in strips; ask for a smaller picture."
+    monkeypatch.undo()
+    worker._artist._most.clear()
+    assert statuses(drawn(worker, [[small]])) == {1: "done"}
+    assert not worker._artist.pipeline.tile_vae  # only the big size is tiled
+
+
+# ---- rows that fail ----
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "code"),
+    [
+        (NotFiniteError("the U-Net gave numbers that are not finite."), "the U-Net gave numbers", 1),
+        (RuntimeError("shapes \x1b[31m do not\nmatch"), r"RuntimeError: shapes \x1b[31m do not", 1),
+        (StorageError("something."), "something.", 74),
+    ],
+)
+def test_one_bad_row_takes_no_other_with_it(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str, code: int
+) -> None:
+    row = items(8)
+    asked = poisoned(worker, monkeypatch, {"prompt 5": error})
+    outcomes = drawn(worker, [row])
+    assert statuses(outcomes) == dict.fromkeys(range(8), "done") | {5: "failed"}
+    (failed,) = (outcome for outcome in outcomes if outcome.status == "failed")
+    assert failed.error.startswith(told)
+    assert failed.error.isprintable()
+    assert failed.code == code
+    assert [len(prompts) for prompts in asked] == [8, 4, 4, 2, 1, 1, 2]
+    assert lines_of(tmp_path)[5] == ["failed"]
+
+
+def test_two_bad_rows_in_two_batches(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(worker, monkeypatch, {"prompt 0": ValueError("no"), "prompt 6": ValueError("no")})
+    found = statuses(drawn(worker, list(batches(items(7), 4))))
+    assert [number for number, status in found.items() if status == "failed"] == [0, 6]
+
+
+def test_weights_of_a_prompt_that_cannot_be(worker: Worker) -> None:
+    """What is wrong with a prompt may show before anything is drawn; its neighbours are."""
+    row = [item(n, prompt, prompt_syntax="weighted") for n, prompt in enumerate(["a", "(b:0)", "c"])]
+    found = statuses(drawn(worker, [row]))
+    assert (found[0], found[2]) == ("done", "done")
+
+
+def test_numbers_that_are_not_finite_in_16_bits_are_drawn_in_32(one_thread: None, tmp_path: Path) -> None:
+    with opened(tmp_path / "bf16", dtype="bf16") as worker, opened(tmp_path / "fp32") as exact:
+        pipeline = worker._artist.pipeline
+        before = {name: weight.clone() for name, weight in pipeline.model.unet.state_dict().items()}
+        overflow = lambda _module, _inputs, out: out if out.dtype == torch.float32 else out * float("inf")  # noqa: E731
+        handle = pipeline.model.unet.register_forward_hook(overflow)
+        (outcome,) = drawn(worker, [items(1)])
+        handle.remove()
+        assert outcome.status == "done"
+        assert read_record(tmp_path / "bf16" / outcome.path)["runtime"]["dtype"] == "fp32"
+        assert pipeline.runtime.dtype == pipeline.model.runtime.dtype == torch.bfloat16
+        after = pipeline.model.unet.state_dict()
+        assert all(weight.dtype == torch.bfloat16 and torch.equal(weight, after[n]) for n, weight in before.items())
+        (wanted,) = drawn(exact, [items(1)])
+        difference = np.abs(pictures(tmp_path / "bf16", [outcome]).astype(int) - pictures(tmp_path / "fp32", [wanted]))
+        assert difference.mean() < 6
+        (after_it,) = drawn(worker, [[item(1)]])
+        assert read_record(tmp_path / "bf16" / after_it.path)["runtime"]["dtype"] == "bf16"
+
+
+def test_a_lost_device_ends_the_run(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that would be drawn after it could be: the rows are not to blame."""
+    poisoned(worker, monkeypatch, {"prompt 2": torch.AcceleratorError("CUDA error: an illegal memory access\nCUDA …")})
+    outcomes = []
+    with pytest.raises(DeviceLostError, match="illegal memory access") as raised:
+        outcomes.extend(worker.run(Feed([[one] for one in items(4)], Stop())))
+    assert raised.value.exit_code == 75
+    assert lines_of(tmp_path) == {0: ["done"], 1: ["done"]}
+
+
+# ---- the disk ----
+
+
+def test_a_full_disk_ends_the_run_after_what_fits(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, told = os.write, []
+
+    def full(descriptor: int, data: Any) -> int:
+        if threading.current_thread().name.startswith("png") and b"prompt 3\nSteps" in bytes(data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    run = worker.run(Feed(list(batches(items(9), 3)), Stop()))
+    with pytest.raises(StorageError, match="No space left"):
+        told.extend(run)
+    noted = {number for number, lines in lines_of(tmp_path).items() if lines == ["done"]}
+    assert noted >= {0, 1, 2, 4, 5}
+    assert 3 not in noted
+    assert not list(tmp_path.rglob("*.part"))
+    monkeypatch.undo()
+    left = [one for one in items(9) if one.number not in noted]
+    assert set(statuses(drawn(worker, [left]))) | noted == set(range(9))
+
+
+def test_outcomes_told_before_a_full_disk_are_noted(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    write = picture_files.write_picture
+
+    def full(folder: Path, path: str, data: bytes) -> str:
+        if "00000004-" in path:
+            raise StorageError("cannot write: No space left on device.")
+        return write(folder, path, data)
+
+    monkeypatch.setattr("ldmcli.batch.worker.write_picture", full)
+    run = worker.run(Feed(list(batches(items(9), 3)), Stop()))
+    with pytest.raises(StorageError):
+        told.extend(outcome.item.number for outcome in run)
+    assert told == [0, 1, 2, 4, 5, 6, 7, 8]  # the batch in hand, the third, is told of too
+
+
+# ---- stopping, and plans that fail ----
+
+
+def test_stop_finishes_the_batch_in_hand(worker: Worker, tmp_path: Path) -> None:
+    stop, found = Stop(), []
+    for outcome in worker.run(Feed(batches(items(100), 2), stop)):
+        stop.request()
+        found.append(outcome)
+    # Told of the first batch while the second is in hand: that one too, and no more.
+    assert statuses(found) == dict.fromkeys(range(4), "done")
+    assert set(lines_of(tmp_path)) == set(range(4))
+
+
+def test_stop_while_the_plan_waits(worker: Worker) -> None:
+    stop, release = Stop(), threading.Event()
+
+    def endless() -> Iterator[list[Item]]:
+        yield items(1)
+        release.wait(60)
+
+    for _ in worker.run(Feed(endless(), stop)):  # told of at once, though no more batches come
+        stop.request()
+    release.set()
+
+
+def test_what_a_plan_raises_comes_after_its_batches(worker: Worker) -> None:
+    def breaking() -> Iterator[list[Item]]:
+        yield items(2)
+        raise LdmError("the input is damaged.")
+
+    found = []
+    with pytest.raises(LdmError, match="damaged"):
+        found.extend(worker.run(Feed(breaking(), Stop())))
+    run = worker.run(Feed(breaking(), Stop()))
+    assert [next(run).item.number, next(run).item.number] == [0, 1]
+
+
+def test_a_feed_reads_little_ahead(worker: Worker) -> None:
+    read = []
+
+    def plan() -> Iterator[list[Item]]:
+        for number in range(1000):
+            read.append(number)
+            yield [item(number)]
+
+    feed = Feed(plan(), Stop())
+    run = worker.run(feed)
+    for _ in range(5):
+        next(run)
+    assert len(read) <= 5 + 1 + 1 + 2 + 1  # told of, in hand, got, waiting, read
+    feed.close()
+    run.close()
+
+
+def test_nothing_to_draw(worker: Worker, tmp_path: Path) -> None:
+    assert drawn(worker, []) == []
+    assert lines_of(tmp_path) == {}
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(LdmError, match="does not exist"):
+        Worker(setup_in(tmp_path, model=str(tmp_path / "none")), "worker-0")
+    logging.getLogger("ldmcli").debug("nothing is left behind")
