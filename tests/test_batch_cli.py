@@ -342,7 +342,8 @@ def test_json_lines_come_as_pictures_are_finished(tmp_path: Path) -> None:
 def test_endless_input_ends_at_the_limit(tmp_path: Path) -> None:
     source = subprocess.Popen(["yes", "a prompt"], stdout=subprocess.PIPE)
     process = start(
-        "batch", "-", "--format", "txt", "-o", tmp_path / "out", "-m", tiny_model(), "--steps", "1", "--max-images", "5",
+        "batch", "-", "--format", "txt", "-o", tmp_path / "out", "-m", tiny_model(), "--steps", "1",
+        "--max-images", "5",
         stdin=source.stdout,
     )  # fmt: skip
     out, err = process.communicate(timeout=60)

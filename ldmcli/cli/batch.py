@@ -59,7 +59,7 @@ class _Shard(click.ParamType):
         return int(found[1]), int(found[2])
 
 
-@click.command()
+@click.command(short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
 @option("--format", "input_format", type=click.Choice(["txt", "jsonl", "csv", "tsv"]),

@@ -8,7 +8,7 @@ import click
 from ldmcli.cli.options import expanded, json_option, verbosity_options
 
 
-@click.command()
+@click.command(short_help="Tell what a picture or a model file is.")
 @click.argument("file", metavar="FILE")
 @click.option("--allow-pickle", is_flag=True, help="Look into .ckpt, .pt and .bin files too, for plain tensors alone.")
 @json_option("Print one JSON object.")

@@ -7,7 +7,7 @@ import click
 from ldmcli.cli.options import json_option, verbosity_options
 
 
-@click.command()
+@click.command(short_help="List the models at hand.")
 @json_option("Print each model as a JSON line.")
 @verbosity_options
 def models(as_json: bool) -> None:

@@ -12,7 +12,7 @@ from ldmcli.errors import UsageError, printable
 _log = logging.getLogger(__name__)
 
 
-@click.command()
+@click.command(short_help="Fetch a model from the Hugging Face hub.")
 @click.argument("model", metavar="ORG/NAME[@REVISION]")
 @option("--fp16/--full", default=True, show_default=True,
         help="Which weights to fetch where the model has both: in 16 bits, or in full.")  # fmt: skip

@@ -40,7 +40,7 @@ _RUNTIME_OPTIONS = ("device", "dtype", "attention")
 _WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type")
 
 
-@click.command()
+@click.command(short_help="Draw prompts given as arguments.")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @model_options
 @request_options
