@@ -197,7 +197,9 @@ class _Troupe:
 def _connect(address: str | None) -> None:
     """Join the cluster, or start one that ends with this process; all of Ray's own talk is left out."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "(?s).")  # no line of its nodes: they would go to standard output
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS_SKIP_REGEX", "(?s)."
+    )  # no line of its nodes: they would go to standard output
     if address is None:
         _protect()
     import ray  # which reads its environment when it is imported
@@ -212,9 +214,13 @@ def _connect(address: str | None) -> None:
             # Its token is in RAY_AUTH_TOKEN, or where else Ray looks for it.
             ray.init(address=address, **quiet)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
-        where = f"the Ray cluster at {printable(address)}" if address else "Ray"
-        told = printable(str(error).strip().partition("\n")[0])
-        raise StartError(f"{where} cannot be used: {told}.") from error
+        told = printable(str(error).strip().partition("\n")[0].rstrip("."))
+        if address is None:
+            raise StartError(f"Ray cannot be started: {told}.") from error
+        raise StartError(
+            f"the Ray cluster at {printable(address)} cannot be used ({told}); see that it is there, and "
+            "its token in RAY_AUTH_TOKEN."
+        ) from error
     finally:
         for number, handler in handlers.items():  # Ray takes SIGTERM for itself
             if signal.getsignal(number) != handler:

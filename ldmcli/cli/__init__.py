@@ -33,8 +33,8 @@ class _Terminated(BaseException):
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 some rows failed, 65 bad data or model, 66 no such input, 73 cannot "
-    "create output, 74 I/O, 75 try again, 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 some rows failed, 65 bad data or model, 66 no such input, "
+    "73 cannot create output, 74 I/O, 75 try again, 130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, "-V", "--version", message="ldm %(version)s")
 def cli() -> None:
