@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ldmcli.checkpoints.source import open_model
 from ldmcli.checkpoints.vae_source import load_vae_from, open_vae
-from ldmcli.config import ModelConfig, TinyVAEConfig
+from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig
 from ldmcli.errors import BadDataError, LdmError, MissingInputError
 from ldmcli.models.taesd import TinyVAE
+from ldmcli.runtime.policy import Runtime
 
 State = dict[str, Tensor]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -241,3 +242,17 @@ open_vae(path, open_model(path).config)
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "force_upcast", "wanted"),
+    [
+        (torch.float16, True, torch.float32),
+        (torch.float16, False, torch.float16),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float32, True, torch.float32),
+    ],
+)
+def test_a_vae_that_overflows_is_kept_out_of_fp16(dtype: torch.dtype, force_upcast: bool, wanted: torch.dtype) -> None:
+    runtime = Runtime(torch.device("cpu"), dtype, dtype, "sdpa")
+    assert runtime.vae_dtype(VAEConfig(force_upcast=force_upcast)) == wanted
