@@ -291,6 +291,19 @@ def test_a_signal_finishes_what_is_in_hand(tmp_path: Path, number: signal.Signal
     assert facts["done"] == len(list((tmp_path / "out" / "images").rglob("*.png")))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_it_waits_for_rows(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = start("batch", "-", "--format", "txt", "-o", tmp_path / "out", "-m", tiny_model(), "--steps", "1")
+    assert process.stdin is not None
+    process.stdin.write(b"one\n")
+    process.stdin.flush()
+    wait_for_pictures(tmp_path, 1)
+    process.send_signal(number)
+    process.wait(timeout=60)  # with standard input still open
+    assert process.returncode == code
+    assert status(tmp_path / "out")["done"] == 1
+
+
 def test_a_second_signal_stops_now(tmp_path: Path) -> None:
     process = long_run(tmp_path, "-b", "64")
     wait_for_pictures(tmp_path, 1)

@@ -100,7 +100,7 @@ class Job:
         return continues(self.path, Digest(str(before.get("sha256")), int(before.get("bytes", 0))))
 
     def _open(self) -> RowReader:
-        return open_rows(self.path, format=self.options["input_format"], prompt_column=self.options["prompt_column"])
+        return open_rows(self.path, format=self.options["format"], prompt_column=self.options["prompt_column"])
 
     def _open_sources(self) -> Sources:
         """Look at the model. Where only its U-Net can tell the prediction type, that is asked once, not by workers."""

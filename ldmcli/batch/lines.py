@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
-import io
+import os
 import sys
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from ldmcli.errors import BadDataError, MissingInputError, StorageError, printable
 from ldmcli.opening import bad_file, open_regular
@@ -148,8 +148,8 @@ def _stdin() -> Iterator[bytes]:
     if sys.stdin is None:
         raise MissingInputError("standard input is closed; name a prompt file.")
     try:
-        stdin = cast(io.BufferedReader, sys.stdin.buffer)
-        while chunk := stdin.read1(_CHUNK):  # what is there, without waiting for more
+        # Past Python's buffer, whose lock a thread that waits here would hold when the program ends.
+        while chunk := os.read(sys.stdin.fileno(), _CHUNK):
             yield chunk
     except OSError as error:
         raise StorageError(f"reading standard input failed: {printable(str(error))}.") from None

@@ -62,7 +62,7 @@ class _Shard(click.ParamType):
 @click.command(short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
-@option("--format", "input_format", type=click.Choice(["txt", "jsonl", "csv", "tsv"]),
+@option("--format", type=click.Choice(["txt", "jsonl", "csv", "tsv"]),
         help="What FILE is.  [default: by its name's ending; needed for -]")  # fmt: skip
 @option("--prompt-column", metavar="NAME", help="The CSV or TSV column, or JSON field, to take prompts from.")
 @option(
@@ -197,7 +197,8 @@ def _engine(options: dict[str, Any]) -> "Callable[[Setup], Engine]":
 
     devices = parse_devices(options["devices"]) if options["devices"] else None
     if options["engine"] == "ray":
-        return partial(_ray_engine, options["ray_address"], len(devices) if devices else None)
+        workers = len(devices) if devices and devices != ("all",) else None
+        return partial(_ray_engine, options["ray_address"], workers)
     if options["ray_address"]:
         raise UsageError("--ray-address is for --engine ray.")
     return partial(_local_engine, devices or (options["device"],))

@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from ldmcli.cli.options import expanded, json_option, verbosity_options
+from ldmcli.cli.options import expanded, json_option, option, verbosity_options
 
 
 @click.command(short_help="Tell what a picture or a model file is.")
 @click.argument("file", metavar="FILE")
-@click.option("--allow-pickle", is_flag=True, help="Look into .ckpt, .pt and .bin files too, for plain tensors alone.")
+@option("--allow-pickle", is_flag=True, help="Look into .ckpt, .pt and .bin files too, for plain tensors alone.")
 @json_option("Print one JSON object.")
 @verbosity_options
 def info(file: str, allow_pickle: bool, as_json: bool) -> None:
