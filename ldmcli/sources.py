@@ -55,6 +55,11 @@ class Sources:
         check_memory(self.model.config, fitted.width, fitted.height)
         return fitted
 
+    @property
+    def token_limit(self) -> int:
+        """How many tokens of a prompt the model reads, or of each chunk of it; begin and end marks not counted."""
+        return self.model.config.text_encoders[0].max_length - 2
+
     def check_length(self, text: str, request: GenerationRequest) -> str:
         """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
         cut off and the request says that this is an error."""
@@ -62,9 +67,8 @@ class Sources:
         prompts = (tokenize(t, text, syntax=request.prompt_syntax, chunked=chunked) for t in self.model.tokenizers)
         cut = max((prompt.cut_text for prompt in prompts), key=len)
         if cut and request.on_long_prompt == "error":
-            limit = self.model.config.text_encoders[0].max_length - 2
             raise UsageError(
-                f"a prompt is longer than the {limit} tokens the model reads; too much: “{printable(cut)}”."
+                f"a prompt is longer than the {self.token_limit} tokens the model reads; too much: “{printable(cut)}”."
             )
         return cut
 

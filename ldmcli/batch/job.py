@@ -118,7 +118,10 @@ class Job:
             cut = self.sources.check_length(text, request)
             if cut and self._cuts < _SHOWN_CUTS:
                 self._cuts += 1
-                _log.warning("a prompt is longer than the model reads; cut off: “%s”", printable(cut))
+                limit = self.sources.token_limit
+                _log.warning(
+                    "a prompt is longer than the %d tokens the model reads; cut off: “%s”", limit, printable(cut)
+                )
 
 
 def _tell(bad: BadRow) -> None:

@@ -218,7 +218,10 @@ def _checked(requests: Iterator[GenerationRequest], sources: "Sources", *, eager
         fitted = sources.fit(request)
         for text in (fitted.prompt, *({fitted.negative_prompt} - read)):
             if cut := sources.check_length(text, fitted):
-                _log.warning("a prompt is longer than the model reads; cut off: “%s”", printable(cut))
+                limit = sources.token_limit
+                _log.warning(
+                    "a prompt is longer than the %d tokens the model reads; cut off: “%s”", limit, printable(cut)
+                )
         if not read and fitted.guidance_scale is not None and fitted.guidance_scale < 1:
             _log.warning("guidance below 1 draws what the negative prompt says; 1 is unguided")
         read.add(fitted.negative_prompt)
