@@ -30,14 +30,6 @@ _CLIP_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of its merge
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizedPrompt:
-    """Token ids, exactly `max_length` of them, and the end of the prompt that did not fit ("" if all did)."""
-
-    ids: tuple[int, ...]
-    cut_text: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """What a tokenizer is made of: token ids, merges in order of rank, and the token that fills up short prompts."""
 
@@ -74,12 +66,6 @@ class ClipTokenizer:
         self.eos_id = vocabulary.ids[_EOS]
         self.pad_id = vocabulary.ids[vocabulary.pad_token]
         self.comma_id = vocabulary.ids.get(",</w>")
-
-    def __call__(self, prompt: str) -> TokenizedPrompt:
-        """The prompt between begin and end marks, padded or cut to `max_length`."""
-        tokens = self.tokens(prompt)
-        room = self.max_length - 2
-        return TokenizedPrompt(self.framed(tokens.ids[:room]), tokens.text_from(room))
 
     def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Up to `max_length - 2` ids between begin and end marks, padded to `max_length`."""
