@@ -378,6 +378,19 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(tmp_p
     assert_refused(batch(prompt_file(tmp_path), "-o", tmp_path / "file" / "out"), 73, "file")
 
 
+def test_a_sheet_that_cannot_be_written_is_refused_before_the_model_loads(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    refused = batch(prompt_file(tmp_path), "-o", tmp_path / "out", "--sheet", tmp_path / "file" / "sheet.png")
+    assert_refused(refused, 73, "file")
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_column_that_may_be_misspelt_is_told_of_once(tmp_path: Path) -> None:
+    done = batch(prompt_file(tmp_path, "rows.csv", "prompt,guidence scale\na,3\n"), "-o", tmp_path / "out")
+    assert done.code == 0, done
+    assert done.err.count("guidance_scale") == 1
+
+
 def test_a_full_disk_can_be_gone_on_from(tmp_path: Path) -> None:
     """A file system of 200 KB; needs the right to mount one."""
     small = tmp_path / "small"

@@ -69,8 +69,9 @@ class Job:
             if told and isinstance(one, BadRow):
                 _tell(one)
             yield one
-        for hint in self.reader.hints:
-            _log.warning("%s", hint)
+        if self.digest is None:  # else they were told of when the rows were surveyed
+            for hint in self.reader.hints:
+                _log.warning("%s", hint)
 
     def open_run(self, folder: Path, found: Survey | None) -> None:
         """Begin the run in the folder's run.json, or see that it is this one. Raises BadDataError if it is another."""

@@ -148,6 +148,8 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
     options = job.options
     folder = Path(options["output"])
     prepare_folder(folder)
+    if options["sheet"]:
+        prepare_folder(Path(options["sheet"]).parent)  # not after hours of drawing
     with folder_lock(folder):
         job.open_run(folder, found)
         clean_temporaries(folder)
