@@ -35,8 +35,8 @@ class DiffusionModel:
         settings = requests[0]
         scale = settings.guidance_scale
         assert scale is not None
-        guide = scale != 1 and not self.config.unet.guidance_dim  # a model that reads the scale is not pushed as well
-        pairs = self.conditions(requests, negatives=guide)
+        guide = is_guided(self.config, settings)
+        pairs = conditions(self.config, self.prompts, requests)
         negative, positive = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if not guide:
             return predicting(self._model(positive, requests, steps), self.config.schedule.prediction_type)
@@ -49,22 +49,6 @@ class DiffusionModel:
             unguided=self._model(positive, requests, steps) if interval else None,
         )
         return predicting(model, self.config.schedule.prediction_type)
-
-    def conditions(
-        self, requests: Sequence[GenerationRequest], *, negatives: bool
-    ) -> list[tuple[Conditioning, Conditioning]]:
-        """What each request's negative prompt and prompt mean to the U-Net; without `negatives`, twice the prompt."""
-        prompts = [r.prompt for r in requests]
-        if not negatives:
-            return [(c, c) for c in self._encode(prompts, requests[0])]
-        encoded = self._encode([r.negative_prompt for r in requests] + prompts, requests[0])
-        pairs = list(zip(encoded[: len(requests)], encoded[len(requests) :], strict=True))
-        if self.config.zero_empty_negative:
-            pairs = [
-                (negative if r.negative_prompt else zeros_like(positive), positive)
-                for r, (negative, positive) in zip(requests, pairs, strict=True)
-            ]
-        return pairs
 
     def _both(
         self,
@@ -102,14 +86,6 @@ class DiffusionModel:
         positive = count(request.prompt)
         empty_is_zeros = self.config.zero_empty_negative and not request.negative_prompt
         return positive if empty_is_zeros else count(request.negative_prompt), positive
-
-    def _encode(self, prompts: Sequence[str], settings: GenerationRequest) -> list[Conditioning]:
-        return self.prompts.encode(
-            prompts,
-            syntax=settings.prompt_syntax,
-            chunked=settings.on_long_prompt == "chunk",
-            clip_skip=settings.clip_skip,
-        )
 
     def _model(
         self,
@@ -153,3 +129,37 @@ class DiffusionModel:
                 row += [_NEGATIVE_AESTHETIC if negative else _AESTHETIC]
             rows.append(row)
         return torch.tensor(rows, dtype=torch.float32)
+
+
+def is_guided(config: ModelConfig, request: GenerationRequest) -> bool:
+    """Whether a request, fitted to the model, is drawn with its negative prompt too. A model that reads the guidance
+    scale is not pushed as well."""
+    return request.guidance_scale != 1 and not config.unet.guidance_dim
+
+
+def conditions(
+    config: ModelConfig, prompts: PromptEncoder, requests: Sequence[GenerationRequest]
+) -> list[tuple[Conditioning, Conditioning]]:
+    """What each request's negative prompt and prompt mean to the U-Net; without guidance, twice the prompt. The
+    requests agree in all but prompts and seed."""
+    settings = requests[0]
+
+    def encode(texts: Sequence[str]) -> list[Conditioning]:
+        return prompts.encode(
+            texts,
+            syntax=settings.prompt_syntax,
+            chunked=settings.on_long_prompt == "chunk",
+            clip_skip=settings.clip_skip,
+        )
+
+    texts = [r.prompt for r in requests]
+    if not is_guided(config, settings):
+        return [(c, c) for c in encode(texts)]
+    zeros = [config.zero_empty_negative and not r.negative_prompt for r in requests]
+    texts += [r.negative_prompt for r, none in zip(requests, zeros, strict=True) if not none]
+    encoded = encode(texts)
+    positives, negatives = encoded[: len(requests)], iter(encoded[len(requests) :])
+    return [
+        (zeros_like(positive) if none else next(negatives), positive)
+        for positive, none in zip(positives, zeros, strict=True)
+    ]

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
+from ldmcli.background import in_background
+from ldmcli.checkpoints.load import load_text_encoder, load_unet, load_vae
 from ldmcli.checkpoints.source import ModelSource, with_prediction_type
-from ldmcli.config import UNDECIDED, ModelConfig
-from ldmcli.diffusion import DiffusionModel
+from ldmcli.checkpoints.stored_text import Remembered, remembered, stored_encoders
+from ldmcli.config import UNDECIDED, ModelConfig, TextEncoderConfig
+from ldmcli.diffusion import DiffusionModel, conditions
 from ldmcli.errors import NotFiniteError
 from ldmcli.models.taesd import TinyVAE
 from ldmcli.models.tiling import decode_tiled
@@ -23,6 +25,10 @@ from ldmcli.runtime.policy import Runtime
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.samplers import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
+from ldmcli.stopwatch import Stopwatch
+from ldmcli.text.conditioning import PromptEncoder, TextEncoder
+from ldmcli.text.prompt_cache import PromptCache
+from ldmcli.text.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +48,7 @@ class Pipeline:
     vae: AutoencoderKL | TinyVAE
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
+    stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
 
     @property
     def config(self) -> ModelConfig:
@@ -70,14 +77,19 @@ class Pipeline:
         sample = SAMPLERS[settings.sampler]
         for model, stage in self._stages(steps, settings):
             # Prompts and guidance make a denoiser of the model.
-            denoise = model.denoiser(requests, steps)
-            for after_step in sample(denoise, latents, stage, noise, eta=settings.eta):
-                latents = after_step
-                on_step()
+            with self.stopwatch.phase("text"):
+                denoise = model.denoiser(requests, steps)
+            with self.stopwatch.phase("denoise"):
+                self.stopwatch.mark("ready")
+                for after_step in sample(denoise, latents, stage, noise, eta=settings.eta):
+                    latents = after_step
+                    self.stopwatch.mark("first_step")
+                    on_step()
         if not latents.isfinite().all():
             raise NotFiniteError(f"the U-Net gave numbers that are not finite; {self._cure()}.")
         # 4. Latents to pixels, one picture at a time: the decoder needs more memory than all before.
-        return [to_pixels(self.decode(one)) for one in latents.split(1)]
+        with self.stopwatch.phase("vae"):
+            return [to_pixels(self.decode(one)) for one in latents.split(1)]
 
     def alike(self, requests: Sequence[GenerationRequest]) -> list[list[GenerationRequest]]:
         """The requests in groups that can be drawn together: with contexts of one length. In the order of each group's
@@ -165,25 +177,80 @@ def load_pipeline(
     refiner: ModelSource | None = None,
     unet: UNet | None = None,
     tile_vae: bool = False,
+    first: Sequence[GenerationRequest] = (),
+    memory: Remembered | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Pipeline:
     """Read all parts of a model to the runtime's device and dtype: with another `vae` than its own, with a refiner's
-    U-Net and text encoder, or with its U-Net as it was read before."""
-    if vae is None:
-        loaded: AutoencoderKL | TinyVAE = load_vae(source, runtime.device, runtime.vae_dtype(source.config.vae))
+    U-Net and text encoder, or with its U-Net as it was read before.
+
+    Threads read U-Nets and VAE while the prompts of the requests that are drawn `first` are encoded. The text encoders
+    are not read where `memory` has what they make of those; without any such requests they are read now.
+    """
+    memory = remembered(enabled=False) if memory is None else memory
+    stopwatch = Stopwatch() if stopwatch is None else stopwatch
+    threads = torch.get_num_threads()
+    decoder = in_background(lambda: _load_vae(source, runtime, vae), "read VAE")
+    models = [_Loading(source, runtime, unet)]
+    if refiner is not None:
+        models.append(_Loading(refiner, runtime))
+    for model in models:
+        model.encode(first, memory, stopwatch)
+    with stopwatch.phase("weights"):
+        loaded = [model.result() for model in models]
+        loaded_vae = decoder.result()
+        torch.set_num_threads(threads)  # which those that read have changed for all threads to come
+        runtime.prepare(loaded_vae)
+        return Pipeline(runtime, loaded[0], loaded_vae, loaded[1] if refiner is not None else None, tile_vae, stopwatch)
+
+
+class _Loading:
+    """A U-Net with its text encoders on their way."""
+
+    def __init__(self, source: ModelSource, runtime: Runtime, unet: UNet | None = None) -> None:
+        self._source, self._runtime = source, runtime
+        self._unet = in_background(lambda: unet or _load_unet(source, runtime), "read U-Net")
+        self._prompts: PromptEncoder | None = None
+
+    def encode(self, requests: Sequence[GenerationRequest], memory: Remembered, stopwatch: Stopwatch) -> None:
+        """Encode the prompts of these requests; if there are none, read the text encoders."""
+        source, runtime = self._source, self._runtime
+
+        def load(text: TextEncoderConfig, tokenizer: ClipTokenizer) -> TextEncoder:
+            with stopwatch.phase("weights"):
+                return load_text_encoder(source, text, tokenizer, runtime.device, runtime.text_dtype)
+
+        with stopwatch.phase("text"):
+            stored = stored_encoders(source, load, runtime.device, runtime.text_dtype, memory)
+            self._prompts = PromptCache(stored)
+            for request in requests:
+                conditions(source.config, self._prompts, [request])
+            if not requests:
+                for encoder in stored.encoders:
+                    encoder.load()
+
+    def result(self) -> DiffusionModel:
+        """The model, once all of it is there."""
+        assert self._prompts is not None
+        unet = self._unet.result()
+        self._runtime.prepare(unet)
+        return DiffusionModel(self._source.config, self._runtime, unet, self._prompts)
+
+
+def _load_unet(source: ModelSource, runtime: Runtime) -> UNet:
+    torch.set_num_threads(1)  # of this thread: each that reads does so beside others
+    return load_unet(source, runtime.device, runtime.dtype)
+
+
+def _load_vae(source: ModelSource, runtime: Runtime, other: "VAESource | None") -> AutoencoderKL | TinyVAE:
+    torch.set_num_threads(1)
+    if other is None:
+        vae: AutoencoderKL | TinyVAE = load_vae(source, runtime.device, runtime.vae_dtype(source.config.vae))
     else:
         from ldmcli.checkpoints.vae_source import load_vae_from
 
-        loaded = load_vae_from(vae, runtime.device, runtime.vae_dtype(vae.config))
-    runtime.prepare(loaded)
-    model = _load_model(source, runtime, unet)
-    return Pipeline(runtime, model, loaded, _load_model(refiner, runtime) if refiner else None, tile_vae)
-
-
-def _load_model(source: ModelSource, runtime: Runtime, unet: UNet | None = None) -> DiffusionModel:
-    unet = load_unet(source, runtime.device, runtime.dtype) if unet is None else unet
-    runtime.prepare(unet)
-    prompts = load_text_encoders(source, runtime.device, runtime.text_dtype)
-    return DiffusionModel(source.config, runtime, unet, prompts)
+        vae = load_vae_from(other, runtime.device, runtime.vae_dtype(other.config))
+    return vae
 
 
 def settled(source: ModelSource, runtime: Runtime) -> tuple[ModelSource, UNet | None]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,11 @@ from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model, w
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.request import GenerationRequest, fit_to_model
 from ldmcli.runtime.memory import check_memory
+from ldmcli.stopwatch import Stopwatch
 from ldmcli.text.chunks import tokenize
 
 if TYPE_CHECKING:
+    from ldmcli.checkpoints.stored_text import Remembered
     from ldmcli.checkpoints.vae_source import VAESource
     from ldmcli.models.unet import UNet
     from ldmcli.pipeline import Pipeline
@@ -31,13 +33,31 @@ class Sources:
     refiner: ModelSource | None = None
     unet: "UNet | None" = None
 
-    def load(self, runtime: "Runtime", *, tile_vae: bool) -> "Pipeline":
-        """Read all weights."""
+    def load(
+        self,
+        runtime: "Runtime",
+        *,
+        tile_vae: bool,
+        first: Sequence[GenerationRequest] = (),
+        memory: "Remembered | None" = None,
+        stopwatch: Stopwatch | None = None,
+    ) -> "Pipeline":
+        """Read all weights; the prompts of what is drawn `first` are encoded meanwhile, unless `memory` has them."""
         from ldmcli.pipeline import load_pipeline
 
         model, refiner = (s and dataclasses.replace(s, half=runtime.half) for s in (self.model, self.refiner))
         assert model is not None
-        return load_pipeline(model, runtime, vae=self.vae, refiner=refiner, unet=self.unet, tile_vae=tile_vae)
+        return load_pipeline(
+            model,
+            runtime,
+            vae=self.vae,
+            refiner=refiner,
+            unet=self.unet,
+            tile_vae=tile_vae,
+            first=first,
+            memory=memory,
+            stopwatch=stopwatch,
+        )
 
     def settled(self, runtime: "Runtime") -> "Sources":
         """With the model's prediction type found out, if only its U-Net can tell."""

@@ -230,9 +230,9 @@ def make_model(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: di
 
     from ldmcli.checkpoints import folder_config
     from ldmcli.checkpoints.files import write_tensors
+    from ldmcli.models.text import TextTransformer
     from ldmcli.models.unet import UNet
     from ldmcli.models.vae import AutoencoderKL
-    from ldmcli.text.clip import build_clip
     from ldmcli.text.tokenizer import _byte_alphabet
 
     parts = (("unet", unet), ("vae", vae), ("text_encoder", text))
@@ -252,7 +252,7 @@ def make_model(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: di
     modules = {
         "unet": UNet(folder_config.unet_config(folder / "unet" / "config.json")),
         "vae": AutoencoderKL(folder_config.vae_config(folder / "vae" / "config.json")),
-        "text_encoder": build_clip(text_config),
+        "text_encoder": TextTransformer(text_config),
     }
     for name, module in modules.items():
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"

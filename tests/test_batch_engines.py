@@ -16,7 +16,7 @@ from batch_support import batches, item, items, lines_of, pictures, setup_in, st
 from cli_support import environment, until
 from oracle.comparing import pixels_apart
 
-from ldmcli.batch.devices import parse_devices, present, threads_each
+from ldmcli.batch.devices import cores_each, parse_devices, present
 from ldmcli.batch.dispatch import Dispatcher, StartError, noted
 from ldmcli.batch.feed import Batch, Feed, Stop
 from ldmcli.batch.items import Item, Outcome
@@ -88,9 +88,9 @@ def test_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cores_are_shared_out() -> None:
-    assert threads_each(TWO, 8) == 4
-    assert threads_each(("cpu",) * 9, 4) == 1
-    assert threads_each(("cuda:0", "cpu"), 8) == 8
+    assert cores_each(TWO, 8) == 4
+    assert cores_each(("cpu",) * 9, 4) == 1
+    assert cores_each(("cuda:0", "cpu"), 8) == 8
 
 
 # ---- one device ----

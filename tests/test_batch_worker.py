@@ -19,11 +19,11 @@ from ldmcli.batch import pictures as picture_files
 from ldmcli.batch.drawing import DeviceLostError
 from ldmcli.batch.feed import Feed, Stop
 from ldmcli.batch.items import Item, Outcome
-from ldmcli.batch.prompt_cache import PromptCache
 from ldmcli.batch.worker import Worker
 from ldmcli.errors import LdmError, NotFiniteError, StorageError
 from ldmcli.images.metadata import read_record
 from ldmcli.request import GenerationRequest
+from ldmcli.text.prompt_cache import PromptCache
 
 TWO_GIB = 2 << 30
 

@@ -18,6 +18,7 @@ from ldmcli.errors import LdmError, UsageError
 from ldmcli.pipeline import Pipeline, to_pixels
 from ldmcli.request import GenerationRequest, fit_to_model
 from ldmcli.sampling.schedule import Schedule
+from ldmcli.text.prompt_cache import PromptCache
 
 # Kernels may sum in another order for another batch size; that is all an image's neighbours can change.
 LATENTS_TOLERANCE = 1e-5
@@ -145,7 +146,9 @@ def test_equal_prompts_are_encoded_once(
     pipeline: Pipeline, guidance_scale: float, texts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    (encoder,) = pipeline.model.prompts.encoders
+    prompts = pipeline.model.prompts
+    pipeline = dataclasses.replace(pipeline, model=dataclasses.replace(pipeline.model, prompts=PromptCache(prompts)))
+    (encoder,) = prompts.encoders
     encode = encoder.encode
 
     def counting(ids: Tensor, *, clip_skip: int = 1) -> Any:

@@ -311,7 +311,9 @@ def test_no_png_data_for_a_terminal() -> None:
 def test_prompts_from_standard_input(tmp_path: Path) -> None:
     """A byte order mark, CRLF, blank lines, no final newline; other PROMPTs beside it; a random seed is reported."""
     lines = "\ufeffone é\r\n\r\n   \ntwo\nthree".encode()
-    result = ldm("txt2img", "-m", tiny_model(), "zero", "-", "--steps", "1", "-o", tmp_path, "--json", stdin=lines)
+    result = ldm(
+        "txt2img", "-m", tiny_model(), "zero", "-", "--steps", "1", "-g", "100", "-o", tmp_path, "--json", stdin=lines
+    )
     assert result.code == 0
     records = result.records
     assert [record["prompt"] for record in records] == ["zero", "one é", "two", "three"]

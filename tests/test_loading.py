@@ -38,7 +38,7 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 def text_model(pipeline: Pipeline) -> Any:
     """The module of its one text encoder."""
     (encoder,) = pipeline.model.prompts.encoders
-    return encoder.model  # type: ignore[attr-defined]
+    return encoder.load().model  # type: ignore[attr-defined]
 
 
 def parts(pipeline: Pipeline) -> dict[str, nn.Module]:
@@ -284,9 +284,6 @@ def test_nothing_is_left_on_meta(pipeline: Pipeline) -> None:
         for tensor in [*part.parameters(), *part.buffers()]:
             assert tensor.device.type == "cpu"
             assert not tensor.requires_grad
-    ids = [module.position_ids for module in text_model(pipeline).modules() if hasattr(module, "position_ids")]
-    assert len(ids) == 1
-    assert torch.equal(ids[0], torch.arange(77)[None])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

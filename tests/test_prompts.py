@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from test_tokenizer import read
 from torch import Tensor
 
+from ldmcli.config import TextEncoderConfig
 from ldmcli.errors import BadDataError, LdmError, UsageError
+from ldmcli.models.text import TextTransformer
 from ldmcli.text.chunks import TokenizedPrompt, tokenize
 from ldmcli.text.conditioning import Conditioning, PromptEncoder, emphasized, zeros_like
 from ldmcli.text.prompt_syntax import Piece, parse
@@ -277,13 +279,11 @@ class TinyEncoder:
     """CLIP of random weights; `calls` counts the rows of each call."""
 
     def __init__(self, width: int, *, pooled: bool = False, cleaned: bool = False) -> None:
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
         torch.manual_seed(width)
-        config = CLIPTextConfig(
-            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=2, projection_dim=6
+        config = TextEncoderConfig(
+            hidden_size=width, intermediate_size=2 * width, layers=3, heads=2, final_norm=False, projection_dim=6
         )
-        self.model = CLIPTextModelWithProjection(config).eval()
+        self.model = TextTransformer(config).eval()
         vocabulary = clip_vocabulary()
         pad = type(vocabulary)(vocabulary.ids, vocabulary.merges, "!") if cleaned else vocabulary
         self.tokenizer = ClipTokenizer(pad, 77, cleaned=cleaned)
@@ -292,8 +292,7 @@ class TinyEncoder:
 
     def encode(self, ids: Tensor, *, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
         self.calls.append(len(ids))
-        out = self.model(input_ids=ids, output_hidden_states=True)
-        return out.hidden_states[-clip_skip], out.text_embeds if self.pooled else None
+        return self.model(ids, clip_skip=clip_skip, pooled=self.pooled)
 
 
 @pytest.fixture(scope="module")

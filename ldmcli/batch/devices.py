@@ -42,7 +42,7 @@ def present(devices: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
 
 
-def threads_each(devices: tuple[str, ...], cores: int) -> int:
-    """How many threads each of several workers gets: the cores shared out among those on the CPU, or among all."""
+def cores_each(devices: tuple[str, ...], cores: int) -> int:
+    """How many cores each of several workers gets: all there are, shared out among those on the CPU, or among all."""
     on_cpu = sum(device == "cpu" for device in devices)
     return max(1, cores // (on_cpu or len(devices) or 1))

@@ -17,6 +17,7 @@ from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import printable
 from ldmcli.request import GenerationRequest
+from ldmcli.runtime.startup import quicken
 from ldmcli.sources import Sources, open_sources
 
 _log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Job:
         """Look at the model. Where only its U-Net can tell the prediction type, that is asked once, not by workers."""
         sources = open_sources(self.options)
         if sources.model.config.schedule.prediction_type == UNDECIDED:
+            quicken()
             from ldmcli.runtime.policy import choose_runtime
 
             runtime = choose_runtime(self.options["device"], self.options["dtype"], self.options["attention"])

@@ -1,15 +1,16 @@
 """Drawing on this machine: one device in this process, several in a process each, fed from one plan."""
 
 import logging
-import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
-from ldmcli.batch.devices import threads_each
+from ldmcli.batch.devices import cores_each
 from ldmcli.batch.dispatch import Dispatcher
 from ldmcli.batch.feed import Feed, Stop
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.member import Failed, Member, Ready
+from ldmcli.runtime.startup import quicken
+from ldmcli.runtime.threads import available_cores
 
 _POLL = 0.1  # s between looks at the plan and at whether to stop
 _log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def run_local(
 
 
 def _run_here(setup: Setup, feed: Feed, device: str) -> Iterator[Outcome]:
+    quicken()
     from ldmcli.batch.worker import Worker
 
     worker = Worker(setup, "worker-0", device=device)
@@ -50,10 +52,10 @@ class _Crew:
         self._stop = stop
         self._dispatcher = Dispatcher(setup.folder, feed)
         self._failure: Exception | None = None
-        threads = threads_each(tuple(devices), len(os.sched_getaffinity(0)))
+        cores = cores_each(tuple(devices), available_cores())
         self._members: list[Member] = []
         for i, device in enumerate(devices):
-            self._members.append(Member(setup, f"worker-{i}", device, threads))
+            self._members.append(Member(setup, f"worker-{i}", device, cores))
 
     def run(self) -> Iterator[Outcome]:
         """Feed all members until nothing is left, in the plan or in hand; then raise what went wrong, if anything."""

@@ -36,11 +36,11 @@ class Member:
     """The parent's end of a worker process. `pipe` has something to receive when the process has said something or is
     gone."""
 
-    def __init__(self, setup: Setup, name: str, device: str, threads: int) -> None:
+    def __init__(self, setup: Setup, name: str, device: str, cores: int) -> None:
         self.name, self.device = name, device
         self.ready = self.dismissed = False
         self.held: list[Batch] = []  # less the items that it told of
-        self._arguments = (setup, name, device, threads)
+        self._arguments = (setup, name, device, cores)
         # Not forked: CUDA and torch's threads do not outlive a fork.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -109,7 +109,7 @@ class Member:
         return Member(*self._arguments)
 
 
-def _work(pipe: Connection, setup: Setup, name: str, device: str, threads: int, level: int) -> None:
+def _work(pipe: Connection, setup: Setup, name: str, device: str, cores: int, level: int) -> None:
     """The life of a worker process."""
     for number in _SIGNALS:  # a terminal sends them to the whole group; the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
@@ -122,19 +122,18 @@ def _work(pipe: Connection, setup: Setup, name: str, device: str, threads: int, 
     logger.propagate = False
     inbox = _Inbox(pipe)
     try:
-        _draw(voice, inbox, setup, name, device, threads)
+        _draw(voice, inbox, setup, name, device, cores)
     except Exception as error:
         _end(voice, error)
 
 
-def _draw(voice: "_Voice", inbox: "_Inbox", setup: Setup, name: str, device: str, threads: int) -> None:
-    import torch
+def _draw(voice: "_Voice", inbox: "_Inbox", setup: Setup, name: str, device: str, cores: int) -> None:
+    from ldmcli.runtime.startup import quicken
 
+    quicken()
     from ldmcli.batch.worker import Worker
 
-    if device == "cpu":
-        torch.set_num_threads(min(threads, torch.get_num_threads()))
-    worker = Worker(setup, name, device=device)
+    worker = Worker(setup, name, device=device, cores=cores)
     voice.say(Ready())
     for outcome in worker.run(inbox):
         voice.say(outcome)

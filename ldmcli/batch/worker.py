@@ -11,16 +11,15 @@ from ldmcli.batch.feed import Source
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
-from ldmcli.batch.prompt_cache import PromptCache
 from ldmcli.checkpoints.identity import model_sha256
+from ldmcli.checkpoints.stored_text import remembered
 from ldmcli.errors import LdmError, printable
 from ldmcli.images.metadata import text_chunks
 from ldmcli.images.png import encode_png
-from ldmcli.runtime.policy import choose_runtime
+from ldmcli.runtime.policy import choose_runtime, use_threads
 from ldmcli.sources import open_sources
 
 if TYPE_CHECKING:
-    from ldmcli.pipeline import Pipeline
     from ldmcli.runtime.policy import Runtime
 
 _WRITERS = 4  # threads that encode and write; each waits for the disk most of the time
@@ -29,22 +28,24 @@ _WRITERS = 4  # threads that encode and write; each waits for the disk most of t
 class Worker:
     """A loaded model with its own manifest. Its pictures are encoded and written in threads beside the next batch.
 
-    Raises LdmError where the model cannot be loaded or the manifest not be written.
+    On a CPU it computes with as many of the `cores` as suit the model. Raises LdmError where the model cannot be loaded
+    or the manifest not be written.
     """
 
-    def __init__(self, setup: Setup, name: str, *, device: str | None = None) -> None:
+    def __init__(self, setup: Setup, name: str, *, device: str | None = None, cores: int | None = None) -> None:
         self.name = name
         self._setup = setup
         self._options = {**setup.options} | ({"device": device} if device else {})
         options = self._options
         runtime = choose_runtime(options["device"], options["dtype"], options["attention"])
         sources = open_sources(options)
+        use_threads(options["threads"], sources.model.config.unet, pictures=setup.batch_size, cores=cores)
         # Hashed beside the loading and the first batch; pictures that tell nothing need no hash.
-        self._hash = model_sha256(dataclasses.replace(sources.model, half=runtime.half)) if setup.metadata else None
+        self._memory = remembered(enabled=not options["no_cache"])
+        model = dataclasses.replace(sources.model, half=runtime.half)
+        self._hash = model_sha256(model, self._memory.hashes) if setup.metadata else None
         self._sources = sources.settled(runtime)
-        pipeline = self._sources.load(runtime, tile_vae=options["vae_tiling"])
-        _remember_prompts(pipeline)
-        self._artist = Artist(pipeline)
+        self._artist = Artist(self._sources.load(runtime, tile_vae=options["vae_tiling"], memory=self._memory))
         self._manifest = ManifestWriter(setup.folder, name)
         self._writing = threading.Lock()  # a manifest has one writer at a time
         self._threads = ThreadPoolExecutor(_WRITERS, "png")
@@ -76,6 +77,7 @@ class Worker:
     def close(self) -> None:
         """Wait for what is being written, and let go of the manifest."""
         self._threads.shutdown()
+        self._memory.prompts.flush()
         self._manifest.close()
 
     def _commit(self, drawn: Drawn, attempts: int) -> Outcome:
@@ -115,9 +117,3 @@ def results(futures: "Iterable[Future[Outcome]]") -> Iterator[Outcome]:
             failures.append(failure)
     if failures:
         raise failures[0]
-
-
-def _remember_prompts(pipeline: "Pipeline") -> None:
-    for model in (pipeline.model, pipeline.refiner):
-        if model is not None:
-            model.prompts = PromptCache(model.prompts)

@@ -26,6 +26,20 @@ _VAE_PARTS = (
     ("conv_shortcut.", "nin_shortcut."),
 )
 _OLD_VAE_PARTS = (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn."))
+_OPENCLIP_PARTS = (
+    ("embeddings.token_embedding.", "token_embedding."),
+    ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("layer_norm1.", "ln_1."),
+    ("self_attn.q_proj.", "attn.in_proj_"),
+    ("self_attn.k_proj.", "attn.in_proj_"),
+    ("self_attn.v_proj.", "attn.in_proj_"),
+    ("self_attn.out_proj.", "attn.out_proj."),
+    ("layer_norm2.", "ln_2."),
+    ("mlp.fc1.", "mlp.c_fc."),
+    ("mlp.fc2.", "mlp.c_proj."),
+    ("final_layer_norm.", "ln_final."),
+    ("text_projection.weight", "text_projection"),
+)
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -59,9 +73,22 @@ def old_diffusers_vae_key(key: str) -> str:
     return _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key
 
 
-def without_text_prefix(key: str) -> str:
-    """A CLIP text key without the `text_model.` that transformers put in front until 5.6."""
-    return key.removeprefix("text_model.")
+def clip_text_names(key: str) -> list[str]:
+    """What a canonical key of a text transformer may be called by transformers, which put `text_model.` in front of
+    nearly all until 5.6."""
+    return [f"text_model.{key}", key]
+
+
+def openclip_text_names(key: str) -> list[str]:
+    """What a canonical key of a text transformer is called by open_clip, where queries, keys and values share a name:
+    they are stacked."""
+    return [_rename(key, {"encoder.layers.": "transformer.resblocks."}, _OPENCLIP_PARTS)]
+
+
+def is_transposed(disk_key: str) -> bool:
+    """Whether a matrix lies on disk the other way round than a linear layer has it: OpenCLIP's projection, which is no
+    layer's `weight`."""
+    return disk_key.endswith(".text_projection") or disk_key == "text_projection"
 
 
 def _unet_prefixes(config: UNetConfig) -> dict[str, str]:

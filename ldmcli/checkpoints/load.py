@@ -1,34 +1,41 @@
 """From a model source to modules on a device: built on the meta device, then filled strictly, file by file."""
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldmcli.checkpoints.files import WeightFile, read_tensors
 from ldmcli.checkpoints.key_map import (
     IGNORED_ORIGINAL,
+    clip_text_names,
+    is_transposed,
     old_diffusers_vae_key,
+    openclip_text_names,
     original_unet_keys,
     original_vae_keys,
-    without_text_prefix,
 )
 from ldmcli.checkpoints.source import ModelSource, list_keys
 from ldmcli.config import TextEncoderConfig
 from ldmcli.errors import BadDataError, printable
+from ldmcli.models.text import TextTransformer
 from ldmcli.models.unet import UNet
 from ldmcli.models.vae import AutoencoderKL
-from ldmcli.text.clip import ClipTextEncoder, build_clip, restore_position_ids
 from ldmcli.text.conditioning import PromptEncoder, TextEncoder
-from ldmcli.text.openclip import OpenClipTextEncoder, build_openclip, restore_mask
+from ldmcli.text.encoder import ClipTextEncoder
 from ldmcli.text.tokenizer import ClipTokenizer
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_READERS = 2  # threads that read a part: reading, checking and converting numbers take more time than the disk
+_SHARE = 64 << 20  # bytes that a thread reads before another may take over
 
-# For each canonical key the names it may have on disk, the likeliest first.
+# For each canonical key the names it may have on disk, the likeliest first. What has its name in common with others is
+# stacked there, in the module's order.
 DiskNames = dict[str, Sequence[str]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def load_unet(source: ModelSource, device: torch.device, dtype: torch.dtype) -> UNet:
@@ -54,30 +61,40 @@ def load_vae(source: ModelSource, device: torch.device, dtype: torch.dtype) -> A
 def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.dtype) -> PromptEncoder:
     """The source's text encoders, each with its tokenizer."""
     pairs = zip(source.config.text_encoders, source.tokenizers, strict=True)
-    return PromptEncoder([_load_text_encoder(source, text, tokenizer, device, dtype) for text, tokenizer in pairs])
+    return PromptEncoder([load_text_encoder(source, text, tokenizer, device, dtype) for text, tokenizer in pairs])
 
 
-def _load_text_encoder(
+def load_text_encoder(
     source: ModelSource, text: TextEncoderConfig, tokenizer: ClipTokenizer, device: torch.device, dtype: torch.dtype
 ) -> TextEncoder:
+    """One of the source's text encoders: `text` is its configuration there. It gives pooled prompts only where the
+    U-Net reads them, which are the last encoder's."""
+    model = on_meta(lambda: TextTransformer(text))
     prefix = source.prefixes.get(text.part, "")
-    openclip = text.layout == "openclip"
-    model = on_meta(lambda: build_openclip(text) if openclip else build_clip(text))
-    names: DiskNames = {}
-    for key in model.state_dict():
-        bare = without_text_prefix(key)
-        names[key] = [prefix + key] if openclip else [f"{prefix}text_model.{bare}", f"{prefix}{bare}"]
+    name = clip_text_names if text.layout == "clip" else openclip_text_names
+    names: DiskNames = {key: [prefix + disk for disk in name(key)] for key in model.state_dict()}
     fill(model, names, source.keys(text.part), _where(source, text.part), device, dtype)
-    if openclip:
-        restore_mask(model, device, dtype)
-        return OpenClipTextEncoder(model, tokenizer, text)
-    restore_position_ids(model, device)
-    return ClipTextEncoder(model, tokenizer, text)
+    pooled = bool(source.config.unet.pooled_dim) and text.part == source.config.text_encoders[-1].part
+    return ClipTextEncoder(model, tokenizer, pooled=pooled)
 
 
 def on_meta(build: Callable[[], _Module]) -> _Module:
-    with torch.device("meta"):
+    """The module that `build` makes, on the meta device: it has shapes and no weights."""
+    with torch.device("meta"), _Uninitialized():
         return build()
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leaves out what torch.nn.init does: on meta it comes to nothing, takes half the time of building a module, and
+    for an nn.Embedding imports torch's compiler, which takes longer than all else."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def fill(
@@ -93,19 +110,53 @@ def fill(
     `on_disk` has the keys of the module's part with the files they are in; `where` begins the error that says what of
     them does not fit (BadDataError).
     """
-    canonical = _match(module, names, on_disk, where)
+    wanted = {key: tuple(meta.shape) for key, meta in module.state_dict().items()}
+    canonical = _match(wanted, names, on_disk, where)
     by_file: dict[int, tuple[WeightFile, list[str]]] = {}
     for disk_key in canonical:
         file = on_disk[disk_key]
         by_file.setdefault(id(file), (file, []))[1].append(disk_key)
-    wanted = module.state_dict()
     state: dict[str, Tensor] = {}
-    for file, disk_keys in by_file.values():
-        for disk_key, tensor in read_tensors(file, disk_keys, device, dtype):
-            key = canonical[disk_key]
-            state[key] = tensor.reshape(wanted[key].shape)
+    for disk_key, tensor in _read(list(by_file.values()), device, dtype):
+        shapes = {key: wanted[key] for key in canonical[disk_key]}
+        state |= _taken_apart(disk_key, tensor, shapes)
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
+
+
+def _read(
+    wanted: list[tuple[WeightFile, list[str]]], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Each of the tensors with its name, in no order; read and converted by several threads where there is much."""
+    shares = [(file, names) for file, keys in wanted for names in _shares(file, keys)]
+    if len(shares) == len(wanted):
+        for file, names in shares:
+            yield from read_tensors(file, names, device, dtype)
+        return
+
+    def read(file: WeightFile, names: list[str]) -> list[tuple[str, Tensor]]:
+        torch.set_num_threads(1)  # of this thread, and of those to come
+        return list(read_tensors(file, names, device, dtype))
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(_READERS, "read weights") as readers:
+        futures = [readers.submit(read, *share) for share in shares]
+        for future in futures:
+            yield from future.result()
+    torch.set_num_threads(threads)
+
+
+def _shares(file: WeightFile, names: list[str]) -> list[list[str]]:
+    """The names in the order of the file, in lists of tensors of at least _SHARE bytes each."""
+    shares: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(names, key=lambda name: file.tensors[name].start):
+        if size > _SHARE:
+            shares.append([])
+            size = 0
+        shares[-1].append(name)
+        size += file.tensors[name].end - file.tensors[name].start
+    return shares
 
 
 def _where(source: ModelSource, part: str) -> str:
@@ -113,19 +164,22 @@ def _where(source: ModelSource, part: str) -> str:
     return f"{printable(str(path))} is not the {part} it should be"
 
 
-def _match(module: nn.Module, names: DiskNames, on_disk: dict[str, WeightFile], where: str) -> dict[str, str]:
-    """Disk key → canonical key for the whole module. Raises BadDataError listing what does not fit."""
-    canonical: dict[str, str] = {}
-    faults: dict[str, list[str]] = defaultdict(list)
-    for key, meta in module.state_dict().items():
+def _match(wanted: Shapes, names: DiskNames, on_disk: dict[str, WeightFile], where: str) -> dict[str, list[str]]:
+    """Disk key → the canonical keys that it holds, for all that are wanted. Raises BadDataError listing what does not
+    fit."""
+    canonical: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = {}
+    for key in wanted:
         found = next((name for name in names[key] if name in on_disk), None)
-        if found is None:
-            faults["lacks tensors"].append(names[key][0])
-            continue
-        canonical[found] = key
-        shape = on_disk[found].tensors[found].shape
-        if not _same_shape(shape, tuple(meta.shape)):
-            faults["has tensors of the wrong shape"].append(f"{found}: {list(shape)} for {list(meta.shape)}")
+        if found is not None:
+            canonical.setdefault(found, []).append(key)
+        elif names[key][0] not in (lacking := faults.setdefault("lacks tensors", [])):
+            lacking.append(names[key][0])
+    for found, keys in canonical.items():
+        shape, right = on_disk[found].tensors[found].shape, _stored_shape(found, (wanted[key] for key in keys))
+        if not _same_shape(shape, right):
+            told = f"{found}: {list(shape)} for {list(right)}"
+            faults.setdefault("has tensors of the wrong shape", []).append(told)
     left = [key for key in on_disk if key not in canonical and not _may_be_left(key)]
     if left:
         faults["has tensors of no use here"] = left
@@ -133,6 +187,20 @@ def _match(module: nn.Module, names: DiskNames, on_disk: dict[str, WeightFile], 
         told = "; it ".join(list_keys(what, keys) for what, keys in faults.items())
         raise BadDataError(f"{where}: it {told}.")
     return canonical
+
+
+def _stored_shape(disk_key: str, shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape on disk of what tensors of these shapes are stored as."""
+    first, *others = shapes
+    stacked = (first[0] + sum(shape[0] for shape in others), *first[1:])
+    return stacked[::-1] if is_transposed(disk_key) else stacked
+
+
+def _taken_apart(disk_key: str, tensor: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    """The tensors of these shapes that are stored as one: views of it, so that nothing is held twice."""
+    stored = tensor.reshape(_stored_shape(disk_key, shapes.values()))
+    rows = (stored.T if is_transposed(disk_key) else stored).split([shape[0] for shape in shapes.values()])
+    return dict(zip(shapes, rows, strict=True))
 
 
 def _same_shape(on_disk: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

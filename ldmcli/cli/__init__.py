@@ -13,6 +13,7 @@ import click
 
 from ldmcli import __version__
 from ldmcli.cli.batch import batch
+from ldmcli.cli.bench import bench
 from ldmcli.cli.gallery import gallery
 from ldmcli.cli.info import info
 from ldmcli.cli.models import models
@@ -58,14 +59,17 @@ cli.add_command(gallery)
 cli.add_command(pull)
 cli.add_command(models)
 cli.add_command(samplers)
+cli.add_command(bench)
 
 
 def main() -> None:
     """Entry point of `ldm`: runs the command line and exits with its code."""
     code = run(sys.argv[1:])
-    if code == _INTERRUPTED:
-        os._exit(code)  # sys.exit would die of the signal instead where it had hit certain imports
-    sys.exit(code)
+    if "ray" in sys.modules and code != _INTERRUPTED:
+        sys.exit(code)  # Ray ends its processes when the interpreter does
+    # All is written and flushed. Taking torch down piece by piece would cost half a second, and sys.exit would die of
+    # the signal instead where that had hit certain imports.
+    os._exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -140,6 +140,9 @@ _RUNTIME = (
            help="Where to compute; auto: the GPU if there is one."),
     option("--attention", type=click.Choice(["auto", "sdpa", "xformers", "math"]), default="auto", show_default=True,
            help="How attention is computed: torch's kernels, xformers', or plainly."),
+    option("--threads", type=click.IntRange(1, 1024), metavar="N",
+           help="Threads to compute with on a CPU.  [default: one a core; a small model's pictures one each]"),
+    option("--no-cache", is_flag=True, help="Neither read nor keep encoded prompts and hashes of weights on disk."),
     option("--vae-tiling", is_flag=True,
            help="Decode strip by strip: the same picture in a third of the memory, slower."),
 )  # fmt: skip

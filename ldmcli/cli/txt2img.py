@@ -28,6 +28,8 @@ from ldmcli.cli.prompts import STDIN, read_prompts
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import UsageError, printable
 from ldmcli.request import MAX_SEED, GenerationRequest
+from ldmcli.runtime.startup import quicken
+from ldmcli.stopwatch import Stopwatch, process_age
 
 if TYPE_CHECKING:
     from ldmcli.pipeline import Pipeline
@@ -111,13 +113,18 @@ def _draw_all(
     from ldmcli.checkpoints.identity import model_sha256
 
     runtime = _choose_runtime(options, record)
-    hashed = model_sha256(dataclasses.replace(sources.model, half=runtime.half))
-    started = time.perf_counter()
-    pipeline = sources.load(runtime, tile_vae=options["vae_tiling"])
-    name = sources.model.name
-    _log.debug("%s loaded in %.2f s: %s", name, time.perf_counter() - started, runtime.to_dict())
+    import ldmcli.pipeline  # noqa: F401  here, so that the time it takes counts as that of imports
+    from ldmcli.checkpoints.stored_text import remembered
+
+    stopwatch = Stopwatch()
+    stopwatch.add("imports", process_age())
+    memory = remembered(enabled=not options["no_cache"])
+    hashed = model_sha256(dataclasses.replace(sources.model, half=runtime.half), memory.hashes)
+    batches = _batches(requests, options["batch_size"])
+    first = next(batches)
+    pipeline = _load(sources, runtime, options, first=first, memory=memory, stopwatch=stopwatch)
     done = 0
-    while batch := list(itertools.islice(requests := iter(requests), options["batch_size"])):
+    for batch in itertools.chain([first], batches):
         drawn: dict[int, tuple[Any, float]] = {}
         for alike in pipeline.alike(batch):
             started = time.perf_counter()
@@ -127,16 +134,35 @@ def _draw_all(
         identity = sources.identity(options, hashed.result())
         _compare_models(record, identity, options)
         for request in batch:
-            _write(output, request, drawn[id(request)], identity, runtime, metadata=not options["no_metadata"])
+            _write(output, pipeline, request, drawn[id(request)], identity, metadata=not options["no_metadata"])
+        memory.prompts.flush()
         done += len(batch)
+
+
+def _batches(requests: Iterable[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:
+    """The requests, `size` at a time, as they come."""
+    requests = iter(requests)
+    while batch := list(itertools.islice(requests, size)):
+        yield batch
+
+
+def _load(sources: "Sources", runtime: "Runtime", options: dict[str, Any], **beside: Any) -> "Pipeline":
+    from ldmcli.runtime.policy import use_threads
+
+    started = time.perf_counter()
+    use_threads(options["threads"], sources.model.config.unet, pictures=options["batch_size"])
+    pipeline = sources.load(runtime, tile_vae=options["vae_tiling"], **beside)
+    name = sources.model.name
+    _log.debug("%s loaded in %.2f s: %s", name, time.perf_counter() - started, runtime.to_dict())
+    return pipeline
 
 
 def _write(
     output: Output,
+    pipeline: "Pipeline",
     request: GenerationRequest,
     drawn: tuple[Any, float],
     identity: dict[str, str],
-    runtime: "Runtime",
     *,
     metadata: bool,
 ) -> None:
@@ -145,10 +171,13 @@ def _write(
     from ldmcli.images.png import encode_png
 
     pixels, seconds = drawn
-    chunks = text_chunks(request, identity, runtime.to_dict()) if metadata else {}
+    with pipeline.stopwatch.phase("png"):
+        chunks = text_chunks(request, identity, pipeline.runtime.to_dict()) if metadata else {}
+        data = encode_png(pixels, chunks)
     report = {**request.to_dict(), "model": identity["name"], "seconds": round(seconds, 3)}
-    output.write(encode_png(pixels, chunks), request.seed, report)
-    _log.debug("seed %d drawn in %.2f s", request.seed, seconds)
+    times = pipeline.stopwatch.report()
+    output.write(data, request.seed, report | times)
+    _log.debug("seed %d drawn in %.2f s: %s", request.seed, seconds, times["phases"])
 
 
 def _draw(pipeline: "Pipeline", batch: Sequence[GenerationRequest], label: str) -> list[Any]:
@@ -232,6 +261,7 @@ def _checked(requests: Iterator[GenerationRequest], sources: "Sources", *, eager
 
 
 def _choose_runtime(options: dict[str, Any], record: dict[str, Any] | None) -> "Runtime":
+    quicken()
     from ldmcli.runtime.policy import choose_runtime
 
     try:

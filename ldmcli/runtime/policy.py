@@ -6,9 +6,10 @@ import logging
 import torch
 from torch import nn
 
-from ldmcli.config import TinyVAEConfig, VAEConfig
+from ldmcli.config import TinyVAEConfig, UNetConfig, VAEConfig
 from ldmcli.errors import UsageError, printable
 from ldmcli.models.attention import ATTENTIONS, check_xformers, set_attention
+from ldmcli.runtime.threads import choose_threads
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _log = logging.getLogger(__name__)
@@ -59,6 +60,11 @@ def choose_runtime(device: str = "auto", dtype: str = "auto", attention: str = "
     # On a CPU the text encoder is a small part of the work, and float32 keeps the prompt exact.
     text_dtype = DTYPES[dtype] if cuda else torch.float32
     return Runtime(chosen, DTYPES[dtype], text_dtype, _choose_attention(attention, chosen, DTYPES[dtype]))
+
+
+def use_threads(asked: int | None, unet: UNetConfig, *, pictures: int = 1, cores: int | None = None) -> None:
+    """Let torch compute on a CPU with as many threads as `choose_threads` says."""
+    torch.set_num_threads(choose_threads(asked, unet, pictures=pictures, cores=cores))
 
 
 def _choose_device(name: str) -> torch.device:

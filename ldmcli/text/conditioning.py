@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,10 +32,13 @@ class TextEncoder(Protocol):
         clip_skip - 1 layers earlier, and the pooled projection (n, pooled width) where there is one."""
 
 
-class PromptEncoder:
+_Encoder = TypeVar("_Encoder", bound=TextEncoder)
+
+
+class PromptEncoder(Generic[_Encoder]):
     """A model's text encoders as one: SDXL has two, whose states stand side by side."""
 
-    def __init__(self, encoders: Sequence[TextEncoder]) -> None:
+    def __init__(self, encoders: Sequence[_Encoder]) -> None:
         self.encoders = tuple(encoders)
 
     @torch.inference_mode()

@@ -15,6 +15,7 @@ from oracle.original_layout import original_state, write
 from oracle.random_families import RECIPES, build_parts
 
 from ldmcli.checkpoints.source import open_model
+from ldmcli.diffusion import conditions
 from ldmcli.errors import BadDataError
 from ldmcli.families import LCM_DEFAULTS
 from ldmcli.pipeline import Pipeline, probed_prediction_type
@@ -141,9 +142,10 @@ def test_other_folders_have_the_weights(family_models: FamilyModels, layout: str
     ours, parts = family_models.ours("sdxl", layout), family_models.parts("sdxl")
     modules = {"unet": ours.model.unet, "vae": ours.vae}
     names = ("text_encoder", "text_encoder_2")
-    modules |= {name: text.model for name, text in zip(names, ours.model.prompts.encoders, strict=True)}
+    modules |= {name: text.load().model for name, text in zip(names, ours.model.prompts.encoders, strict=True)}
     for part, module in modules.items():
-        found, wanted = module.state_dict(), parts[part].state_dict()
+        found, theirs = module.state_dict(), parts[part].state_dict()
+        wanted = {key.removeprefix("text_model."): tensor for key, tensor in theirs.items()}
         assert found.keys() == wanted.keys()
         for key, tensor in wanted.items():
             assert torch.equal(found[key], tensor.half().float() if layout == "fp16" else tensor), key
@@ -159,7 +161,7 @@ def test_prompts(family_models: FamilyModels, name: str, layout: str, clip_skip:
     ]
     context, pooled = their_prompts(reference, PROMPTS, clip_skip)
     negative, negative_pooled = their_prompts(reference, NEGATIVES, clip_skip)
-    pairs = ours.model.conditions(requests, negatives=True)
+    pairs = conditions(ours.model.config, ours.model.prompts, requests)
     for i, (ours_negative, ours_positive) in enumerate(pairs):
         assert relative(ours_positive.context[0], context[i]) < PARTS
         assert relative(ours_negative.context[0], negative[i]) < PARTS
@@ -175,7 +177,7 @@ def test_prompts_without_a_negative(family_models: FamilyModels, name: str, layo
     """SDXL's empty negative prompt is zeros; the others' is the encoded empty text."""
     reference, ours = family_models.diffusers(name), family_models.ours(name, layout)
     negative, pooled = their_negative(reference)
-    ((found, _),) = ours.model.conditions([request()], negatives=True)
+    ((found, _),) = conditions(ours.model.config, ours.model.prompts, [request()])
     if name == "sdxl":
         assert not found.context.any()
         assert not negative.any()
@@ -314,7 +316,7 @@ def test_version_2_file_without_the_projection(family_models: FamilyModels, tmp_
     assert len(kept) == len(state) - 2
     ours = load(write(kept, tmp_path / "model.safetensors"))
     context, _ = their_prompts(family_models.diffusers("sd2"), PROMPTS)
-    pairs = ours.model.conditions([request(prompt) for prompt in PROMPTS], negatives=False)
+    pairs = conditions(ours.model.config, ours.model.prompts, [request(prompt) for prompt in PROMPTS])
     assert relative(torch.cat([positive.context for _, positive in pairs]), context) < PARTS
 
 

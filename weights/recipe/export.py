@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizer import MAX_LENGTH
 from training import load
 
 VERSION = "0.42.1"  # the diffusers release whose vocabulary the configurations use
@@ -96,23 +95,24 @@ def vae_config(config: dict) -> dict:
 
 
 def text_encoder_config(config: dict) -> dict:
+    """TextEncoderConfig's fields in transformers' words; short prompts are filled up with end marks."""
     return {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": config["eos_token_id"],
-        "hidden_act": "quick_gelu",
+        "hidden_act": config["activation"],
         "hidden_size": config["hidden_size"],
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
         "intermediate_size": config["intermediate_size"],
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": MAX_LENGTH,
+        "layer_norm_eps": config["norm_eps"],
+        "max_position_embeddings": config["max_length"],
         "model_type": "clip_text_model",
-        "num_attention_heads": config["num_attention_heads"],
-        "num_hidden_layers": config["num_hidden_layers"],
-        "pad_token_id": config["pad_token_id"],
-        "projection_dim": config["projection_dim"],
+        "num_attention_heads": config["heads"],
+        "num_hidden_layers": config["layers"],
+        "pad_token_id": config["eos_token_id"],
+        "projection_dim": config["hidden_size"],
         "torch_dtype": "float16",
         "vocab_size": config["vocab_size"],
     }
@@ -155,8 +155,8 @@ def main() -> None:
     write_json(args.out / "vae" / "config.json", vae_config(vae["config"]))
     write_weights(args.out / "vae" / "diffusion_pytorch_model.safetensors", vae["model"])
     write_json(args.out / "text_encoder" / "config.json", text_encoder_config(text["config"]))
-    # newer transformers drop this prefix in memory; files have always had it
-    prefixed = {"text_model." + key.removeprefix("text_model."): value for key, value in text["model"].items()}
+    # transformers has had this prefix in its files for as long as there are any, and reads them with it
+    prefixed = {f"text_model.{key}": value for key, value in text["model"].items()}
     write_weights(args.out / "text_encoder" / "model.safetensors", prefixed)
     (args.out / "tokenizer").mkdir(parents=True, exist_ok=True)
     for source in sorted((args.runs / "tokenizer").iterdir()):

@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 from data import all_captions
 
+from ldmcli.text.chunks import tokenize
+from ldmcli.text.tokenizer import ClipTokenizer, vocabulary_from_folder
+
 MAX_LENGTH = 24
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -90,11 +93,8 @@ def write_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> int:
 def tokenise(folder: Path, texts: list[str]) -> torch.Tensor:
     """Token numbers (len(texts), MAX_LENGTH), as every CLIP pipeline makes them: lower-cased, BOS … EOS,
     then EOS up to the full length."""
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    batch = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
-    return batch.input_ids
+    tokenizer = ClipTokenizer(vocabulary_from_folder(folder), MAX_LENGTH)
+    return torch.tensor([tokenize(tokenizer, text).chunks[0].ids for text in texts])
 
 
 def main() -> None:

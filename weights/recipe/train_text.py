@@ -9,6 +9,7 @@ which is thrown away afterwards, give each caption its own direction first.
 """
 
 import argparse
+import dataclasses
 import random
 from pathlib import Path
 
@@ -18,25 +19,51 @@ from tokenizer import MAX_LENGTH, tokenise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import learning_rate, load, log, save_atomically, set_learning_rate
-from transformers import CLIPTextConfig, CLIPTextModel
+
+from ldmcli.config import TextEncoderConfig
+from ldmcli.models.text import CausalAttention, FeedForward, TextTransformer
 
 WIDTH = 128
 
 
-def text_config(vocabulary: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def text_config(vocabulary: int) -> TextEncoderConfig:
+    return TextEncoderConfig(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH,
-        hidden_act="quick_gelu",
+        layers=2,
+        heads=4,
+        max_length=MAX_LENGTH,
+        activation="quick_gelu",
         bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
     )
+
+
+@torch.no_grad()
+def start_as_clip(text_encoder: TextTransformer) -> None:
+    """CLIP's own initial weights (Radford et al. 2021, in their code): every bias 0, and widths of normal numbers that
+    keep the sum over all layers small."""
+    width, layers = text_encoder.config.hidden_size, text_encoder.config.layers
+    into_sum = (width * 2 * layers) ** -0.5
+    for module in text_encoder.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, CausalAttention):
+            for project in (module.q_proj, module.k_proj, module.v_proj):
+                nn.init.normal_(project.weight, std=into_sum)
+            nn.init.normal_(module.out_proj.weight, std=width**-0.5)
+        elif isinstance(module, FeedForward):
+            nn.init.normal_(module.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(module.fc2.weight, std=into_sum)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def pooled(text_encoder: TextTransformer, tokens: Tensor) -> Tensor:
+    """The state of each caption's end mark, (batch, WIDTH)."""
+    states, _ = text_encoder(tokens)
+    return states[torch.arange(len(tokens)), text_encoder.end_marks(tokens)]
 
 
 class ImageEncoder(nn.Module):
@@ -105,7 +132,8 @@ def main() -> None:
     seen = ~dataset["held_out"]
     images, objects, backgrounds = (dataset[key][seen] for key in ("images", "objects", "backgrounds"))
     table = CaptionTable(args.tokenizer)
-    text_encoder = CLIPTextModel(text_config(int(table.tokens.max()) + 1))
+    text_encoder = TextTransformer(text_config(int(table.tokens.max()) + 1))
+    start_as_clip(text_encoder)
     image_encoder, project = ImageEncoder(), nn.Linear(WIDTH, WIDTH, bias=False)
     scale = nn.Parameter(torch.tensor(2.66))  # ln(1 / 0.07), as CLIP starts
     parameters = [*text_encoder.parameters(), *image_encoder.parameters(), *project.parameters(), scale]
@@ -117,7 +145,7 @@ def main() -> None:
         set_learning_rate(optimizer, learning_rate(args.rate, step, step / args.steps, warm_up=30))
         with torch.autocast("cpu", torch.bfloat16):
             image = image_encoder(to_float(images[chosen]))
-            text = F.normalize(project(text_encoder(table.tokens[picked]).pooler_output), dim=-1)
+            text = F.normalize(project(pooled(text_encoder, table.tokens[picked])), dim=-1)
         match = targets(objects[chosen], backgrounds[chosen], picked, table)
         loss = contrastive_loss(image.float(), text.float(), scale, match)
         optimizer.zero_grad(set_to_none=True)
@@ -133,7 +161,7 @@ def main() -> None:
                 args.out / "text.log",
             )
 
-    state = {"config": text_encoder.config.to_diff_dict(), "model": text_encoder.state_dict()}
+    state = {"config": dataclasses.asdict(text_encoder.config), "model": text_encoder.state_dict()}
     save_atomically(state, args.out / "text.pt")
 
 

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from train_text import CaptionTable
 from training import Average, Clock, Team, learning_rate, load, log, save_atomically, set_learning_rate
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldmcli.config import ScheduleConfig, UNetConfig, VAEConfig
+from ldmcli.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.models.layers import ResnetBlock
+from ldmcli.models.text import TextTransformer
 from ldmcli.models.transformer import SpatialTransformer
 from ldmcli.models.unet import UNet
 from ldmcli.models.vae import AutoencoderKL
@@ -58,9 +58,9 @@ def load_vae(path: Path) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def load_text_encoder(path: Path) -> CLIPTextModel:
+def load_text_encoder(path: Path) -> TextTransformer:
     state = load(path)
-    text_encoder = CLIPTextModel(CLIPTextConfig(**state["config"]))
+    text_encoder = TextTransformer(TextEncoderConfig(**state["config"]))
     text_encoder.load_state_dict(state["model"])
     return text_encoder.eval().requires_grad_(False)
 
@@ -76,9 +76,9 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def encode_texts(text_encoder: CLIPTextModel, table: CaptionTable) -> Tensor:
+def encode_texts(text_encoder: TextTransformer, table: CaptionTable) -> Tensor:
     """Contexts (captions, tokens, dim) of all captions; number 0 is the empty one."""
-    return torch.cat([text_encoder(tokens).last_hidden_state for tokens in table.tokens.split(256)])
+    return torch.cat([text_encoder(tokens)[0] for tokens in table.tokens.split(256)])
 
 
 def start_as_identity(unet: UNet) -> None:

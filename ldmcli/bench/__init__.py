@@ -1,0 +1,1 @@
+"""What `ldm bench` measures: clocks, peers, and the floor under them."""

@@ -1,0 +1,127 @@
+"""This program as a contender: the pipeline of `ldm txt2img`, warm, in a process of its own."""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ldmcli.bench.clocks import StepClock, memory
+from ldmcli.bench.parity import keep
+from ldmcli.bench.task import Job
+from ldmcli.bench.worker import Answers, serve
+
+
+class _EnoughError(Exception):
+    """The steps are done; no picture is wanted."""
+
+
+def main() -> None:
+    """Answer the bench; the first argument is a Job in JSON."""
+    job = Job.from_json(sys.argv[1])
+    serve(lambda: _answers(job))
+
+
+def _answers(job: Job) -> Answers:
+    contender = _Ours(job)
+    return {"greet": contender.greet, "draw": contender.draw, "compare": contender.compare, "memory": contender.memory}
+
+
+class _Ours:
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        from ldmcli.checkpoints.source import open_model
+        from ldmcli.pipeline import load_pipeline, settled
+        from ldmcli.runtime.policy import choose_runtime
+
+        self.task = task = job.task
+        torch.set_num_threads(task.threads)
+        self.runtime = choose_runtime(task.device, task.dtype, task.attention)
+        source = dataclasses.replace(open_model(Path(task.model)), half=self.runtime.half)
+        self.source, unet = settled(source, self.runtime)
+        self.pipeline = load_pipeline(self.source, self.runtime, unet=unet, tile_vae=task.tile_vae)
+        self.device = str(self.runtime.device)
+
+    def greet(self) -> dict[str, Any]:
+        """What it is and computes with; `weights` in bytes, in memory."""
+        import torch
+
+        import ldmcli
+        from ldmcli.runtime.policy import choose_runtime
+
+        cuda = self.device.startswith("cuda")
+        return {
+            "versions": {"ldmcli": ldmcli.__version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+            **self.runtime.to_dict(),
+            "threads": torch.get_num_threads(),
+            "weights": self._weights(),
+            "tokens": self._tokens(),
+            "bf16_native": choose_runtime("cpu").dtype == torch.bfloat16,
+            "gpu": torch.cuda.get_device_name(self.runtime.device) if cuda else None,
+            "gpu_free": torch.cuda.mem_get_info(self.runtime.device)[0] if cuda else None,
+        }
+
+    def _weights(self) -> int:
+        total = 0
+        for part in self.source.parts:
+            text = part.startswith("text_encoder")
+            vae = self.runtime.vae_dtype(self.source.config.vae)
+            dtype = self.runtime.text_dtype if text else vae if part == "vae" else self.runtime.dtype
+            keys = self.source.keys(part)
+            total += sum(math.prod(file.tensors[key].shape) for key, file in keys.items()) * dtype.itemsize
+        return total
+
+    def _tokens(self) -> list[list[int]]:
+        from ldmcli.text.chunks import tokenize
+
+        return [list(tokenize(each, self.task.prompt).chunks[0].ids) for each in self.source.tokenizers]
+
+    def draw(self, steps: int, *, prompt: str, decode: bool = True) -> dict[str, Any]:
+        """Draw the picture; `seconds` from prompt to PNG data, and those of each step but the first. Without `decode`
+        the steps alone."""
+        from ldmcli.images.png import encode_png
+
+        clock = StepClock(self.device)
+        started = time.perf_counter()
+        _, pixels = self._drawn(steps, clock, prompt, decode=decode)
+        size = len(encode_png(pixels, {})) if decode else 0
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "steps": clock.seconds(), "png": size}
+
+    def compare(self, steps: int, file: str, *, decode: bool = True) -> dict[str, Any]:
+        """Draw it once and leave final latents and pixels in `file`, an .npz."""
+        latents, pixels = self._drawn(steps, StepClock(self.device), self.task.prompt, decode=decode)
+        keep(file, latents.float().cpu().numpy(), pixels)
+        return {}
+
+    def memory(self) -> dict[str, int]:
+        """Peaks in bytes."""
+        return memory(self.device)
+
+    def _drawn(self, steps: int, clock: StepClock, prompt: str, *, decode: bool) -> tuple[Any, Any]:
+        """Final latents and pixels; the latter None without `decode`."""
+        from ldmcli.request import GenerationRequest
+
+        task = self.task
+        names = ("negative_prompt", "seed", "width", "height", "guidance_scale", "sampler")
+        settings = {name: getattr(task, name) for name in names}
+        request = GenerationRequest(prompt, **settings, steps=steps)
+        kept: list[Any] = []
+        whole = type(self.pipeline).decode
+
+        def keep(latents: Any) -> Any:
+            kept.append(latents)
+            if not decode:
+                raise _EnoughError
+            return whole(self.pipeline, latents)
+
+        self.pipeline.decode = keep  # type: ignore[method-assign]
+        try:
+            pixels = self.pipeline.draw([request], clock.tick)[0]
+            return kept[0], pixels
+        except _EnoughError:
+            return kept[0], None
+        finally:
+            del self.pipeline.decode

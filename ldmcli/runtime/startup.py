@@ -1,0 +1,145 @@
+"""A quick start: torch's import is most of a short run, and half of it is for what drawing never does.
+
+`quicken` is for the command line's own processes, before torch is imported; a program that uses ldmcli as a library
+gets torch as it is. Two things are done:
+
+- torch's shared libraries, half a gigabyte to link, are loaded by a thread while Python imports other things;
+- parts of torch that its own `__init__` imports only to have them there (exporters, decompositions, quantization, the
+  Python half of the meta device) are imported when something first asks for what is in them, as
+  `importlib.util.LazyLoader` would. Theirs is not used: any look at an attribute, which inspection of all modules
+  takes, would import them after all.
+"""
+
+import contextlib
+import ctypes
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+import threading
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+# The releases of torch for which it was checked that `import torch` needs nothing of these; others are imported whole.
+CHECKED_TORCH = ("2.14.",)
+DEFERRED = frozenset(
+    f"torch.{name}"
+    for name in (
+        "_meta_registrations",
+        "ao",
+        "distributed._meta_registrations",
+        "distributions",
+        "export",
+        "masked",
+        "nn.intrinsic",
+        "nn.qat",
+        "nn.quantizable",
+        "nn.quantized",
+        "quantization",
+    )
+)
+
+
+def quicken() -> None:
+    """Make the next `import torch` of this process quick. Does nothing where torch is imported already, missing, or of
+    another release than those checked."""
+    if "torch" in sys.modules or any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    spec = importlib.machinery.PathFinder.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return
+    folder = Path(spec.submodule_search_locations[0])
+    threading.Thread(target=_link, args=(folder / "lib",), name="link torch", daemon=True).start()
+    with contextlib.suppress(ImportError):
+        import numpy  # noqa: F401  meanwhile, for torch will
+    if _version(folder).startswith(CHECKED_TORCH):
+        sys.meta_path.insert(0, _Finder())
+    else:
+        _log.debug("torch is none of the releases that start quickly: %s", CHECKED_TORCH)
+
+
+def whole_torch() -> None:
+    """Import what was deferred: compilers and counters of operations need the meta device's Python half."""
+    for name in sorted(DEFERRED & sys.modules.keys()):
+        module = sys.modules[name]
+        if isinstance(module, _Deferred):
+            module.load()
+
+
+def _link(folder: Path) -> None:
+    """Load torch's libraries, which importing it would: torch finds them in place, and says what is wrong if not."""
+    with contextlib.suppress(OSError):
+        # The first has what the others expect to find among the process's global names.
+        ctypes.CDLL(str(folder / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / "libtorch_python.so"))
+
+
+def _version(folder: Path) -> str:
+    """torch's version, read without importing it."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in (folder / "version.py").read_text().splitlines():
+            name, equals, value = line.partition("=")
+            if equals and name.partition(":")[0].strip() == "__version__":
+                return value.strip().strip("'\"")
+    return ""
+
+
+class _Deferred(types.ModuleType):
+    """A module that is imported when something is looked up in it that is not there yet."""
+
+    def load(self) -> None:
+        """Import it now, into this same module object."""
+        with _loading:
+            if type(self) is not _Deferred:
+                return
+            self.__class__ = types.ModuleType  # type: ignore[assignment]  # from here on it is like any other
+            spec = self.__spec__
+            assert spec is not None
+            assert isinstance(spec.loader, _Loader)
+            self.__loader__ = spec.loader = spec.loader.real
+            spec.loader.exec_module(self)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") and name != "__all__":  # what Python itself and `inspect` look for in every module
+            raise AttributeError(name)
+        self.load()
+        return getattr(self, name)
+
+    def __dir__(self) -> list[str]:
+        self.load()
+        return dir(self)
+
+
+_loading = threading.RLock()
+
+
+class _Loader(importlib.abc.Loader):
+    """In place of a module's `real` loader: makes it, and leaves it empty."""
+
+    def __init__(self, real: importlib.abc.Loader) -> None:
+        self.real = real
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> _Deferred:
+        return _Deferred(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Later."""
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of DEFERRED, and has them loaded by _Loader."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in DEFERRED:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        spec.loader = _Loader(spec.loader)
+        return spec

@@ -1,0 +1,603 @@
+"""The cache folder and its entries, and hashes of weight files remembered there."""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldmcli import cache as cache_module
+from ldmcli.cache import EntryStore, cache_folder, open_cache
+from ldmcli.checkpoints import identity
+from ldmcli.checkpoints.identity import FileHashes, model_sha256, part_sha256
+from ldmcli.checkpoints.source import open_model
+from ldmcli.errors import LdmError, MissingInputError
+
+OLD_NS = 1_600_000_000_000_000_000
+
+
+def name(number: int) -> str:
+    return f"{number:064x}"
+
+
+def store_in(folder: Path, **limits: Any) -> EntryStore:
+    return EntryStore(folder / "ldmcli" / "prompts", **{"max_bytes": 1 << 20, **limits})
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder / "ldmcli" / "prompts"))
+
+
+# Where it is
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"XDG_CACHE_HOME": "/x/c", "HOME": "/h"}, "/x/c/ldmcli"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/h"}, "/h/.cache/ldmcli"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/ldmcli"),
+        ({"HOME": "/h"}, "/h/.cache/ldmcli"),
+        ({"HOME": ""}, None),
+        ({"HOME": "relative"}, None),
+    ],
+)
+def test_cache_folder_follows_the_xdg_specification(environ: dict[str, str], expected: str | None) -> None:
+    assert cache_folder(environ) == (expected and Path(expected))
+
+
+def test_without_home_the_account_tells_it_or_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: "/account")
+    assert cache_folder({}) == Path("/account/.cache/ldmcli")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without an account
+    assert cache_folder({}) is None
+
+
+def test_a_disabled_cache_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert open_cache().prompts.enabled
+    off = open_cache(enabled=False)
+    assert not off.prompts.enabled
+    for store in (off.prompts, off.hashes):
+        store.write(name(1), b"abc")
+        assert store.read(name(1)) is None
+    assert not os.listdir(tmp_path)
+
+
+def test_neither_the_cache_nor_hashing_imports_torch() -> None:
+    code = "import sys, ldmcli.cache, ldmcli.checkpoints.identity; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# Entries
+
+
+def test_an_entry_comes_back_from_a_private_folder(tmp_path: Path) -> None:
+    old_mask = os.umask(0)
+    try:
+        store_in(tmp_path / "home").write(name(1), b"abc")
+    finally:
+        os.umask(old_mask)
+    assert store_in(tmp_path / "home").read(name(1)) == b"abc"
+    folder = tmp_path / "home" / "ldmcli" / "prompts"
+    for made in (folder, folder.parent, folder.parent.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / name(1)).stat().st_mode) == 0o600
+    assert entries(tmp_path / "home") == [name(1)]
+
+
+def test_reading_makes_no_folder(tmp_path: Path) -> None:
+    assert store_in(tmp_path).read(name(1)) is None
+    assert not os.listdir(tmp_path)
+
+
+def test_a_later_entry_stands_in_place_of_the_first(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.write(name(1), b"abc")
+    store.write(name(1), b"")
+    assert store.read(name(1)) == b""
+
+
+@pytest.mark.parametrize("wrong", ["", "../x", "A" * 64, name(1) + "/", name(1) + "\n"])
+def test_only_hashes_are_names(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(ValueError, match="no entry's name"):
+        store_in(tmp_path).write(wrong, b"")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"",
+        lambda raw: raw[:-1],
+        lambda raw: raw + b"x",
+        lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
+        lambda raw: b"L" + raw[1:],
+        lambda raw: raw[:20] + bytes(8) + raw[28:],
+        lambda raw: raw + bytes(1 << 20),
+    ],
+    ids=["empty", "short", "long", "flipped", "magic", "digest", "oversized"],
+)
+def test_a_damaged_entry_is_a_miss_and_goes(tmp_path: Path, damage: Any) -> None:
+    store = store_in(tmp_path)
+    store.write(name(1), b"some payload")
+    path = tmp_path / "ldmcli" / "prompts" / name(1)
+    path.write_bytes(damage(path.read_bytes()))
+    assert store.read(name(1)) is None
+    assert not path.exists()
+    store.write(name(1), b"again")
+    assert store.read(name(1)) == b"again"
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.write(name(1), b"payload")
+    folder = tmp_path / "ldmcli" / "prompts"
+    outside = tmp_path / "outside"
+    shutil.copy(folder / name(1), outside)
+    (folder / name(2)).symlink_to(outside)
+    assert store.read(name(2)) is None
+    assert not os.path.lexists(folder / name(2))
+    (folder / name(3)).symlink_to(outside)
+    before = outside.read_bytes()
+    store.write(name(3), b"mine")
+    assert store.read(name(3)) == b"mine"
+    assert outside.read_bytes() == before
+
+
+def test_a_folder_a_pipe_and_a_circle_in_place_of_an_entry(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.write(name(1), b"payload")
+    folder = tmp_path / "ldmcli" / "prompts"
+    (folder / name(2) / "inner").mkdir(parents=True)
+    os.mkfifo(folder / name(3))
+    (folder / name(4)).symlink_to(folder / name(4))
+    for number in (2, 3, 4):
+        assert store.read(name(number)) is None
+        store.write(name(number), b"new")
+    assert [store.read(name(number)) for number in (1, 2, 3, 4)] == [b"payload", None, b"new", b"new"]
+
+
+def _file(base: Path) -> None:
+    base.write_text("in the way")
+
+
+def _loop(base: Path) -> None:
+    base.symlink_to(base)
+
+
+def _dangling(base: Path) -> None:
+    base.symlink_to(base.parent / "nowhere")
+
+
+def _file_for_store(base: Path) -> None:
+    base.mkdir(mode=0o700)
+    (base / "prompts").write_text("in the way")
+
+
+def _link_for_store(base: Path) -> None:
+    base.mkdir(mode=0o700)
+    (base.parent / "elsewhere").mkdir(mode=0o700)
+    (base / "prompts").symlink_to(base.parent / "elsewhere")
+
+
+def _open_to_all(base: Path) -> None:
+    base.mkdir()
+    base.chmod(0o777)
+
+
+def _open_store(base: Path) -> None:
+    (base / "prompts").mkdir(parents=True, mode=0o700)
+    base.chmod(0o700)
+    (base / "prompts").chmod(0o770)
+
+
+def _long_name(base: Path) -> Path:
+    return base.parent / ("x" * 300) / "ldmcli"
+
+
+@pytest.mark.parametrize(
+    "prepare", [_file, _loop, _dangling, _file_for_store, _link_for_store, _open_to_all, _open_store, _long_name]
+)
+def test_a_folder_that_cannot_be_used_is_told_once_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prepare: Any
+) -> None:
+    base = prepare(tmp_path / "ldmcli") or tmp_path / "ldmcli"
+    before = sorted(map(str, tmp_path.rglob("*")))
+    store = EntryStore(base / "prompts", max_bytes=1 << 20)
+    with caplog.at_level(logging.DEBUG):
+        for number in range(3):
+            store.write(name(number), b"abc")
+            assert store.read(name(number)) is None
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+    assert len(caplog.records) == 1
+    assert caplog.records[0].levelno == logging.DEBUG
+    assert "goes unused" in caplog.text
+    assert not store.enabled
+
+
+def test_entries_in_a_folder_that_others_can_write_to_are_not_read(tmp_path: Path) -> None:
+    store_in(tmp_path).write(name(1), b"abc")
+    (tmp_path / "ldmcli").chmod(0o777)
+    assert store_in(tmp_path).read(name(1)) is None
+    (tmp_path / "ldmcli").chmod(0o755)
+    assert store_in(tmp_path).read(name(1)) == b"abc"
+
+
+def test_another_owner_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_in(tmp_path).write(name(1), b"abc")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert store_in(tmp_path).read(name(1)) is None
+
+
+def test_root_makes_no_folder_in_anothers_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = os.stat
+
+    def owned_by_another(path: Any, **options: Any) -> os.stat_result:
+        status = list(owner(path, **options))
+        status[stat.ST_UID] = 1234
+        return os.stat_result(status)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "stat", owned_by_another)
+    store_in(tmp_path).write(name(1), b"abc")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_read_and_not_written(tmp_path: Path) -> None:
+    store_in(tmp_path).write(name(1), b"abc")
+    folder = tmp_path / "ldmcli" / "prompts"
+    folder.chmod(0o500)
+    try:
+        store = store_in(tmp_path)
+        assert store.read(name(1)) == b"abc"
+        store.write(name(2), b"def")
+        assert entries(tmp_path) == [name(1)]
+    finally:
+        folder.chmod(0o700)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
+def test_a_full_disk_ends_the_writing_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_in(tmp_path)
+    store.write(name(1), b"abc")
+
+    def full(path: str, flags: int) -> int:
+        Path(path).touch()
+        return os.open("/dev/full", os.O_WRONLY)
+
+    monkeypatch.setattr(cache_module, "_private", full)
+    with caplog.at_level(logging.DEBUG):
+        for number in range(2, 5):
+            store.write(name(number), bytes(50_000))
+    assert entries(tmp_path) == [name(1)]
+    assert len(caplog.records) == 1
+    assert "No space left" in caplog.text
+
+
+# Bounds
+
+
+def written_at(folder: Path, number: int, seconds: float) -> None:
+    os.utime(folder / "ldmcli" / "prompts" / name(number), (seconds, seconds))
+
+
+def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
+    store = store_in(tmp_path, max_entries=16)  # of which a scan leaves 14
+    for number in range(20):
+        store.write(name(number), b"abc")
+        written_at(tmp_path, number, 1_600_000_000 + number)
+    assert store.read(name(0)) == b"abc"  # used: now the newest
+    store_in(tmp_path, max_entries=16).write(name(20), b"abc")
+    assert entries(tmp_path) == [name(0), *map(name, range(8, 21))]
+
+
+def test_size_bounds_what_is_kept(tmp_path: Path) -> None:
+    store = store_in(tmp_path, max_bytes=1 << 20)
+    for number in range(200):
+        store.write(name(number), bytes(10_000))
+    size = sum(path.stat().st_size for path in (tmp_path / "ldmcli" / "prompts").iterdir())
+    assert size <= (1 << 20) * 7 / 8 + 64 * 10_100
+    store_in(tmp_path).write(name(0), bytes(10_000))
+    assert sum(path.stat().st_size for path in (tmp_path / "ldmcli" / "prompts").iterdir()) <= (1 << 20) * 7 / 8
+
+
+def test_an_entry_that_would_push_out_many_is_not_kept(tmp_path: Path) -> None:
+    store = store_in(tmp_path, max_bytes=1 << 20)
+    store.write(name(1), bytes((1 << 20) // 16 + 1))
+    assert store.read(name(1)) is None
+    store.write(name(2), bytes((1 << 20) // 16))
+    assert store.read(name(2)) is not None
+
+
+def test_the_folder_is_scanned_once_in_64_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scans.append(path) or scandir(path))
+    store = store_in(tmp_path)
+    for number in range(130):
+        store.write(name(number), b"abc")
+    assert len(scans) == 3
+
+
+def test_a_scan_removes_old_temporaries_and_touches_nothing_else(tmp_path: Path) -> None:
+    store_in(tmp_path).write(name(1), b"abc")
+    folder = tmp_path / "ldmcli" / "prompts"
+    old, young = folder / f".ldm-12-{1:016x}.part", folder / f".ldm-12-{2:016x}.part"
+    stranger, inner = folder / "notes.txt", folder / name(7)
+    for path in (old, young, stranger):
+        path.write_bytes(b"half")
+    inner.mkdir()
+    for path in (old, stranger, inner):
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    store_in(tmp_path, max_entries=2).write(name(2), b"abc")
+    assert set(folder.iterdir()) == {young, stranger, inner, folder / name(2)}
+
+
+def test_times_to_come_do_not_keep_an_entry_for_ever(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    for number in (1, 2, 3):
+        store.write(name(number), b"abc")
+    written_at(tmp_path, 1, time.time() + 1e6)
+    store_in(tmp_path, max_entries=4).write(name(4), b"abc")
+    assert entries(tmp_path) == [name(2), name(3), name(4)]
+
+
+# Several at once
+
+_WRITER = """
+import sys
+from pathlib import Path
+from ldmcli.cache import EntryStore
+store = EntryStore(Path(sys.argv[1]), max_bytes=1 << 26)
+print("ready", flush=True)
+for number in range(int(sys.argv[3])):
+    store.write(f"{number % 5:064x}", sys.argv[2].encode() * 300_000)
+"""
+
+
+def writer(folder: Path, letter: str, count: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(folder), letter, str(count)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_two_processes_may_write_the_same_entries(tmp_path: Path) -> None:
+    folder = tmp_path / "ldmcli" / "prompts"
+    store = EntryStore(folder, max_bytes=1 << 26)
+    for number in range(5):
+        store.write(name(number), b"c" * 300_000)
+    writers = [writer(folder, letter, 100) for letter in "ab"]
+    whole = {letter * 300_000 for letter in (b"a", b"b", b"c")}
+    for number in itertools.cycle(range(5)):
+        assert store.read(name(number)) in whole
+        if all(process.poll() is not None for process in writers):
+            break
+    assert [process.wait() for process in writers] == [0, 0]
+    assert entries(tmp_path) == [name(number) for number in range(5)]
+    for process in writers:
+        assert process.stdout
+        process.stdout.close()
+
+
+def test_a_killed_writer_damages_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "ldmcli" / "prompts"
+    for _ in range(3):
+        with writer(folder, "a", 1_000_000) as process:
+            assert process.stdout
+            process.stdout.readline()
+            while not (folder / name(4)).exists():
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+        store = EntryStore(folder, max_bytes=1 << 26)
+        assert [store.read(name(number)) for number in range(5)] == [b"a" * 300_000] * 5
+        (folder / name(4)).unlink()
+
+
+# Remembered hashes
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is old enough for its hash to be remembered."""
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"abc")
+    monkeypatch.setattr(identity, "_TICK_NS", -(10**18))
+    return path
+
+
+def remembering(folder: Path) -> FileHashes:
+    return FileHashes(EntryStore(folder / "ldmcli" / "hashes", max_bytes=1 << 20, max_entries=1000))
+
+
+def test_a_hash_is_remembered_while_the_file_is_the_same(weights: Path, tmp_path: Path) -> None:
+    assert remembering(tmp_path).remembered(weights) is None
+    found = remembering(tmp_path).sha256(weights)
+    assert found == hashlib.sha256(b"abc").hexdigest()
+    assert remembering(tmp_path).remembered(weights) == found
+    link = tmp_path / "link"
+    link.symlink_to(weights)
+    assert remembering(tmp_path).remembered(link) == found
+
+
+def _content(path: Path) -> None:
+    path.write_bytes(b"abcd")
+
+
+def _same_size_and_time(path: Path) -> None:
+    status = path.stat()
+    path.write_bytes(b"xyz")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # the change time cannot be set back
+
+
+def _replaced(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(b"xyz")
+    os.replace(other, path)
+
+
+def _moved(path: Path) -> None:
+    os.utime(path, ns=(OLD_NS, OLD_NS))
+
+
+def _gone(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [_content, _same_size_and_time, _replaced, _moved, _gone])
+def test_a_changed_file_is_hashed_again(weights: Path, tmp_path: Path, change: Any) -> None:
+    remembering(tmp_path).sha256(weights)
+    time.sleep(0.02)  # a tick of the file system's clock
+    change(weights)
+    hashes = remembering(tmp_path)
+    assert hashes.remembered(weights) is None
+    if weights.exists():
+        assert hashes.sha256(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
+    else:
+        with pytest.raises(MissingInputError):
+            hashes.sha256(weights)
+
+
+def test_a_file_changed_just_now_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"abc")
+    status = path.stat()
+    newest = max(status.st_mtime_ns, status.st_ctime_ns)
+    for after_s, remembered in ((-5, False), (0, False), (2, False), (4, True)):
+        monkeypatch.setattr(time, "time_ns", lambda now=newest + after_s * 10**9: now)
+        remembering(tmp_path).sha256(path)
+        assert bool(remembering(tmp_path).remembered(path)) is remembered
+
+
+def test_a_file_that_changes_under_the_hash_is_not_remembered(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.file_digest
+
+    def slow(file: Any, kind: str) -> Any:
+        found = digest(file, kind)
+        weights.write_bytes(b"abcd")
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    remembering(tmp_path).sha256(weights)
+    assert not (tmp_path / "ldmcli").exists()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"null", b"{}", b'{"stamp": 1, "sha256": 2}'],
+)
+def test_a_strange_memo_is_ignored(weights: Path, tmp_path: Path, payload: bytes) -> None:
+    remembering(tmp_path).sha256(weights)
+    entry = next((tmp_path / "ldmcli" / "hashes").iterdir())
+    hash_store = EntryStore(entry.parent, max_bytes=1 << 22)
+    hash_store.write(entry.name, payload)
+    assert remembering(tmp_path).remembered(weights) is None
+    assert remembering(tmp_path).sha256(weights) == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize("told", [None, 7, "", "a" * 63, "A" * 64, "a" * 64 + "\n"])
+def test_only_a_hash_is_taken_for_one(weights: Path, tmp_path: Path, told: Any) -> None:
+    remembering(tmp_path).sha256(weights)
+    entry = next((tmp_path / "ldmcli" / "hashes").iterdir())
+    hash_store = EntryStore(entry.parent, max_bytes=1 << 20)
+    memo = json.loads(hash_store.read(entry.name) or b"")
+    hash_store.write(entry.name, json.dumps(memo | {"sha256": told}).encode())
+    assert remembering(tmp_path).remembered(weights) is None
+
+
+def test_a_hash_asked_for_twice_at_once_is_computed_once(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.file_digest
+    started, go = threading.Event(), threading.Event()
+    calls = []
+
+    def slow(file: Any, kind: str) -> Any:
+        calls.append(file)
+        started.set()
+        go.wait()
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    hashes = FileHashes()
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(hashes.sha256(weights))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert found == [hashlib.sha256(b"abc").hexdigest()] * 3
+    assert len(calls) == 1
+    assert hashes.remembered(weights) == found[0]
+
+
+def test_a_failed_hash_is_tried_again(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = FileHashes()
+    with monkeypatch.context() as broken:
+        broken.setattr(hashlib, "file_digest", lambda file, kind: (_ for _ in ()).throw(OSError(5, "broken disk")))
+        with pytest.raises(LdmError, match="broken disk"):
+            hashes.sha256(weights)
+    assert hashes.sha256(weights) == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.fixture
+def copied_model(embedded_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(embedded_folder, tmp_path / "model"))
+
+
+def expected_sha256(folder: Path, *parts: str) -> str:
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n"
+        for path in sorted(path for part in parts for path in (folder / part).glob("*.safetensors"))
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_a_folders_identity_is_the_same_with_and_without_memory(
+    copied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "_TICK_NS", -(10**18))
+    source = open_model(copied_model)
+    expected = expected_sha256(copied_model, "text_encoder", "unet", "vae")
+    assert model_sha256(source).result() == expected
+    first = part_sha256(source, "text_encoder", remembering(tmp_path))
+    assert first.result() == expected_sha256(copied_model, "text_encoder")
+    assert model_sha256(source, remembering(tmp_path)).result() == expected
+    # The second time nothing is read.
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert model_sha256(source, remembering(tmp_path)).result() == expected
+    again = part_sha256(source, "text_encoder", remembering(tmp_path))
+    assert again.done()
+    assert again.result() == first.result()
+
+
+def test_a_single_files_identity_is_the_files(model_file: Path, tmp_path: Path) -> None:
+    source = open_model(model_file)
+    expected = hashlib.sha256(model_file.read_bytes()).hexdigest()
+    hashes = remembering(tmp_path)
+    assert model_sha256(source, hashes).result() == expected
+    assert part_sha256(source, "text_encoder", hashes).result() == expected
+
+
+def test_what_fails_in_the_thread_is_told_by_the_future(copied_model: Path) -> None:
+    source = open_model(copied_model)
+    (copied_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(MissingInputError):
+        model_sha256(source).result()

@@ -1,0 +1,275 @@
+"""What a short run does not do: import what it does not need, build what is overwritten, encode twice, wait."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_support import LDM
+
+from ldmcli.config import UNetConfig
+from ldmcli.runtime import startup, threads
+from ldmcli.stopwatch import PHASES, Stopwatch, process_age
+
+NEVER = {"diffusers", "torchvision", "transformers", "open_clip", "xformers", "accelerate", "sympy", "timm"}
+DRAW = ("txt2img", "a star", "--seed", "3", "--steps", "3", "--no-cache")
+
+
+def python(code: str, *arguments: str, **environment: str) -> Any:
+    """What a fresh interpreter prints as JSON on its last line."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_a_run_imports_only_what_it_needs(tmp_path: Path) -> None:
+    """And leaves out what torch imports without need; the picture is the same with all of torch imported before."""
+    code = """
+        import json, sys
+        if sys.argv[1] == "whole":
+            import torch, torch._meta_registrations, torch.export, torch.ao.quantization
+        from ldmcli.cli import run
+        assert run(sys.argv[2:]) == 0
+        from ldmcli.runtime.startup import DEFERRED, _Deferred
+        deferred = [name for name in DEFERRED if type(sys.modules.get(name)) is _Deferred]
+        print(json.dumps([sorted({name.partition(".")[0] for name in sys.modules}), deferred]))
+    """
+    imported, deferred = python(code, "lean", *DRAW, "-o", str(tmp_path / "lean.png"))
+    assert not set(imported) & NEVER
+    assert set(deferred) == startup.DEFERRED
+    _, deferred = python(code, "whole", *DRAW, "-o", str(tmp_path / "whole.png"))
+    assert deferred == []
+    assert (tmp_path / "lean.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+def test_what_was_deferred_is_there_when_it_is_asked_for() -> None:
+    code = """
+        import json, sys
+        from ldmcli.runtime.startup import _Deferred, quicken, whole_torch
+        quicken()
+        import torch
+        before = sys.modules["torch.export"]
+        exports = torch.export.export.__module__  # as an attribute
+        from torch.ao.quantization import QConfig  # by a module inside it
+        same = sys.modules["torch.export"] is before is torch.export
+        left = type(torch._meta_registrations) is _Deferred
+        whole_torch()
+        from torch.utils.flop_counter import FlopCounterMode
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            torch.nn.Conv2d(3, 4, 3)(torch.randn(1, 3, 8, 8))
+        print(json.dumps([exports.split(".")[:2], QConfig.__name__, same, left, counter.get_total_flops()]))
+    """
+    assert python(code) == [["torch", "export"], "QConfig", True, True, 2 * 36 * 36 * 3]
+
+
+def test_another_torch_is_imported_whole(tmp_path: Path) -> None:
+    """A release that nobody has tried this with, or a broken one, gets no help and no harm."""
+    fake = tmp_path / "torch"
+    (fake / "lib").mkdir(parents=True)
+    (fake / "lib" / "libtorch_global_deps.so").write_text("not a library")
+    (fake / "__init__.py").write_text("from torch import export\n")
+    (fake / "export.py").write_text("loaded = True\n")
+    (fake / "version.py").write_text("from typing import Optional\n__version__ = '2.99.0'\n")
+    code = """
+        import json, sys, threading
+        from ldmcli.runtime.startup import quicken
+        quicken()
+        import torch.export
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread():
+                thread.join()
+        print(json.dumps([torch.__file__, "loaded" in vars(torch.export)]))
+    """
+    assert python(code, PYTHONPATH=str(tmp_path)) == [str(fake / "__init__.py"), True]
+    # The same as a release that was checked: now it is deferred.
+    (fake / "version.py").write_text(f"__version__ = '{startup.CHECKED_TORCH[0]}7+cpu'\n")
+    assert python(code, PYTHONPATH=str(tmp_path)) == [str(fake / "__init__.py"), False]
+
+
+def test_the_torch_that_is_pinned_was_checked() -> None:
+    pins = (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines()
+    (pin,) = [line.partition("==")[2] for line in pins if line.startswith("torch==")]
+    assert pin.startswith(startup.CHECKED_TORCH)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["txt2img", "--help"], ["txt2img", "--steps", "x"]])
+def test_words_alone_import_nothing_heavy(arguments: list[str]) -> None:
+    code = """
+        import json, sys
+        from ldmcli.cli import run
+        run(sys.argv[1:])
+        print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+    """
+    heavy = NEVER | {"torch", "numpy", "tokenizers", "safetensors", "PIL", "tqdm", "huggingface_hub", "ctypes"}
+    assert not set(python(code, *arguments)) & (heavy - {"ctypes"})
+
+
+def test_all_output_is_out_before_the_process_ends_on_the_spot(tmp_path: Path) -> None:
+    """The interpreter is not taken down: what is printed through a pipe must have been flushed."""
+    run = subprocess.run(
+        [*LDM, *DRAW, "--json", "-o", str(tmp_path / "star.png")], capture_output=True, text=True, timeout=300
+    )
+    record = json.loads(run.stdout)
+    assert run.returncode == 0
+    assert Path(record["path"]).read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+def test_json_tells_where_the_time_went(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [*LDM, *DRAW, "-c", "2", "--json", "-o", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    first, second = map(json.loads, run.stdout.splitlines())
+    assert tuple(first["phases"]) == PHASES
+    assert all(seconds >= 0 for seconds in first["phases"].values())
+    assert first["phases"]["imports"] > 0.1
+    assert set(second["phases"]) == {"text", "denoise", "vae", "png"}  # nothing is loaded again
+    assert 0 < first["marks"]["ready"] <= first["marks"]["first_step"] == second["marks"]["first_step"]
+    # Phases are the main thread's, none counted twice: up to the first step there were no others.
+    until_ready = sum(first["phases"][name] for name in ("imports", "weights", "text"))
+    assert until_ready <= first["marks"]["ready"] + 0.05
+
+
+def test_a_phase_inside_another_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 4.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr("ldmcli.stopwatch.time.perf_counter", lambda: next(now))
+    stopwatch = Stopwatch()
+    with stopwatch.phase("weights"), stopwatch.phase("text"):
+        pass
+    with stopwatch.phase("png"):
+        pass
+    assert stopwatch.report()["phases"] == {"weights": 7.0, "text": 3.0, "png": 1.0}
+    assert stopwatch.report()["phases"] == {}
+
+
+def test_process_age_is_counted_from_its_start() -> None:
+    code = """
+        import time
+        from ldmcli.stopwatch import process_age
+        first = process_age()
+        time.sleep(0.3)
+        print([first, process_age() - first])
+    """
+    first, later = python(code)
+    assert 0 < first < 100
+    assert 0.25 < later < 100
+    assert process_age() > later
+
+
+LARGE, SMALL = UNetConfig(), UNetConfig(block_channels=(64, 128, 160))
+
+
+def test_threads_by_cores_model_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "available_cores", lambda: 8)
+    assert threads.choose_threads(None, LARGE) == 8
+    assert threads.choose_threads(3, LARGE) == threads.choose_threads(3, SMALL) == 3
+    assert threads.choose_threads(12, LARGE, cores=2) == 12
+    assert threads.choose_threads(None, LARGE, cores=4) == 4
+    assert threads.choose_threads(None, SMALL) == 1
+    assert threads.choose_threads(None, SMALL, pictures=4) == 4
+    assert threads.choose_threads(None, SMALL, pictures=16) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [("2", 2), ("2,1", 2), ("99", 8), ("", 8), ("0", 8), ("two", 8), ("-3", 8)]
+)
+def test_threads_by_environment(given: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(threads, "available_cores", lambda: 8)
+    assert threads.choose_threads(None, LARGE) == count
+    assert threads.choose_threads(5, LARGE) == 5
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "share"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b\n", {"a/b/cpu.max": "50000 100000", "a/cpu.max": "150000 100000"}, 0.5),
+        ("0::/\n", {"cpu.max": "200000 100000"}, 2.0),
+        ("0::/elsewhere\n", {"cpu.max": "200000 100000"}, 2.0),
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        ("0::/\n", {"cpu.max": "nonsense"}, None),
+        ("0::/\n", {}, None),
+        ("", {}, None),
+        ("4:memory:/x\n1:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "300000", "cpu/x/cpu.cfs_period_us": "100000"}, 3.0),
+        (
+            "1:cpu,cpuacct:/x\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            3.0,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "1", "cpu/cpu.cfs_period_us": "0"}, None),
+    ],
+)
+def test_control_groups_limit_the_cores(
+    groups: str, files: dict[str, str], share: float | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "groups").write_text(groups)
+    assert threads.cgroup_share(tmp_path, tmp_path / "groups") == share
+
+
+@pytest.mark.parametrize(("share", "cores"), [(None, 2), (8.0, 2), (1.0, 1), (1.4, 1), (1.6, 2), (0.2, 1)])
+def test_cores_are_those_of_the_cpu_set(share: float | None, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hardware threads of one core are one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5})
+    monkeypatch.setattr(threads, "_siblings", lambda cpu: f"{cpu % 4},{cpu % 4 + 4}")
+    monkeypatch.setattr(threads, "cgroup_share", lambda: share)
+    assert threads.available_cores() == cores
+
+
+def test_the_command_line_sets_the_threads(tmp_path: Path) -> None:
+    code = """
+        import sys
+        from ldmcli.cli import run
+        assert run(sys.argv[1:]) == 0
+        import torch
+        print(torch.get_num_threads())
+    """
+    picture = str(tmp_path / "star.png")
+    assert python(code, *DRAW, "-o", picture, "--threads", "3") == 3
+    assert python(code, *DRAW, "-o", picture, "--overwrite", OMP_NUM_THREADS="4") == 1
+
+
+def test_a_prompt_seen_before_needs_no_text_encoder(tmp_path: Path) -> None:
+    """Not even its file is read; the picture is the same. --no-cache reads it, and leaves nothing behind."""
+    code = """
+        import json, sys
+        import ldmcli.pipeline
+        from ldmcli.cli import run
+        calls = []
+        load = ldmcli.pipeline.load_text_encoder
+        ldmcli.pipeline.load_text_encoder = lambda *a: (calls.append(1), load(*a))[1]
+        assert run(sys.argv[1:]) == 0
+        print(json.dumps(len(calls)))
+    """
+
+    def reads(name: str, *more: str, prompt: str = "a star") -> int:
+        arguments = ("txt2img", prompt, "--seed", "3", "--steps", "2", "-o", str(tmp_path / name), *more)
+        return python(code, *arguments, XDG_CACHE_HOME=str(tmp_path / "cache"))
+
+    assert reads("none.png", "--no-cache") == 1
+    assert not (tmp_path / "cache").exists()
+    assert reads("first.png") == 1
+    assert reads("again.png") == 0
+    assert reads("other.png", prompt="a moon") == 1  # its negative prompt alone was seen
+    assert reads("cut.png", "-n", "a moon") == 0
+    pictures = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("none", "first", "again", "other", "cut")}
+    assert pictures["none"] == pictures["first"] == pictures["again"]
+    assert len(set(pictures.values())) == 3
+    for entry in (tmp_path / "cache" / "ldmcli" / "prompts").iterdir():
+        entry.write_bytes(b"damaged")
+    assert reads("damaged.png") == 1
+    assert (tmp_path / "damaged.png").read_bytes() == pictures["first"]

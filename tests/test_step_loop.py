@@ -1,0 +1,174 @@
+"""What must not come back into a run: prompts encoded twice, constants computed anew at each step, numbers that the
+host waits for, memory that grows, modules filled with numbers that are then overwritten."""
+
+import dataclasses
+import gc
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldmcli.models.transformer import TransformerBlock
+from ldmcli.models.unet import TimeEmbedding
+from ldmcli.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from ldmcli.pipeline import Pipeline
+
+STEPS = 6
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is done to tensors, for each step by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Counter[str]] = [Counter()]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.steps[-1][str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def next_step(self) -> None:
+        self.steps.append(Counter())
+
+
+@pytest.fixture(params=["ddim", "plms", "dpmpp-2m", "unipc"])
+def asked(request: pytest.FixtureRequest) -> GenerationRequest:
+    return GenerationRequest("a red star", negative_prompt="blue", sampler=request.param, steps=STEPS, seed=1)
+
+
+def test_no_step_waits_for_a_number(pipeline: "Pipeline", asked: GenerationRequest) -> None:
+    """Reading one number from a device waits until all that was asked of it before is done. And every step does the
+    same work as the one before: nothing piles up."""
+    with Calls() as calls:
+        pipeline.draw([asked], calls.next_step)
+    steps = calls.steps[2:-1]  # PLMS, UniPC and DPM++ begin with steps of their own kind
+    waits = ("_local_scalar_dense", "nonzero", "equal", "isfinite", "item", "is_nonzero", "unique")
+    found = [op for step in calls.steps[1:-1] for op in step if any(wait in op for wait in waits)]
+    assert found == []
+    assert len(steps) == STEPS - 2
+    products = ("mm", "linear", "conv")
+    works = [sum(n for op, n in step.items() if any(product in op for product in products)) for step in steps]
+    assert works[0] > 20
+    assert len(set(works)) == 1
+
+
+def calls_of(module: nn.Module, kind: type[nn.Module]) -> Iterator[list[str]]:
+    """Notes each call of the parts of `module` of this kind."""
+    noted: list[str] = []
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: noted.append(name))
+        for name, part in module.named_modules()
+        if isinstance(part, kind)
+    ]
+    yield noted
+    for hook in hooks:
+        hook.remove()
+
+
+def test_constants_of_a_run_are_computed_once(pipeline: "Pipeline", asked: GenerationRequest) -> None:
+    """Time embeddings for all steps, keys and values of the prompts."""
+    unet = pipeline.model.unet
+    projected: list[int] = []
+    blocks = [part for part in unet.modules() if isinstance(part, TransformerBlock)]
+    before = [block.attn2.project for block in blocks]
+    times = calls_of(unet, TimeEmbedding)
+    embedded = next(times)
+    try:
+        for number, block in enumerate(blocks):
+            block.attn2.project = lambda context, n=number, f=before[number]: projected.append(n) or f(context)  # type: ignore[method-assign,misc]
+        pipeline.draw([asked])
+    finally:
+        for block in blocks:
+            del block.attn2.project
+        next(times, None)
+    assert sorted(projected) == list(range(len(blocks)))
+    assert embedded == ["time_embedding"]
+
+
+def test_each_distinct_prompt_is_encoded_once(pipeline: "Pipeline", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a picture, from picture to picture, and when it was encoded while the weights were read."""
+    from ldmcli.text.prompt_cache import PromptCache
+
+    (encoder,) = pipeline.model.prompts.encoders
+    rows: list[tuple[int, ...]] = []
+    encode = encoder.encode
+
+    def noting(ids: torch.Tensor, **settings: Any) -> Any:
+        rows.extend(map(tuple, ids.tolist()))
+        return encode(ids, **settings)
+
+    monkeypatch.setattr(encoder, "encode", noting)
+    fresh = dataclasses.replace(
+        pipeline, model=dataclasses.replace(pipeline.model, prompts=PromptCache(pipeline.model.prompts))
+    )
+    asked = [GenerationRequest(prompt, negative_prompt="fog", steps=1, seed=1) for prompt in ("a", "b", "a")]
+    for batch in (asked, asked[:1], asked[1:]):
+        fresh.draw(batch)
+    assert len(rows) == len(set(rows)) == 3
+
+
+def test_prompts_drawn_first_are_encoded_while_weights_are_read(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ldmcli import pipeline as module
+    from ldmcli.checkpoints.source import open_model
+    from ldmcli.runtime.policy import choose_runtime
+
+    encoded, wait = [], []
+    load_unet, conditions = module.load_unet, module.conditions
+
+    begun = threading.Event()
+    monkeypatch.setattr(
+        module, "conditions", lambda *a: (encoded.append(a[2][0].prompt), begun.set(), conditions(*a))[2]
+    )
+    monkeypatch.setattr(module, "load_unet", lambda *a: (wait.append(begun.wait(60)), load_unet(*a))[1])
+    asked = GenerationRequest("a red star", steps=1, seed=1)
+    loaded = module.load_pipeline(open_model(model_folder), choose_runtime("cpu", "fp32"), first=[asked])
+    assert (encoded, wait) == (["a red star"], [True])
+    (encoder,) = loaded.model.prompts.encoders
+    monkeypatch.setattr(encoder, "encode", lambda *_, **__: pytest.fail("encoded again"))
+    loaded.draw([asked])
+
+
+def test_no_module_holds_numbers_before_its_weights_arrive(
+    model_folder: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filling 860 million numbers at random takes eleven seconds, and memory for them twice."""
+    from conftest import load
+
+    devices: Counter[str] = Counter()
+    register = nn.Module.register_parameter
+
+    def noting(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and name not in self._parameters:  # when it is built, not when it is filled
+            devices[parameter.device.type] += 1
+        register(self, name, parameter)
+
+    monkeypatch.setattr(nn.Module, "register_parameter", noting)
+    for name in ("uniform_", "normal_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, **__: pytest.fail("numbers made up"))
+    for path in (model_folder, model_file):
+        pipeline = load(path)
+        assert {p.device.type for p in pipeline.model.unet.parameters()} == {"cpu"}
+    assert set(devices) == {"meta"}
+    assert devices["meta"] > 200
+
+
+def test_memory_does_not_grow_with_steps(pipeline: "Pipeline") -> None:
+    """What is alive after the fifth step is alive after the thirtieth."""
+    alive: list[int] = []
+
+    def count() -> None:
+        alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+
+    pipeline.draw([GenerationRequest("a star", sampler="plms", steps=30, seed=1)], count)
+    assert len(alive) >= 30
+    assert len(set(alive[6:])) == 1
