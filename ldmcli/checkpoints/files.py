@@ -5,6 +5,7 @@ Pickled files, where they are allowed, are read by `pickled` and are the same to
 Nothing is ever memory-mapped: a mapped file that someone truncates kills the process with SIGBUS.
 """
 
+import functools
 import hashlib
 import io
 import math
@@ -379,9 +380,17 @@ def _all_finite(tensor: "torch.Tensor") -> bool:
         return True
     if tensor.dtype.itemsize == 1:  # float8 types differ in what they have of the two
         return bool(torch.isfinite(tensor.float()).all())
-    infinity = torch.tensor(float("inf"), dtype=tensor.dtype).reshape(1).view(torch.uint8).numpy()
     bits = tensor.reshape(-1).view(torch.uint8).numpy()
     width = tensor.dtype.itemsize
-    positive = int(infinity.view(f"u{width}")[0])
+    positive = _infinity(tensor.dtype)
     negative = positive | 1 << (8 * width - 1)
     return bool(bits.view(f"i{width}").max() < positive and bits.view(f"u{width}").max() < negative)
+
+
+@functools.cache
+def _infinity(dtype: "torch.dtype") -> int:
+    """The bits of +infinity, as an unsigned number."""
+    import torch
+
+    bits = torch.tensor([float("inf")], dtype=dtype).view(torch.uint8).numpy()
+    return int(bits.view(f"u{dtype.itemsize}")[0])

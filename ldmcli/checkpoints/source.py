@@ -37,6 +37,10 @@ class ModelSource:
     prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     half: bool = False
     allow_pickle: bool = False
+    # What `files` gave, by part and `half`: a header is read once a run.
+    _opened: dict[tuple[str, bool], list[WeightFile]] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def name(self) -> str:
@@ -52,8 +56,11 @@ class ModelSource:
         """The validated files of one of `parts`."""
         if self.single_file:
             return [self.single_file]
-        stem = _TRANSFORMERS_STEM if part.startswith("text_encoder") else _DIFFUSERS_STEM
-        return open_part(self.path / part, stem, half=self.half, allow_pickle=self.allow_pickle)
+        key = part, self.half
+        if key not in self._opened:
+            stem = _TRANSFORMERS_STEM if part.startswith("text_encoder") else _DIFFUSERS_STEM
+            self._opened[key] = open_part(self.path / part, stem, half=self.half, allow_pickle=self.allow_pickle)
+        return self._opened[key]
 
     def keys(self, part: str) -> dict[str, WeightFile]:
         """Every tensor key of a part, as it stands on disk, with the file it is in."""

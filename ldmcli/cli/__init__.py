@@ -1,6 +1,7 @@
 """The command `ldm`: parses, builds requests, calls, prints. Importing it never imports torch."""
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -12,17 +13,10 @@ from typing import TextIO
 import click
 
 from ldmcli import __version__
-from ldmcli.cli.batch import batch
-from ldmcli.cli.bench import bench
-from ldmcli.cli.gallery import gallery
-from ldmcli.cli.info import info
-from ldmcli.cli.models import models
-from ldmcli.cli.pull import pull
-from ldmcli.cli.samplers import samplers
-from ldmcli.cli.txt2img import txt2img
 from ldmcli.errors import LdmError, StorageError, printable
 from ldmcli.runtime.memory import is_out_of_memory
 
+_COMMANDS = ("txt2img", "batch", "info", "gallery", "pull", "models", "samplers", "bench")
 _COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask
 _MAX_USAGE_ERROR = 500  # characters: click quotes whole arguments
 _INTERRUPTED, _CLOSED_PIPE, _TERMINATED = 130, 141, 143  # 128 + the signal's number
@@ -32,7 +26,23 @@ class _Terminated(BaseException):
     """SIGTERM arrived; unwinds the stack so that temporary files are removed."""
 
 
+class _Commands(click.Group):
+    """Each command is the function of the same name in a module of that name, imported when it is run: the options of
+    all of them take longer than most need."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
 @click.group(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 error, 2 usage, 3 some rows failed, 65 bad data or model, 66 no such input, "
     "73 cannot create output, 74 I/O, 75 try again, 130 interrupted, 143 terminated.",
@@ -50,16 +60,6 @@ def cli() -> None:
 
     Results go to standard output, everything else to standard error.
     """
-
-
-cli.add_command(txt2img)
-cli.add_command(batch)
-cli.add_command(info)
-cli.add_command(gallery)
-cli.add_command(pull)
-cli.add_command(models)
-cli.add_command(samplers)
-cli.add_command(bench)
 
 
 def main() -> None:

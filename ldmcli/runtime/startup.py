@@ -16,6 +16,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
+import os
 import sys
 import threading
 import types
@@ -88,6 +89,11 @@ def _version(folder: Path) -> str:
     return ""
 
 
+def _may_have_gpu() -> bool:
+    """Whether a driver for GPUs of NVIDIA's is there: on Linux, under Windows, on Jetson."""
+    return any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "nvidia0", "dxg", "nvhost-gpu", "nvgpu"))
+
+
 class _Deferred(types.ModuleType):
     """A module that is imported when something is looked up in it that is not there yet."""
 
@@ -136,6 +142,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if name == "cuda.bindings" and not _may_have_gpu():
+            raise ModuleNotFoundError("there is no GPU that it could be for", name=name)  # torch goes on without
         if name not in DEFERRED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
