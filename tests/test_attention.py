@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldmcli.models import attention
 from ldmcli.models.attention import ATTENTIONS, Attention, math_attention, set_attention
 
 # (tokens, keys, head_dim): the U-Net's head sizes in SD1, the VAE's 512, and CLIP's 77 keys.
@@ -40,13 +42,59 @@ def test_math_is_the_definition(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_sdpa_equals_math(shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("name", ["sdpa", "chunked"])
+def test_equals_math(name: str, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
     query, key, value = tensors(*shape, dtype)
     right = math_attention(query.double(), key.double(), value.double())
-    out = ATTENTIONS["sdpa"](query, key, value)
+    out = ATTENTIONS[name](query, key, value)
     assert out.shape == query.shape
     assert out.dtype == dtype
     assert ((out.double() - right).norm() / right.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("shape", [(130, 70, 40), (128, 64, 80), (1, 77, 160)])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(("scores", "chunk"), [(0, 64), (0, 129), (1 << 22, 64)])
+def test_chunks(
+    shape: tuple[int, int, int], batch: int, scores: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head by head in chunks that may not divide the queries evenly, and all heads at once; of views, as the modules
+    give them."""
+    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    tokens, keys, head_dim = shape
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(batch, n, 3, head_dim, generator=generator, dtype=torch.float64).transpose(1, 2)
+        for n in (tokens, keys, keys)
+    )
+    out = ATTENTIONS["chunked"](query, key, value)
+    torch.testing.assert_close(out, math_attention(query, key, value), rtol=1e-12, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the numbers in the largest tensor that any operation inside makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(4096, 4096), (4096, 77), (1024, 1024), (256, 256)])
+def test_chunked_attention_holds_few_scores(tokens: int, keys: int) -> None:
+    query, key, value = (torch.zeros(1, 8, n, 8) for n in (tokens, keys, keys))
+    with LargestTensor() as seen:
+        ATTENTIONS["chunked"](query, key, value)
+    assert seen.largest <= max(attention.CHUNK * keys, attention.SCORES)
+    assert seen.largest >= min(attention.CHUNK, tokens) * keys  # the scores were seen
+    if keys == 4096:
+        with LargestTensor() as seen:
+            ATTENTIONS["math"](query[:, :1], key[:, :1], value[:, :1])
+        assert seen.largest == tokens * keys
 
 
 @pytest.mark.cuda

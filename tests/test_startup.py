@@ -273,3 +273,28 @@ def test_a_prompt_seen_before_needs_no_text_encoder(tmp_path: Path) -> None:
         entry.write_bytes(b"damaged")
     assert reads("damaged.png") == 1
     assert (tmp_path / "damaged.png").read_bytes() == pictures["first"]
+
+
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """Pieces as a U-Net's step asks for: the kernel gives them once. Larger ones, a VAE's, go back at once."""
+    code = """
+        import ctypes, json, resource, sys
+        if sys.argv[1] == "kept":
+            from ldmcli.runtime.heap import keep_freed_memory
+            keep_freed_memory()
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+
+        def pages(megabytes):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                piece = ctypes.c_void_p(libc.malloc(megabytes << 20))
+                ctypes.memset(piece, 1, megabytes << 20)
+                libc.free(piece)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        print(json.dumps([pages(64), pages(128)]))
+    """
+    kept, given_back = python(code, "kept"), python(code, "as usual")
+    assert kept[0] < 2 * (64 << 20) // 4096 < given_back[0]
+    assert kept[1] > 5 * (128 << 20) // 4096

@@ -16,6 +16,7 @@ from ldmcli.checkpoints.stored_text import remembered
 from ldmcli.errors import LdmError, printable
 from ldmcli.images.metadata import text_chunks
 from ldmcli.images.png import encode_png
+from ldmcli.runtime.heap import keep_freed_memory
 from ldmcli.runtime.policy import choose_runtime, use_threads
 from ldmcli.sources import open_sources
 
@@ -39,6 +40,7 @@ class Worker:
         options = self._options
         runtime = choose_runtime(options["device"], options["dtype"], options["attention"])
         sources = open_sources(options)
+        keep_freed_memory()
         use_threads(options["threads"], sources.model.config.unet, pictures=setup.batch_size, cores=cores)
         # Hashed beside the loading and the first batch; pictures that tell nothing need no hash.
         self._memory = remembered(enabled=not options["no_cache"])

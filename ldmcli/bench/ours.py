@@ -34,9 +34,11 @@ class _Ours:
 
         from ldmcli.checkpoints.source import open_model
         from ldmcli.pipeline import load_pipeline, settled
+        from ldmcli.runtime.heap import keep_freed_memory
         from ldmcli.runtime.policy import choose_runtime
 
         self.task = task = job.task
+        keep_freed_memory()  # as `ldm txt2img` does
         torch.set_num_threads(task.threads)
         self.runtime = choose_runtime(task.device, task.dtype, task.attention)
         source = dataclasses.replace(open_model(Path(task.model)), half=self.runtime.half)

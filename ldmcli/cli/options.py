@@ -138,8 +138,9 @@ _RUNTIME = (
            help="Numbers to compute with; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32."),
     option("--device", type=_Device(), metavar="[auto|cpu|cuda|cuda:N]", default="auto", show_default=True,
            help="Where to compute; auto: the GPU if there is one."),
-    option("--attention", type=click.Choice(["auto", "sdpa", "xformers", "math"]), default="auto", show_default=True,
-           help="How attention is computed: torch's kernels, xformers', or plainly."),
+    option("--attention", type=click.Choice(["auto", "sdpa", "chunked", "xformers", "math"]), default="auto",
+           show_default=True, help="How attention is computed: torch's kernels, by chunks (best for bf16 on a CPU), "
+           "xformers', or plainly."),
     option("--threads", type=click.IntRange(1, 1024), metavar="N",
            help="Threads to compute with on a CPU.  [default: one a core; a small model's pictures one each]"),
     option("--no-cache", is_flag=True, help="Neither read nor keep encoded prompts and hashes of weights on disk."),

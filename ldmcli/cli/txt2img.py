@@ -147,8 +147,10 @@ def _batches(requests: Iterable[GenerationRequest], size: int) -> Iterator[list[
 
 
 def _load(sources: "Sources", runtime: "Runtime", options: dict[str, Any], **beside: Any) -> "Pipeline":
+    from ldmcli.runtime.heap import keep_freed_memory
     from ldmcli.runtime.policy import use_threads
 
+    keep_freed_memory()
     started = time.perf_counter()
     use_threads(options["threads"], sources.model.config.unet, pictures=options["batch_size"])
     pipeline = sources.load(runtime, tile_vae=options["vae_tiling"], **beside)

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 KeysValues = tuple[Tensor, Tensor]
 
+CHUNK = 512  # queries of one head whose scores chunked_attention holds at a time
+SCORES = 1 << 22  # scores of all heads of an image up to which it computes them together
+
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """torch's fused attention: it picks flash, cuDNN, memory-efficient or plain kernels itself."""
@@ -24,6 +27,28 @@ def math_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The definition, softmax(q kᵀ / √d) v, holding the whole score matrix: the reference for the others."""
     scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     return scores.softmax(dim=-1) @ value
+
+
+def chunked_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Plain products around a softmax, for part of the queries at a time: for bfloat16 on a CPU that multiplies it,
+    where torch's fused kernel is slow; in float32 that is the faster.
+
+    All heads of an image go together where their scores are few, as with a prompt's 77 keys; else the heads go one by
+    one, CHUNK queries at a time. So at most the larger of SCORES and CHUNK · keys scores are held, and their softmax.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    out = query.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    turned = (key * head_dim**-0.5).transpose(2, 3)
+    together = heads * tokens * key.shape[2] <= SCORES
+    for image in range(batch):
+        if together:
+            out[image] = torch.bmm(torch.bmm(query[image], turned[image]).softmax(-1), value[image])
+            continue
+        for head in range(heads):
+            for a in range(0, tokens, CHUNK):
+                weights = torch.mm(query[image, head, a : a + CHUNK], turned[image, head]).softmax(-1)
+                out[image, head, a : a + CHUNK] = torch.mm(weights, value[image, head])
+    return out
 
 
 def check_xformers(device: torch.device, dtype: torch.dtype) -> None:
@@ -44,6 +69,7 @@ def xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 ATTENTIONS: dict[str, Attend] = {
     "sdpa": sdpa_attention,
+    "chunked": chunked_attention,
     "xformers": xformers_attention,
     "math": math_attention,
 }

@@ -23,10 +23,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, activated_time: Tensor | None = None) -> Tensor:
         """`activated_time` is SiLU(time embedding), (batch or 1, time_channels)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(activated_time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

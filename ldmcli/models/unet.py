@@ -188,7 +188,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, next(contexts))
         for block in self.up_blocks:
             x = block(x, time, next(contexts), skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
 
 
 def timestep_waves(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:

@@ -9,6 +9,8 @@ from torch import nn
 from ldmcli.config import TinyVAEConfig, UNetConfig, VAEConfig
 from ldmcli.errors import UsageError, printable
 from ldmcli.models.attention import ATTENTIONS, check_xformers, set_attention
+from ldmcli.models.unet import UNet
+from ldmcli.runtime.onednn import lay_out
 from ldmcli.runtime.threads import choose_threads
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -44,9 +46,13 @@ class Runtime:
         return torch.float32 if vae.force_upcast and self.dtype == torch.float16 else self.dtype
 
     def prepare(self, module: nn.Module) -> None:
-        """Lay a U-Net or VAE out for speed: channels last in memory, and this runtime's attention."""
+        """Lay a U-Net or VAE out for speed: channels last in memory, this runtime's attention, and on a CPU weights as
+        oneDNN wants them."""
         module.to(memory_format=torch.channels_last)
         set_attention(module, ATTENTIONS[self.attention])
+        if self.device.type == "cpu":
+            # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory.
+            lay_out(module, fold=not isinstance(module, UNet))
 
 
 def choose_runtime(device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Runtime:
@@ -88,7 +94,9 @@ def _choose_device(name: str) -> torch.device:
 
 def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
-        return "sdpa"
+        # torch's fused kernel gains nothing from a CPU's own bfloat16 products; in float32, and where bfloat16 is
+        # emulated, it is the faster by far.
+        return "chunked" if device.type == "cpu" and dtype == torch.bfloat16 and _cpu_has_bf16() else "sdpa"
     if name == "xformers":
         if device.type != "cuda":
             raise UsageError("attention xformers needs a CUDA device; use --attention sdpa or auto on a CPU.")

@@ -1,0 +1,228 @@
+"""A U-Net or VAE laid out for oneDNN, torch's library of CPU kernels. Same numbers, but for rounding.
+
+Left to itself, torch rearranges a layer's weights into blocks that suit the CPU on every call. Here a layer that is
+called again with an input of the same shape does so once, and keeps the rearranged weights in place of the plain ones:
+nothing is held twice. Doubling a map's sides in front of a convolution is folded into the convolution's weights.
+
+The layers keep their names, parameters and `forward`. Whoever converts, copies, saves or loads them meets plain weights
+again, and later calls lay them out anew; only weights changed in place go unnoticed. Where an operator is missing or
+refuses (another version of torch, another number type, a CPU without it) they stay plain.
+"""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ldmcli.models.layers import Upsample
+
+LARGE = 4 << 20  # bytes of a weight from which the memory it leaves is given back to the system at once
+
+
+def lay_out(module: nn.Module, *, fold: bool) -> None:
+    """Make the convolutions and products inside `module`, which is on a CPU, compute with oneDNN's own layouts from now
+    on, and with `fold` its upsamplers with folded weights. Weights are rearranged layer by layer as they are used."""
+    if not torch.backends.mkldnn.is_available() or not _operators():
+        return
+    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
+    if fold:
+        kinds[Upsample] = FoldedUpsample
+    for part in module.modules():
+        if type(part) in kinds:
+            part.__class__ = kinds[type(part)]
+
+
+@functools.cache
+def _operators() -> dict[str, Callable[..., Tensor]]:
+    """oneDNN's operators that torch has no public names for; none where any is missing."""
+    names = ("_reorder_convolution_weight", "_convolution_pointwise", "_reorder_linear_weight", "_linear_pointwise")
+    try:
+        return {name: getattr(torch.ops.mkldnn, name).default for name in names}
+    except (AttributeError, RuntimeError):
+        return {}
+
+
+class _Packed(nn.Module):
+    """A layer computed by oneDNN, whose `weight` is in its layout once it has been called twice in a row with inputs of
+    one shape. The numbers are the same bit for bit before and after.
+
+    The layout suits one shape and number of threads; with others the operators would rearrange it anew on every call,
+    by code up to a hundred times slower than that for plain weights.
+    """
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]]  # number types in which it pays
+    weight: Tensor
+    _packed_for: tuple[int, ...] | None = None
+    _last: tuple[int, ...] | None = None
+    _refused = False  # by the operator
+    _stays_plain = False  # refused by the one that lays out
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._ready(x):
+            try:
+                return self._computed(x)
+            except RuntimeError:  # this CPU has no kernel for the number type, or memory is out: then below too
+                self._unpack()
+                self._refused = True
+        return super().forward(x)
+
+    def _computed(self, x: Tensor) -> Tensor:
+        """The result for x by oneDNN's operator, which takes the weight plain or laid out."""
+        raise NotImplementedError
+
+    def _rearranged(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The plain weight in the layout that suits x."""
+        raise NotImplementedError
+
+    def _ready(self, x: Tensor) -> bool:
+        """Whether x may go to oneDNN's operator, with the weight laid out for it or plain; else the weight is plain."""
+        weight = self.weight
+        if x.dtype != weight.dtype or x.requires_grad or weight.requires_grad or x.dtype not in self.dtypes:
+            self._unpack()
+            return False
+        call = (*x.shape, torch.get_num_threads())
+        if call == self._packed_for:
+            return True
+        self._unpack()
+        if self._refused or not x.numel() or x.device.type != "cpu":
+            return False
+        if call == self._last and not self._stays_plain:
+            self._pack(x, call)
+        self._last = call
+        return not self._refused
+
+    def _pack(self, x: Tensor, call: tuple[int, ...]) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside inference mode too
+            try:
+                rearranged = self._rearranged(self.weight.detach(), x)
+            except RuntimeError:
+                self._stays_plain = True
+                return
+            large = self.weight.nbytes >= LARGE
+            self.weight = nn.Parameter(rearranged, requires_grad=False)
+        self._packed_for = call
+        if large:
+            _trim()
+
+    def _unpack(self) -> None:
+        """Make the weight plain again."""
+        if self._packed_for is None:
+            return
+        self._packed_for = None
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self.weight.detach().to_dense()
+            if weight.ndim == 4:
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._unpack()
+        self._refused = self._stays_plain = False
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._unpack()
+        return self.__dict__
+
+
+def _trim() -> None:
+    """Give freed memory back to the system. The place that a plain weight leaves is a little too small for the next
+    layer's rearranged one: without this, a process would grow by as much again as the weights take."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    """A convolution with its weight laid out once."""
+
+    dtypes = (torch.float32, torch.bfloat16)
+
+    def _rearranged(self, weight: Tensor, x: Tensor) -> Tensor:
+        reorder = _operators()["_reorder_convolution_weight"]
+        return reorder(weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape))
+
+    def _computed(self, x: Tensor) -> Tensor:
+        convolve = _operators()["_convolution_pointwise"]
+        return convolve(
+            x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
+        )
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """A product with a matrix laid out once. In float32 torch's products go to another library, MKL, as fast with plain
+    matrices."""
+
+    dtypes = (torch.bfloat16,)
+
+    def _rearranged(self, weight: Tensor, x: Tensor) -> Tensor:
+        return _operators()["_reorder_linear_weight"](weight, x.numel() // x.shape[-1])
+
+    def _computed(self, x: Tensor) -> Tensor:
+        return _operators()["_linear_pointwise"](x, self.weight, self.bias, "none", [], "")
+
+
+class FoldedUpsample(Upsample):
+    """Doubling by nearest neighbour and the 3×3 convolution behind it, as four 2×2 convolutions of the small map: of
+    the nine pixels that a result depends on, neighbours are equal, so that their weights can be summed beforehand. 4/9
+    of the multiplications."""
+
+    _folded: list[PackedConv2d] | None = None
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        batch, _, height, width = x.shape
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        if size not in (None, (2 * height, 2 * width)) or not channels_last or x.requires_grad:
+            return super().forward(x, size)
+        if self._folded is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded = _fold(self.conv)
+            if self.conv.weight.nbytes >= LARGE:
+                _trim()
+        shape = (batch, self.conv.out_channels, 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        for i, conv in enumerate(self._folded):
+            row, column = divmod(i, 2)
+            out[:, :, row::2, column::2] = conv(x)[:, :, row : row + height, column : column + width]
+        return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
+        self._folded = None
+        super()._load_from_state_dict(*args, **settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
+
+
+def _fold(conv: nn.Conv2d) -> list[PackedConv2d]:
+    """2×2 convolutions for the pixels of a doubled map in even rows and columns, even rows and odd columns, and so on:
+    each with a row and a column too many, on the far side of the even ones and on the near side of the odd ones."""
+    if isinstance(conv, _Packed):
+        conv._unpack()
+    weight = conv.weight.detach()
+    first, middle, last = weight.to(torch.promote_types(weight.dtype, torch.float32)).unbind(2)
+    folded = []
+    for rows in ((first, middle + last), (first + middle, last)):
+        left, centre, right = torch.stack(rows, 2).unbind(3)
+        for columns in ((left, centre + right), (left + centre, right)):
+            part = PackedConv2d(conv.in_channels, conv.out_channels, 2, padding=1, device="meta")
+            summed = torch.stack(columns, 3).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+            part.weight = nn.Parameter(summed, requires_grad=False)
+            part.register_parameter("bias", conv.get_parameter("bias"))  # the same, not a copy
+            folded.append(part)
+    return folded
