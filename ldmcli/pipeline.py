@@ -189,19 +189,29 @@ def load_pipeline(
     """
     memory = remembered(enabled=False) if memory is None else memory
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
+    with _sharing_the_processor(memory):
+        decoder = in_background(lambda: _load_vae(source, runtime, vae), "read VAE")
+        models = [_Loading(one, runtime, own) for one, own in ((source, unet), (refiner, None)) if one is not None]
+        for model in models:
+            model.encode(first, memory, stopwatch)
+        with stopwatch.phase("weights"):
+            loaded = [model.result() for model in models]
+            loaded_vae = decoder.result()
+            runtime.prepare(loaded_vae)
+    return Pipeline(runtime, loaded[0], loaded_vae, loaded[1] if refiner is not None else None, tile_vae, stopwatch)
+
+
+@contextlib.contextmanager
+def _sharing_the_processor(memory: Remembered) -> Iterator[None]:
+    """Inside the block this thread computes with half of its threads, and weights are not hashed: others read them."""
     threads = torch.get_num_threads()
-    decoder = in_background(lambda: _load_vae(source, runtime, vae), "read VAE")
-    models = [_Loading(source, runtime, unet)]
-    if refiner is not None:
-        models.append(_Loading(refiner, runtime))
-    for model in models:
-        model.encode(first, memory, stopwatch)
-    with stopwatch.phase("weights"):
-        loaded = [model.result() for model in models]
-        loaded_vae = decoder.result()
-        torch.set_num_threads(threads)  # which those that read have changed for all threads to come
-        runtime.prepare(loaded_vae)
-        return Pipeline(runtime, loaded[0], loaded_vae, loaded[1] if refiner is not None else None, tile_vae, stopwatch)
+    torch.set_num_threads(max(1, threads // 2))
+    memory.hashes.may_read.clear()
+    try:
+        yield
+    finally:
+        memory.hashes.may_read.set()
+        torch.set_num_threads(threads)  # those that read have set it for all threads to come
 
 
 class _Loading:

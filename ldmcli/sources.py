@@ -26,12 +26,14 @@ _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type")  # options beside the mod
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """What to draw with. `unet` is the model's, where it had to be read to know what the model is."""
+    """What to draw with. `unet` is the model's, where it had to be read to know what the model is; `tiled`, whether
+    pictures are decoded in little memory."""
 
     model: ModelSource
     vae: "VAESource | None" = None
     refiner: ModelSource | None = None
     unet: "UNet | None" = None
+    tiled: bool = False
 
     def load(
         self,
@@ -72,7 +74,7 @@ class Sources:
         fitted = fit_to_model(request, self.model.config)
         assert fitted.width is not None
         assert fitted.height is not None
-        check_memory(self.model.config, fitted.width, fitted.height)
+        check_memory(self.model.config, fitted.width, fitted.height, tiled=self.tiled)
         return fitted
 
     @property
@@ -116,7 +118,7 @@ def open_sources(options: Mapping[str, Any]) -> Sources:
         _check_refiner(model, refiner)
     elif options["refiner_start"] is not None:
         raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
-    return Sources(model, vae, refiner)
+    return Sources(model, vae, refiner, tiled=options["vae_tiling"])
 
 
 def located(model: str | None, options: Mapping[str, Any]) -> Path:

@@ -1,18 +1,29 @@
 """Tiled decoding gives the picture of the plain decode, with less held in memory."""
 
+import copy
+import os
+import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from oracle.random_model import randomise
 from torch import Tensor, nn
 
+from ldmcli.checkpoints.load import load_vae
+from ldmcli.checkpoints.source import embedded_model, open_model
 from ldmcli.config import TinyVAEConfig, VAEConfig
-from ldmcli.models import tiling
+from ldmcli.errors import StorageError, UsageError
+from ldmcli.models import feature_map, tiling
 from ldmcli.models.taesd import TinyVAE
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.models.vae import AutoencoderKL, PixelAttention
+from ldmcli.runtime import memory
+from ldmcli.runtime.onednn import lay_out
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,7 @@ def test_tiled_is_the_plain_decode(
 ) -> None:
     """Strips of one row, of some, and of all: always the picture of the plain decode."""
     monkeypatch.setattr(tiling, "STRIP", strip)
+    monkeypatch.setattr(tiling, "ROWS", 1)
     latents = normal(*shape).contiguous(memory_format=memory_format)
     torch.testing.assert_close(tiling.decode_tiled(small_vae, latents), small_vae.decode(latents))
 
@@ -84,6 +96,7 @@ def largest_input(vae: AutoencoderKL, decode: Callable[[Tensor], Tensor], latent
 
 def test_work_space_does_not_grow_with_the_picture(small_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "STRIP", 10_000)
+    monkeypatch.setattr(tiling, "ROWS", 1)
     small, large = normal(1, 4, 16, 16), normal(1, 4, 32, 32)
     assert largest_input(small_vae, small_vae.decode, large) == 4 * largest_input(small_vae, small_vae.decode, small)
     assert largest_input(small_vae, small_vae.decode, large) > 200_000
@@ -133,29 +146,178 @@ def test_taesd_receptive_field(small_taesd: TinyVAE) -> None:
     assert margin - 2 <= reached <= margin
 
 
-@pytest.mark.slow
-def test_peak_memory_at_full_size() -> None:
-    """Stable Diffusion's own decoder at 512²: two feature maps, not five."""
-    assert peak_memory("decode_tiled(vae, latents)") < 0.6 * peak_memory("vae.decode(latents)")
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (2, 4, 13, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_maps_out_of_memory(
+    small_vae: AutoencoderKL,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    spilling: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same numbers as from maps in memory; files without names, of which none stays open."""
+    vae = copy.deepcopy(small_vae).to(dtype)
+    latents = normal(*shape).to(dtype)
+    seen, made = [], []
+    temporary_file = tempfile.TemporaryFile
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        made.append(settings["dir"])
+        return temporary_file(*args, **settings)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", counted)
+    vae.decoder.conv_out.register_forward_hook(lambda *_: seen.append(list(spilling.iterdir())))
+    before = len(os.listdir("/proc/self/fd"))
+    spilled = tiling.decode_tiled(vae, latents)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert made
+    assert set(made) == {str(spilling)}
+    assert seen
+    assert not any(seen)
+    monkeypatch.setattr(feature_map, "KEPT", 1 << 40)
+    made.clear()
+    assert torch.equal(tiling.decode_tiled(vae, latents), spilled)
+    assert not made
 
 
-def peak_memory(expression: str) -> int:
-    """By how many bytes decoding 64×64 latents raises the peak memory of a process of its own."""
+@pytest.fixture
+def spilling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files; all maps go there."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(feature_map, "KEPT", 0)
+    monkeypatch.setattr(tiling, "STRIP", 2000)
+    monkeypatch.setattr(tiling, "ROWS", 3)
+    return tmp_path
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (1, 4, 9, 23), (2, 4, 7, 12)])
+def test_tiled_in_single_precision(laid_out: bool, shape: tuple[int, ...], spilling: Path, one_thread: None) -> None:
+    """Also with layers laid out for oneDNN."""
+    vae = AutoencoderKL(VAEConfig(block_channels=(8, 16, 16), layers_per_block=1, norm_groups=4))
+    randomise(vae, torch.Generator().manual_seed(0))
+    vae = vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    latents = normal(*shape).float().contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        plain = vae.decode(latents)
+        if laid_out:
+            lay_out(vae, fold=True)
+        for _ in range(2):
+            tiled = tiling.decode_tiled(vae, latents)
+            assert (tiled - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_embedded_vae(spilling: Path, one_thread: None) -> None:
+    """Not half a level of 255 from the plain decode; nor is any of its parts worked on as a whole."""
+    vae = load_vae(open_model(embedded_model()), torch.device("cpu"), torch.float32)
+    latents = normal(1, vae.config.latent_channels, 18, 11).float().contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        plain, tiled = vae.decode(latents), tiling.decode_tiled(vae, latents)
+    assert (tiled - plain).norm() < 1e-5 * plain.norm()
+    assert (tiled - plain).abs().max() * 127.5 < 0.5
+
+
+@pytest.mark.parametrize("tokens", [(1, 1), (5, 3), (8, 40), (40, 8)])
+def test_attention_in_parts(
+    small_vae: AutoencoderKL, tokens: tuple[int, int], spilling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of a hundred and of none, whose softmax would overflow without its maximum."""
+    monkeypatch.setattr(tiling, "QUERIES", 8)
+    monkeypatch.setattr(tiling, "STRIP", 64)
+    block = copy.deepcopy(small_vae.decoder.mid_block.attentions[0])
+    assert isinstance(block, PixelAttention)
+    for product in (block.to_q, block.to_k):
+        product.weight.mul_(40)
+    rows = normal(1, block.group_norm.num_channels, *tokens)
+    x = feature_map.FeatureMap(rows.shape[1], *tokens, like=rows)
+    x.write(0, rows)
+    tiling._attend(block, x)
+    torch.testing.assert_close(x.read(slice(0, tokens[0])), block(rows))
+
+
+def test_disk_full(small_vae: AutoencoderKL, spilling: Path) -> None:
+    """The system's own refusal, after a part of what was to be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(StorageError) as caught:
+            tiling.decode_tiled(small_vae, normal(1, 4, 16, 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.exit_code == 74
+    assert all(words in str(caught.value) for words in (str(spilling), "File too large", "set TMPDIR"))
+
+
+@pytest.mark.parametrize(("call", "failure"), [("pwritev", 0), ("preadv", 0), ("preadv", OSError(5, "broken"))])
+def test_unreadable_file(
+    small_vae: AutoencoderKL, call: str, failure: int | OSError, spilling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_args: Any) -> int:
+        if isinstance(failure, OSError):
+            raise failure
+        return failure
+
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(StorageError, match=r"Input/output error|broken"):
+        tiling.decode_tiled(small_vae, normal(1, 4, 16, 16))
+
+
+def test_no_folder_for_temporary_files(
+    small_vae: AutoencoderKL, spilling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(spilling / "none"))
+    with pytest.raises(StorageError, match=r"No such file or directory.*TMPDIR"):
+        tiling.decode_tiled(small_vae, normal(1, 4, 16, 16))
+
+
+def test_pieces_of_a_write(spilling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may move less than it was asked for."""
+    for call in ("preadv", "pwritev"):
+        real = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda fd, parts, offset, real=real: real(fd, [parts[0][:1001]], offset))
+    rows = normal(1, 3, 20, 30)
+    x = feature_map.FeatureMap(3, 20, 30, like=rows)
+    x.put(0, rows)
+    assert torch.equal(x.read(slice(2, 19)), rows[:, :, 2:19])
+
+
+def test_sizes_that_fit_only_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = open_model(embedded_model()).config
+    monkeypatch.setattr(memory, "host_memory", lambda: 20 * 2048**2)
+    with pytest.raises(UsageError, match="--vae-tiling"):
+        memory.check_memory(config, 2048, 2048)
+    memory.check_memory(config, 2048, 2048, tiled=True)
+    with pytest.raises(UsageError, match=r"smaller one\.$"):
+        memory.check_memory(config, 4096, 2048, tiled=True)
+
+
+def test_peak_memory_does_not_grow_with_the_picture() -> None:
+    """But for the picture itself: 12 bytes a pixel. Maps of this VAE have 128, and three are there at a time."""
+    small, large = (peak_memory(side, kept=1 << 22) for side in (32, 96))
+    pixels = 16**2 * (96**2 - 32**2)
+    assert large - small < 40 * pixels
+    assert peak_memory(96, kept=1 << 40) - small > 200 * pixels
+
+
+def peak_memory(side: int, kept: int) -> int:
+    """By how many bytes decoding latents of that many rows and columns raises the memory of a process of its own."""
     script = f"""
-import resource, torch
+import torch
 from ldmcli.config import VAEConfig
-from ldmcli.models.tiling import decode_tiled
+from ldmcli.models import feature_map, tiling
 from ldmcli.models.vae import AutoencoderKL
-vae = AutoencoderKL(VAEConfig()).eval()
-del vae.encoder
+torch.set_num_threads(1)
+tiling.STRIP, feature_map.KEPT = 1 << 18, {kept}
+vae = AutoencoderKL(VAEConfig(block_channels=(32, 16, 16, 16, 16), layers_per_block=1, norm_groups=4)).eval()
 vae = vae.to(memory_format=torch.channels_last)
-latents = torch.randn(1, 4, 64, 64).contiguous(memory_format=torch.channels_last)
+latents = torch.randn(1, 4, {side}, {side}).contiguous(memory_format=torch.channels_last)
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
 with torch.inference_mode():
-    vae.decode(latents[:, :, :8, :8])
+    tiling.decode_tiled(vae, latents[:, :, :8, :8])
     before = peak()
-    {expression}
+    tiling.decode_tiled(vae, latents)
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

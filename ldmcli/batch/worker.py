@@ -42,12 +42,12 @@ class Worker:
         sources = open_sources(options)
         keep_freed_memory()
         use_threads(options["threads"], sources.model.config.unet, pictures=setup.batch_size, cores=cores)
-        # Hashed beside the loading and the first batch; pictures that tell nothing need no hash.
         self._memory = remembered(enabled=not options["no_cache"])
-        model = dataclasses.replace(sources.model, half=runtime.half)
-        self._hash = model_sha256(model, self._memory.hashes) if setup.metadata else None
         self._sources = sources.settled(runtime)
         self._artist = Artist(self._sources.load(runtime, tile_vae=options["vae_tiling"], memory=self._memory))
+        # Hashed beside the first batch; pictures that tell nothing need no hash.
+        model = dataclasses.replace(sources.model, half=runtime.half)
+        self._hash = model_sha256(model, self._memory.hashes) if setup.metadata else None
         self._manifest = ManifestWriter(setup.folder, name)
         self._writing = threading.Lock()  # a manifest has one writer at a time
         self._threads = ThreadPoolExecutor(_WRITERS, "png")

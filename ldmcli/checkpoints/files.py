@@ -142,8 +142,8 @@ def read_tensors(
 ) -> "Iterator[tuple[str, torch.Tensor]]":
     """Yield each of `names` once with its tensor on `device`, in the order of the file.
 
-    Floating tensors become `dtype` (None: as on disk), others keep theirs. Memory: one tensor beyond what is
-    yielded. Raises BadDataError for a name the file lacks, NaN or infinity on disk, values `dtype` cannot
+    Floating tensors become `dtype` (None: as on disk), others keep theirs; those of four dimensions are laid out
+    channels last. Memory: one tensor beyond what is yielded. Raises BadDataError for a name the file lacks, NaN or infinity on disk, values `dtype` cannot
     hold, and a file that changed since open_weights.
     """
     import torch
@@ -353,12 +353,16 @@ def _as_tensor(raw: "np.ndarray", dtype: "torch.dtype", shape: tuple[int, ...]) 
 def _converted(
     path: Path, name: str, tensor: "torch.Tensor", device: "torch.device", dtype: "torch.dtype"
 ) -> "torch.Tensor":
-    """The finite CPU tensor `tensor` as `dtype` on `device`; narrowed before it is moved, widened after."""
+    """The finite CPU tensor `tensor` as `dtype` on `device`; narrowed before it is moved, widened after. Weights of
+    convolutions are laid out channels last, in the same pass."""
+    import torch
+
+    layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
     if dtype == tensor.dtype:
-        return tensor.to(device)
+        return tensor.to(device, memory_format=layout)
     if dtype.itemsize > tensor.dtype.itemsize:
-        return tensor.to(device).to(dtype)
-    narrow = tensor.to(dtype)
+        return tensor.to(device).to(dtype, memory_format=layout)
+    narrow = tensor.to(dtype, memory_format=layout)
     if not _all_finite(narrow):
         largest = tensor.double().abs().max().item()
         kind = str(dtype).removeprefix("torch.")

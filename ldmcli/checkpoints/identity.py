@@ -28,6 +28,8 @@ class FileHashes:
     the file is the same by its real path, device, inode, size and times, as git's index does."""
 
     def __init__(self, entries: EntryStore | None = None) -> None:
+        self.may_read = threading.Event()  # until then nothing is hashed that is not remembered
+        self.may_read.set()
         self._entries = entries
         self._lock = threading.Lock()
         self._asked: dict[tuple[str, tuple[int, ...]], Future[str]] = {}
@@ -51,6 +53,7 @@ class FileHashes:
         known = self.remembered(path)
         if known:
             return known
+        self.may_read.wait()
         real = os.path.realpath(path)
         with open_regular(path) as file:
             before = os.fstat(file.fileno())

@@ -29,7 +29,7 @@ from ldmcli.text.encoder import ClipTextEncoder
 from ldmcli.text.tokenizer import ClipTokenizer
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_READERS = 2  # threads that read a part: reading, checking and converting numbers take more time than the disk
+_READERS = 4  # threads that read a part: reading, checking and converting numbers take more time than the disk
 _SHARE = 64 << 20  # bytes that a thread reads before another may take over
 
 # For each canonical key the names it may have on disk, the likeliest first. What has its name in common with others is

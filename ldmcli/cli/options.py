@@ -145,7 +145,7 @@ _RUNTIME = (
            help="Threads to compute with on a CPU.  [default: one a core; a small model's pictures one each]"),
     option("--no-cache", is_flag=True, help="Neither read nor keep encoded prompts and hashes of weights on disk."),
     option("--vae-tiling", is_flag=True,
-           help="Decode strip by strip: the same picture in a third of the memory, slower."),
+           help="Decode strip by strip: the same picture in little memory, slower; large maps go to TMPDIR."),
 )  # fmt: skip
 
 

@@ -119,10 +119,10 @@ def _draw_all(
     stopwatch = Stopwatch()
     stopwatch.add("imports", process_age())
     memory = remembered(enabled=not options["no_cache"])
-    hashed = model_sha256(dataclasses.replace(sources.model, half=runtime.half), memory.hashes)
     batches = _batches(requests, options["batch_size"])
     first = next(batches)
     pipeline = _load(sources, runtime, options, first=first, memory=memory, stopwatch=stopwatch)
+    hashed = model_sha256(dataclasses.replace(sources.model, half=runtime.half), memory.hashes)
     done = 0
     for batch in itertools.chain([first], batches):
         drawn: dict[int, tuple[Any, float]] = {}

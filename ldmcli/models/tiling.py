@@ -1,190 +1,175 @@
-"""Decoding latents in less memory, to the same picture.
+"""Decoding latents in memory that does not grow with the picture, to the same picture.
 
 The usual tiling decodes square tiles apart and blends their edges. A KL autoencoder's group norms then see other
 numbers in each tile, and each tile gets a tone of its own, up to tens of levels of 255 off. Here a layer is computed
 for the whole picture before the next one is, strip by strip: norms see the whole picture and convolutions the rows
-around the strip, so there are no seams to hide. A resnet's result is written over its input, and what is quickly
-computed again is not kept: held at the peak is one and a half times the last level's narrowest map, where a plain
-decode holds six, for 1.7 times the arithmetic. Work space beside that does not grow with the picture.
+around the strip, so there are no seams to hide. What a layer makes goes into a FeatureMap, out of memory where it is
+large; work space does not grow with the picture, and of the picture's own size only the result is in memory.
 
 TAESD has no norms: each of its pixels depends on a bounded region, so tiles with that much margin are exact.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import GroupNorm
 from torch.nn import functional as F
 
+from ldmcli.models.feature_map import FeatureMap
 from ldmcli.models.layers import ResnetBlock, Upsample
 from ldmcli.models.taesd import TinyVAE
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.models.vae import AutoencoderKL, PixelAttention
 
-STRIP = 1 << 23  # numbers of a feature map that are worked on at a time
+STRIP = 1 << 22  # numbers of a feature map that are worked on at a time, but ROWS rows at least:
+ROWS = 16  # two more are computed for each strip
+QUERIES = 1 << 12  # pixels that attend at a time, to STRIP / QUERIES others
 TILE = 64  # latents along each side of what TAESD decodes at a time, margins apart
 
 
+@torch.no_grad()
 def decode_tiled(vae: AutoencoderKL | TinyVAE, latents: Tensor) -> Tensor:
-    """What `vae.decode` gives for latents (batch, channels, height, width), but for rounding."""
+    """What `vae.decode` gives for latents (batch, channels, height, width), but for rounding. Raises StorageError where
+    the folder for temporary files has too little room."""
     if isinstance(vae, TinyVAE):
         return _decode_in_tiles(vae, latents)
-    decoder = vae.decoder
-    # Up to here maps have a latent's size, the smallest of all.
-    x: FeatureMap = StoredMap(decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents))))
-    last = set(decoder.up_blocks[-1].modules())
-    for layer in decoder.up_blocks.modules():  # in the order they run
-        if isinstance(layer, ResnetBlock):
-            x = _resnet(layer, x, lean=layer in last)
-        elif isinstance(layer, Upsample):
-            x = UpsampledMap(layer, x)
-    activate = _norm_and_silu(decoder.conv_norm_out, x)
-    image = x.empty(decoder.conv_out.out_channels)
-    for a, b in x.strips():
-        rows, inside = x.read_around(a, b)
-        image[:, :, a:b] = decoder.conv_out(activate(rows))[:, :, inside]
+    batch, _, height, width = latents.shape
+    image = torch.empty(
+        (batch, vae.config.out_channels, height * vae.config.factor, width * vae.config.factor),
+        dtype=latents.dtype,
+        device=latents.device,
+        memory_format=torch.channels_last,
+    )
+    for one, into in zip(latents.split(1), image.split(1), strict=True):
+        _decode(vae, one.contiguous(memory_format=torch.channels_last), into)
     return image
 
 
-class FeatureMap:
-    """A map of `shape` (batch, channels, height, width) of which only some rows are needed at a time."""
-
-    def __init__(self, like: Tensor, shape: tuple[int, ...]) -> None:
-        self.like = like
-        self.shape = shape
-
-    def read(self, a: int, b: int) -> Tensor:
-        """Rows from a to before b."""
-        raise NotImplementedError
-
-    def read_around(self, a: int, b: int) -> tuple[Tensor, slice]:
-        """Rows a to b with the row on either side that a 3×3 convolution needs, and where among them a to b are.
-
-        Beyond the edges of the map there are none: there the convolution's own zeros are right.
-        """
-        first = max(a - 1, 0)
-        return self.read(first, min(b + 1, self.shape[2])), slice(a - first, b - first)
-
-    def strips(self) -> Iterator[tuple[int, int]]:
-        """The rows of the map, from and to before, about STRIP numbers at a time."""
-        batch, channels, height, width = self.shape
-        rows = max(2, STRIP // (batch * channels * width))
-        return itertools.pairwise([*range(0, height, rows), height])
-
-    def stored(self) -> "StoredMap":
-        """The same, in memory."""
-        whole = self.empty(self.shape[1])
-        for a, b in self.strips():
-            whole[:, :, a:b] = self.read(a, b)
-        return StoredMap(whole)
-
-    def empty(self, channels: int) -> Tensor:
-        """An unwritten map of this one's size and kind."""
-        channels_last = self.like.is_contiguous(memory_format=torch.channels_last)
-        return torch.empty(
-            (self.shape[0], channels, *self.shape[2:]),
-            dtype=self.like.dtype,
-            device=self.like.device,
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-        )
+def _decode(vae: AutoencoderKL, latents: Tensor, image: Tensor) -> None:
+    """Decode one picture's latents into `image`."""
+    decoder = vae.decoder
+    channels, height, width = decoder.conv_in.out_channels, *latents.shape[2:]
+    x = FeatureMap(channels, height, width, like=latents)
+    for a, _, rows, inside in _strips(height, channels * width):
+        x.write(a, decoder.conv_in(vae.post_quant_conv(latents[:, :, rows]))[:, :, inside])
+    middle = decoder.mid_block
+    # In the order they run.
+    for layer in [middle.resnets[0], middle.attentions[0], middle.resnets[1], *decoder.up_blocks.modules()]:
+        if isinstance(layer, ResnetBlock):
+            x = _resnet(layer, x)
+        elif isinstance(layer, PixelAttention):
+            _attend(layer, x)
+        elif isinstance(layer, Upsample):
+            x = _upsample(layer, x)
+    norm = x.norm(decoder.conv_norm_out)
+    for a, b, rows, inside in _strips(x.height, x.width * x.channels):
+        strip = F.silu(norm(x.read(rows)), inplace=True)
+        image[:, :, a:b] = decoder.conv_out(strip)[:, :, inside]
 
 
-class StoredMap(FeatureMap):
-    """A map that is in memory."""
+def _strips(height: int, per_row: int) -> list[tuple[int, int, slice, slice]]:
+    """Strips of a map's rows, of about STRIP numbers where a row has `per_row`: from and to before which row; the rows
+    that hold these and one more on either side, for a 3×3 convolution; where in those the strip is.
 
-    def __init__(self, whole: Tensor) -> None:
-        super().__init__(whole, tuple(whole.shape))
-        self.whole = whole
-
-    def read(self, a: int, b: int) -> Tensor:
-        return self.whole[:, :, a:b]
-
-
-class UpsampledMap(FeatureMap):
-    """What an Upsample makes of a smaller map, computed anew whenever it is read: it would be the largest of all."""
-
-    def __init__(self, upsample: Upsample, smaller: FeatureMap) -> None:
-        batch, channels, height, width = smaller.shape
-        super().__init__(smaller.like, (batch, channels, 2 * height, 2 * width))
-        self.upsample = upsample
-        self.smaller = smaller
-
-    def read(self, a: int, b: int) -> Tensor:
-        first, end = max(a - 1, 0) // 2, min(b // 2 + 1, self.smaller.shape[2])
-        return self.upsample(self.smaller.read(first, end))[:, :, a - 2 * first : b - 2 * first]
+    Beyond the edges of the map there are no rows: there the convolution's own zeros are right. The rows are as many for
+    each strip: a layer laid out for one shape (runtime/onednn.py) is then laid out once.
+    """
+    most = max(ROWS, STRIP // per_row)
+    count = math.ceil(height / most)
+    if count == 1:
+        return [(0, height, slice(0, height), slice(0, height))]
+    each = math.ceil(height / count)
+    window = min(each + 2, height)
+    strips = []
+    for a in range(0, height, each):
+        b = min(a + each, height)
+        first = min(max(a - 1, 0), height - window)
+        strips.append((a, b, slice(first, first + window), slice(a - first, b - first)))
+    return strips
 
 
-class HiddenMap(FeatureMap):
-    """What a resnet's first half makes of a map, computed anew whenever it is read."""
-
-    def __init__(self, block: ResnetBlock, x: FeatureMap) -> None:
-        batch, _, height, width = x.shape
-        super().__init__(x.like, (batch, block.conv1.out_channels, height, width))
-        self.activate = _norm_and_silu(block.norm1, x)
-        self.conv = block.conv1
-        self.x = x
-
-    def read(self, a: int, b: int) -> Tensor:
-        rows, inside = self.x.read_around(a, b)
-        return self.conv(self.activate(rows))[:, :, inside]
+def _parts(height: int, rows: int) -> Iterator[tuple[int, int]]:
+    """So many rows at a time, from and to before which."""
+    return itertools.pairwise([*range(0, height, max(rows, 1)), height])
 
 
-def _resnet(block: ResnetBlock, x: FeatureMap, *, lean: bool) -> StoredMap:
-    """What `block` makes of x, which is overwritten with it where it is as wide as the result. Where `lean`, nothing
-    else is kept in memory."""
-    if block.conv_shortcut is None:
-        stored = x if isinstance(x, StoredMap) else x.stored()
-        x, out = stored, stored.whole
-    else:
-        out = x.empty(block.conv2.out_channels)
-    hidden: FeatureMap = HiddenMap(block, x)
-    if not lean:
-        hidden = hidden.stored()
-    activate = _norm_and_silu(block.norm2, hidden)
-    done: list[tuple[int, int, Tensor]] = []
-    for a, b in x.strips():
-        rows, inside = hidden.read_around(a, b)
-        strip = block.conv2(activate(rows))[:, :, inside]
-        before = x.read(a, b)
-        strip = strip + (before if block.conv_shortcut is None else block.conv_shortcut(before))
-        # The strip after this one still needs two rows of x from this one: each is written one strip later.
-        done.append((a, b, strip))
-        if len(done) > 1:
-            _write(out, *done.pop(0))
-    _write(out, *done.pop())
-    return StoredMap(out)
+def _resnet(block: ResnetBlock, x: FeatureMap) -> FeatureMap:
+    """What `block` makes of x, which is lost."""
+    shortcut = block.conv_shortcut
+    out = x if shortcut is None else x.beside(block.conv2.out_channels)
+    hidden = x.beside(out.channels)
+    strips = _strips(x.height, x.width * max(x.channels, out.channels))
+    norm = x.norm(block.norm1)
+    # From the end, so that room is given up with every strip.
+    for a, _, rows, inside in reversed(strips):
+        before = x.read(rows)
+        hidden.write(a, block.conv1(F.silu(norm(before), inplace=True))[:, :, inside])
+        if shortcut is not None:
+            out.put(a, shortcut(before[:, :, inside]))
+            x.cut(a + 2)  # the strip above reads two rows of this one at most
+    norm = hidden.norm(block.norm2)
+    for a, b, rows, inside in reversed(strips):
+        strip = block.conv2(F.silu(norm(hidden.read(rows)), inplace=True))[:, :, inside]
+        out.write(a, strip.add_(out.read(slice(a, b))))
+        hidden.cut(a + 2)
+    return out
 
 
-def _write(whole: Tensor, a: int, b: int, rows: Tensor) -> None:
-    whole[:, :, a:b] = rows
+def _upsample(layer: Upsample, x: FeatureMap) -> FeatureMap:
+    """x at twice its size, as `layer` makes it; x is lost."""
+    out = x.beside(layer.conv.out_channels, scale=2)
+    for a, _, rows, inside in reversed(_strips(x.height, out.width * 2 * out.channels)):
+        out.write(2 * a, layer(x.read(rows))[:, :, 2 * inside.start : 2 * inside.stop])
+        x.cut(a + 2)
+    return out
 
 
-def _norm_and_silu(norm: GroupNorm, x: FeatureMap) -> Callable[[Tensor], Tensor]:
-    """The group norm of all of x with SiLU behind it, for rows of x."""
-    means, variances, counts = [], [], []
-    for a, b in x.strips():
-        rows = x.read(a, b)
-        groups = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (norm.num_groups, -1))
-        variance, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
-        means.append(mean)
-        variances.append(variance)
-        counts.append(b - a)
-    # Each strip's statistics to those of all: the variance is the mean one plus that of the means.
-    weights = torch.tensor(counts, dtype=mean.dtype, device=mean.device)[:, None, None] / sum(counts)
-    mean = (torch.stack(means) * weights).sum(0)
-    variance = ((torch.stack(variances) + (torch.stack(means) - mean) ** 2) * weights).sum(0)
-    # (batch, groups) to (batch, channels, 1, 1)
-    per_group = norm.num_channels // norm.num_groups
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group, 1) * norm.weight
-    shift = norm.bias - mean.repeat_interleave(per_group, 1) * scale
-    scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+def _attend(block: PixelAttention, x: FeatureMap) -> None:
+    """Let the pixels of x attend to each other, in place."""
+    both = 2 * x.channels  # keys and values
+    norm = x.norm(block.group_norm)
+    if both * x.height * x.width <= STRIP:
+        x.write(0, block(x.read(slice(0, x.height))))
+        return
+    keys_values = x.beside(both)
+    for a, b in _parts(x.height, STRIP // both // x.width):
+        tokens = _tokens(norm(x.read(slice(a, b))))
+        keys_values.put(a, _rows(torch.cat([block.to_k(tokens), block.to_v(tokens)], -1), x.width))
+    for a, b in _parts(x.height, QUERIES // x.width):
+        before = x.read(slice(a, b))
+        query = block.to_q(_tokens(norm(before)))
+        x.write(a, before + _rows(block.to_out[0](_attention(query, keys_values)), x.width))
 
-    def activate(rows: Tensor) -> Tensor:
-        return F.silu((rows * scale).add_(shift), inplace=True).to(rows.dtype)
 
-    return activate
+def _attention(query: Tensor, keys_values: FeatureMap) -> Tensor:
+    """What queries (tokens, channels) find in a map of keys and values, looked at in parts: the softmax's maximum and
+    sum are carried along (Milakov and Gimelshein 2018; Rabe and Staats 2021)."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query = query * query.shape[1] ** -0.5
+    out = query.new_zeros(query.shape, dtype=wide)
+    total = out.new_zeros(len(query), 1)
+    top = out.new_full((len(query), 1), -torch.inf)
+    for a, b in _parts(keys_values.height, STRIP // QUERIES // keys_values.width):
+        key, value = _tokens(keys_values.read(slice(a, b))).chunk(2, 1)
+        scores = (query @ key.T).to(wide)
+        higher = torch.maximum(top, scores.amax(1, keepdim=True))
+        weights = scores.sub_(higher).exp_()
+        fade = (top - higher).exp_()
+        total = total * fade + weights.sum(1, keepdim=True)
+        out.mul_(fade).add_(weights.to(value.dtype) @ value)
+        top = higher
+    return out.div_(total).to(query.dtype)
+
+
+def _tokens(rows: Tensor) -> Tensor:
+    """Rows (1, channels, any, width) as (any · width, channels)."""
+    return rows.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _rows(tokens: Tensor, width: int) -> Tensor:
+    """`_tokens` back to rows."""
+    return tokens.unflatten(0, (1, -1, width)).permute(0, 3, 1, 2)
 
 
 def _decode_in_tiles(vae: TinyVAE, latents: Tensor) -> Tensor:

@@ -9,20 +9,25 @@ from ldmcli.errors import UsageError
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
-def check_memory(config: ModelConfig, width: int, height: int) -> None:
-    """Refuse a size (pixels) that this machine's memory cannot hold, before any weight is read. Raises UsageError.
+_TILED = 12 + 3  # bytes of a pixel that are in memory at once however it is decoded: as float32 and as uint8
+
+
+def check_memory(config: ModelConfig, width: int, height: int, *, tiled: bool = False) -> None:
+    """Refuse a size (pixels) that this machine's memory cannot hold, before any weight is read. `tiled`: decoded by
+    models/tiling.py. Raises UsageError.
 
     The bound is low on purpose, for 2-byte numbers: what passes may still not fit, what is refused never would.
     """
     channels = config.vae.block_channels
     widest = channels[min(1, len(channels) - 1)]
     # The decoder's last level holds its input and its output at once, the first of them as wide as the level before.
-    needed = 2 * width * height * (widest + channels[0])
+    needed = width * height * (_TILED if tiled else 2 * (widest + channels[0]))
     available = host_memory()
     if available and needed > available:
+        cure = "" if tiled else ", or try --vae-tiling"
         raise UsageError(
             f"a picture of {width}×{height} would need at least {_gib(needed)} of memory, and this machine has "
-            f"{_gib(available)}; ask for a smaller one."
+            f"{_gib(available)}; ask for a smaller one{cure}."
         )
 
 
