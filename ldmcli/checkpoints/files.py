@@ -143,8 +143,8 @@ def read_tensors(
     """Yield each of `names` once with its tensor on `device`, in the order of the file.
 
     Floating tensors become `dtype` (None: as on disk), others keep theirs; those of four dimensions are laid out
-    channels last. Memory: one tensor beyond what is yielded. Raises BadDataError for a name the file lacks, NaN or infinity on disk, values `dtype` cannot
-    hold, and a file that changed since open_weights.
+    channels last. Memory: one tensor beyond what is yielded. Raises BadDataError for a name the file lacks, NaN or
+    infinity on disk, values `dtype` cannot hold, and a file that changed since open_weights.
     """
     import torch
 
