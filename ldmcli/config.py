@@ -175,6 +175,10 @@ class ModelConfig:
     zero_empty_negative: bool = False  # an empty negative prompt is zeros, not the encoded empty text
     defaults: Defaults = Defaults()
 
+    def pools(self, text: TextEncoderConfig) -> bool:
+        """Whether `text`, one of the text encoders, gives the pooled prompts that the U-Net reads: the last does."""
+        return bool(self.unet.pooled_dim) and text.part == self.text_encoders[-1].part
+
     @property
     def default_size(self) -> int:
         """Width and height in pixels when none are asked for."""

@@ -44,7 +44,7 @@ class Worker:
         use_threads(options["threads"], sources.model.config.unet, pictures=setup.batch_size, cores=cores)
         self._memory = remembered(enabled=not options["no_cache"])
         self._sources = sources.settled(runtime)
-        self._artist = Artist(self._sources.load(runtime, tile_vae=options["vae_tiling"], memory=self._memory))
+        self._artist = Artist(self._sources.load(runtime, memory=self._memory))
         # Hashed beside the first batch; pictures that tell nothing need no hash.
         model = dataclasses.replace(sources.model, half=runtime.half)
         self._hash = model_sha256(model, self._memory.hashes) if setup.metadata else None

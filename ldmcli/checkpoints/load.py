@@ -74,8 +74,7 @@ def load_text_encoder(
     name = clip_text_names if text.layout == "clip" else openclip_text_names
     names: DiskNames = {key: [prefix + disk for disk in name(key)] for key in model.state_dict()}
     fill(model, names, source.keys(text.part), _where(source, text.part), device, dtype)
-    pooled = bool(source.config.unet.pooled_dim) and text.part == source.config.text_encoders[-1].part
-    return ClipTextEncoder(model, tokenizer, pooled=pooled)
+    return ClipTextEncoder(model, tokenizer, pooled=source.config.pools(text))
 
 
 def on_meta(build: Callable[[], _Module]) -> _Module:

@@ -9,7 +9,7 @@ import torch
 from ldmcli.cache import open_cache
 from ldmcli.checkpoints.identity import FileHashes, part_sha256
 from ldmcli.checkpoints.source import ModelSource
-from ldmcli.config import ModelConfig, TextEncoderConfig
+from ldmcli.config import TextEncoderConfig
 from ldmcli.text.conditioning import PromptEncoder, TextEncoder
 from ldmcli.text.prompt_store import PromptStore
 from ldmcli.text.stored import Encoding, StoredEncoder
@@ -48,15 +48,10 @@ def stored_encoders(
             StoredEncoder(
                 functools.partial(load, text, tokenizer),
                 tokenizer,
-                Encoding(text, device, dtype, _pooled(source.config, text)),
+                Encoding(text, device, dtype, source.config.pools(text)),
                 part_sha256(source, text.part, memory.hashes) if memory.prompts.enabled else None,
                 memory.prompts,
             )
             for text, tokenizer in pairs
         ]
     )
-
-
-def _pooled(config: ModelConfig, text: TextEncoderConfig) -> bool:
-    """Whether this encoder gives the pooled prompts that the U-Net reads, as `load_text_encoder` decides."""
-    return bool(config.unet.pooled_dim) and text.part == config.text_encoders[-1].part

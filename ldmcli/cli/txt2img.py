@@ -153,7 +153,7 @@ def _load(sources: "Sources", runtime: "Runtime", options: dict[str, Any], **bes
     keep_freed_memory()
     started = time.perf_counter()
     use_threads(options["threads"], sources.model.config.unet, pictures=options["batch_size"])
-    pipeline = sources.load(runtime, tile_vae=options["vae_tiling"], **beside)
+    pipeline = sources.load(runtime, **beside)
     name = sources.model.name
     _log.debug("%s loaded in %.2f s: %s", name, time.perf_counter() - started, runtime.to_dict())
     return pipeline
