@@ -37,8 +37,8 @@ class _Clocks(click.ParamType):
 @option("--against", metavar="LIST", default="",
         help="Programs to compare with, with commas between: diffusers, diffusers-channels-last, diffusers-bf16, "
         "diffusers-compile, openvino.")  # fmt: skip
-@option("--clock", "clocks", envvar="LDM_CLOCK", type=_Clocks(), metavar="LIST", default="cold,image,step", show_default=True,
-        help="What to measure.")  # fmt: skip
+@option("--clock", "clocks", envvar="LDM_CLOCK", type=_Clocks(), metavar="LIST", default="cold,image,step",
+        show_default=True, help="What to measure.")  # fmt: skip
 @option("--runs", type=click.IntRange(1, 1000), help="Rounds.  [default: 3; 5 for small models beside others]")
 @option("--prompt", metavar="TEXT", help="What to draw.  [default: an apple]")
 @option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show.")
