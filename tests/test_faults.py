@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,28 @@ def test_a_signal_while_it_starts(tmp_path: Path, number: signal.Signals, code: 
     assert status == code, err
     assert not any(line for line in err.splitlines() if not line.startswith("ldm: ")), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_something_swallows_is_raised_again(number: signal.Signals, code: int) -> None:
+    """As hasattr() of C code does with all that is raised meanwhile."""
+    script = """
+import contextlib, os, sys, time
+import ldmcli.cli
+
+def swallow(arguments):
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(1)
+    time.sleep(20)
+    return 0
+
+ldmcli.cli._invoke = swallow
+ldmcli.cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(int(number))], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

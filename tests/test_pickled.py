@@ -87,7 +87,9 @@ def test_plain_tensors_are_read(tmp_path: Path, zipped: bool, wrapped: bool) -> 
         assert weights.tensors[name].shape == tuple(tensor.shape)
         assert found[name].equal(tensor)
         assert found[name].dtype == tensor.dtype
-        assert found[name].is_contiguous()
+        four = tensor.ndim == 4  # weights of convolutions
+        layout = torch.channels_last if four else torch.contiguous_format
+        assert found[name].is_contiguous(memory_format=layout)
         assert type(found[name]) is torch.Tensor
         assert not found[name].requires_grad
     own = {t.untyped_storage().data_ptr() for t in found.values() if t.numel()}

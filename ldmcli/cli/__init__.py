@@ -19,6 +19,7 @@ from ldmcli.runtime.memory import is_out_of_memory
 _COMMANDS = ("txt2img", "batch", "info", "gallery", "pull", "models", "samplers", "bench")
 _COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask
 _MAX_USAGE_ERROR = 500  # characters: click quotes whole arguments
+_UNHEARD_S = 2.0  # after which a signal that had no effect is raised again
 _INTERRUPTED, _CLOSED_PIPE, _TERMINATED = 130, 141, 143  # 128 + the signal's number
 
 
@@ -146,12 +147,18 @@ def _usage_error(error: click.ClickException) -> str:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt and _Terminated, whatever an import that they hit makes of that."""
+    """SIGINT and SIGTERM raise KeyboardInterrupt and _Terminated, whatever an import that they hit makes of that; once
+    more where it makes nothing of it at all, as C code that looks for an attribute does."""
     kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
     received: list[type[BaseException]] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         received.append(kinds[signal.Signals(number)])
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, _UNHEARD_S)
+        raise received[-1]
+
+    def again(_number: int, _frame: FrameType | None) -> None:
         raise received[-1]
 
     for number in kinds:
@@ -163,6 +170,9 @@ def _signals_raise() -> Iterator[None]:
         if received:
             raise received[-1] from None
         raise
+    finally:
+        if received:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _fail(message: str, code: int) -> int:
