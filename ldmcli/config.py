@@ -156,7 +156,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """How a model is drawn with where the request does not say."""
+    """How a model is drawn with where the request does not say: its family's way, unless its folder says another."""
 
     sampler: str = "ddim"
     steps: int = 50

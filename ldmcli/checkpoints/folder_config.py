@@ -1,7 +1,8 @@
-"""A diffusers folder's configuration: its config.json files, with anything this program cannot do refused by name."""
+"""A diffusers folder's configuration: its small JSON files, with anything this program cannot do refused by name."""
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from ldmcli.config import Defaults, ScheduleConfig, TextEncoderConfig, UNetConfi
 from ldmcli.errors import BadDataError, printable
 from ldmcli.families import LCM_DEFAULTS
 from ldmcli.opening import read_json
+from ldmcli.request import MAX_GUIDANCE, MAX_STEPS
+from ldmcli.samplers import SAMPLERS
 
 MAX_CONFIG_BYTES = 1 << 20
 WITH_PROJECTION = "CLIPTextModelWithProjection"
@@ -168,6 +171,26 @@ def defaults_for(path: Path, usual: Defaults, *, reads_guidance: bool) -> Defaul
     return usual
 
 
+def own_defaults(path: Path, usual: Defaults) -> Defaults:
+    """`usual` with what the model's `generation_config.json` says otherwise, where there is one.
+
+    It may give `guidance_scale` and `num_inference_steps`, as diffusers' pipelines call them, and `sampler`, by this
+    program's names; null says nothing, and other keys, of which transformers has many, are not read. Raises
+    BadDataError where a value is none that a request may have; whether the model's schedule has so many steps shows
+    when a request takes them.
+    """
+    if not os.path.lexists(path):
+        return usual
+    fields = _Fields(path, {}, null_is_unsaid=True)
+    sampler = str(fields.get("sampler", usual.sampler))
+    fields.only("sampler", (sampler,), set(SAMPLERS))
+    return Defaults(
+        sampler=sampler,
+        steps=fields.whole("num_inference_steps", usual.steps, high=MAX_STEPS),
+        guidance_scale=fields.within("guidance_scale", usual.guidance_scale, 0.0, MAX_GUIDANCE),
+    )
+
+
 def schedule_config(path: Path) -> ScheduleConfig:
     """The schedule of `scheduler/scheduler_config.json`; where there is no such file, Stable Diffusion's constants."""
     if not path.exists():
@@ -199,11 +222,12 @@ def schedule_config(path: Path) -> ScheduleConfig:
 
 
 class _Fields:
-    """The fields of one config.json, each read with its type checked."""
+    """The fields of one JSON file, each read with its type checked; where `null_is_unsaid`, nulls are not there."""
 
-    def __init__(self, path: Path, usual: Mapping[str, tuple[Any, ...]]) -> None:
+    def __init__(self, path: Path, usual: Mapping[str, tuple[Any, ...]], *, null_is_unsaid: bool = False) -> None:
         self.shown = printable(str(path))
-        self._fields = read_json(path, MAX_CONFIG_BYTES)
+        fields = read_json(path, MAX_CONFIG_BYTES)
+        self._fields = {name: v for name, v in fields.items() if v is not None} if null_is_unsaid else fields
         self._usual = usual
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -223,8 +247,8 @@ class _Fields:
                     f"{', '.join(sorted(known))}."
                 )
 
-    def whole(self, name: str, default: int, low: int = 1) -> int:
-        return self._whole(name, self._fields.get(name, default), low)
+    def whole(self, name: str, default: int, low: int = 1, high: int = _MAX_WHOLE) -> int:
+        return self._whole(name, self._fields.get(name, default), low, high)
 
     def wholes(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         value = self._fields.get(name, default)
@@ -249,6 +273,12 @@ class _Fields:
     def number(self, name: str, default: float) -> float:
         return self._number(name, self._fields.get(name, default))
 
+    def within(self, name: str, default: float, low: float, high: float) -> float:
+        value = self.number(name, default)
+        if not low <= value <= high:
+            self.refuse(name, value, f"a number from {low:g} to {high:g}")
+        return value
+
     def numbers(self, name: str, count: int) -> tuple[float, ...] | None:
         """A list of `count` numbers, or None."""
         value = self._fields.get(name)
@@ -269,9 +299,9 @@ class _Fields:
             self.refuse(name, value, "a number")
         return float(value)
 
-    def _whole(self, name: str, value: Any, low: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_WHOLE:
-            self.refuse(name, value, f"a whole number from {low} to {_MAX_WHOLE}")
+    def _whole(self, name: str, value: Any, low: int, high: int = _MAX_WHOLE) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.refuse(name, value, f"a whole number from {low} to {high}")
         return int(value)
 
     def refuse(self, name: str, value: Any, wanted: str) -> None:

@@ -19,7 +19,7 @@ from ldmcli import __version__
 from ldmcli.checkpoints.files import file_sha256
 from ldmcli.checkpoints.hub_errors import reworded
 from ldmcli.checkpoints.hub_name import HubModel, parse
-from ldmcli.checkpoints.layout import INDEX, needed_files, safetensors_hint
+from ldmcli.checkpoints.layout import GENERATION, INDEX, needed_files, safetensors_hint
 from ldmcli.checkpoints.transfer import receive
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.opening import read_json
@@ -69,12 +69,15 @@ def locate(model: str, *, half: bool) -> Path:
         return kept
     try:
         listing = _ask(wanted)
+        if kept and listing.commit in kept.parts:
+            if not wanted.file and GENERATION in listing.sizes:  # tools that do not read it left it out
+                with _errors(wanted):
+                    _download(wanted, GENERATION, listing.commit)
+            return kept
     except LdmError as error:
         if kept is None:
             raise
         _log.warning("%s The copy fetched before is used.", error)
-        return kept
-    if kept and listing.commit in kept.parts:
         return kept
     return _fetch(wanted, listing, half)
 
@@ -154,13 +157,9 @@ def _ask(wanted: HubModel) -> _Listing:
 
 def _fetch(wanted: HubModel, listing: _Listing, half: bool) -> Path:
     """Bring what is lacking of the commit into the cache."""
-    from huggingface_hub import hf_hub_download
 
     def download(file: str, revision: str = listing.commit) -> Path:
-        found = hf_hub_download(
-            wanted.repository, file, revision=revision, library_name="ldmcli", library_version=__version__
-        )
-        return Path(found)
+        return _download(wanted, file, revision)
 
     def read(file: str) -> Mapping[str, Any]:
         return read_json(download(file), _MAX_JSON)
@@ -179,6 +178,16 @@ def _fetch(wanted: HubModel, listing: _Listing, half: bool) -> Path:
         if wanted.revision != listing.commit and _cached(wanted, files[0], wanted.revision or "main") != first:
             download(files[0], wanted.revision or "main")
     return first if wanted.file else first.parent
+
+
+def _download(wanted: HubModel, file: str, revision: str) -> Path:
+    """Where the cache has the file, fetched if need be; nothing is asked where `revision` is a commit and it has."""
+    from huggingface_hub import hf_hub_download
+
+    found = hf_hub_download(
+        wanted.repository, file, revision=revision, library_name="ldmcli", library_version=__version__
+    )
+    return Path(found)
 
 
 def _listed(wanted: HubModel, listing: _Listing) -> str:

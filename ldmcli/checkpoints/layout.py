@@ -6,6 +6,7 @@ from typing import Any
 from ldmcli.errors import BadDataError, MissingInputError, printable
 
 INDEX = "model_index.json"
+GENERATION = "generation_config.json"  # how the model is best drawn with: transformers' name; diffusers ignores it
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -43,7 +44,7 @@ def needed_files(
     if not {"unet", "vae"} <= named:
         kind = printable(str(index.get("_class_name", ""))) or "model of another kind"
         raise BadDataError(f"{name} is a {kind}, not a latent diffusion model with a U-Net and a VAE.")
-    small = [INDEX]
+    small = [INDEX, *([GENERATION] if GENERATION in files else [])]
     if "scheduler" in named:
         small.append(_require("scheduler/scheduler_config.json", name, files))
     for part in _TOKENIZERS:

@@ -13,7 +13,7 @@ from ldmcli.checkpoints.dimensions import config_from_shapes
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.hub_name import snapshot_name
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX
-from ldmcli.checkpoints.layout import weight_names
+from ldmcli.checkpoints.layout import GENERATION, weight_names
 from ldmcli.checkpoints.training import schedule_of_file
 from ldmcli.config import ModelConfig, TextEncoderConfig
 from ldmcli.errors import BadDataError, MissingInputError, printable
@@ -179,6 +179,7 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
     else:
         vae = dataclasses.replace(vae, force_upcast=False)
     scheduler = path / "scheduler" / "scheduler_config.json"
+    usual = folder_config.defaults_for(scheduler, family.defaults, reads_guidance=unet.guidance_dim is not None)
     return ModelConfig(
         family=family.name,
         unet=unet,
@@ -186,7 +187,7 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
         text_encoders=tuple(texts),
         schedule=folder_config.schedule_config(scheduler),
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
-        defaults=folder_config.defaults_for(scheduler, family.defaults, reads_guidance=unet.guidance_dim is not None),
+        defaults=folder_config.own_defaults(path / GENERATION, usual),
     )
 
 

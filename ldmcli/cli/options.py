@@ -81,14 +81,15 @@ _REQUEST = (
     option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show."),
     option("-W", "--width", type=int, help="Pixels.  [default: the model's own]"),
     option("-H", "--height", type=int, help="Pixels.  [default: the model's own]"),
-    option("--steps", type=int, help="Sampling steps.  [default: 50; 4 for models distilled to few]"),
+    option("--steps", type=int, help="Sampling steps.  [default: the model's own; 50, or 4 where it is distilled]"),
     option("--sampler", type=click.Choice(list(SAMPLERS)),
-           help="See `ldm samplers`.  [default: ddim; euler for SDXL; what a distilled model wants]"),
+           help="See `ldm samplers`.  [default: the model's own; ddim, euler for SDXL, what a distilled model wants]"),
     option("--schedule", type=click.Choice(SPACINGS), help="Where the steps sit.  [default: the model's own]"),
     option("--eta", type=float, default=0.0, show_default=True, help="Fresh noise in DDIM: 0 none, 1 as in DDPM."),
     option(
         "-g", "--guidance-scale", "--cfg-scale", type=float,
-        help="How closely to follow the prompt; 1 is unguided, twice as fast.  [default: 7.5; SDXL 5; Turbo 1]",
+        help="How closely to follow the prompt; 1 is unguided, twice as fast.  [default: the model's own; 7.5, SDXL 5, "
+        "Turbo 1]",
     ),
     option("--guidance-rescale", type=float, default=0.0, show_default=True,
            help="Take back what guidance adds to the contrast: 0 nothing, 1 all (Lin et al. use 0.7)."),

@@ -60,7 +60,7 @@ def choose_runtime(device: str = "auto", dtype: str = "auto", attention: str = "
     chosen = _choose_device(device)
     cuda = chosen.type == "cuda"
     if dtype == "auto":
-        dtype = "fp16" if cuda else "bf16" if _cpu_has_bf16() else "fp32"
+        dtype = "fp16" if cuda else "bf16" if cpu_has_bf16() else "fp32"
     elif dtype == "fp16" and not cuda:
         raise UsageError("dtype fp16 is for GPUs and very slow on a CPU; use --dtype bf16 or fp32 there.")
     # On a CPU the text encoder is a small part of the work, and float32 keeps the prompt exact.
@@ -96,7 +96,7 @@ def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
     if name == "auto":
         # torch's fused kernel gains nothing from a CPU's own bfloat16 products; in float32, and where bfloat16 is
         # emulated, it is the faster by far.
-        return "chunked" if device.type == "cpu" and dtype == torch.bfloat16 and _cpu_has_bf16() else "sdpa"
+        return "chunked" if device.type == "cpu" and dtype == torch.bfloat16 and cpu_has_bf16() else "sdpa"
     if name == "xformers":
         if device.type != "cuda":
             raise UsageError("attention xformers needs a CUDA device; use --attention sdpa or auto on a CPU.")
@@ -108,7 +108,7 @@ def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
     return name
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 natively; without, it is emulated and slower than float32."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
