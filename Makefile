@@ -4,14 +4,25 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO_PROMPT ?= a red apple on a blue background
 DEMO_OUTPUT ?= demo
+PRESET ?= cpu
+DEVICE ?= cpu
+RUN ?= runs/recipe
+MODEL ?= weights/tiny-emoji
 
-.PHONY: help demo install install-test test test-slow lint format clean
+.PHONY: help demo train evaluate install install-test test test-slow lint format clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 demo: install ## install, draw a first picture with the embedded model and print its path
 	$(BIN)/ldm txt2img "$(DEMO_PROMPT)" --seed 8 --output $(DEMO_OUTPUT) --overwrite
+
+# More options of either script: make train TRAIN="--from unet", make evaluate EVALUATE="--help".
+train: install ## train the embedded model again, into RUN=runs/recipe; PRESET=cpu or gpu, DEVICE=cpu or cuda
+	$(BIN)/python weights/recipe/train.py --preset $(PRESET) --device $(DEVICE) --out $(RUN) $(TRAIN)
+
+evaluate: install ## score MODEL=weights/tiny-emoji: accuracies, Fréchet distance, diversity, into runs/evaluation
+	$(BIN)/python weights/recipe/evaluate.py $(MODEL) --out runs/evaluation $(EVALUATE)
 
 install: $(VENV)/.installed ## make the virtual environment and install ldmcli into it
 

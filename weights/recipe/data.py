@@ -1,155 +1,37 @@
-"""Stage 0: render the training images and their captions from Noto Color Emoji.
+"""Stage 0: render the training images from Noto Color Emoji.
 
-Every image is one emoji on one flat background colour, slightly scaled and shifted. For each emoji one
-background is held out for ever: no stage sees that pair, so evaluate.py can ask whether the model composes
-or only remembers.
+Every image is one emoji somewhere on one background colour, larger or smaller; the colour's shade varies too. What the
+emoji and the backgrounds are called, and which pairs are held out for ever, stands in emoji.py.
 
-    python weights/recipe/data.py --out runs/recipe/dataset.pt
+    python weights/recipe/data.py
 """
 
-import argparse
 import random
 from pathlib import Path
 
 import numpy
 import torch
+from emoji import BACKGROUNDS, Emoji, emoji_of, held_out_background
 from PIL import Image, ImageDraw, ImageFont
+from presets import PRESETS, Preset, recipe_arguments
+from training import save_atomically
 
 DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian: fonts-noto-color-emoji
-SIZE = 64  # pixels along each side of a training image
 GLYPH_SIZE = 109  # the one bitmap size of Noto Color Emoji
+SMALLEST, LARGEST = 0.6, 0.92  # an emoji's share of the frame's side
+SHADE, TINT = 14, 6  # how far a background may be lighter or darker, and each of its channels beside that, of 255
 
-# caption name -> (article, emoji)
-OBJECTS: dict[str, tuple[str, str]] = {
-    "red apple": ("a", "🍎"),
-    "orange": ("an", "🍊"),
-    "pear": ("a", "🍐"),
-    "banana": ("a", "🍌"),
-    "lemon": ("a", "🍋"),
-    "watermelon": ("a", "🍉"),
-    "strawberry": ("a", "🍓"),
-    "cherries": ("", "🍒"),
-    "grapes": ("", "🍇"),
-    "pineapple": ("a", "🍍"),
-    "carrot": ("a", "🥕"),
-    "mushroom": ("a", "🍄"),
-    "pumpkin": ("a", "🎃"),
-    "pizza": ("a", "🍕"),
-    "hamburger": ("a", "🍔"),
-    "donut": ("a", "🍩"),
-    "birthday cake": ("a", "🎂"),
-    "tiger": ("a", "🐯"),
-    "rabbit": ("a", "🐰"),
-    "whale": ("a", "🐳"),
-    "cat": ("a", "🐱"),
-    "dog": ("a", "🐶"),
-    "bear": ("a", "🐻"),
-    "panda": ("a", "🐼"),
-    "frog": ("a", "🐸"),
-    "pig": ("a", "🐷"),
-    "monkey": ("a", "🐵"),
-    "lion": ("a", "🦁"),
-    "fox": ("a", "🦊"),
-    "penguin": ("a", "🐧"),
-    "owl": ("an", "🦉"),
-    "fish": ("a", "🐠"),
-    "octopus": ("an", "🐙"),
-    "crab": ("a", "🦀"),
-    "turtle": ("a", "🐢"),
-    "butterfly": ("a", "🦋"),
-    "ladybug": ("a", "🐞"),
-    "house": ("a", "🏠"),
-    "car": ("a", "🚗"),
-    "rocket": ("a", "🚀"),
-    "sailboat": ("a", "⛵"),
-    "bus": ("a", "🚌"),
-    "soccer ball": ("a", "⚽"),
-    "basketball": ("a", "🏀"),
-    "balloon": ("a", "🎈"),
-    "gift": ("a", "🎁"),
-    "light bulb": ("a", "💡"),
-    "crown": ("a", "👑"),
-    "tree": ("a", "🌳"),
-    "cactus": ("a", "🌵"),
-    "rose": ("a", "🌹"),
-    "sunflower": ("a", "🌻"),
-    "cloud": ("a", "☁"),
-    "sun": ("a", "☀"),
-    "moon": ("a", "🌙"),
-    "star": ("a", "⭐"),
-    "snowman": ("a", "⛄"),
-    "heart": ("a", "❤"),
-    "ghost": ("a", "👻"),
-    "robot": ("a", "🤖"),
-}
-
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "red": (200, 40, 48),
-    "orange": (240, 140, 40),
-    "yellow": (250, 225, 90),
-    "green": (60, 160, 80),
-    "blue": (50, 100, 220),
-    "purple": (130, 70, 180),
-    "pink": (250, 170, 200),
-    "gray": (128, 128, 128),
-    "white": (250, 250, 250),
-    "black": (16, 16, 16),
-}
-
-OBJECT_NAMES = tuple(OBJECTS)
-BACKGROUND_NAMES = tuple(BACKGROUNDS)
+Colour = tuple[int, int, int]
 
 
-def held_out_background(object_index: int) -> int:
-    """The index of the background on which this emoji is never shown in training."""
-    return (7 * object_index + 3) % len(BACKGROUNDS)
-
-
-def captions(object_index: int, background_index: int) -> list[tuple[str, float]]:
-    """All captions of one image with their probabilities."""
-    name = OBJECT_NAMES[object_index]
-    background = BACKGROUND_NAMES[background_index]
-    article = OBJECTS[name][0]
-    named = f"{article} {name}".strip()
-    spellings = ("gray", "grey") if background == "gray" else (background,)
-    weighted = [(named, 0.12), (name, 0.12)]
-    for colour in spellings:
-        ground = f"{'an' if colour == 'orange' else 'a'} {colour} background"
-        share = 1 / len(spellings)
-        weighted += [
-            (f"{named} on {ground}", 0.40 * share),
-            (f"{name} on {ground}", 0.12 * share),
-            (f"{name}, {colour} background", 0.12 * share),
-            (f"{named} on {colour}", 0.12 * share),
-        ]
-    return weighted
-
-
-def caption(object_index: int, background_index: int) -> str:
-    """The fullest caption: "a red apple on a blue background"."""
-    name, background = OBJECT_NAMES[object_index], BACKGROUND_NAMES[background_index]
-    ground = f"{'an' if background == 'orange' else 'a'} {background} background"
-    return f"{OBJECTS[name][0]} {name} on {ground}".strip()
-
-
-def all_captions() -> list[str]:
-    """Every caption there is, sorted, held-out pairs included; the first is the empty one."""
-    found = {
-        text
-        for object_index in range(len(OBJECTS))
-        for background_index in range(len(BACKGROUNDS))
-        for text, _ in captions(object_index, background_index)
-    }
-    return ["", *sorted(found)]
-
-
-def render_glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One emoji as an RGBA image, cropped to what is not transparent and padded to a square."""
+def render_glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
+    """One emoji as an RGBA image, cropped to what is not transparent and padded to a square; None where the font draws
+    nothing."""
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((8, 8), character, font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()
     if box is None:
-        raise ValueError(f"the font draws nothing for {character!r}")
+        return None
     glyph = canvas.crop(box)
     side = max(glyph.size)
     square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
@@ -157,52 +39,60 @@ def render_glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     return square
 
 
-def compose(glyph: Image.Image, colour: tuple[int, int, int], scale: float, shift: tuple[int, int]) -> numpy.ndarray:
-    """The glyph on a flat background: uint8 (64, 64, 3). `scale` is its share of the frame, `shift` in
-    pixels."""
-    side = round(SIZE * scale)
+def load_glyphs(preset: Preset, font_path: Path = DEFAULT_FONT) -> tuple[tuple[Emoji, ...], list[Image.Image]]:
+    """The preset's emoji that the font has, and their pictures. Ends the program where the font is missing or has no
+    pictures of this size."""
+    try:
+        font = ImageFont.truetype(str(font_path), GLYPH_SIZE)
+    except OSError as error:
+        raise SystemExit(
+            f"the emoji font {font_path} cannot be used ({error}); install Noto Color Emoji (Debian: apt-get install "
+            "fonts-noto-color-emoji), or name it with --font."
+        ) from None
+    drawn = [(emoji, render_glyph(emoji.character, font)) for emoji in emoji_of(preset)]
+    found = [(emoji, glyph) for emoji, glyph in drawn if glyph is not None]
+    return tuple(emoji for emoji, _ in found), [glyph for _, glyph in found]
+
+
+def compose(glyph: Image.Image, colour: Colour, size: int, scale: float, place: tuple[float, float]) -> numpy.ndarray:
+    """The glyph on a flat background: uint8 (size, size, 3). `scale` is its share of the frame's side, `place` where it
+    lies in the room that is left: (0, 0) top left, (1, 1) bottom right."""
+    side = round(size * scale)
     # premultiplied alpha keeps the edges free of the colour that transparent pixels happen to have
     small = glyph.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
-    layer = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
-    layer.paste(small, ((SIZE - side) // 2 + shift[0], (SIZE - side) // 2 + shift[1]))
-    image = Image.new("RGBA", (SIZE, SIZE), (*colour, 255))
+    layer = Image.new("RGBA", (size, size), (0, 0, 0, 0))
+    layer.paste(small, (round((size - side) * place[0]), round((size - side) * place[1])))
+    image = Image.new("RGBA", (size, size), (*colour, 255))
     image.alpha_composite(layer)
     return numpy.asarray(image.convert("RGB"))
 
 
-def load_glyphs(font_path: Path) -> list[Image.Image]:
-    font = ImageFont.truetype(str(font_path), GLYPH_SIZE)
-    return [render_glyph(character, font) for _, character in OBJECTS.values()]
+def shaded(colour: Colour, rng: random.Random) -> Colour:
+    """A colour a little lighter or darker, with a little of another tint."""
+    shade = rng.uniform(-SHADE, SHADE)
+    red, green, blue = (min(255, max(0, round(part + shade + rng.uniform(-TINT, TINT)))) for part in colour)
+    return red, green, blue
 
 
-def reference_images(font_path: Path, background_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean views of every emoji on one background, as uint8 (N, 3, 64, 64), and the emoji's index of
-    each."""
-    colour = BACKGROUNDS[BACKGROUND_NAMES[background_index]]
-    images, labels = [], []
-    for object_index, glyph in enumerate(load_glyphs(font_path)):
-        for scale in (0.82, 0.87, 0.92):
-            for shift in ((0, 0), (-2, 0), (2, 0), (0, -2), (0, 2)):
-                images.append(compose(glyph, colour, scale, shift))
-                labels.append(object_index)
-    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+def stack(images: list[numpy.ndarray]) -> torch.Tensor:
+    """uint8 (N, 3, H, W) of pictures (H, W, 3)."""
+    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def render_dataset(font_path: Path, jitters: int, seed: int) -> dict[str, torch.Tensor]:
-    """All emoji on all backgrounds, `jitters` views of each: images uint8 (N, 3, 64, 64) and three label
-    vectors."""
+def render_dataset(preset: Preset, glyphs: list[Image.Image], views: int, seed: int) -> dict[str, torch.Tensor]:
+    """All emoji on all backgrounds, `views` of each pair: images uint8 (N, 3, size, size) and three label vectors."""
     rng = random.Random(seed)
     images, objects, backgrounds, held_out = [], [], [], []
-    for object_index, glyph in enumerate(load_glyphs(font_path)):
+    for object_index, glyph in enumerate(glyphs):
         for background_index, colour in enumerate(BACKGROUNDS.values()):
-            for _ in range(jitters):
-                shift = (rng.randint(-2, 2), rng.randint(-2, 2))
-                images.append(compose(glyph, colour, rng.uniform(0.82, 0.92), shift))
+            for _ in range(views):
+                scale, place = rng.uniform(SMALLEST, LARGEST), (rng.random(), rng.random())
+                images.append(compose(glyph, shaded(colour, rng), preset.size, scale, place))
                 objects.append(object_index)
                 backgrounds.append(background_index)
                 held_out.append(background_index == held_out_background(object_index))
     return {
-        "images": torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        "images": stack(images),
         "objects": torch.tensor(objects),
         "backgrounds": torch.tensor(backgrounds),
         "held_out": torch.tensor(held_out),
@@ -215,9 +105,9 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int = 10, zoom: int = 1) -> None:
-    """Write images (N, 3, H, W) in [-1, 1] as one PNG of `columns` columns and at most 256 colours, which
-    a third of the bytes is enough for."""
-    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    """Write images (N, 3, H, W) in [-1, 1] as one PNG of `columns` columns and at most 256 colours, which a third of
+    the bytes is enough for."""
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
     count, _, height, width = pixels.shape
     rows = -(-count // columns)
     sheet = torch.full((3, rows * height, columns * width), 255, dtype=torch.uint8)
@@ -231,19 +121,20 @@ def save_grid(images: torch.Tensor, path: Path, columns: int = 10, zoom: int = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = recipe_arguments(__doc__)
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT)
-    parser.add_argument("--jitters", type=int, default=16, help="views of each emoji on each background")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/recipe/dataset.pt"))
+    parser.add_argument("--views", type=int, help="images of each emoji on each background (default: the preset's)")
     args = parser.parse_args()
 
-    dataset = render_dataset(args.font, args.jitters, args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dataset, args.out)
-    first = torch.arange(len(OBJECTS)) * len(BACKGROUNDS) + torch.arange(len(OBJECTS)) % len(BACKGROUNDS)
-    save_grid(to_float(dataset["images"][first * args.jitters]), args.out.with_suffix(".png"), zoom=2)
-    print(f"{len(dataset['images'])} images, {int(dataset['held_out'].sum())} of them held out -> {args.out}")
+    preset = PRESETS[args.preset]
+    emoji, glyphs = load_glyphs(preset, args.font)
+    dataset = render_dataset(preset, glyphs, args.views or preset.views, args.seed)
+    save_atomically({**dataset, "characters": [one.character for one in emoji]}, args.out / "dataset.pt")
+    views = len(dataset["images"]) // (len(emoji) * len(BACKGROUNDS))
+    one_each = [(i * len(BACKGROUNDS) + i % len(BACKGROUNDS)) * views + i % views for i in range(len(emoji))]
+    save_grid(to_float(dataset["images"][one_each]), args.out / "dataset.png", columns=11, zoom=2)
+    held = int(dataset["held_out"].sum())
+    print(f"{len(emoji)} emoji, {len(dataset['images'])} images, {held} of them held out -> {args.out / 'dataset.pt'}")
 
 
 if __name__ == "__main__":

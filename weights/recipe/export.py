@@ -1,7 +1,7 @@
 """Write the trained parts as one half-precision folder in diffusers' layout, byte for byte the same for the
 same weights.
 
-python weights/recipe/export.py --out weights/tiny-emoji
+    python weights/recipe/export.py --folder weights/tiny-emoji
 """
 
 import argparse
@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from presets import RUNS
 from safetensors.torch import save_file
 from training import load
 
@@ -46,11 +47,15 @@ SCHEDULER = {
     "trained_betas": None,
 }
 
+# What evaluate.py found it best drawn with; ldm reads it, diffusers does not
+GENERATION = {"guidance_scale": 3.0, "num_inference_steps": 25}
+
 
 def unet_config(config: dict) -> dict:
     """UNetConfig's fields in diffusers' words; `attention_head_dim` is the number of heads, as in SD1's own
     file."""
-    levels = len(config["block_channels"])
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config["attention"]]
+    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(config["attention"])]
     return {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": VERSION,
@@ -59,7 +64,7 @@ def unet_config(config: dict) -> dict:
         "block_out_channels": list(config["block_channels"]),
         "center_input_sample": False,
         "cross_attention_dim": config["context_dim"],
-        "down_block_types": ["CrossAttnDownBlock2D"] * levels,
+        "down_block_types": down,
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
@@ -71,11 +76,11 @@ def unet_config(config: dict) -> dict:
         "norm_num_groups": config["norm_groups"],
         "out_channels": config["out_channels"],
         "sample_size": config["sample_size"],
-        "up_block_types": ["CrossAttnUpBlock2D"] * levels,
+        "up_block_types": up,
     }
 
 
-def vae_config(config: dict) -> dict:
+def vae_config(config: dict, pixels: int) -> dict:
     levels = len(config["block_channels"])
     return {
         "_class_name": "AutoencoderKL",
@@ -88,7 +93,7 @@ def vae_config(config: dict) -> dict:
         "layers_per_block": config["layers_per_block"],
         "norm_num_groups": config["norm_groups"],
         "out_channels": config["out_channels"],
-        "sample_size": 64,
+        "sample_size": pixels,
         "scaling_factor": config["scaling_factor"],
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
@@ -142,27 +147,42 @@ def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/recipe"), help="where the stages left their results")
-    parser.add_argument("--out", type=Path, default=Path("weights/tiny-emoji"))
+    parser.add_argument("--run", type=Path, default=RUNS, help="where the stages left their results")
+    parser.add_argument("--folder", type=Path, default=RUNS / "tiny-emoji", help="where to write the model")
+    parser.add_argument("--checkpoint", action="store_true", help="the average so far of a stage 2 still in training")
     args = parser.parse_args()
 
-    vae, text = load(args.runs / "vae.pt"), load(args.runs / "text.pt")
-    unet = load(args.runs / "unet_checkpoint.pt")
-    write_json(args.out / "model_index.json", MODEL_INDEX)
-    write_json(args.out / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(args.out / "unet" / "config.json", unet_config(unet["config"]))
-    write_weights(args.out / "unet" / "diffusion_pytorch_model.safetensors", unet["average"])
-    write_json(args.out / "vae" / "config.json", vae_config(vae["config"]))
-    write_weights(args.out / "vae" / "diffusion_pytorch_model.safetensors", vae["model"])
-    write_json(args.out / "text_encoder" / "config.json", text_encoder_config(text["config"]))
+    refined = args.run / "decoder.pt"
+    vae, model = load(refined if refined.exists() else args.run / "vae.pt"), trained(args)
+    write_json(args.folder / "model_index.json", MODEL_INDEX)
+    write_json(args.folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(args.folder / "generation_config.json", GENERATION)
+    write_json(args.folder / "unet" / "config.json", unet_config(model["unet_config"]))
+    write_weights(args.folder / "unet" / "diffusion_pytorch_model.safetensors", model["unet"])
+    pixels = model["unet_config"]["sample_size"] * 2 ** (len(vae["config"]["block_channels"]) - 1)
+    write_json(args.folder / "vae" / "config.json", vae_config(vae["config"], pixels))
+    write_weights(args.folder / "vae" / "diffusion_pytorch_model.safetensors", vae["model"])
+    write_json(args.folder / "text_encoder" / "config.json", text_encoder_config(model["text_config"]))
     # transformers has had this prefix in its files for as long as there are any, and reads them with it
-    prefixed = {f"text_model.{key}": value for key, value in text["model"].items()}
-    write_weights(args.out / "text_encoder" / "model.safetensors", prefixed)
-    (args.out / "tokenizer").mkdir(parents=True, exist_ok=True)
-    for source in sorted((args.runs / "tokenizer").iterdir()):
-        shutil.copyfile(source, args.out / "tokenizer" / source.name)
-    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    print(f"step {unet['step']}: {size / 1e6:.2f} MB -> {args.out}")
+    prefixed = {f"text_model.{key}": value for key, value in model["text"].items()}
+    write_weights(args.folder / "text_encoder" / "model.safetensors", prefixed)
+    (args.folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for source in sorted((args.run / "tokenizer").iterdir()):
+        shutil.copyfile(source, args.folder / "tokenizer" / source.name)
+    size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
+    print(f"step {model['step']}: {size / 1e6:.2f} MB -> {args.folder}")
+
+
+def trained(args: argparse.Namespace) -> dict:
+    """Stage 2's result, or the same of its checkpoint."""
+    if not args.checkpoint:
+        return load(args.run / "model.pt")
+    state = load(args.run / "unet_checkpoint.pt")
+    parts = {name: {} for name in ("unet", "text")}
+    for key, value in state["average"].items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    return {**parts, "step": state["step"], "unet_config": state["unet_config"], "text_config": state["text_config"]}
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ def generate(
     """Images (batch, 3, height, width) in [-1, 1] for contexts (batch, tokens, dim); `empty` is (1, tokens,
     dim)."""
     size = unet.config.sample_size
-    latents = start_noise(seeds, (unet.config.in_channels, size, size))
+    latents = start_noise(seeds, (unet.config.in_channels, size, size)).to(context.device)
     conditioned = unet.project_context(context)
     both = unet.project_context(torch.cat([empty.expand_as(context), context]))
 
     def model(x: Tensor, step: Step) -> Tensor:
         chosen = conditioned if len(x) == len(context) else both
-        return unet(x, unet.embed_time(torch.tensor([step.timestep])), chosen)
+        return unet(x, unet.embed_time(torch.tensor([step.timestep], device=x.device)), chosen)
 
     if guidance_scale != 1:
         model = guided(model, guidance_scale)

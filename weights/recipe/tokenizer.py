@@ -1,14 +1,13 @@
-"""Stage 2a: a small CLIP-style byte-pair vocabulary (Sennrich et al. 2016; Radford et al. 2021), learnt
+"""Before stage 2: a small CLIP-style byte-pair vocabulary (Sennrich et al. 2016; Radford et al. 2021), learnt
 from the captions.
 
 The files are those of every CLIP tokenizer: 256 byte symbols, the same 256 closing a word, one symbol for
 each merge, and the two special tokens. The captions hold so few words that merging runs until each of them
 is a single token.
 
-    python weights/recipe/tokenizer.py --out runs/recipe/tokenizer
+    python weights/recipe/tokenizer.py
 """
 
-import argparse
 import itertools
 import json
 import re
@@ -16,7 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from data import all_captions
+from emoji import Captions
+from presets import recipe_arguments
+from training import known_emoji
 
 from ldmcli.text.chunks import tokenize
 from ldmcli.text.tokenizer import ClipTokenizer, vocabulary_from_folder
@@ -24,6 +25,7 @@ from ldmcli.text.tokenizer import ClipTokenizer, vocabulary_from_folder
 MAX_LENGTH = 24
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
+_WORD = re.compile(r"[a-z]+|[^a-z\s]+")
 Word = tuple[str, ...]
 
 
@@ -98,15 +100,15 @@ def tokenise(folder: Path, texts: list[str]) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--merges", type=int, default=2000, help="at most so many merges")
-    parser.add_argument("--out", type=Path, default=Path("runs/recipe/tokenizer"))
+    parser = recipe_arguments(__doc__)
+    parser.add_argument("--merges", type=int, default=4000, help="at most so many merges")
     args = parser.parse_args()
 
-    words = Counter(word for caption in all_captions() for word in re.findall(r"[a-z]+|[^a-z\s]+", caption))
-    size = write_tokenizer(args.out, learn_merges(words, args.merges))
-    longest = max(len(re.findall(r"[a-z]+|[^a-z\s]+", caption)) for caption in all_captions())
-    print(f"{len(words)} words, vocabulary of {size}, longest caption {longest} + 2 tokens -> {args.out}")
+    captions = Captions(known_emoji(args)).every()
+    words = Counter(word for caption in captions for word in _WORD.findall(caption))
+    size = write_tokenizer(args.out / "tokenizer", learn_merges(words, args.merges))
+    longest = max(len(_WORD.findall(caption)) for caption in captions)
+    print(f"{len(words)} words, vocabulary of {size}, longest caption {longest} + 2 tokens -> {args.out / 'tokenizer'}")
 
 
 if __name__ == "__main__":

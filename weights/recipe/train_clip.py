@@ -1,36 +1,36 @@
-"""Stage 2b: train the text encoder contrastively, as CLIP in miniature (Radford et al. 2021), then leave it
-frozen.
+"""Before the two stages: text and image encoders trained against each other, CLIP in miniature (Radford et al. 2021).
 
-A text encoder that starts from nothing together with the U-Net costs most of a short run: until words mean
-something, cross-attention has nothing to attend to. A few hundred steps against a small image encoder,
-which is thrown away afterwards, give each caption its own direction first.
+Both halves are used. The text encoder is where stage 2 begins, which trains it further together with the U-Net: from
+nothing, that would cost most of a short run, since cross-attention has nothing to attend to until words mean something.
+The image encoder's features stand in for the pretrained network of a perceptual loss in stage 1 (no such network is to
+be had without a download): trained to tell emoji and backgrounds apart, they answer to shapes and edges rather than to
+single pixels.
 
-    python weights/recipe/train_text.py
+    python weights/recipe/train_clip.py
 """
 
-import argparse
 import dataclasses
+import itertools
 import random
-from pathlib import Path
 
 import torch
-from data import BACKGROUND_NAMES, OBJECT_NAMES, all_captions, captions, to_float
-from tokenizer import MAX_LENGTH, tokenise
+from caption_table import CaptionTable
+from data import to_float
+from presets import PRESETS, recipe_arguments
+from tokenizer import MAX_LENGTH
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import learning_rate, load, log, save_atomically, set_learning_rate
+from training import half_precision, known_emoji, learning_rate, load, log, save_atomically, set_learning_rate
 
 from ldmcli.config import TextEncoderConfig
 from ldmcli.models.text import CausalAttention, FeedForward, TextTransformer
 
-WIDTH = 128
 
-
-def text_config(vocabulary: int) -> TextEncoderConfig:
+def text_config(vocabulary: int, width: int) -> TextEncoderConfig:
     return TextEncoderConfig(
         vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         layers=2,
         heads=4,
         max_length=MAX_LENGTH,
@@ -61,45 +61,34 @@ def start_as_clip(text_encoder: TextTransformer) -> None:
 
 
 def pooled(text_encoder: TextTransformer, tokens: Tensor) -> Tensor:
-    """The state of each caption's end mark, (batch, WIDTH)."""
+    """The state of each caption's end mark, (batch, width)."""
     states, _ = text_encoder(tokens)
     return states[torch.arange(len(tokens)), text_encoder.end_marks(tokens)]
 
 
 class ImageEncoder(nn.Module):
-    """Five strided convolutions from (batch, 3, 64, 64) to unit vectors (batch, WIDTH)."""
+    """Four strided convolutions from images (batch, 3, height, width) to unit vectors (batch, width)."""
 
-    def __init__(self) -> None:
+    CHANNELS = (3, 32, 64, 96, 128)
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for into, out in ((3, 32), (32, 64), (64, 96), (96, 128)):
-            layers += [nn.Conv2d(into, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, WIDTH))
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(into, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU())
+            for into, out in itertools.pairwise(self.CHANNELS)
+        )
+        self.out = nn.Linear(self.CHANNELS[-1] * 4 * 4, width)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each level sees, fine to coarse: (batch, channels, height, width) of half the size before."""
+        found = [images]
+        for level in self.levels:
+            found.append(level(found[-1]))
+        return found[1:]
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.normalize(self.layers(images), dim=-1)
-
-
-class CaptionTable:
-    """All captions as tokens, and of each (object, background) pair which captions fit it and how often."""
-
-    def __init__(self, tokenizer: Path) -> None:
-        self.texts = all_captions()
-        self.tokens = tokenise(tokenizer, self.texts)
-        number = {text: i for i, text in enumerate(self.texts)}
-        self.fitting: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
-        for o in range(len(OBJECT_NAMES)):
-            for b in range(len(BACKGROUND_NAMES)):
-                weighted = captions(o, b)
-                self.fitting[o, b] = (
-                    [number[text] for text, _ in weighted],
-                    [weight for _, weight in weighted],
-                )
-
-    def draw(self, objects: Tensor, backgrounds: Tensor, rng: random.Random) -> Tensor:
-        """The number of one fitting caption for each pair."""
-        pairs = zip(objects.tolist(), backgrounds.tolist(), strict=True)
-        return torch.tensor([rng.choices(*self.fitting[pair])[0] for pair in pairs])
+        coarse = F.adaptive_avg_pool2d(self.features(images)[-1], 4)
+        return F.normalize(self.out(coarse.flatten(1)), dim=-1)
 
 
 def targets(objects: Tensor, backgrounds: Tensor, chosen: Tensor, table: CaptionTable) -> Tensor:
@@ -116,53 +105,48 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, match: Tensor) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("runs/recipe/dataset.pt"))
-    parser.add_argument("--tokenizer", type=Path, default=Path("runs/recipe/tokenizer"))
-    parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=256)
+    parser = recipe_arguments(__doc__)
+    parser.add_argument("--steps", type=int, help="(default: the preset's)")
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    preset, device = PRESETS[args.preset], torch.device(args.device)
+    steps, count = args.steps or preset.text_steps, preset.text_batch
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    dataset = load(args.data)
+    dataset = load(args.out / "dataset.pt")
     seen = ~dataset["held_out"]
     images, objects, backgrounds = (dataset[key][seen] for key in ("images", "objects", "backgrounds"))
-    table = CaptionTable(args.tokenizer)
-    text_encoder = TextTransformer(text_config(int(table.tokens.max()) + 1))
+    table = CaptionTable(args.out / "tokenizer", known_emoji(args))
+    text_encoder = TextTransformer(text_config(int(table.tokens.max()) + 1, preset.text_width))
     start_as_clip(text_encoder)
-    image_encoder, project = ImageEncoder(), nn.Linear(WIDTH, WIDTH, bias=False)
-    scale = nn.Parameter(torch.tensor(2.66))  # ln(1 / 0.07), as CLIP starts
-    parameters = [*text_encoder.parameters(), *image_encoder.parameters(), *project.parameters(), scale]
+    image_encoder = ImageEncoder(preset.text_width)
+    project = nn.Linear(preset.text_width, preset.text_width, bias=False)
+    scale = nn.Parameter(torch.tensor(2.66, device=device))  # ln(1 / 0.07), as CLIP starts
+    parts = nn.ModuleList([text_encoder, image_encoder, project]).to(device)
+    parameters = [*parts.parameters(), scale]
     optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.01)
 
-    for step in range(args.steps):
-        chosen = torch.randint(len(images), (args.batch,))
+    for step in range(steps):
+        chosen = torch.randint(len(images), (count,))
         picked = table.draw(objects[chosen], backgrounds[chosen], rng)
-        set_learning_rate(optimizer, learning_rate(args.rate, step, step / args.steps, warm_up=30))
-        with torch.autocast("cpu", torch.bfloat16):
-            image = image_encoder(to_float(images[chosen]))
-            text = F.normalize(project(pooled(text_encoder, table.tokens[picked])), dim=-1)
-        match = targets(objects[chosen], backgrounds[chosen], picked, table)
+        set_learning_rate(optimizer, learning_rate(args.rate, step, step / steps, warm_up=30))
+        with half_precision(device):
+            image = image_encoder(to_float(images[chosen].to(device)))
+            text = F.normalize(project(pooled(text_encoder, table.tokens[picked].to(device))), dim=-1)
+        match = targets(objects[chosen], backgrounds[chosen], picked, table).to(device)
         loss = contrastive_loss(image.float(), text.float(), scale, match)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if (step + 1) % 20 == 0:
+        if (step + 1) % 20 == 0 or step + 1 == steps:
             # an image counts as found when its nearest caption of the batch fits it
-            nearest = (image @ text.T).argmax(dim=1)
-            found = match[torch.arange(args.batch), nearest].mean().item()
-            log(
-                f"text step {step + 1} loss {loss.item():.4f} captions found {found:.3f}",
-                args.out / "text.log",
-            )
+            found = match.gather(1, (image @ text.T).argmax(dim=1, keepdim=True)).mean().item()
+            log(f"clip step {step + 1} loss {loss.item():.4f} captions found {found:.3f}", args.out / "clip.log")
 
-    state = {"config": dataclasses.asdict(text_encoder.config), "model": text_encoder.state_dict()}
-    save_atomically(state, args.out / "text.pt")
+    state = {"config": dataclasses.asdict(text_encoder.config), "text": text_encoder.state_dict()}
+    save_atomically({**state, "image": image_encoder.state_dict()}, args.out / "clip.pt")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""Stage 2c: train the denoising U-Net on the latents, with frozen text (Rombach et al. 2022; Ho et al. 2020).
+"""Stage 2: train the denoising U-Net and the text encoder together on the latents (Rombach et al. 2022).
 
-What makes an hour of two cores enough:
+What makes an hour or two of a CPU enough:
 
-- latents and text contexts are computed once; a step is the U-Net alone;
-- time steps are drawn in strata, one from each of `batch` equal shares of their density, which follows
-  min-SNR-5 (Hang et al. 2023) where the signal is strong and rises a little where it is weak, since there
-  objects and backgrounds are decided; once those are right, the last third of the run draws all time steps
-  alike, which is where texture and edges come from;
-- offset noise: 0.12 × one normal number per image and channel is added to the noise, because the schedule
-  of Stable Diffusion never hides the mean of a flat background, and sampling begins where it is hidden;
-- the last convolution, the second one of each residual block and each transformer's way out start at zero,
-  so that the network starts as the identity (Ho et al. 2020; Dhariwal & Nichol 2021);
-- an exponential average of the weights is what is kept; text is dropped 10 % of the time for
-  classifier-free guidance.
+- latents are computed once; a step is the text encoder and the U-Net alone. The text encoder comes from train_clip.py
+  and goes on learning here;
+- time steps are drawn in strata, one from each of `batch` equal shares of their density. For two thirds of the run it
+  follows min-SNR-5 (Hang et al. 2023) where the signal is strong and rises a little where it is weak, since there
+  objects and backgrounds are decided; the last third draws all time steps alike, which is where texture and edges come
+  from;
+- offset noise: 0.12 × one normal number per image and channel is added to the noise, because the schedule of Stable
+  Diffusion never hides the mean of a flat background, and sampling begins where it is hidden;
+- the last convolution, the second one of each residual block and each transformer's way out start at zero, so that the
+  network starts as the identity (Ho et al. 2020; Dhariwal & Nichol 2021);
+- an exponential average of the weights is what is kept; text is dropped 12 % of the time for classifier-free guidance.
 
-    python weights/recipe/train_unet.py --minutes 60 --compile              # stop it after two thirds, then
-    python weights/recipe/train_unet.py --minutes 60 --compile --resume --density-floor 1 --density-boost 0
-    torchrun --nproc-per-node 2 weights/recipe/train_unet.py --compile      # one thread a process: see Team
+    python weights/recipe/train_unet.py
+    torchrun --nproc-per-node 4 weights/recipe/train_unet.py --resume    # one thread a process: see training.Team
 """
 
 import argparse
@@ -25,14 +24,28 @@ import random
 from pathlib import Path
 
 import torch
-from data import caption, held_out_background, save_grid, to_float
+from caption_table import CaptionTable
+from data import save_grid, to_float
+from emoji import BACKGROUNDS, Captions, held_out_background
 from generate import generate
+from presets import PRESETS, Preset, recipe_arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_text import CaptionTable
-from training import Average, Clock, Team, learning_rate, load, log, save_atomically, set_learning_rate
+from training import (
+    Average,
+    Clock,
+    Team,
+    half_precision,
+    known_emoji,
+    learning_rate,
+    load,
+    log,
+    save_atomically,
+    seed_of_step,
+    set_learning_rate,
+)
 
-from ldmcli.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.config import ScheduleConfig, TextEncoderConfig, VAEConfig
 from ldmcli.models.layers import ResnetBlock
 from ldmcli.models.text import TextTransformer
 from ldmcli.models.transformer import SpatialTransformer
@@ -40,45 +53,19 @@ from ldmcli.models.unet import UNet
 from ldmcli.models.vae import AutoencoderKL
 from ldmcli.sampling.schedule import Schedule
 
-CONFIG = UNetConfig(
-    sample_size=16,
-    block_channels=(64, 128, 160),
-    layers_per_block=1,
-    attention=(1, 1, 1),
-    heads=(4, 4, 4),
-    context_dim=128,
-    norm_groups=16,
-)
+UNIFORM_FROM = 2 / 3  # the share of a run after which all time steps are alike
 
 
-def load_vae(path: Path) -> AutoencoderKL:
-    state = load(path)
-    vae = AutoencoderKL(VAEConfig(**state["config"]))
-    vae.load_state_dict(state["model"])
-    return vae.eval().requires_grad_(False)
+class Denoiser(nn.Module):
+    """What stage 2 trains: noise from noisy latents, time steps and the tokens of captions."""
 
+    def __init__(self, preset: Preset, text_config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.text, self.unet = TextTransformer(text_config), UNet(preset.unet)
 
-def load_text_encoder(path: Path) -> TextTransformer:
-    state = load(path)
-    text_encoder = TextTransformer(TextEncoderConfig(**state["config"]))
-    text_encoder.load_state_dict(state["model"])
-    return text_encoder.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled posterior means (N, 4, 16, 16) and the standard deviation (1, 4, 1, 1), which whitening made
-    one for all."""
-    scale = vae.config.scaling_factor
-    posteriors = [vae.encode(to_float(batch)) for batch in images.split(64)]
-    means = torch.cat([posterior.mean for posterior in posteriors]) * scale
-    return means, (0.5 * posteriors[0].logvar[:1, :, :1, :1]).exp() * scale
-
-
-@torch.no_grad()
-def encode_texts(text_encoder: TextTransformer, table: CaptionTable) -> Tensor:
-    """Contexts (captions, tokens, dim) of all captions; number 0 is the empty one."""
-    return torch.cat([text_encoder(tokens)[0] for tokens in table.tokens.split(256)])
+    def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        context, _ = self.text(tokens)
+        return self.unet(noisy, self.unet.embed_time(timesteps), self.unet.project_context(context))
 
 
 def start_as_identity(unet: UNet) -> None:
@@ -90,9 +77,27 @@ def start_as_identity(unet: UNet) -> None:
     nn.init.zeros_(unet.conv_out.weight)
 
 
+def load_vae(path: Path) -> AutoencoderKL:
+    state = load(path)
+    vae = AutoencoderKL(VAEConfig(**state["config"]))
+    vae.load_state_dict(state["model"])
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, team: Team) -> tuple[Tensor, Tensor]:
+    """Scaled posterior means (N, channels, height, width) of uint8 images and the standard deviation (1, channels, 1,
+    1), which stage 1 made one for all. Each process of the team encodes its share."""
+    scale, device = vae.config.scaling_factor, next(vae.parameters()).device
+    posteriors = [vae.encode(to_float(batch).to(device)) for batch in images[team.rank :: team.size].split(64)]
+    means = torch.cat([posterior.mean for posterior in posteriors]).cpu() * scale
+    deviation = (0.5 * posteriors[0].logvar[:1, :, :1, :1]).exp().cpu() * scale
+    return team.together(means, len(images)), deviation
+
+
 def timestep_density(alphas_cumprod: Tensor, floor: float, boost: float) -> Tensor:
-    """Probability of each training time step: min(SNR, 5) / SNR above SNR 1, but at least `floor`, and
-    SNR ** -boost below. Floor 1 and boost 0 make all time steps alike."""
+    """Probability of each training time step: min(SNR, 5) / SNR above SNR 1, but at least `floor`, and SNR ** -boost
+    below. Floor 1 and boost 0 make all time steps alike."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weight = torch.where(snr > 1, (5 / snr).clamp(floor, 1.0), snr.clamp(max=1) ** -boost)
     return weight / weight.sum()
@@ -105,157 +110,164 @@ def draw_timesteps(density: Tensor, count: int, generator: torch.Generator) -> T
     return drawn[torch.randperm(count, generator=generator)]
 
 
-@dataclasses.dataclass(frozen=True)
 class Batches:
-    """Everything a step needs, in memory: latents, their labels, the contexts of all captions."""
+    """Latents of all training images and the captions that fit them, from which each step draws."""
 
-    means: Tensor
-    deviation: Tensor
-    objects: Tensor
-    backgrounds: Tensor
-    contexts: Tensor
-    table: CaptionTable
-    alphas_cumprod: Tensor
-    density: Tensor
+    def __init__(self, args: argparse.Namespace, vae: AutoencoderKL, team: Team) -> None:
+        dataset = load(args.out / "dataset.pt")
+        seen = ~dataset["held_out"]
+        self.objects, self.backgrounds = dataset["objects"][seen], dataset["backgrounds"][seen]
+        self.means, self.deviation = _cached_latents(args.out, vae, dataset["images"][seen], team)
+        self.table = CaptionTable(args.out / "tokenizer", known_emoji(args))
+        self.alphas_cumprod = Schedule(ScheduleConfig()).alphas_cumprod
+        self.text_dropout, self.offset = args.text_dropout, args.offset
 
-    def draw(
-        self, count: int, text_dropout: float, offset: float, generator: torch.Generator, rng: random.Random
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, time steps, contexts and the noise to predict."""
+    def draw(self, count: int, density: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents, time steps, tokens and the noise to predict."""
+        generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
         chosen = torch.randint(len(self.means), (count,), generator=generator)
         means = self.means[chosen]
         latents = means + self.deviation * torch.randn(means.shape, generator=generator)
         captions = self.table.draw(self.objects[chosen], self.backgrounds[chosen], rng)
-        captions[torch.rand(count, generator=generator) < text_dropout] = 0
+        captions[torch.rand(count, generator=generator) < self.text_dropout] = 0
         noise = torch.randn(means.shape, generator=generator)
-        noise = noise + offset * torch.randn((*means.shape[:2], 1, 1), generator=generator)
-        timesteps = draw_timesteps(self.density, count, generator)
+        noise = noise + self.offset * torch.randn((*means.shape[:2], 1, 1), generator=generator)
+        timesteps = draw_timesteps(density, count, generator)
         level = self.alphas_cumprod[timesteps][:, None, None, None]
         noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
-        return noisy.contiguous(memory_format=torch.channels_last), timesteps, self.contexts[captions], noise
+        return noisy.contiguous(memory_format=torch.channels_last), timesteps, self.table.tokens[captions], noise
 
 
-def prepare(args: argparse.Namespace, vae: AutoencoderKL, team: Team) -> Batches:
-    dataset = load(args.data)
-    seen = ~dataset["held_out"]
-    cache = args.out / "latents.pt"
-    stale = not cache.exists() or cache.stat().st_mtime < (args.out / "vae.pt").stat().st_mtime
-    if stale and team.rank == 0:
-        means, deviation = encode_images(vae, dataset["images"][seen])
-        save_atomically({"means": means, "deviation": deviation}, cache)
-    team.wait()
+def _cached_latents(out: Path, vae: AutoencoderKL, images: Tensor, team: Team) -> tuple[Tensor, Tensor]:
+    cache = out / "latents.pt"
+    stale = not cache.exists() or cache.stat().st_mtime < (out / "vae.pt").stat().st_mtime
+    team.wait()  # until all have looked
+    if stale:
+        means, deviation = encode_images(vae, images, team)
+        if team.rank == 0:
+            save_atomically({"means": means, "deviation": deviation}, cache)
+        return means, deviation
     latents = load(cache)
-    table = CaptionTable(args.out / "tokenizer")
-    contexts = encode_texts(load_text_encoder(args.out / "text.pt"), table)
-    alphas_cumprod = Schedule(ScheduleConfig()).alphas_cumprod
-    return Batches(
-        latents["means"],
-        latents["deviation"],
-        dataset["objects"][seen],
-        dataset["backgrounds"][seen],
-        contexts,
-        table,
-        alphas_cumprod,
-        timestep_density(alphas_cumprod, args.density_floor, args.density_boost),
-    )
+    return latents["means"], latents["deviation"]
 
 
-def training_loss(unet: UNet, noisy: Tensor, timesteps: Tensor, context: Tensor, noise: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        predicted = unet(noisy, unet.embed_time(timesteps), unet.project_context(context))
-    return F.mse_loss(predicted.float(), noise)
+def show_progress(denoiser: Denoiser, vae: AutoencoderKL, batches: Batches, args: argparse.Namespace) -> None:
+    """A grid of 22 prompts at guidance 3; the second row are held-out pairs."""
+    emoji = known_emoji(args)
+    captions, spread = Captions(emoji), [i * len(emoji) // 11 for i in range(11)]
+    pairs = [(o, (3 * i + 4) % len(BACKGROUNDS)) for i, o in enumerate(spread)]
+    pairs += [((o + 3) % len(emoji), held_out_background((o + 3) % len(emoji))) for o in spread]
+    numbers = [0, *(batches.table.number[captions.fullest(o, b)] for o, b in pairs)]
+    with torch.no_grad():
+        empty, context = denoiser.text(batches.table.tokens[numbers].to(args.device))[0].split([1, len(pairs)])
+    images = generate(denoiser.unet, vae, context, empty, seeds=list(range(22)), guidance_scale=3.0, steps=20)
+    save_grid(images, args.out / "unet_progress.png", columns=11, zoom=2)
 
 
-def show_progress(unet: UNet, vae: AutoencoderKL, batches: Batches, path: Path) -> None:
-    """A grid of 20 prompts; the second row are held-out pairs."""
-    pairs = [(6 * i, (3 * i + 4) % 10) for i in range(10)]
-    pairs += [(i, held_out_background(i)) for i in range(1, 60, 6)]
-    texts = [batches.table.texts.index(caption(o, b)) for o, b in pairs]
-    context = batches.contexts[texts]
-    images = generate(unet, vae, context, batches.contexts[:1], seeds=list(range(20)), guidance_scale=3.0, steps=20)
-    save_grid(images, path, zoom=2)
+class Stage2:
+    """The denoiser, its average and optimizer: all that a checkpoint holds."""
 
+    def __init__(self, preset: Preset, args: argparse.Namespace) -> None:
+        clip = load(args.out / "clip.pt")
+        self.configs = {"unet_config": dataclasses.asdict(preset.unet), "text_config": clip["config"]}
+        self.denoiser = Denoiser(preset, TextEncoderConfig(**clip["config"]))
+        start_as_identity(self.denoiser.unet)
+        self.denoiser.text.load_state_dict(clip["text"])
+        self.denoiser.to(args.device, memory_format=torch.channels_last)
+        self.average = Average(self.denoiser, args.average)
+        self.optimizer = torch.optim.AdamW(
+            self.denoiser.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.step, self.seconds = 0, 0.0
 
-def train(unet: UNet, vae: AutoencoderKL, batches: Batches, team: Team, args: argparse.Namespace) -> None:
-    checkpoint, log_file = args.out / "unet_checkpoint.pt", args.out / "unet.log"
-    average = Average(unet, 0.9985)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
-    step, spent = 0, 0.0
-    if args.resume and checkpoint.exists():
-        state = load(checkpoint)
-        unet.load_state_dict(state["model"])
-        average.model.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent, average.updates = state["step"], state["seconds"], state["step"]
-    seed = args.seed + step * team.size + team.rank
-    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    compute = torch.compile(training_loss) if args.compile else training_loss
-    clock, running, next_save = Clock(args.minutes, spent), None, spent + 60 * args.save_minutes
-
-    def save() -> None:
-        state = {"model": unet.state_dict(), "average": average.model.state_dict(), "step": step}
-        state |= {
-            "optimizer": optimizer.state_dict(),
-            "seconds": clock.seconds,
-            "config": dataclasses.asdict(CONFIG),
+    def state(self) -> dict:
+        return {
+            **self.configs,
+            "denoiser": self.denoiser.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
         }
-        save_atomically(state, checkpoint)
 
-    progress = clock.progress
-    while progress < 1:
-        batch = batches.draw(args.batch // team.size, args.text_dropout, args.offset, generator, rng)
-        loss = compute(unet, *batch)
-        optimizer.zero_grad(set_to_none=True)
+    def restore(self, state: dict) -> None:
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = self.average.updates = state["step"]
+        self.seconds = state["seconds"]
+
+    def learn(self, batch: tuple[Tensor, ...], rate: float, progress: float, team: Team) -> tuple[float, float]:
+        """One step on noisy latents, time steps, tokens and their noise; the team's loss and progress."""
+        device = next(self.denoiser.parameters()).device
+        noisy, timesteps, tokens, noise = (part.to(device) for part in batch)
+        with half_precision(device):
+            predicted = self.denoiser(noisy, timesteps, tokens)
+        loss = F.mse_loss(predicted.float(), noise)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        mean_loss, progress = team.average(unet, loss.item(), clock.progress)
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        set_learning_rate(optimizer, learning_rate(args.rate, step, progress, warm_up=200))
-        optimizer.step()
-        step += 1
+        mean_loss, progress = team.average(self.denoiser, loss.item(), progress)
+        torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.step += 1
+        self.average.update(self.denoiser)
+        return mean_loss, progress
+
+
+def train(stage: Stage2, vae: AutoencoderKL, batches: Batches, team: Team, args: argparse.Namespace) -> None:
+    checkpoint, log_file = args.out / "unet_checkpoint.pt", args.out / "unet.log"
+    if args.resume and checkpoint.exists():
+        stage.restore(load(checkpoint))
+    clock, running = Clock(args.minutes, args.steps, stage.seconds), None
+    next_save, progress = stage.seconds + 60 * args.save_minutes, clock.progress(stage.step)
+    by_snr = timestep_density(batches.alphas_cumprod, floor=0.1, boost=0.25)
+    alike = timestep_density(batches.alphas_cumprod, floor=1.0, boost=0.0)
+    while progress < 1:
+        density = by_snr if progress < UNIFORM_FROM else alike
+        batch = batches.draw(args.batch // team.size, density, seed_of_step(args.seed, stage.step, team))
+        rate = learning_rate(args.rate, stage.step, progress, warm_up=200)
+        loss, progress = stage.learn(batch, rate, clock.progress(stage.step + 1), team)
+        running = loss if running is None else 0.99 * running + 0.01 * loss
+        stage.seconds = clock.seconds
         if team.rank > 0:
             continue
-        average.update(unet)
-        running = mean_loss if running is None else 0.99 * running + 0.01 * mean_loss
-        if step % 50 == 0:
-            log(f"unet step {step} minutes {clock.seconds / 60:.2f} loss {running:.4f}", log_file)
-        if clock.seconds > next_save:
-            save()
-            show_progress(average.model, vae, batches, args.out / "unet_progress.png")
-            next_save = clock.seconds + 60 * args.save_minutes
-    if team.rank > 0:
-        return
-    save()
-    show_progress(average.model, vae, batches, args.out / "unet_progress.png")
-    log(
-        f"unet ended: {step} steps of {args.batch}, {clock.seconds / 60:.1f} minutes, loss {running}",
-        log_file,
-    )
+        if stage.step % 50 == 0:
+            log(f"unet step {stage.step} minutes {stage.seconds / 60:.2f} loss {running:.4f}", log_file)
+        if stage.seconds > next_save or progress >= 1 or stage.step == args.save_at:
+            save_atomically(stage.state(), checkpoint)
+            show_progress(stage.average.model, vae, batches, args)
+            next_save = stage.seconds + 60 * args.save_minutes
+    if team.rank == 0:
+        log(f"unet ended: {stage.step} steps, {stage.seconds / 60:.1f} minutes, {team.size} processes", log_file)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("runs/recipe/dataset.pt"))
-    parser.add_argument("--out", type=Path, default=Path("runs/recipe"), help="holds vae.pt, text.pt and tokenizer/")
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--save-minutes", type=float, default=5.0)
-    parser.add_argument("--batch", type=int, default=32)
+    parser = recipe_arguments(__doc__)
+    parser.add_argument("--minutes", type=float, help="(default: the preset's)")
+    parser.add_argument("--steps", type=int, help="end after so many steps instead")
+    parser.add_argument("--save-minutes", type=float, default=4.0)
+    parser.add_argument("--save-at", type=int, metavar="STEP", help="save after this step, too")
+    parser.add_argument("--batch", type=int, help="(default: the preset's)")
     parser.add_argument("--rate", type=float, default=8e-4)
-    parser.add_argument("--text-dropout", type=float, default=0.1)
+    parser.add_argument("--average", type=float, default=0.9985, help="decay of the averaged weights")
+    parser.add_argument("--text-dropout", type=float, default=0.12)
     parser.add_argument("--offset", type=float, default=0.12, help="strength of offset noise")
-    parser.add_argument("--density-floor", type=float, default=0.1, help="least share of weak-noise steps")
-    parser.add_argument("--density-boost", type=float, default=0.25, help="exponent for strong-noise steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the training step")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
     args = parser.parse_args()
 
+    preset, team = PRESETS[args.preset], Team()
+    args.minutes, args.batch = args.minutes or preset.unet_minutes, args.batch or preset.unet_batch
     torch.manual_seed(args.seed)
-    vae = load_vae(args.out / "vae.pt")
-    team = Team()
-    batches = prepare(args, vae, team)
-    unet = UNet(CONFIG)
-    start_as_identity(unet)
-    train(unet.to(memory_format=torch.channels_last), vae, batches, team, args)
+    vae = load_vae(args.out / "vae.pt").to(args.device)
+    batches = Batches(args, vae, team)
+    torch.manual_seed(args.seed)
+    stage = Stage2(preset, args)
+    train(stage, vae, batches, team, args)
+    if team.rank == 0:
+        kept = stage.average.model.cpu()
+        weights = {"unet": kept.unet.state_dict(), "text": kept.text.state_dict(), "step": stage.step}
+        save_atomically({**stage.configs, **weights}, args.out / "model.pt")
 
 
 if __name__ == "__main__":

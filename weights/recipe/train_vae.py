@@ -1,71 +1,159 @@
-"""Stage 1: train the KL autoencoder (Rombach et al. 2022, section 3.1), then whiten its latents.
+"""Stage 1: train the KL autoencoder (Rombach et al. 2022, section 3.1), then make its latents uncorrelated.
 
-Loss: L1 + MSE + 0.5 · L1 of the image gradients + 1e-3 · mean KL. There is no adversarial or perceptual
-term: flat-shaded glyphs at 64 × 64 do not need one. At the end the latents' covariance over the training
-images is folded into quant_conv and post_quant_conv, so that the four channels are uncorrelated and latents
-· 0.18215 have mean 0 and variance 1: the scaling factor of Stable Diffusion 1 is then true of this model
-too.
+Loss: L1 + MSE, and four terms that options weigh or switch off (0): image gradients, a perceptual distance, the
+posterior's KL divergence and a patch discriminator that joins after half of the run. vae_losses.py explains each,
+`ablate_vae.py` measures what each buys.
 
-    python weights/recipe/train_vae.py --minutes 15          # about 3,000 steps on two cores
-    python weights/recipe/train_vae.py --minutes 15 --resume # after a stop
+The KL weight is per latent value while errors are per pixel value: 1e-3 here is 1.2e-2 in the paper's sums at 64 × 64,
+far above its 1e-6. With 1,024 latent values and an hour of stage 2 a smooth latent space is worth more than the last
+decibel.
+
+At the end the latents' covariance over the training images is folded into quant_conv and post_quant_conv, so that the
+channels are uncorrelated and equally wide; the scaling factor is one over that width, measured.
+
+    python weights/recipe/train_vae.py
+    torchrun --nproc-per-node 4 weights/recipe/train_vae.py --resume    # one thread a process: see training.Team
 """
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import torch
 from data import save_grid, to_float
-from torch import Tensor
-from training import Average, Clock, learning_rate, load, log, save_atomically, set_learning_rate
+from measures import peak_signal_to_noise, structural_similarity
+from presets import PRESETS, recipe_arguments
+from torch import Tensor, nn
+from train_clip import ImageEncoder
+from training import (
+    Average,
+    Clock,
+    Team,
+    half_precision,
+    learning_rate,
+    load,
+    log,
+    save_atomically,
+    seed_of_step,
+    set_learning_rate,
+)
+from vae_losses import PatchDiscriminator, Weights, balanced, perceptual_loss, pixel_loss
 
-from ldmcli.config import VAEConfig
 from ldmcli.models.vae import AutoencoderKL
 
-CONFIG = VAEConfig(latent_channels=4, block_channels=(32, 64, 64), layers_per_block=1, norm_groups=8)
+
+class Stage1:
+    """The autoencoder, its critic, their optimizers: one step of training and all that a checkpoint holds."""
+
+    def __init__(self, vae: AutoencoderKL, args: argparse.Namespace, weights: Weights) -> None:
+        self.device, self.weights = torch.device(args.device), weights
+        self.vae = vae.to(self.device, memory_format=torch.channels_last)
+        self.encoder_learns = next(vae.encoder.parameters()).requires_grad
+        self.critic = PatchDiscriminator().to(self.device)
+        self.eyes = ImageEncoder(PRESETS[args.preset].text_width).to(self.device).requires_grad_(False)
+        self.eyes.load_state_dict(load(args.out / "clip.pt")["image"])
+        self.average = Average(self.vae, 0.995)
+        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=args.rate, betas=(0.5, 0.9))
+        self.step, self.seconds = 0, 0.0
+
+    def state(self) -> dict:
+        parts = ("vae", "critic", "optimizer", "critic_optimizer")
+        return {name: getattr(self, name).state_dict() for name in parts} | {
+            "average": self.average.model.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict) -> None:
+        for name in ("vae", "critic", "optimizer", "critic_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.average.model.load_state_dict(state["average"])
+        self.step = self.average.updates = state["step"]
+        self.seconds = state["seconds"]
+
+    def backward(self, images: Tensor, adversarial: bool, generator: torch.Generator) -> tuple[float, Tensor]:
+        """Leave the autoencoder's gradients in place; the loss without the critic's term, and the decoded images."""
+        with half_precision(self.device), torch.set_grad_enabled(self.encoder_learns):
+            posterior = self.vae.encode(images)
+        latents = posterior.sample(generator)
+        kl = posterior.kl().float().mean() / latents[0].numel()
+        with half_precision(self.device):
+            decoded = self.vae.decode(latents)
+        seen = decoded.detach().float().requires_grad_()
+        loss = pixel_loss(images, seen, self.weights.gradient)
+        if self.weights.perceptual:
+            loss = loss + self.weights.perceptual * perceptual_loss(self.eyes, images, seen)
+        (gradient,) = torch.autograd.grad(loss, seen)
+        if adversarial:
+            (fooling,) = torch.autograd.grad(-self.critic(seen).mean(), seen)
+            gradient = balanced(gradient, fooling, self.weights.adversarial)
+        ends, gradients = [decoded], [gradient.to(decoded.dtype)]
+        if self.encoder_learns:
+            ends, gradients = [*ends, self.weights.kl * kl], [*gradients, torch.ones_like(kl)]
+        torch.autograd.backward(ends, gradients)
+        return loss.item() + self.weights.kl * kl.item(), decoded.detach().float()
+
+    def learn(
+        self,
+        images: Tensor,
+        rate: float,
+        progress: float,
+        team: Team,
+        generator: torch.Generator,
+        *,
+        adversarial: bool,
+    ) -> tuple[float, float]:
+        """One step of both on a batch in [-1, 1]; the team's loss and progress."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, decoded = self.backward(images, adversarial, generator)
+        loss, progress = team.average(self.vae, loss, progress)
+        _descend(self.optimizer, self.vae, rate)
+        if adversarial:
+            self.critic_optimizer.zero_grad(set_to_none=True)
+            self.critic.loss(images, decoded).backward()
+            team.average(self.critic, 0.0, 0.0)
+            _descend(self.critic_optimizer, self.critic, rate / 2)
+        self.step += 1
+        self.average.update(self.vae)
+        return loss, progress
 
 
-def reconstruction_loss(images: Tensor, decoded: Tensor) -> Tensor:
-    """L1 + MSE + 0.5 · L1 between horizontal and vertical differences, which keeps edges sharp."""
-    difference = decoded.float() - images
-    across = difference[..., 1:] - difference[..., :-1]
-    down = difference[..., 1:, :] - difference[..., :-1, :]
-    return difference.abs().mean() + difference.square().mean() + 0.5 * (across.abs().mean() + down.abs().mean())
-
-
-def training_loss(vae: AutoencoderKL, images: Tensor, kl_weight: float) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(images)
-    latents = posterior.sample()
-    kl = posterior.kl().float().mean() / latents[0].numel()
-    with torch.autocast("cpu", torch.bfloat16):
-        decoded = vae.decode(latents)
-    return reconstruction_loss(images, decoded) + kl_weight * kl
+def _descend(optimizer: torch.optim.Optimizer, module: nn.Module, rate: float) -> None:
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    set_learning_rate(optimizer, rate)
+    optimizer.step()
 
 
 @torch.no_grad()
-def peak_signal_to_noise(vae: AutoencoderKL, images: Tensor) -> float:
-    """Decibels of the reconstruction from posterior means, over uint8 images."""
-    errors = []
-    for batch in images.split(64):
-        batch = to_float(batch)
-        errors.append((vae.decode(vae.encode(batch).mean).clamp(-1, 1) - batch).square().mean(dim=(1, 2, 3)))
-    return float(10 * torch.log10(4 / torch.cat(errors).mean()))
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """uint8 images as the autoencoder gives them back from its posteriors' means, in [-1, 1]."""
+    device = next(vae.parameters()).device
+    batches = [to_float(batch).to(device) for batch in images.split(64)]
+    return torch.cat([vae.decode(vae.encode(batch).mean).clamp(-1, 1) for batch in batches])
+
+
+def how_near(vae: AutoencoderKL, images: Tensor) -> str:
+    """PSNR and SSIM of uint8 images' reconstructions, in words."""
+    decoded, real = reconstruct(vae, images).cpu(), to_float(images)
+    return f"PSNR {peak_signal_to_noise(real, decoded):.2f} dB, SSIM {structural_similarity(real, decoded):.4f}"
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, images: Tensor) -> None:
-    """Fold a linear map into the 1 × 1 convolutions around the latents: uncorrelated channels, mean 0, the
-    standard deviation that `scaling_factor` claims. The posterior's variance becomes its average, the same
-    for all images."""
-    posteriors = [vae.encode(to_float(batch)) for batch in images.split(64)]
+def straighten(vae: AutoencoderKL, images: Tensor) -> tuple[AutoencoderKL, float]:
+    """Fold a linear map into the 1 × 1 convolutions around the latents, so that channels (with their noise, which is
+    taken as uncorrelated) are uncorrelated, have mean 0 and one width, that of the raw latents; the posterior's
+    variance becomes its average, the same for all images.
+    Returns the autoencoder with its measured scaling factor, and by how many nats per image latents were bound."""
+    device = next(vae.parameters()).device
+    posteriors = [vae.encode(to_float(batch).to(device)) for batch in images.split(64)]
     means = torch.cat([p.mean for p in posteriors]).transpose(0, 1).flatten(1).double()
     variances = torch.cat([p.logvar.exp() for p in posteriors]).transpose(0, 1).flatten(1).double()
     centre = means.mean(dim=1)
     covariance = torch.cov(means) + variances.mean(dim=1).diag()
+    width = covariance.diagonal().mean().sqrt()
     values, vectors = torch.linalg.eigh(covariance)
     # the symmetric root keeps each new channel as near as can be to the old one
-    forward = vectors @ (values.rsqrt() / vae.config.scaling_factor).diag() @ vectors.T
+    forward = vectors @ (values.rsqrt() * width).diag() @ vectors.T
     backward = torch.linalg.inv(forward)
     spread = (forward @ variances.mean(dim=1).diag() @ forward.T).diagonal()
 
@@ -80,79 +168,83 @@ def whiten(vae: AutoencoderKL, images: Tensor) -> None:
     post.bias += (weight @ centre).float()
     post.weight[:, :, 0, 0] = (weight @ backward).float()
 
+    measured = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=round(1 / width.item(), 5))).to(device)
+    measured.load_state_dict(vae.state_dict())
+    return measured, float(torch.cat([p.kl() for p in posteriors]).mean())
 
-def train(vae: AutoencoderKL, images: Tensor, sample: Tensor, args: argparse.Namespace) -> AutoencoderKL:
-    """Train for the budget and return the averaged model. `sample` are images for the progress grid."""
-    checkpoint = args.out / "vae_checkpoint.pt"
-    average = Average(vae, 0.995)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
-    step, spent = 0, 0.0
+
+def train(stage: Stage1, images: Tensor, sample: Tensor, team: Team, args: argparse.Namespace) -> AutoencoderKL:
+    """Train for the budget and return the averaged model. `sample` are uint8 images for the progress grid."""
+    name = "vae" if stage.encoder_learns else "decoder"
+    checkpoint, log_file = args.out / f"{name}_checkpoint.pt", args.out / f"{name}.log"
     if args.resume and checkpoint.exists():
-        state = load(checkpoint)
-        vae.load_state_dict(state["model"])
-        average.model.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent, average.updates = state["step"], state["seconds"], state["step"]
-    generator = torch.Generator().manual_seed(args.seed + step)
-    compute = torch.compile(training_loss) if args.compile else training_loss
-    clock, running = Clock(args.minutes, spent), None
-    while clock.progress < 1:
-        chosen = torch.randint(len(images), (args.batch,), generator=generator)
-        batch = to_float(images[chosen]).contiguous(memory_format=torch.channels_last)
-        set_learning_rate(optimizer, learning_rate(args.rate, step, clock.progress, warm_up=50))
-        loss = compute(vae, batch, args.kl)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        average.update(vae)
-        step += 1
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0:
-            log(f"vae step {step} minutes {clock.seconds / 60:.2f} loss {running:.4f}", args.out / "vae.log")
-        if step % 300 == 0:
-            with torch.no_grad():
-                shown = average.model.decode(average.model.encode(sample).mean)
-            save_grid(torch.cat([sample, shown]), args.out / "vae_progress.png", columns=len(sample), zoom=2)
-            state = {"model": vae.state_dict(), "average": average.model.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "step": step, "seconds": clock.seconds}
-            save_atomically(state, checkpoint)
-    log(f"vae ended: {step} steps, {clock.seconds / 60:.1f} minutes, loss {running}", args.out / "vae.log")
-    return average.model
+        stage.restore(load(checkpoint))
+    generator = torch.Generator()
+    clock, running = Clock(args.minutes, args.steps, stage.seconds), None
+    next_save, progress = stage.seconds + 60 * args.save_minutes, clock.progress(stage.step)
+    while progress < 1:
+        generator.manual_seed(seed_of_step(args.seed, stage.step, team))
+        chosen = torch.randint(len(images), (args.batch // team.size,), generator=generator)
+        batch = to_float(images[chosen]).to(stage.device).contiguous(memory_format=torch.channels_last)
+        rate = learning_rate(args.rate, stage.step, progress, warm_up=50)
+        adversarial = stage.weights.adversarial > 0 and progress >= args.adversarial_start
+        progress = clock.progress(stage.step + 1)
+        loss, progress = stage.learn(batch, rate, progress, team, generator, adversarial=adversarial)
+        running = loss if running is None else 0.98 * running + 0.02 * loss
+        stage.seconds = clock.seconds
+        if team.rank > 0:
+            continue
+        if stage.step % 50 == 0:
+            log(f"{name} step {stage.step} minutes {stage.seconds / 60:.2f} loss {running:.4f}", log_file)
+        if stage.seconds > next_save or progress >= 1:
+            save_atomically(stage.state(), checkpoint)
+            grid = torch.cat([to_float(sample), reconstruct(stage.average.model, sample).cpu()])
+            save_grid(grid, args.out / f"{name}_progress.png", columns=len(sample), zoom=2)
+            next_save = stage.seconds + 60 * args.save_minutes
+    return stage.average.model
+
+
+def vae_arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = recipe_arguments(description)
+    parser.add_argument("--minutes", type=float, help="(default: the preset's)")
+    parser.add_argument("--steps", type=int, help="end after so many steps instead")
+    parser.add_argument("--save-minutes", type=float, default=2.0)
+    parser.add_argument("--batch", type=int, help="(default: the preset's)")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--gradient", type=float, default=0.5, help="weight of the image gradients' L1")
+    parser.add_argument("--perceptual", type=float, default=0.5, help="weight of the perceptual distance")
+    parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL term, per latent value")
+    parser.add_argument("--adversarial", type=float, default=0.2, help="the critic's gradient beside the others'")
+    parser.add_argument("--adversarial-start", type=float, default=0.45, help="share of the run without it")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
+    return parser
+
+
+def weights_of(args: argparse.Namespace) -> Weights:
+    return Weights(args.gradient, args.perceptual, args.kl, args.adversarial)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("runs/recipe/dataset.pt"))
-    parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
-    parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL term")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the training step")
-    parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
-
+    args = vae_arguments(__doc__).parse_args()
+    preset, team = PRESETS[args.preset], Team()
+    args.minutes, args.batch = args.minutes or preset.vae_minutes, args.batch or preset.vae_batch
     torch.manual_seed(args.seed)
-    dataset = load(args.data)
+    dataset = load(args.out / "dataset.pt")
     seen, unseen = dataset["images"][~dataset["held_out"]], dataset["images"][dataset["held_out"]]
-    vae = AutoencoderKL(CONFIG).to(memory_format=torch.channels_last)
-    vae = train(vae, seen, to_float(unseen[5::96]), args)
+    stage = Stage1(AutoencoderKL(preset.vae), args, weights_of(args))
+    vae = train(stage, seen, unseen[:: max(1, len(unseen) // 12)], team, args)
+    if team.rank > 0:
+        return
 
-    before = peak_signal_to_noise(vae, unseen[::2])
-    whiten(vae, seen[::2])
-    after = peak_signal_to_noise(vae, unseen[::2])
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(to_float(batch)).mean for batch in seen[::7].split(64)])
-    deviations = (latents * CONFIG.scaling_factor).std(dim=(0, 2, 3)).tolist()
-    posterior = (0.5 * vae.quant_conv.bias[4:]).exp() * CONFIG.scaling_factor
+    before = how_near(vae, unseen)
+    vae, nats = straighten(vae, seen[::5])
     log(
-        f"held-out PSNR {before:.2f} dB, after whitening {after:.2f} dB; scaled deviations of the means "
-        f"{[round(d, 3) for d in deviations]}, of the posterior {[round(p, 3) for p in posterior.tolist()]}",
+        f"vae ended: {stage.step} steps, {stage.seconds / 60:.1f} minutes, {team.size} processes; held-out pairs: "
+        f"{how_near(vae, unseen)} (before straightening {before}); KL {nats:.0f} nats, scaling factor "
+        f"{vae.config.scaling_factor}",
         args.out / "vae.log",
     )
-    save_atomically({"config": dataclasses.asdict(CONFIG), "model": vae.state_dict()}, args.out / "vae.pt")
+    save_atomically({"config": dataclasses.asdict(vae.config), "model": vae.cpu().state_dict()}, args.out / "vae.pt")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What the three training stages share: a budget of minutes, weight averaging and checkpoints that survive
-a stop."""
+"""What the training stages share: a budget of minutes, weight averaging, a team of processes and checkpoints that
+survive a stop."""
 
+import argparse
 import copy
 import math
 import os
@@ -8,27 +9,35 @@ import time
 from pathlib import Path
 
 import torch
-from torch import distributed, nn
+from emoji import Emoji, emoji_of
+from presets import PRESETS
+from torch import Tensor, distributed, nn
+
+from ldmcli.runtime.policy import cpu_has_bf16
 
 
 class Clock:
-    """Progress of a run, 0 … 1, measured in minutes of training; a resumed run goes on where it stopped.
+    """Progress of a run, 0 … 1, in minutes of training or in steps; a resumed run goes on where it stopped.
 
-    Budgets are minutes, not steps: the learning rate then reaches its end on a busy machine too. What a run
-    really did is in its log.
+    Presets count minutes: the learning rate then reaches its end on a busy machine too, and the log says how many steps
+    it was. A run of a number of steps gives the same weights each time.
     """
 
-    def __init__(self, minutes: float, spent_seconds: float = 0.0) -> None:
-        self.budget_seconds = 60 * minutes
+    def __init__(self, minutes: float, steps: int | None, spent_seconds: float = 0.0) -> None:
+        self.budget_seconds, self.steps = 60 * minutes, steps
         self._start = time.monotonic() - spent_seconds
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
-    @property
-    def progress(self) -> float:
-        return min(self.seconds / self.budget_seconds, 1.0)
+    def progress(self, step: int) -> float:
+        return min(step / self.steps if self.steps else self.seconds / self.budget_seconds, 1.0)
+
+
+def seed_of_step(seed: int, step: int, team: "Team") -> int:
+    """What a process draws a step's batch from: a resumed run draws what an unbroken one would have."""
+    return ((seed << 32) + step) * 1009 + team.rank
 
 
 def learning_rate(peak: float, step: int, progress: float, warm_up: int, floor: float = 0.01) -> float:
@@ -71,6 +80,16 @@ class Team:
         if self.size > 1:
             distributed.init_process_group("gloo")
 
+    def together(self, share: Tensor, count: int) -> Tensor:
+        """All `count` rows of a tensor of which each process made every size-th, beginning with its rank."""
+        if self.size == 1:
+            return share
+        most = -(-count // self.size)
+        padded = torch.cat([share, share.new_zeros((most - len(share), *share.shape[1:]))])
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        distributed.all_gather(parts, padded)
+        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
     def wait(self) -> None:
         if self.size > 1:
             distributed.barrier()
@@ -80,7 +99,7 @@ class Team:
         """Average the gradients and the loss over the team; the progress of all is that of the first."""
         if self.size == 1:
             return loss, progress
-        gradients = [parameter.grad for parameter in model.parameters()]
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         extra = torch.tensor([loss, progress * self.size if self.rank == 0 else 0.0])
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), extra])
         distributed.all_reduce(flat)
@@ -100,6 +119,18 @@ def save_atomically(state: dict, path: Path) -> None:
 
 def load(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def known_emoji(args: argparse.Namespace) -> tuple[Emoji, ...]:
+    """The preset's emoji that data.py found in its font, in the order of their labels."""
+    characters = load(args.out / "dataset.pt")["characters"]
+    by_character = {emoji.character: emoji for emoji in emoji_of(PRESETS[args.preset])}
+    return tuple(by_character[character] for character in characters)
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 inside the block, where the device computes with it faster than with float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or cpu_has_bf16())
 
 
 def log(line: str, path: Path) -> None:
