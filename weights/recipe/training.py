@@ -77,6 +77,7 @@ class Team:
 
     def __init__(self) -> None:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self._boards: dict[int, _Board] = {}
         if self.size > 1:
             distributed.init_process_group("gloo")
 
@@ -101,12 +102,63 @@ class Team:
             return loss, progress
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         extra = torch.tensor([loss, progress * self.size if self.rank == 0 else 0.0])
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), extra])
-        distributed.all_reduce(flat)
-        *parts, extra = (flat / self.size).split([*(gradient.numel() for gradient in gradients), 2])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        every = [*gradients, extra]
+        counts = [each.numel() for each in every]
+        if sum(counts) not in self._boards:
+            self._boards[sum(counts)] = _Board(self, sum(counts))
+        board = self._boards[sum(counts)]
+        for part, each in zip(board.own.split(counts), every, strict=True):
+            part.view_as(each).copy_(each)
+        board.average()
+        for part, each in zip(board.mean.split(counts), every, strict=True):
+            each.copy_(part.view_as(each))
         return extra[0].item(), extra[1].item()
+
+
+class _Board:
+    """Shared memory in which a team adds up `count` numbers of each: every process writes its own row, then adds up its
+    share of all rows. Through gloo's sockets ten million numbers took a fifth of a step."""
+
+    def __init__(self, team: Team, count: int) -> None:
+        self._team = team
+        name = Path("/dev/shm") / f"ldmcli-recipe-{os.environ['MASTER_PORT']}-{count}"
+        self._rows = self._shared_rows(name, count)
+        if self._rows is None:
+            self.own = self.mean = torch.empty(count)
+            return
+        self.own, self.mean = self._rows[team.rank], self._rows[-1]
+        self._share = slice(count * team.rank // team.size, count * (team.rank + 1) // team.size)
+
+    def _shared_rows(self, name: Path, count: int) -> Tensor | None:
+        """A row for each process and one for the mean; None where the system has no room for them (containers often
+        have 64 MB). torch's own shared tensors would need their handles sent from process to process."""
+        rows, there = self._team.size + 1, torch.ones(1)
+        if self._team.rank == 0:
+            try:
+                name.unlink(missing_ok=True)
+                with name.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, 4 * count * rows)
+            except OSError:
+                name.unlink(missing_ok=True)
+                there.zero_()
+        distributed.broadcast(there, 0)
+        if not there:
+            return None
+        shared = torch.from_file(str(name), shared=True, size=count * rows).view(rows, count)
+        self._team.wait()
+        if self._team.rank == 0:
+            name.unlink()
+        return shared
+
+    def average(self) -> None:
+        """From all own rows to `mean`, the same bits for all."""
+        if self._rows is None:
+            distributed.all_reduce(self.own)
+            self.own /= self._team.size
+            return
+        self._team.wait()
+        torch.mean(self._rows[:-1, self._share], dim=0, out=self.mean[self._share])
+        self._team.wait()
 
 
 def save_atomically(state: dict, path: Path) -> None:
