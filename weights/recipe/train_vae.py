@@ -54,6 +54,7 @@ class Stage1:
         self.average = Average(self.vae, 0.995)
         self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=args.rate, betas=(0.5, 0.9))
+        self.noise = 0.0  # noise added to latents before they are decoded, beyond the posterior's
         self.step, self.seconds = 0, 0.0
 
     def state(self) -> dict:
@@ -76,6 +77,8 @@ class Stage1:
         with half_precision(self.device), torch.set_grad_enabled(self.encoder_learns):
             posterior = self.vae.encode(images)
         latents = posterior.sample(generator)
+        if self.noise:
+            latents = latents + self.noise * torch.randn(latents.shape, generator=generator).to(latents)
         kl = posterior.kl().float().mean() / latents[0].numel()
         with half_precision(self.device):
             decoded = self.vae.decode(latents)
