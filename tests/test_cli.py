@@ -227,6 +227,17 @@ def test_a_picture_whose_model_has_changed_or_gone(drawn: Drawn, tmp_path: Path)
 # ---- output ----
 
 
+def test_overwrite_spares_what_the_run_itself_has_drawn(tmp_path: Path) -> None:
+    """Two prompts with one seed are two pictures; the same command again replaces both."""
+    names = [tmp_path / "ldm-5.png", tmp_path / "ldm-5-2.png"]
+    for _ in range(2):
+        options = ("-m", tiny_model(), "--steps", "2", "-s", "5", "-o", tmp_path, "--overwrite")
+        assert ldm("txt2img", "a pear", "a tiger", *options).paths == names
+        assert sorted(tmp_path.iterdir()) == sorted(names)
+        drawn = [Image.open(name).text["parameters"].splitlines()[0] for name in names]
+        assert drawn == ["a pear", "a tiger"]
+
+
 def test_a_named_file_with_a_bar_on_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "one.png"
     path.parent.mkdir()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Output:
     is_file: bool
     overwrite: bool
     as_json: bool
+    _of_seed: Counter[int] = dataclasses.field(default_factory=Counter)  # pictures written by this run
 
     def write(self, data: bytes, seed: int, record: dict[str, Any]) -> None:
         """Write one picture and report it on stdout; raises CannotCreateError or StorageError."""
@@ -31,7 +33,10 @@ class Output:
         if self.is_file:
             written = write_exact(self.path, data, overwrite=self.overwrite)
         else:
-            written = write_new(self.path, f"ldm-{seed}", data, overwrite=self.overwrite)
+            self._of_seed[seed] += 1
+            # what --overwrite may replace is not what this very run has drawn, of another prompt with the same seed
+            again = f"-{self._of_seed[seed]}" if self.overwrite and self._of_seed[seed] > 1 else ""
+            written = write_new(self.path, f"ldm-{seed}{again}", data, overwrite=self.overwrite)
         if self.as_json:
             line = json.dumps({"path": str(written), **record}, ensure_ascii=True).encode("ascii")
         else:

@@ -1,5 +1,6 @@
 """The whole command, `ldm txt2img`, against diffusers' StableDiffusionPipeline: no pixel is off by more than 1."""
 
+import json
 import os
 import subprocess
 import sys
@@ -26,17 +27,19 @@ def run_txt2img(*arguments: str | Path) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},  # all defaults: 50 steps of DDIM, guidance 7.5
+        {},  # all defaults, which are the model's own
         {"sampler": "plms", "steps": 25, "negative_prompt": "a blue background"},
         {"eta": 1.0, "steps": 20, "guidance_scale": 1.0},
     ],
     ids=["ddim", "plms", "ddpm"],
 )
-def test_command(embedded_diffusers: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_command(embedded_diffusers: Any, embedded_folder: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     prompt = "a red apple on a blue background"
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     ours = run_txt2img(prompt, *options, "--seed", "11", "--count", "2", "--output", tmp_path)
-    requests = [GenerationRequest(prompt, seed=seed, **settings) for seed in (11, 12)]
+    own = json.loads((embedded_folder / "generation_config.json").read_text())
+    own = {"steps": own["num_inference_steps"], "guidance_scale": own["guidance_scale"]}
+    requests = [GenerationRequest(prompt, seed=seed, **{**own, **settings}) for seed in (11, 12)]
     _, theirs = draw_with_diffusers(embedded_diffusers, requests)
     assert pixels_apart(np.stack(ours), theirs) <= 1
 

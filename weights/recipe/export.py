@@ -48,7 +48,7 @@ SCHEDULER = {
 }
 
 # What evaluate.py found it best drawn with; ldm reads it, diffusers does not
-GENERATION = {"guidance_scale": 3.0, "num_inference_steps": 25}
+GENERATION = {"guidance_scale": 2.5, "num_inference_steps": 25}
 
 
 def unet_config(config: dict) -> dict:

@@ -1,0 +1,111 @@
+"""What the model that comes with the program can do, judged by colours alone: `weights/recipe/evaluate.py` does it by
+the shapes of every emoji, for which it needs their font."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from ldmcli.pipeline import Pipeline
+from ldmcli.request import GenerationRequest
+
+# weights/recipe/emoji.py
+BACKGROUNDS = {
+    "red": (200, 40, 48), "orange": (240, 140, 40), "yellow": (250, 225, 90), "green": (60, 160, 80),
+    "blue": (50, 100, 220), "purple": (130, 70, 180), "pink": (250, 170, 200), "gray": (128, 128, 128),
+    "white": (250, 250, 250), "black": (16, 16, 16),
+}  # fmt: skip
+# The colours of Noto's hearts at their middle, as the training images have them
+HEARTS = {
+    "red": (244, 67, 54), "orange": (255, 145, 0), "yellow": (255, 214, 46), "green": (139, 178, 56),
+    "blue": (33, 115, 215), "purple": (170, 71, 188), "black": (65, 65, 70), "white": (224, 224, 224),
+}  # fmt: skip
+
+Draw = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def draw(embedded_pipeline: Pipeline) -> Draw:
+    """Pictures (N, 64, 64, 3) of prompts, whose seeds count up; the settings of a request, or the model's own."""
+
+    def drawn(*prompts: str, first_seed: int = 500, **settings: object) -> np.ndarray:
+        requests = [GenerationRequest(text, seed=first_seed + i, **settings) for i, text in enumerate(prompts)]
+        return np.stack(list(embedded_pipeline.draw(requests)))
+
+    return drawn
+
+
+def nearest(colour: np.ndarray, named: dict[str, tuple[int, int, int]]) -> str:
+    return min(named, key=lambda name: float(np.square(colour - np.array(named[name])).sum()))
+
+
+def border(picture: np.ndarray) -> np.ndarray:
+    """The median colour of the outermost two pixels."""
+    edges = [picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3)]
+    return np.median(np.concatenate([*edges, picture[:, -2:].reshape(-1, 3)]), axis=0)
+
+
+def foreground(picture: np.ndarray) -> np.ndarray:
+    """Which pixels differ from the border: bool (64, 64)."""
+    return np.abs(picture.astype(float) - border(picture)).max(axis=2) > 40
+
+
+def heart_colour(picture: np.ndarray) -> str:
+    return nearest(np.median(picture[foreground(picture)], axis=0), HEARTS)
+
+
+def grounds(pictures: np.ndarray) -> list[str]:
+    return [nearest(border(picture), BACKGROUNDS) for picture in pictures]
+
+
+def share(found: list[str], wanted: list[str]) -> float:
+    return float(np.mean([one == other for one, other in zip(found, wanted, strict=True)]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"sampler": "plms", "steps": 20}, {"sampler": "ddim", "steps": 50}],
+    ids=["as the model says", "plms", "more steps"],
+)
+def test_backgrounds_and_hearts_have_their_colours(draw: Draw, settings: dict[str, object]) -> None:
+    """PLMS at 20 steps and DDIM at 50 included."""
+    places = list(BACKGROUNDS)
+    pictures = draw(*(f"a penguin on {place}" for place in places), **settings)
+    assert share(grounds(pictures), places) == 1
+    # on the two backgrounds that no heart is lost on
+    wanted = [*HEARTS, *HEARTS]
+    prompts = [f"{colour} heart on {place}" for place in ("pink", "green") for colour in HEARTS]
+    pictures = draw(*prompts, **settings)
+    assert share([heart_colour(picture) for picture in pictures], wanted) >= 0.8
+
+
+def test_seeds_vary_place_and_size(draw: Draw) -> None:
+    pictures = draw(*["a red apple on a blue background"] * 12)
+    assert grounds(pictures) == ["blue"] * 12
+    masks = [foreground(picture) for picture in pictures]
+    centres = np.array([np.argwhere(mask).mean(axis=0) for mask in masks])
+    sides = np.sqrt([mask.sum() for mask in masks])
+    assert centres.std(axis=0).min() > 1.5
+    assert sides.std() > 2
+
+
+def test_a_negative_prompt_takes_its_colour_away(draw: Draw) -> None:
+    prompts = ["a heart on a gray background"] * 16
+    plain = [heart_colour(picture) for picture in draw(*prompts)]
+    without = [heart_colour(picture) for picture in draw(*prompts, negative_prompt=f"{plain[0]} heart")]
+    assert len(set(plain)) > 2
+    assert without.count(plain[0]) < plain.count(plain[0])
+
+
+def test_red_heart_against_red(draw: Draw) -> None:
+    """With much guidance what remains is not red, though the prompt asks for it."""
+    prompts = ["red heart on a white background"] * 8
+    plain = [heart_colour(picture) for picture in draw(*prompts)]
+    without = [heart_colour(picture) for picture in draw(*prompts, negative_prompt="red", guidance_scale=7.5)]
+    assert plain == ["red"] * 8
+    assert "red" not in without
+
+
+def test_unknown_words_leave_the_rest(draw: Draw) -> None:
+    pictures = draw("a gramophone on a blue background", "zxqv, blue background", "blåbær ☃ on blue")
+    assert grounds(pictures[:2]) == ["blue"] * 2
