@@ -26,6 +26,7 @@ from cli_support import (
     tiny_model,
     tiny_single_file,
 )
+from PIL import Image
 
 from ldmcli.request import MAX_SEED
 
