@@ -82,12 +82,19 @@ def _listed() -> Iterator[Emoji]:
 
 
 def _others() -> Iterator[Emoji]:
-    """All further pictographs by their Unicode names; skin tones and the halves of flags are no pictures."""
-    known = {emoji.character for emoji in _listed()}
+    """All further pictographs by their Unicode names, but those that would share a name with a listed one; skin tones
+    and the halves of flags are no pictures."""
+    known, names = {emoji.character for emoji in _listed()}, {emoji.name for emoji in _listed()}
     for first, last in _BLOCKS:
         for character in map(chr, range(first, last + 1)):
             name = unicodedata.name(character, "").lower()
-            if name and character not in known and "modifier" not in name and "regional" not in name:
+            if (
+                name
+                and character not in known
+                and name not in names
+                and "modifier" not in name
+                and "regional" not in name
+            ):
                 yield Emoji(name, character, "face" if name.endswith(" face") else None)
 
 

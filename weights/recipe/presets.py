@@ -63,7 +63,7 @@ GPU = Preset(
     name="gpu",
     size=128,
     every_emoji=True,
-    views=16,
+    views=6,  # 1,100 emoji: 3 GB of images
     vae=VAEConfig(latent_channels=4, block_channels=(32, 64, 128, 128), layers_per_block=1, norm_groups=8),
     vae_minutes=6.0,
     vae_batch=64,
