@@ -72,11 +72,9 @@ def test_backgrounds_and_hearts_have_their_colours(draw: Draw, settings: dict[st
     places = list(BACKGROUNDS)
     pictures = draw(*(f"a penguin on {place}" for place in places), **settings)
     assert share(grounds(pictures), places) == 1
-    # on the two backgrounds that no heart is lost on
-    wanted = [*HEARTS, *HEARTS]
-    prompts = [f"{colour} heart on {place}" for place in ("pink", "green") for colour in HEARTS]
-    pictures = draw(*prompts, **settings)
-    assert share([heart_colour(picture) for picture in pictures], wanted) >= 0.8
+    # pink is a background that no heart is lost on
+    pictures = draw(*(f"{colour} heart on pink" for colour in HEARTS), **settings)
+    assert share([heart_colour(picture) for picture in pictures], list(HEARTS)) >= 0.8
 
 
 def test_seeds_vary_place_and_size(draw: Draw) -> None:
@@ -90,7 +88,7 @@ def test_seeds_vary_place_and_size(draw: Draw) -> None:
 
 
 def test_a_negative_prompt_takes_its_colour_away(draw: Draw) -> None:
-    prompts = ["a heart on a gray background"] * 16
+    prompts = ["a heart on a gray background"] * 12
     plain = [heart_colour(picture) for picture in draw(*prompts)]
     without = [heart_colour(picture) for picture in draw(*prompts, negative_prompt=f"{plain[0]} heart")]
     assert len(set(plain)) > 2
