@@ -1,0 +1,367 @@
+"""The fused GPU kernels: that they compile for a card and give right numbers (in Triton's interpreter, or on a card),
+and that a fused model stays what it was."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle.comparing import relative
+from oracle.random_model import randomise
+from torch import Tensor, nn
+
+from ldmcli.config import TinyVAEConfig, UNetConfig, VAEConfig
+from ldmcli.kernels import choice
+from ldmcli.kernels.geglu import geglu, plain_geglu
+from ldmcli.kernels.group_norm import group_norm_silu, plain_group_norm_silu
+from ldmcli.kernels.residual import add_bias_residual, plain_add_bias_residual
+from ldmcli.models.taesd import TinyVAE
+from ldmcli.models.tiling import decode_tiled
+from ldmcli.models.unet import UNet
+from ldmcli.models.vae import AutoencoderKL
+from ldmcli.runtime import fused
+from ldmcli.runtime.fused import FusedPixelAttention, FusedTransformerBlock, fuse, kernels_work
+
+TESTS = Path(__file__).parent
+CHANNELS_LAST = torch.channels_last
+UNET = UNetConfig(block_channels=(32, 64), attention=(1, 1), heads=(2, 2), context_dim=16, norm_groups=8)
+VAE = VAEConfig(block_channels=(16, 32), norm_groups=4)
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def by_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused layers run their fused way on the CPU too, where each kernel's twin computes."""
+    monkeypatch.setattr(fused, "takes", lambda *tensors: not any(t.requires_grad for t in tensors))
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 1) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return values.contiguous(memory_format=CHANNELS_LAST) if values.ndim == 4 else values
+
+
+def random(module: Any, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    randomise(module, torch.Generator().manual_seed(0))
+    return module.requires_grad_(False).eval().to(device, dtype, memory_format=CHANNELS_LAST)
+
+
+def fused_copy(module: Any) -> Any:
+    module = copy.deepcopy(module)
+    fuse(module)
+    return module
+
+
+def predict(unet: UNet, size: tuple[int, int] = (10, 6), rounded: torch.dtype = torch.float32) -> Tensor:
+    """A U-Net's prediction for a guided pair of latents, with inputs that are rounded to a number type."""
+    weight, config = unet.conv_in.weight, unet.config
+    latents, context, time = (
+        normal(*shape, dtype=rounded, device=str(weight.device)).to(weight.dtype, memory_format=torch.preserve_format)
+        for shape in ((2, 4, *size), (2, 77, config.context_dim), (1, 4 * config.block_channels[0]))
+    )
+    return unet(latents, time, unet.project_context(context))
+
+
+def decode(vae: Any) -> Tensor:
+    return vae.decode(normal(1, 4, 6, 5, dtype=next(vae.parameters()).dtype))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = {
+    "unet": (lambda: UNet(UNET), predict),
+    "linear unet": (lambda: UNet(UNetConfig(**vars(UNET) | {"linear_projection": True})), predict),
+    "vae": (lambda: AutoencoderKL(VAE), decode),
+    "tiny vae": (lambda: TinyVAE(TinyVAEConfig(channels=8)), decode),
+}
+
+
+def test_in_the_interpreter() -> None:
+    """tests/interpreted_kernels.py, in a process whose Triton interprets."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "interpreted_kernels.py", "--color=no"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a card that is not there, down to machine code, without spilling registers."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code: Any = choice.code()
+    pointers = ["x", "out", "weight", "bias", "shift", "h", "residual", "residual_bias"]
+    blocks = {"norm_group": (256, 16, 16), "group_moments": (128, 32, 8), "gate": (8, 256, 4), "add_rows": (32, 64, 4)}
+    for name in ("norm_group", "channel_moments", "group_moments", "norm_map", "gate", "add_rows"):
+        kernel = getattr(code, name)
+        rows, columns, warps = blocks.get(name, (64, 64, 8))
+        constants = {"ROWS": rows, "COLUMNS": columns}
+        types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32"} | dict.fromkeys(pointers, "*fp16")
+        types |= dict.fromkeys(("means", "squares", "centres", "scales"), "*fp32") | dict.fromkeys(
+            constants, "constexpr"
+        )
+        signature = {argument: types[argument] for argument in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+        source = ASTSource(kernel, signature, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        assert len(compiled.asm["cubin"]) > 1000
+        assert compiled.metadata.shared < 48 << 10
+
+
+def test_a_run_on_a_cpu_imports_no_triton() -> None:
+    code = (
+        "import sys, torch; from ldmcli.runtime.fused import fuse, kernels_work\n"
+        "from ldmcli.config import UNetConfig; from ldmcli.models.unet import UNet\n"
+        "unet = UNet(UNetConfig(block_channels=(32, 32), attention=(1, 0), heads=(1, 1), context_dim=8)).eval()\n"
+        "fuse(unet); context = unet.project_context(torch.zeros(1, 3, 8))\n"
+        "unet.requires_grad_(False)(torch.zeros(1, 4, 4, 4), unet.embed_time(torch.zeros(1)), context)\n"
+        "assert not kernels_work(torch.device('cpu'), torch.float32)\n"
+        "sys.exit(str([name for name in sys.modules if name.split('.')[0] == 'triton'] or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "triton" not in done.stderr.replace("Triton", ""), done.stderr
+    assert done.stderr.strip().startswith("this program's own GPU kernels cannot be used"), done.stderr
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(choice.importlib, "import_module", lambda name: __import__("no_such_triton"))
+    choice.code.cache_clear()
+    kernels_work.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not kernels_work(torch.device("cuda", 0), torch.float16)
+            assert not kernels_work(torch.device("cuda", 0), torch.float16)
+    finally:
+        choice.code.cache_clear()
+        kernels_work.cache_clear()
+    assert caplog.messages == ["this program's own GPU kernels cannot be used (Triton is not installed); torch's are"]
+
+
+def test_twins_are_the_plain_formulas() -> None:
+    x, weight, bias, shift = normal(2, 8, 3, 5), normal(8, seed=2), normal(8, seed=3), normal(2, 8, seed=4)
+    shifted = x + shift[:, :, None, None]
+    parts = shifted.reshape(2, 4, -1)
+    normed = (parts - parts.mean(2, keepdim=True)) / (parts.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    normed = normed.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
+    assert relative(group_norm_silu(x, 4, weight, bias, 1e-5, shift=shift, activate=False), normed) < 1e-6
+    assert relative(group_norm_silu(x, 4, weight, bias, 1e-5, shift=shift), normed * normed.sigmoid()) < 1e-6
+    value, gate = x.chunk(2, dim=-1) if x.shape[-1] % 2 == 0 else x[..., :4].chunk(2, dim=-1)
+    both = torch.cat([value, gate], -1).contiguous()
+    assert relative(geglu(both), value * gate * 0.5 * (1 + torch.erf(gate / 2**0.5))) < 1e-6
+    assert relative(add_bias_residual(x, weight, shifted, bias), x + (weight + bias)[:, None, None] + shifted) < 1e-6
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", MODELS)
+def test_fused_is_the_same_by_twins(kind: str, by_twins: None) -> None:
+    build, run = MODELS[kind]
+    plain = random(build())
+    fast = fused_copy(plain)
+    assert relative(run(fast), run(plain)) < 2e-6
+    assert any("Fused" in type(part).__name__ for part in fast.modules()) == (kind != "tiny vae")
+    if kind == "vae":
+        latents = normal(1, 4, 6, 5)
+        assert relative(decode_tiled(fast, latents), plain.decode(latents)) < 2e-6
+        images = normal(1, 3, 12, 10)
+        assert relative(fast.encode(images).mean, plain.encode(images).mean) < 2e-6
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", MODELS)
+def test_fused_is_plain_on_a_cpu(kind: str) -> None:
+    build, run = MODELS[kind]
+    plain = random(build())
+    assert run(fused_copy(plain)).equal(run(plain))
+
+
+def test_differentiated_is_plain(by_twins: None) -> None:
+    fast = fused_copy(random(UNet(UNET)).requires_grad_(True))
+    assert all(parameter.requires_grad for parameter in fast.parameters())
+    predict(fast).sum().backward()
+    plain = random(UNet(UNET)).requires_grad_(True)
+    predict(plain).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None}
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.weight" in gradients
+    for name, parameter in fast.named_parameters():
+        if name in gradients:
+            assert parameter.grad is not None, name
+            assert parameter.grad.equal(gradients[name]), name
+
+
+def storages(module: nn.Module) -> int:
+    """Bytes that the parameters take, those of shared memory once."""
+    found = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}
+    return sum(found.values())
+
+
+def is_joined(module: nn.Module) -> bool:
+    """Whether queries', keys' and values' weights lie in one tensor, everywhere in the module."""
+    attentions: list[Any] = [part.attn1 for part in module.modules() if isinstance(part, FusedTransformerBlock)]
+    attentions += [part for part in module.modules() if isinstance(part, FusedPixelAttention)]
+    assert attentions
+    layers = [(a.to_q.weight, a.to_k.weight, a.to_v.weight) for a in attentions]
+    return all(len({weight.untyped_storage().data_ptr() for weight in weights}) == 1 for weights in layers)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["unet", "vae"])
+def test_weights_stay_what_they_were(kind: str, by_twins: None) -> None:
+    build, run = MODELS[kind]
+    plain = random(build())
+    fast = fused_copy(plain)
+    right = run(plain)
+    assert is_joined(fast)
+    run(fast)
+    ours, theirs = fast.state_dict(), plain.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(ours[name].equal(theirs[name]) and ours[name].stride() == theirs[name].stride() for name in theirs)
+    assert storages(fast) == storages(plain)
+    other = copy.deepcopy(fast)
+    used = other.decoder if kind == "vae" else other
+    assert not is_joined(used)
+    assert relative(run(other), right) < 2e-6
+    assert is_joined(used)
+    assert storages(other) == storages(plain)
+    other.half().float()
+    assert relative(run(other), run(copy.deepcopy(plain).half().float())) < 2e-6
+    assert is_joined(used)
+    assert storages(other) == storages(plain)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("assign", [False, True])
+def test_other_weights_are_noticed(assign: bool, by_twins: None) -> None:
+    plain, fast = random(UNet(UNET)), fused_copy(random(UNet(UNET)))
+    predict(fast)
+    for weight in plain.parameters():
+        weight.mul_(0.9)
+    fast.load_state_dict({name: weight.clone() for name, weight in plain.state_dict().items()}, assign=assign)
+    assert relative(predict(fast), predict(plain)) < 2e-6
+    block = next(part for part in fast.modules() if isinstance(part, FusedTransformerBlock))
+    their = next(part for part in plain.modules() if type(part).__name__ == "TransformerBlock")
+    block.attn1.to_k.weight.mul_(3)  # type: ignore[operator]
+    their.attn1.to_k.weight.mul_(3)
+    assert relative(predict(fast), predict(plain)) < 2e-6
+
+
+def test_neighbours_in_memory_are_not_taken_for_joined() -> None:
+    """Three weights of one storage in another order must be put in order first."""
+    whole = normal(6, 4)
+    layers = [nn.Linear(4, 2, bias=False) for _ in range(3)]
+    for layer, rows in zip(layers, (slice(2, 4), slice(0, 2), slice(4, 6)), strict=True):
+        layer.weight = nn.Parameter(whole[rows], requires_grad=False)
+    weights = torch.cat([layer.weight for layer in layers])
+    assert fused.joined(layers, "weight").equal(weights)
+    again = fused.joined(layers, "weight")
+    assert again.equal(weights)
+    assert again.data_ptr() == layers[0].weight.data_ptr()
+
+
+REAL_MAPS = [  # batch, channels, height, width: Stable Diffusion 1.x's U-Net, guided, and its VAE
+    (2, 320, 64, 64),
+    (2, 960, 64, 64),
+    (2, 640, 32, 32),
+    (2, 1920, 32, 32),
+    (2, 1280, 16, 16),
+    (2, 2560, 8, 8),
+    (1, 320, 65, 47),
+    (16, 640, 64, 64),
+    (1, 512, 64, 64),
+    (1, 256, 512, 512),
+    (1, 128, 512, 512),
+]
+
+
+def no_farther(ours: Tensor, theirs: Tensor, right: Tensor) -> None:
+    """`ours` is as near to `right` as the plain result in the same number type."""
+    assert ours.dtype == theirs.dtype
+    assert relative(ours, right) < 1.05 * relative(theirs, right) + 1e-7
+
+
+@pytest.mark.cuda
+@needs_card
+@pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", REAL_MAPS, ids=str)
+def test_real_maps_on_a_card(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    on: Any = {"dtype": dtype, "device": "cuda"}
+    x, h = (normal(*shape, **on, seed=seed) * 2 + 1 for seed in (1, 2))
+    weight, bias = normal(shape[1], **on, seed=3), normal(shape[1], **on, seed=4)
+    shift = normal(shape[0], shape[1], **on, seed=5)
+    for settings in ({}, {"shift": shift}, {"activate": False}):
+        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in settings.items()}
+        right = plain_group_norm_silu(x.double(), 32, weight.double(), bias.double(), 1e-5, **wide)
+        plain = plain_group_norm_silu(x, 32, weight, bias, 1e-5, **settings)
+        no_farther(group_norm_silu(x, 32, weight, bias, 1e-5, **settings), plain, right)
+    right = plain_add_bias_residual(h.double(), bias.double(), x.double(), weight.double())
+    plain = plain_add_bias_residual(h, bias, x, weight)
+    no_farther(add_bias_residual(h, bias, x, weight), plain, right)
+
+
+@pytest.mark.cuda
+@needs_card
+@pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "inner"), [(4096, 1280), (1024, 2560), (256, 5120), (64, 5120), (3055, 1280)])
+def test_real_gates_on_a_card(tokens: int, inner: int, dtype: torch.dtype) -> None:
+    x = normal(2, tokens, 2 * inner, dtype=dtype, device="cuda") * 3
+    no_farther(geglu(x), plain_geglu(x), plain_geglu(x.double()))
+
+
+@pytest.mark.cuda
+@needs_card
+@pytest.mark.slow
+def test_more_than_two_billion_numbers_on_a_card() -> None:
+    shape = (1, 64, 8192, 4104)  # 2^31 and a little; 4.3 GB
+    x = torch.empty(shape, dtype=torch.float16, device="cuda", memory_format=CHANNELS_LAST).normal_()
+    x[:, :, -8:] += 4
+    means = torch.stack([rows.double().mean((0, 2, 3)) for rows in x.split(512, 2)]).mean(0)
+    squares = torch.stack([rows.double().square().mean((0, 2, 3)) for rows in x.split(512, 2)]).mean(0)
+    mean = means.unflatten(0, (32, 2)).mean(1).repeat_interleave(2)
+    variance = squares.unflatten(0, (32, 2)).mean(1).repeat_interleave(2) - mean**2
+    right = (x[:, :, -8:].double() - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+    ones, zeros = torch.ones(64, dtype=x.dtype, device="cuda"), torch.zeros(64, dtype=x.dtype, device="cuda")
+    assert relative(group_norm_silu(x, 32, ones, zeros, 1e-5, activate=False)[:, :, -8:], right) < 3e-4
+    right = x[:, :, -8:].double() * 2 + 1
+    assert relative(add_bias_residual(x, ones, x.clone(memory_format=torch.preserve_format))[:, :, -8:], right) < 3e-4
+
+
+@pytest.mark.cuda
+@needs_card
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_real_unet_on_a_card(dtype: torch.dtype) -> None:
+    """Stable Diffusion 1.x's own shapes; and the same once more by a CUDA graph."""
+    assert kernels_work(torch.device("cuda", torch.cuda.current_device()), dtype)
+    plain = random(UNet(UNetConfig()), device="cuda", dtype=dtype)
+    fast = fused_copy(plain)
+    theirs, ours = predict(plain, (64, 64), dtype), predict(fast, (64, 64), dtype)
+    right = predict(plain.double(), (64, 64), dtype)
+    assert relative(ours, right) < 1.05 * relative(theirs, right)
+    latents, context, time = (normal(*n, dtype=dtype, device="cuda") for n in ((2, 4, 64, 64), (2, 77, 768), (1, 1280)))
+    keys_values = fast.project_context(context)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = fast(latents, time, keys_values)
+    replayed.zero_()
+    graph.replay()
+    assert relative(replayed, right) < 1.05 * relative(theirs, right)
+
+
+@pytest.mark.cuda
+@needs_card
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
+def test_a_real_vae_on_a_card(dtype: torch.dtype) -> None:
+    plain = random(AutoencoderKL(VAEConfig()), device="cuda", dtype=dtype)
+    fast = fused_copy(plain)
+    latents = normal(1, 4, 64, 64, dtype=dtype, device="cuda")
+    theirs, ours = plain.decode(latents), fast.decode(latents)
+    right = plain.double().decode(latents.double())
+    assert relative(ours, right) < 1.05 * relative(theirs, right)
