@@ -1,14 +1,27 @@
 """The ways to compute attention differ in speed only."""
 
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmcli.models import attention
-from ldmcli.models.attention import ATTENTIONS, Attention, math_attention, set_attention
+from ldmcli.models.attention import (
+    ANYWHERE,
+    ATTENTIONS,
+    TORCH_KERNELS,
+    Attend,
+    Attention,
+    math_attention,
+    set_attention,
+    takes,
+)
 
-# (tokens, keys, head_dim): the U-Net's head sizes in SD1, the VAE's 512, and CLIP's 77 keys.
+# (tokens, keys, head_dim): the head sizes of SD1's U-Net, 2.x's and XL's 64, the VAE's 512, and CLIP's 77 keys.
 SHAPES = [
     (64, 64, 40),
     (64, 77, 40),
@@ -17,6 +30,9 @@ SHAPES = [
     (9, 77, 160),
     (63, 77, 8),
     (1, 77, 64),
+    (35, 77, 40),
+    (81, 81, 80),
+    (45, 154, 64),
     (49, 49, 512),
 ]
 
@@ -42,7 +58,7 @@ def test_math_is_the_definition(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-@pytest.mark.parametrize("name", ["sdpa", "chunked"])
+@pytest.mark.parametrize("name", [name for name in ANYWHERE if name != "math"])
 def test_equals_math(name: str, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
     query, key, value = tensors(*shape, dtype)
     right = math_attention(query.double(), key.double(), value.double())
@@ -97,22 +113,184 @@ def test_chunked_attention_holds_few_scores(tokens: int, keys: int) -> None:
         assert seen.largest == tokens * keys
 
 
+class Operators(TorchDispatchMode):
+    """Notes the operators called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.called.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", TORCH_KERNELS)
+def test_a_kernel_of_torch_is_called_itself(name: str) -> None:
+    """Nothing is decided and no flag set on the way to it. On the meta device: no number is computed."""
+    query = torch.empty(2, 9, 8, 40, dtype=torch.float16, device="meta").transpose(1, 2)
+    key = torch.empty(2, 77, 8, 40, dtype=torch.float16, device="meta").transpose(1, 2)
+    with Operators() as seen:
+        out = ATTENTIONS[name](query, key, key)
+    assert (out.shape, out.dtype) == (query.shape, query.dtype)
+    fused = [called for called in seen.called if "scaled_dot_product" in called]
+    assert fused == [f"aten::_scaled_dot_product_{name}_attention"]
+
+
+@pytest.mark.parametrize("name", TORCH_KERNELS)
+def test_a_kernel_for_gpus_refuses_a_cpu(name: str) -> None:
+    query, key, value = tensors(4, 4, 8, torch.float32)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        ATTENTIONS[name](query, key, value)
+
+
+AMPERE, HOPPER, BLACKWELL, CONSUMER = (8, 0), (9, 0), (10, 0), (12, 0)
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "dtype", "capability", "right"),
+    [
+        # The sizes of the U-Nets' heads, in 16 bits: all kernels, but for cuDNN's limit outside the data centre.
+        *[(name, d, FP16, HOPPER, True) for name in (*TORCH_KERNELS, "xformers") for d in (40, 64, 80, 128, 160)],
+        *[(name, d, BF16, CONSUMER, True) for name in (*TORCH_KERNELS, "xformers") for d in (40, 64, 80, 128)],
+        ("cudnn", 160, FP16, AMPERE, False),
+        ("cudnn", 160, FP16, BLACKWELL, True),
+        ("cudnn", 160, FP16, CONSUMER, False),
+        ("flash", 160, FP16, AMPERE, True),
+        # The VAE's single head.
+        *[("flash", 512, dtype, HOPPER, False) for dtype in (FP16, FP32)],
+        *[("cudnn", 512, dtype, HOPPER, False) for dtype in (FP16, FP32)],
+        *[("efficient", 512, dtype, HOPPER, True) for dtype in (FP16, BF16, FP32)],
+        *[("xformers", 512, dtype, HOPPER, True) for dtype in (FP16, BF16, FP32)],
+        ("xformers", 512, FP16, CONSUMER, False),
+        ("xformers", 256, FP16, CONSUMER, True),
+        # Alignment and number types.
+        *[(name, 12, FP16, AMPERE, False) for name in (*TORCH_KERNELS, "xformers")],
+        ("efficient", 12, FP32, AMPERE, True),
+        ("efficient", 6, FP32, AMPERE, False),
+        ("efficient", 6, FP32, (7, 5), True),
+        *[(name, 40, FP32, AMPERE, False) for name in ("flash", "cudnn")],
+        *[(name, 40, torch.float64, AMPERE, False) for name in (*TORCH_KERNELS, "xformers")],
+        # Older cards and those to come.
+        *[(name, 40, FP16, (7, 5), name in ("efficient", "xformers")) for name in (*TORCH_KERNELS, "xformers")],
+        *[(name, 40, BF16, (7, 5), False) for name in (*TORCH_KERNELS, "xformers")],
+        *[(name, 40, FP16, (13, 0), False) for name in TORCH_KERNELS],
+        # Everywhere, or nowhere but on a GPU.
+        *[(name, 7, torch.float64, capability, True) for name in ANYWHERE for capability in (None, HOPPER)],
+        *[(name, 40, FP16, None, False) for name in (*TORCH_KERNELS, "xformers")],
+    ],
+)
+def test_what_a_kernel_takes(
+    name: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, right: bool
+) -> None:
+    assert takes(name, head_dim, 77, dtype, capability, cudnn=92400) is right
+
+
+def test_what_cudnn_takes_depends_on_its_version() -> None:
+    assert not takes("cudnn", 40, 77, FP16, HOPPER, cudnn=91002)  # wrong where 128 does not divide the keys
+    assert takes("cudnn", 40, 77, FP16, HOPPER, cudnn=91600)
+    assert not takes("cudnn", 160, 77, FP16, HOPPER, cudnn=91600)
+    assert not takes("cudnn", 40, 1, FP16, HOPPER, cudnn=92400)
+
+
+def test_xformers_is_not_imported_before_it_is_used() -> None:
+    """Nor Triton: the import of either takes long."""
+    modules = "ldmcli.models.attention, ldmcli.runtime.attention_choice"
+    code = f"import sys, {modules}; print(*{{'xformers', 'triton'}} & {{*sys.modules}})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == ""
+
+
+# (batch, heads, tokens, keys, head_dim) that real models call: SD1.5, 2.1 and XL, and VAEs.
+REAL = [
+    (2, 8, 4096, 4096, 40),
+    (2, 8, 4096, 77, 40),
+    (2, 8, 1024, 1024, 80),
+    (2, 8, 1024, 154, 80),
+    (2, 8, 256, 256, 160),
+    (2, 8, 64, 77, 160),
+    (32, 8, 64, 64, 160),
+    (2, 5, 9216, 77, 64),
+    (2, 10, 2304, 2304, 64),
+    (2, 20, 1024, 1024, 64),
+    (2, 20, 1024, 154, 64),
+    (2, 8, 3003, 77, 40),
+    (1, 1, 4096, 4096, 512),
+]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def on_card(shape: tuple[int, int, int, int, int], dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as the modules give them: views of (batch, tokens, channels)."""
+    batch, heads, tokens, keys, head_dim = shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def draw(n: int) -> Tensor:
+        flat = torch.randn(batch, n, heads * head_dim, generator=generator, device="cuda").to(dtype)
+        return flat.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    return draw(tokens), draw(keys), draw(keys)
+
+
+def error(out: Tensor, *inputs: Tensor) -> float:
+    """Of the last sample, relative to the definition in double precision."""
+    right = math_attention(*(tensor[-1:].double() for tensor in inputs))
+    return ((out[-1:].double() - right).norm() / right.norm()).item()
+
+
+def recorded(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A CUDA graph of a call on `inputs`, and where it leaves its result."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        attend(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*inputs)
+    return graph, out
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 3e-2)])
+@on_gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 1e-3), (FP16, 2e-3), (BF16, 2e-2)], ids=str)
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_on_a_gpu(name: str, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    query, key, value = tensors(*shape, dtype)
-    right = math_attention(query.double(), key.double(), value.double())
-    try:
-        out = ATTENTIONS[name](query.cuda(), key.cuda(), value.cuda()).cpu()
-    except (ImportError, NotImplementedError) as error:
-        if name != "xformers":
-            raise
-        pytest.skip(f"xformers has no kernel here: {str(error)[:100]}")
-    assert ((out.double() - right).norm() / right.norm()).item() < tolerance
+def test_real_shapes_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """As exact as the number type allows, called at once, and from a CUDA graph with other numbers in the same
+    place."""
+    capability = torch.cuda.get_device_capability()
+    shapes = [shape for shape in REAL if takes(name, shape[4], shape[3], dtype, capability)]
+    if not shapes:
+        pytest.skip("this kernel is not for this card or number type")
+    if name == "xformers":
+        pytest.importorskip("xformers")
+    attend, errors = ATTENTIONS[name], {}
+    for shape in shapes:
+        inputs = on_card(shape, dtype, 0)
+        at_once = error(attend(*inputs), *inputs)
+        graph, out = recorded(attend, inputs)
+        for place, other in zip(inputs, on_card(shape, dtype, 1), strict=True):
+            place.copy_(other)
+        graph.replay()
+        errors[shape] = at_once, error(out, *inputs)
+    assert {shape: found for shape, found in errors.items() if not max(found) < tolerance} == {}
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("name", TORCH_KERNELS)
+def test_what_torch_says_a_kernel_takes(name: str, dtype: torch.dtype) -> None:
+    """What `takes` grants, torch's own checks grant, and the other way round: but for head sizes that torch pads for
+    flash, and wide heads of cuDNN's, which depend on how torch was built."""
+    ask: Any = getattr(torch.backends.cuda, f"can_use_{name}_attention")
+    for head_dim in (8, 12, 40, 64, 80, 128, 160, 256, 264, 512):
+        if (name == "flash" and head_dim % 8) or (name == "cudnn" and 128 < head_dim <= 256):
+            continue
+        query, key, value = on_card((2, 4, 64, 77, head_dim), dtype, 0)
+        params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+        assert takes(name, head_dim, 77, dtype, torch.cuda.get_device_capability()) == ask(params), head_dim
 
 
 @pytest.mark.parametrize(("heads", "context_channels", "bias"), [(1, None, True), (4, None, False), (8, 24, False)])

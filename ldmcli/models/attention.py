@@ -2,7 +2,8 @@
 
 Every function takes queries, keys and values of shape (batch, heads, tokens, head_dim) and returns the same shape as
 the queries. They differ in speed and memory only; each Attention module holds the one in use as `attend`, set from
-outside.
+outside. torch's CUDA kernels are called as operators: its way to choose among them, `torch.nn.attention.sdpa_kernel`,
+sets flags of the whole process, which other threads meet too, and costs more than a small call.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,23 @@ SCORES = 1 << 22  # scores of all heads of an image up to which it computes them
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """torch's fused attention: it picks flash, cuDNN, memory-efficient or plain kernels itself."""
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's flash kernels (Dao 2023); CUDA only. RuntimeError for what `takes` says they do not take."""
+    return torch.ops.aten._scaled_dot_product_flash_attention.default(query, key, value)[0]
+
+
+def cudnn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """cuDNN's kernels, which torch prefers on Hopper; CUDA only. RuntimeError as for flash. The first call with a shape
+    plans it, which takes long."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention.default(query, key, value, None, False)[0]
+
+
+def efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's memory-efficient kernels, in float32 too and for heads of any size; CUDA only. RuntimeError as for
+    flash."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention.default(query, key, value, None, False)[0]
 
 
 def math_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -69,10 +87,61 @@ def xformers_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 ATTENTIONS: dict[str, Attend] = {
     "sdpa": sdpa_attention,
-    "chunked": chunked_attention,
+    "flash": flash_attention,
+    "cudnn": cudnn_attention,
+    "efficient": efficient_attention,
     "xformers": xformers_attention,
+    "chunked": chunked_attention,
     "math": math_attention,
 }
+ANYWHERE = ("sdpa", "chunked", "math")  # run on any device, for any shape and number type
+TORCH_KERNELS = ("flash", "cudnn", "efficient")  # among which sdpa_attention picks on a GPU
+
+_OLDEST, _NEWEST = (8, 0), (12, 1)  # compute capabilities that torch's fused kernels are built for
+_CUDNN_RIGHT = 91501  # cuDNN 9.15.1: before, sequences of lengths that 128 does not divide came out wrong
+_CUDNN_WIDE = 92201  # from here on Hopper's and Blackwell's kernels take heads of up to 256, not 128
+
+
+def takes(
+    name: str,
+    head_dim: int,
+    keys: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    cudnn: int | None = None,
+) -> bool:
+    """Whether ATTENTIONS[name] computes heads of `head_dim` numbers of `dtype` over so many keys, on a card of a
+    compute capability, or on a CPU (None). `cudnn` is the version, by default of the one at work (9.24.0: 92400).
+
+    Where it says no, the kernel refuses or is known to be wrong; a yes may still be refused by a torch built otherwise.
+    Sources: torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_head_dim_size_flash,
+    check_head_dim_size_mem_efficient, minimum_gemm_alignment, check_cudnn_tensor_shapes, check_prefer_cudnn_attention);
+    xformers/ops/fmha/{flash,cutlass}.py, whose kernels are torch's flash and memory-efficient ones.
+    """
+    if name in ANYWHERE or capability is None:
+        return name in ANYWHERE
+    if name == "efficient":
+        return capability <= _NEWEST and _fits_cutlass(head_dim, dtype, capability)
+    sixteen = dtype in (torch.float16, torch.bfloat16)
+    by_flash = capability >= _OLDEST and sixteen and head_dim % 8 == 0 and head_dim <= 256
+    if name == "xformers":
+        return by_flash or (capability <= (9, 0) and _fits_cutlass(head_dim, dtype, capability))
+    if capability > _NEWEST or not by_flash:
+        return False
+    if name == "flash":
+        return True
+    version = cudnn or torch.backends.cudnn.version() or 0
+    wide = version >= _CUDNN_WIDE and (capability == (9, 0) or capability[0] == 10)
+    return version >= _CUDNN_RIGHT and keys != 1 and (head_dim <= 128 or wide)
+
+
+def _fits_cutlass(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether the memory-efficient kernels take the type, and heads of this size are aligned for its tensor cores."""
+    if dtype == torch.float32:
+        return head_dim % (4 if capability >= (8, 0) else 1) == 0
+    if dtype == torch.float16:
+        return head_dim % (8 if capability >= (7, 0) else 1) == 0
+    return dtype == torch.bfloat16 and capability >= (8, 0) and head_dim % 8 == 0
 
 
 class Attention(nn.Module):
