@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from graph_support import FakeRecorder, load_plainly, recording
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,9 +45,22 @@ def asked(request: pytest.FixtureRequest) -> GenerationRequest:
     return GenerationRequest("a red star", negative_prompt="blue", sampler=request.param, steps=STEPS, seed=1)
 
 
-def test_no_step_waits_for_a_number(pipeline: "Pipeline", asked: GenerationRequest) -> None:
+@pytest.fixture(scope="module")
+def as_on_a_gpu(model_folder: Path) -> "Pipeline":
+    return load_plainly(model_folder)
+
+
+@pytest.fixture(params=["pipeline", "as_on_a_gpu"])
+def either(request: pytest.FixtureRequest) -> "Pipeline":
+    """The pipeline; and with its steps recorded and replayed, by what stands in for CUDA graphs."""
+    found = request.getfixturevalue(request.param)
+    return found if request.param == "pipeline" else recording(found, FakeRecorder())
+
+
+def test_no_step_waits_for_a_number(either: "Pipeline", asked: GenerationRequest) -> None:
     """Reading one number from a device waits until all that was asked of it before is done. And every step does the
     same work as the one before: nothing piles up."""
+    pipeline = either
     with Calls() as calls:
         pipeline.draw([asked], calls.next_step)
     steps = calls.steps[2:-1]  # PLMS, UniPC and DPM++ begin with steps of their own kind
@@ -162,8 +176,27 @@ def test_no_module_holds_numbers_before_its_weights_arrive(
     assert devices["meta"] > 200
 
 
-def test_memory_does_not_grow_with_steps(pipeline: "Pipeline") -> None:
+def test_a_replayed_step_copies_what_changes_and_no_more(as_on_a_gpu: "Pipeline") -> None:
+    """Into the recording the latents and a row of time embeddings, and the result out of it: the prompts' keys and
+    values once a picture, and not where the recording was made of them."""
+    recorder = FakeRecorder()
+    graphed = recording(as_on_a_gpu, recorder)
+    asked = GenerationRequest("a red star", negative_prompt="blue", sampler="ddim", steps=STEPS, seed=1)
+    graphed.draw([asked])
+    recorder.recordings[0].replay = lambda: None  # type: ignore[method-assign]
+    recorder.recordings[0].output = torch.zeros_like(recorder.recordings[0].output)
+    with Calls() as calls:
+        graphed.draw([asked], calls.next_step)
+    copies = [step["aten.copy_.default"] for step in calls.steps[:-1]]
+    blocks = [part for part in as_on_a_gpu.model.unet.modules() if isinstance(part, TransformerBlock)]
+    assert copies[1:] == [2] * (STEPS - 1)
+    assert copies[0] >= 2 + 2 * len(blocks)
+    assert [step["aten.clone.default"] for step in calls.steps[1:-1]] == [1] * (STEPS - 1)
+
+
+def test_memory_does_not_grow_with_steps(either: "Pipeline") -> None:
     """What is alive after the fifth step is alive after the thirtieth."""
+    pipeline = either
     alive: list[int] = []
 
     def count() -> None:

@@ -155,7 +155,7 @@ class UNet(nn.Module):
         guidance = None
         if config.guidance_dim:
             # In thousandths and less 1, as such models are trained; sines first and spaced as Vaswani et al. do.
-            scale = torch.tensor([1000.0 * (guidance_scale - 1.0)], device=timesteps.device)
+            scale = torch.full((1,), 1000.0 * (guidance_scale - 1.0), device=timesteps.device)
             guidance = timestep_waves(scale, config.guidance_dim, False, 1.0).to(dtype)
         return self.time_embedding(waves.to(dtype), guidance)
 

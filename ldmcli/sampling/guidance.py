@@ -26,13 +26,22 @@ def guided(
         raise ValueError("guidance in an interval needs a model for the steps outside it")
 
     def run_guided(latents: Tensor, step: Step) -> Tensor:
-        if unguided is not None and interval is not None and not interval[0] < step.sigma <= interval[1]:
-            return unguided(latents, step)
-        negative, positive = model(torch.cat([latents, latents]), step).chunk(2)
-        output = negative + scale * (positive - negative)
-        return rescaled(output, positive, rescale) if rescale > 0 else output
+        return pushed(model(torch.cat([latents, latents]), step), scale, rescale)
 
-    return run_guided
+    return run_guided if interval is None or unguided is None else within(interval, run_guided, unguided)
+
+
+def pushed(outputs: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """The guided output (batch, …) of a model's (2 · batch, …), the negative prompts' half first."""
+    negative, positive = outputs.chunk(2)
+    output = negative + scale * (positive - negative)
+    return rescaled(output, positive, rescale) if rescale > 0 else output
+
+
+def within(interval: tuple[float, float], model: Model, otherwise: Model) -> Model:
+    """`model` at noise levels low < σ <= high, and the other elsewhere."""
+    low, high = interval
+    return lambda latents, step: (model if low < step.sigma <= high else otherwise)(latents, step)
 
 
 def rescaled(output: Tensor, positive: Tensor, amount: float) -> Tensor:
