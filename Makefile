@@ -8,8 +8,10 @@ PRESET ?= cpu
 DEVICE ?= cpu
 RUN ?= runs/recipe
 MODEL ?= weights/tiny-emoji
+OUT ?= runs/bench-gpu
+SCRATCH ?= runs/bench-gpu-scratch
 
-.PHONY: help demo train evaluate install install-test test test-slow lint format clean
+.PHONY: help demo train evaluate bench-gpu install install-test test test-slow lint format clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -24,12 +26,16 @@ train: install ## train the embedded model again, into RUN=runs/recipe; PRESET=c
 evaluate: install ## score MODEL=weights/tiny-emoji: accuracies, Fréchet distance, diversity, into runs/evaluation
 	$(BIN)/python weights/recipe/evaluate.py $(MODEL) --out runs/evaluation $(EVALUATE)
 
+# SCRATCH keeps random weights (9 GB) and compiled code for the next call. More options: BENCH="--help".
+bench-gpu: install-test ## measure all, or PARTS="tests sd15", on an NVIDIA GPU; tables and summary into OUT=runs/bench-gpu
+	$(BIN)/python -m ldmcli.bench.gpu --out $(OUT) --scratch $(SCRATCH) --parts "$(PARTS)" $(BENCH)
+
 install: $(VENV)/.installed ## make the virtual environment and install ldmcli into it
 
 install-test: $(VENV)/.installed-test
 
 test: install-test ## install and run the tests (no GPU, no network, some minutes)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: install-test ## full-size shapes against diffusers (20 GB of memory, half an hour)
 	$(BIN)/python -m pytest -m slow

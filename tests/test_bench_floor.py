@@ -113,6 +113,7 @@ def test_tiny_model_counts_as_by_hand() -> None:
         text=text,
         context=4 * 2 * 2 * m * 24 * c,
         unet_attention=4 * (attention(n, n, c) + attention(n, m, c)),
+        unet_convolution=unet - 5 * 2 * 4 * c * c - 4 * transformer(c, n, m) + 4 * 2 * conv(1, c, c, n),
         vae_attention=attention(n, n, v),
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ldmcli.bench.contenders import OURS, Contender
+from ldmcli.bench.contenders import Contender
 from ldmcli.bench.processes import Processes, Worker
 from ldmcli.bench.task import Job
 
@@ -26,8 +26,8 @@ class Crew:
         """The worker for a job, and whether it is new, so that it needs a warm-up."""
         if job.name in self._workers:
             return self._workers[job.name], False
-        arguments = (job.to_json(),) if contender is OURS else ("serve", job.to_json())
-        worker = self._processes.worker(job.name, contender.module, *arguments)
+        arguments = (job.to_json(),) if contender.is_ours else ("serve", job.to_json())
+        worker = self._processes.worker(job.name, contender.module, *arguments, extra=dict(contender.environment))
         self._workers[job.name] = worker
         return worker, True
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,10 @@ class Flops:
     """Floating-point operations of a model's parts at one picture size.
 
     `unet` is one step of one sample, of which `unet_attention` are the two products of attention (not the projections
-    around them); a guided step takes twice as many. Keys and values that the U-Net makes of a prompt are in `context`,
-    once per prompt; embeddings of time and size, about a millionth, nowhere. `vae` is the decoding of one picture, with
-    `vae_attention` in it; `text` all encoders for one prompt of one chunk, each attending as if it were not causal.
+    around them) and `unet_convolution` the convolutions; a guided step takes twice as many. Keys and values that the
+    U-Net makes of a prompt are in `context`, once per prompt; embeddings of time and size, about a millionth, nowhere.
+    `vae` is the decoding of one picture, with `vae_attention` in it; `text` all encoders for one prompt of one chunk,
+    each attending as if it were not causal.
     """
 
     unet: int
@@ -50,6 +51,7 @@ class Flops:
     text: int
     context: int
     unet_attention: int
+    unet_convolution: int
     vae_attention: int
 
 
@@ -94,16 +96,17 @@ def count_flops(config: ModelConfig, width: int, height: int) -> Flops:
     time_embedding = torch.empty(1, 4 * config.unet.block_channels[0], device="meta")
     texts = [on_meta(partial(TextTransformer, text)) for text in config.text_encoders]
     ids = torch.zeros(context.shape[:2], dtype=torch.long, device="meta")
-    in_context, keys_values, _ = _counted(lambda: unet.project_context(context), unet)
-    in_unet, _, unet_attention = _counted(lambda: unet(latents, time_embedding, keys_values), unet)
-    in_vae, _, vae_attention = _counted(lambda: vae.decode(latents), vae)
+    in_context, keys_values = _counted(lambda: unet.project_context(context), unet)
+    in_unet, _ = _counted(lambda: unet(latents, time_embedding, keys_values), unet)
+    in_vae, _ = _counted(lambda: vae.decode(latents), vae)
     return Flops(
-        unet=in_unet,
-        vae=in_vae,
-        text=sum(_counted(partial(text, ids), text)[0] for text in texts),
-        context=in_context,
-        unet_attention=unet_attention,
-        vae_attention=vae_attention,
+        unet=in_unet.all,
+        vae=in_vae.all,
+        text=sum(_counted(partial(text, ids), text)[0].all for text in texts),
+        context=in_context.all,
+        unet_attention=in_unet.attention,
+        unet_convolution=in_unet.convolution,
+        vae_attention=in_vae.attention,
     )
 
 
@@ -116,8 +119,16 @@ def _latents(config: ModelConfig, width: int, height: int, batch: int) -> Tensor
     return torch.empty(batch, config.unet.in_channels, height // factor, width // factor, device="meta")
 
 
-def _counted(run: Callable[[], _Result], module: nn.Module) -> tuple[int, _Result, int]:
-    """Operations of `run`, its result, and how many of the operations are attention's inside `module`."""
+class _Count(NamedTuple):
+    """Operations, and how many of them are attention's and convolutions'."""
+
+    all: int
+    attention: int
+    convolution: int
+
+
+def _counted(run: Callable[[], _Result], module: nn.Module) -> tuple[_Count, _Result]:
+    """Operations of `run`, those of attention only inside `module`, and its result."""
     attended = 0
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -129,7 +140,8 @@ def _counted(run: Callable[[], _Result], module: nn.Module) -> tuple[int, _Resul
     set_attention(module, attend)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         result = run()
-    return counter.get_total_flops(), result, attended
+    convolutions = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+    return _Count(counter.get_total_flops(), attended, convolutions), result
 
 
 def largest_products(config: ModelConfig, width: int, height: int) -> list[Product]:

@@ -4,17 +4,17 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldmcli.bench.clocks import StepClock, memory
 from ldmcli.bench.parity import keep
 from ldmcli.bench.task import Job
 from ldmcli.bench.worker import Answers, serve
 
-
-class _EnoughError(Exception):
-    """The steps are done; no picture is wanted."""
+if TYPE_CHECKING:
+    from ldmcli.request import GenerationRequest
 
 
 def main() -> None:
@@ -24,11 +24,13 @@ def main() -> None:
 
 
 def _answers(job: Job) -> Answers:
-    contender = _Ours(job)
+    contender = Ours(job)
     return {"greet": contender.greet, "draw": contender.draw, "compare": contender.compare, "memory": contender.memory}
 
 
-class _Ours:
+class Ours:
+    """The warm pipeline of a job."""
+
     def __init__(self, job: Job) -> None:
         import torch
 
@@ -40,7 +42,7 @@ class _Ours:
         self.task = task = job.task
         keep_freed_memory()  # as `ldm txt2img` does
         torch.set_num_threads(task.threads)
-        self.runtime = choose_runtime(task.device, task.dtype, task.attention)
+        self.runtime = choose_runtime(task.device, task.dtype, task.attention, task.tuning)
         source = dataclasses.replace(open_model(Path(task.model)), half=self.runtime.half)
         self.source, unet = settled(source, self.runtime)
         self.pipeline = load_pipeline(self.source, self.runtime, unet=unet, tile_vae=task.tile_vae)
@@ -81,49 +83,54 @@ class _Ours:
         return [list(tokenize(each, self.task.prompt).chunks[0].ids) for each in self.source.tokenizers]
 
     def draw(self, steps: int, *, prompt: str, decode: bool = True) -> dict[str, Any]:
-        """Draw the picture; `seconds` from prompt to PNG data, and those of each step but the first. Without `decode`
+        """Draw the pictures; `seconds` from prompt to PNG data, and those of each step but the first. Without `decode`
         the steps alone."""
         from ldmcli.images.png import encode_png
 
         clock = StepClock(self.device)
         started = time.perf_counter()
-        _, pixels = self._drawn(steps, clock, prompt, decode=decode)
-        size = len(encode_png(pixels, {})) if decode else 0
+        _, pictures = self.drawn(steps, clock.tick, prompt, decode=decode)
+        size = sum(len(encode_png(pixels, {})) for pixels in pictures)
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "steps": clock.seconds(), "png": size}
 
     def compare(self, steps: int, file: str, *, decode: bool = True) -> dict[str, Any]:
-        """Draw it once and leave final latents and pixels in `file`, an .npz."""
-        latents, pixels = self._drawn(steps, StepClock(self.device), self.task.prompt, decode=decode)
-        keep(file, latents.float().cpu().numpy(), pixels)
+        """Draw them once and leave final latents and pixels in `file`, an .npz."""
+        import numpy as np
+
+        latents, pictures = self.drawn(steps, lambda: None, self.task.prompt, decode=decode)
+        keep(file, latents.float().cpu().numpy(), np.stack(pictures) if decode else None)
         return {}
 
     def memory(self) -> dict[str, int]:
         """Peaks in bytes."""
         return memory(self.device)
 
-    def _drawn(self, steps: int, clock: StepClock, prompt: str, *, decode: bool) -> tuple[Any, Any]:
-        """Final latents and pixels; the latter None without `decode`."""
-        from ldmcli.request import GenerationRequest
+    def drawn(self, steps: int, on_step: Callable[[], object], prompt: str, *, decode: bool) -> tuple[Any, list[Any]]:
+        """Final latents (pictures, channels, height, width) and each picture's pixels; of the latter none without
+        `decode`."""
+        import torch
 
-        task = self.task
-        names = ("negative_prompt", "seed", "width", "height", "guidance_scale", "sampler")
-        settings = {name: getattr(task, name) for name in names}
-        request = GenerationRequest(prompt, **settings, steps=steps)
         kept: list[Any] = []
         whole = type(self.pipeline).decode
 
         def keep(latents: Any) -> Any:
             kept.append(latents)
-            if not decode:
-                raise _EnoughError
-            return whole(self.pipeline, latents)
+            return whole(self.pipeline, latents) if decode else latents.new_zeros(len(latents), 3, 1, 1)
 
         self.pipeline.decode = keep  # type: ignore[method-assign]
         try:
-            pixels = self.pipeline.draw([request], clock.tick)[0]
-            return kept[0], pixels
-        except _EnoughError:
-            return kept[0], None
+            pictures = self.pipeline.draw(self._requests(steps, prompt), on_step)
         finally:
             del self.pipeline.decode
+        return torch.cat(kept), pictures if decode else []
+
+    def _requests(self, steps: int, prompt: str) -> "list[GenerationRequest]":
+        """One request for each picture that is drawn at once."""
+        from ldmcli.request import GenerationRequest
+
+        task = self.task
+        names = ("negative_prompt", "width", "height", "guidance_scale", "sampler")
+        settings = {name: getattr(task, name) for name in names}
+        seeds = range(task.seed, task.seed + task.batch_size)
+        return [GenerationRequest(prompt, **settings, seed=seed, steps=steps) for seed in seeds]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldmcli.bench.contenders import Contender
+from ldmcli.bench.contenders import Contender, is_ours
 from ldmcli.bench.measure import Record
 from ldmcli.bench.task import PROMPT, Task
 from ldmcli.errors import UsageError
@@ -20,7 +20,9 @@ _MODEL_SETTINGS = ("width", "height", "guidance_scale", "steps")
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What to measure. `model` is a path on disk, or None where weights of `family` are drawn at random; `settings` are
-    fields of a Task, None where the model's own serve. `cached`: whether a cold start with known prompts counts too."""
+    fields of a Task, None where the model's own serve. `cached`: whether a cold start with known prompts counts too.
+    `profiled`: whether the time of a step is told by kinds of work. `compile_cache` is where what contenders compile is
+    kept for the next run; None for a folder that is empty at first and removed at the end."""
 
     model: Path | None
     family: str | None
@@ -29,11 +31,14 @@ class Plan:
     clocks: tuple[str, ...] = ("cold", "image", "step")
     runs: int | None = None
     cached: bool = True
+    profiled: bool = False
+    compile_cache: Path | None = None
 
 
 @dataclasses.dataclass
 class Results:
-    """What was measured: a record for each contender, this program's first, and the floor under the model's times."""
+    """What was measured: a record for each contender, this program's first, the floor under the model's times, and a
+    step's `profile` (see profile.py)."""
 
     name: str
     task: Task
@@ -41,11 +46,13 @@ class Results:
     floor: dict[str, Any] | None = None
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
     together: bool = True
+    profile: dict[str, Any] | None = None
 
     @property
     def base(self) -> Record | None:
-        """The first peer: what ratios are to."""
-        return next((r for name, r in self.records.items() if name.partition(" ")[0] != "ldm"), None)
+        """What ratios are to: the first peer; where there is none, the first variant of this program."""
+        others = [record for name, record in self.records.items() if name.partition(" ")[0] != "ldm"]
+        return next((record for record in others if not is_ours(record.name)), others[0] if others else None)
 
     @property
     def flawed(self) -> bool:
@@ -69,6 +76,8 @@ def make_task(plan: Plan, model: Path) -> Task:
     given = {name: settings[name] for name in names if settings.get(name) is not None}
     fitted = fit_to_model(GenerationRequest(**given, sampler="ddim"), config)
     settings |= {name: getattr(fitted, name) for name in names}
+    last_seed = fitted.seed + settings.get("batch_size", 1) - 1
+    GenerationRequest(fitted.prompt, seed=last_seed)  # refused where it is out of range
     settings["threads"] = choose_threads(settings.get("threads"), config.unet)
     return Task(str(model), **settings)
 
@@ -78,12 +87,23 @@ def default_runs(weights: int, peers: int) -> int:
     return 5 if peers and weights < _SMALL else 3
 
 
-def environment(threads: int, folder: Path) -> dict[str, str]:
+def environment(threads: int, folder: Path, compile_cache: Path | None = None) -> dict[str, str]:
     """What contenders find in their environment: nothing of ldm's own settings, the same threads for all, no network,
-    and caches of their own in `folder`, empty at first."""
+    and caches of their own in `folder`, empty at first; what they compile in `compile_cache` if there is one."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LDM_", "_LDM_"))}
-    caches = {"XDG_CACHE_HOME": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    return kept | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | caches
+    own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    return kept | own | caches(folder) | compile_caches(compile_cache or folder)
+
+
+def caches(folder: Path) -> dict[str, str]:
+    """The environment's words for keeping everything in `folder`."""
+    return {"XDG_CACHE_HOME": str(folder / "cache"), **compile_caches(folder)}
+
+
+def compile_caches(folder: Path) -> dict[str, str]:
+    """The environment's words for keeping in `folder` what torch, Triton and the GPU's driver compile."""
+    names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda"}
+    return {name: str(folder / below) for name, below in names.items()}
 
 
 def machine() -> dict[str, Any]:

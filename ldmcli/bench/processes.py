@@ -66,10 +66,10 @@ class Processes:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def worker(self, name: str, module: str, *arguments: str) -> "Worker":
-        """A process that answers questions."""
+    def worker(self, name: str, module: str, *arguments: str, extra: Mapping[str, str] | None = None) -> "Worker":
+        """A process that answers questions; `extra` is put into its environment."""
         log = self._log()
-        process = self._start(module, arguments, log, {})
+        process = self._start(module, arguments, log, extra or {})
         worker = Worker(name, process, log)
         self._stack.callback(worker.kill)
         return worker

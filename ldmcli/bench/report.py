@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ldmcli.bench import parity
 from ldmcli.bench.measure import Record, median_phases, ratio
 from ldmcli.bench.plan import Results
 from ldmcli.bench.task import describe
@@ -11,8 +12,8 @@ from ldmcli.bench.task import describe
 _PHASES = ("imports", "weights", "text", "denoise", "vae", "png", "rest")
 _TITLES = {
     "cold": "cold: a new process to the PNG on disk",
-    "image": "image: warm, prompt to PNG",
-    "step": "step: one {guided} U-Net step",
+    "image": "image: warm, prompt to PNG{pictures}",
+    "step": "step: one {guided} U-Net step{pictures}",
 }
 
 
@@ -60,21 +61,27 @@ def to_dict(results: Results) -> dict[str, Any]:
         "processes": "alive together" if results.together else "one at a time",
         "ratios_to": results.base.name if results.base else None,
         "floor": results.floor,
+        "profile": results.profile,
         "contenders": contenders,
         "passed": not results.flawed,
     }
 
 
 def tables(results: Results) -> Iterator[Table]:
-    """One table for each clock that ran, and one for parity where there are peers or 16 bits."""
+    """One table for each clock that ran, one for the profile, and one for parity where there are peers or 16 bits."""
+    task = results.task
     for clock, cells in (("cold", _cold), ("image", _image), ("step", _step)):
         records = [record for record in results.records.values() if record.summary(clock)]
         if records:
-            title = _TITLES[clock].format(guided="guided" if results.task.guided else "unguided")
+            pictures = f", {task.batch_size} pictures at once" if task.batch_size > 1 else ""
+            title = _TITLES[clock].format(guided="guided" if task.guided else "unguided", pictures=pictures)
             yield _table(title, records, results, cells)
+    if results.profile:
+        yield _profile(results.profile, (results.floor or {}).get("kinds", {}))
     compared = [record for record in results.records.values() if record.parity]
     if len(compared) > 1 or any(record.greeting.get("dtype") != "fp32" for record in compared):
-        yield _table("parity: latents and picture beside ldm in fp32", compared, results, _parity)
+        title = f"parity: latents and picture beside ldm in fp32, after {parity.STEPS} steps"
+        yield _table(title, compared, results, _parity)
 
 
 Cells = Callable[[Record, Results], dict[str, str]]
@@ -106,7 +113,7 @@ def _image(record: Record, results: Results) -> dict[str, str]:
     assert summary is not None
     return {
         **_times(record, results, "image"),
-        "images/s": f"{1 / summary.median:.3g}",
+        "images/s": f"{results.task.batch_size / summary.median:.3g}",
         "× floor": _ratio(_over_floor(results, record, "image")),
         **_memory(record),
     }
@@ -116,9 +123,11 @@ def _step(record: Record, results: Results) -> dict[str, str]:
     summary = record.summary("step")
     assert summary is not None
     memory = {} if record.summary("image") else _memory(record)
+    pictures = results.task.batch_size
     return {
         **_times(record, results, "step"),
         "it/s": f"{1 / summary.median:.3g}",
+        "picture it/s": f"{pictures / summary.median:.3g}" if pictures > 1 else "",
         "× floor": _ratio(_over_floor(results, record, "step")),
         **memory,
     }
@@ -151,7 +160,28 @@ def _memory(record: Record) -> dict[str, str]:
     return {
         "peak memory": _size(record.peak("host")),
         "GPU peak": _size(record.peak("gpu_allocated")),
+        "GPU reserved": _size(record.peak("gpu_reserved")),
     }
+
+
+def _profile(profile: dict[str, Any], floors: dict[str, float]) -> Table:
+    """What a step of `ldm` spends its time on, beside the floor of each kind of work that has one."""
+    rows = [(kind, of_kind["seconds"], f"{of_kind['calls']:.0f}") for kind, of_kind in profile["kinds"].items()]
+    rows += [("none of these", profile["idle"], ""), ("the step", profile["step"], "")]
+    cells = [
+        (
+            kind,
+            f"{seconds * 1000:.3f}",
+            f"{seconds / profile['step']:.1%}",
+            calls,
+            f"{floors[kind] * 1000:.3f}" if kind in floors else "",
+            f"{seconds / floors[kind]:.2f}" if floors.get(kind) else "",
+        )
+        for kind, seconds, calls in rows
+    ]
+    header = ("work", "ms", "share", "calls", "floor ms", "× floor")
+    count = len(header) if floors else len(header) - 2
+    return Table("profile: one step of ldm by kinds of work", header[:count], tuple(row[:count] for row in cells))
 
 
 def _over_floor(results: Results, record: Record, clock: str) -> float | None:
@@ -175,6 +205,7 @@ def _heading(results: Results) -> str:
     for greeting in greetings:
         versions |= greeting["versions"]
     what = f"{results.name}: {task.width}×{task.height}, {task.steps} steps of DDIM, guidance {task.guidance_scale:g}"
+    what += f", {task.batch_size} pictures at once" if task.batch_size > 1 else ""
     where = greetings[0].get("gpu") or results.machine["cpu"]
     how = f"{where}, {task.threads} {'thread' if task.threads == 1 else 'threads'}, {results.machine['cpus']} CPUs"
     held = [

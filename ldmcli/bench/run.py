@@ -8,21 +8,22 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldmcli.bench import parity
-from ldmcli.bench.contenders import NO_CACHE, OURS, Contender, check_peers, job_for
+from ldmcli.bench.contenders import NO_CACHE, OURS, REFERENCE, Contender, check_peers, job_for
 from ldmcli.bench.crew import Crew, available_memory, fits_together
 from ldmcli.bench.measure import Record
-from ldmcli.bench.plan import Plan, Results, default_runs, environment, machine, make_task
+from ldmcli.bench.plan import Plan, Results, caches, default_runs, environment, machine, make_task
 from ldmcli.bench.processes import ContenderError, Ended, Processes
 from ldmcli.bench.task import Job, Task
 
 _log = logging.getLogger(__name__)
-_REFERENCE = "ldm fp32"
 _TIMED_STEPS = 4  # of a run where only steps are timed; one more comes before them
+# NVIDIA's profiling library is to stay where it is between two profiles: CUDA graphs do not survive its leaving.
+_PROFILED = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -34,9 +35,9 @@ def run_bench(plan: Plan) -> Results:
     """
     with _workspace() as folder:
         model = plan.model or _random_model(plan, folder)
-        check_peers(plan.peers, model)
+        check_peers(plan.peers, model, plan.settings.get("batch_size", 1))
         task = make_task(plan, model)
-        with Processes(folder, environment(task.threads, folder)) as processes:
+        with Processes(folder, environment(task.threads, folder, plan.compile_cache)) as processes:
             bench = _Bench(plan, task, processes, folder)
             bench.begin()
             bench.check_parity()
@@ -45,6 +46,8 @@ def run_bench(plan: Plan) -> Results:
             if {"image", "step"} & set(plan.clocks):
                 bench.time_warm()
                 bench.measure_floor()
+            if plan.profiled:
+                bench.profile()
             return bench.results
 
 
@@ -109,14 +112,18 @@ class _Bench:
         return self.results.records[job.name]
 
     def check_parity(self) -> None:
-        """Every contender draws once, in few steps, beside `ldm` in float32; which warms it up as well."""
-        reference = self._reference()
+        """Every contender draws once, in few steps, beside the reference; which warms it up as well."""
+        own = self._jobs[OURS.name][1]
+        # On a CPU in float32 `ldm` computes as the reference does.
+        alike = own.dtype == "fp32" and own.device == "cpu" and own.task.attention in ("auto", "sdpa")
+        ours_is_reference = alike and not own.task.compiled
+        reference = self._reference(OURS if ours_is_reference else REFERENCE, own)
         for name, (contender, job) in self._jobs.items():
             with self._noting_failure(name):
                 if contender.prepares:
                     self._prepare(contender, job)
                 record = self.results.records[name]
-                is_reference = contender is OURS and job.dtype == "fp32"
+                is_reference = contender is OURS and ours_is_reference
                 if not is_reference:
                     _log.info("parity: %s", name)
                 file = reference if is_reference else self._drawn_once(contender, job)
@@ -125,14 +132,14 @@ class _Bench:
                 if record.greeting["tokens"] != tokens:
                     record.parity |= {"passed": False, "reason": "other token ids"}
 
-    def _reference(self) -> Path:
-        job = self._jobs[OURS.name][1]
+    def _reference(self, reference: Contender, own: Job) -> Path:
+        """What `ldm` draws in float32."""
         _log.info("parity: the reference, ldm in fp32")
-        if job.dtype == "fp32":
-            return self._drawn_once(OURS, job)
-        wide = dataclasses.replace(job, name=_REFERENCE, task=dataclasses.replace(self._task, dtype="fp32"))
-        file = self._drawn_once(OURS, wide)
-        self._crew.release(_REFERENCE, dead=True)
+        if reference is OURS:
+            return self._drawn_once(OURS, own)
+        task = dataclasses.replace(self._task, **dict(reference.settings))
+        file = self._drawn_once(reference, dataclasses.replace(own, name=reference.name, task=task))
+        self._crew.release(reference.name, dead=True)
         return file
 
     def _drawn_once(self, contender: Contender, job: Job) -> Path:
@@ -184,26 +191,33 @@ class _Bench:
         """What starts each contender for a picture of so many steps."""
         starts: dict[str, Callable[[int], Ended]] = {}
         for name, (contender, job) in self._jobs.items():
-            if contender is OURS:
-                if self._plan.cached:
-                    starts[name] = self._cold_ours
-                self.results.records = _inserted(self.results.records, Record(NO_CACHE))
-                starts[NO_CACHE] = functools.partial(self._cold_ours, more=("--no-cache",))
-            elif self.results.records[name].failure is None:
+            if self.results.records[name].failure is not None:
+                continue
+            if not contender.is_ours:
                 starts[name] = functools.partial(self._cold_peer, contender, job)
+            elif contender is not OURS or self._plan.cached:
+                starts[name] = functools.partial(self._cold_ours, job)
+            if contender is OURS:
+                self.results.records = _inserted(self.results.records, Record(NO_CACHE))
+                starts[NO_CACHE] = functools.partial(self._cold_anew, job)
         return starts
 
-    def _cold_ours(self, steps: int, more: Sequence[str] = ()) -> Ended:
-        name = NO_CACHE if more else OURS.name
-        return self._cold(name, "ldmcli.cli", *_command(self._task, steps, self._picture(), *more))
+    def _cold_ours(self, job: Job, steps: int) -> Ended:
+        return self._cold(job.name, "ldmcli.cli", *_command(job.task, steps, self._picture()))
+
+    def _cold_anew(self, job: Job, steps: int) -> Ended:
+        """As if it were the first time: neither are prompts known, nor is anything compiled."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            command = _command(job.task, steps, self._picture(), "--no-cache")
+            return self._cold(NO_CACHE, "ldmcli.cli", *command, extra=caches(Path(folder)))
 
     def _cold_peer(self, contender: Contender, job: Job, steps: int) -> Ended:
         return self._cold(job.name, contender.module, "cold", job.with_steps(steps).to_json(), self._picture())
 
-    def _cold(self, name: str, module: str, *arguments: str) -> Ended:
+    def _cold(self, name: str, module: str, *arguments: str, extra: Mapping[str, str] | None = None) -> Ended:
         picture = Path(self._picture())
         picture.unlink(missing_ok=True)
-        ended = self._processes.run(name, module, *arguments)
+        ended = self._processes.run(name, module, *arguments, extra=extra)
         if not picture.is_file():
             raise ContenderError(name, "ended without a picture")
         return ended
@@ -225,7 +239,9 @@ class _Bench:
         image = "image" in self._plan.clocks
         if new:
             worker.ask("greet")
-            worker.ask("draw", steps=2, prompt=self._task.prompt, decode=image)
+            # On a GPU so many that `ldm` records a step as a graph: see runtime/graph.py.
+            warm_up = parity.STEPS if job.device.startswith("cuda") else 2
+            worker.ask("draw", steps=warm_up, prompt=self._task.prompt, decode=image)
         steps = self._task.steps if image else min(self._task.steps, 1 + _TIMED_STEPS)
         # Another prompt each time: one that was seen before need not be encoded.
         answer = worker.ask("draw", steps=steps, prompt=f"{i + 1} {self._task.prompt}", decode=image)
@@ -249,6 +265,17 @@ class _Bench:
             return
         self.results.floor = json.loads(ended.out)
 
+    def profile(self) -> None:
+        """What a step of `ldm` spends its time on, in a process of its own."""
+        _log.info("the profile of a step")
+        job = self._jobs[OURS.name][1]
+        try:
+            ended = self._processes.run("profile", "ldmcli.bench.groundwork", "profile", job.to_json(), extra=_PROFILED)
+        except ContenderError as error:
+            _log.warning("no profile: %s", error)
+            return
+        self.results.profile = json.loads(ended.out.splitlines()[-1])
+
     @contextlib.contextmanager
     def _noting_failure(self, name: str) -> Iterator[None]:
         """A contender that fails inside the block is told of, and takes no further part."""
@@ -266,10 +293,15 @@ def _command(task: Task, steps: int, picture: str, *more: str) -> Sequence[str]:
         "--model": task.model, "--negative-prompt": task.negative_prompt, "--seed": task.seed, "--steps": steps,
         "--width": task.width, "--height": task.height, "--guidance-scale": task.guidance_scale,
         "--sampler": task.sampler, "--dtype": task.dtype, "--device": task.device, "--attention": task.attention,
-        "--threads": task.threads, "--output": picture,
+        "--threads": task.threads, "--kernels": task.kernels, "--output": picture,
     }  # fmt: skip
-    flags = ["--json", *more, *(["--vae-tiling"] if task.tile_vae else [])]
-    return ["txt2img", *(f"{name}={value}" for name, value in words.items()), *flags, "--", task.prompt]
+    flags = {
+        "--vae-tiling": task.tile_vae, "--no-cuda-graph": not task.graph, "--compile": task.compiled,
+        "--low-vram": task.low_vram,
+    }  # fmt: skip
+    raised = [name for name, wanted in flags.items() if wanted]
+    typed = [f"{name}={value}" for name, value in words.items()]
+    return ["txt2img", *typed, "--json", *more, *raised, "--", task.prompt]
 
 
 def _note_cold(record: Record, ended: Ended) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import Any, Self
 
+from ldmcli.runtime.tuning import Tuning
+
 PROMPT = "a red apple on a blue background"
 
 
@@ -28,7 +30,8 @@ class _Json:
 class Task(_Json):
     """What every contender does: the same picture of the same model, in as many steps of DDIM. Sizes in pixels.
 
-    `model` is a path on disk. `dtype`, `device` and `attention` are as typed, those of `ldm` itself.
+    `model` is a path on disk. `dtype`, `device`, `attention` and the fields of a Tuning are as typed, those of `ldm`
+    itself. Of `batch_size` pictures drawn at once, the i-th has the seed `seed` + i.
     """
 
     model: str
@@ -45,6 +48,16 @@ class Task(_Json):
     attention: str = "auto"
     threads: int = 1
     tile_vae: bool = False
+    batch_size: int = 1
+    kernels: str = "auto"
+    graph: bool = True
+    compiled: bool = False
+    low_vram: bool = False
+
+    @property
+    def tuning(self) -> Tuning:
+        """What makes `ldm` fast or small on a GPU."""
+        return Tuning(self.kernels, self.graph, self.compiled, self.low_vram)
 
     @property
     def guided(self) -> bool:
