@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PHASES = ("imports", "weights", "text", "denoise", "vae", "png")
@@ -11,9 +11,14 @@ PHASES = ("imports", "weights", "text", "denoise", "vae", "png")
 
 class Stopwatch:
     """Seconds spent in each phase, and how old the process was when certain things first happened. A phase inside
-    another counts for itself alone, so that their sum is a time."""
+    another counts for itself alone, so that their sum is a time.
 
-    def __init__(self) -> None:
+    `settle` waits for a device that computes by itself: it is called before a time is taken, where times are to be the
+    device's and not only the host's.
+    """
+
+    def __init__(self, settle: Callable[[], object] | None = None) -> None:
+        self._settle = settle
         self.seconds: dict[str, float] = {}
         self.marks: dict[str, float] = {}
         self._inner = 0.0  # s that phases inside the present one took
@@ -24,6 +29,8 @@ class Stopwatch:
         started, outer, self._inner = time.perf_counter(), self._inner, 0.0
         try:
             yield
+            if self._settle:
+                self._settle()
         finally:
             whole = time.perf_counter() - started
             self.add(name, whole - self._inner)
@@ -36,6 +43,8 @@ class Stopwatch:
     def mark(self, name: str) -> None:
         """Note the age of the process, s, unless that was done before under this name."""
         if name not in self.marks:
+            if self._settle:
+                self._settle()
             self.marks[name] = process_age()
 
     def report(self) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ from ldmcli.request import GenerationRequest
 OPTIONS: dict[str, Any] = {
     "model": None, "vae": None, "refiner": None, "refiner_start": None, "prediction_type": None,
     "allow_pickle": False, "dtype": "fp32", "device": "cpu", "attention": "auto", "vae_tiling": False,
+    "kernels": "auto", "no_cuda_graph": False, "compile": False, "low_vram": False,
     "threads": None, "no_cache": True,
 }  # fmt: skip
 

@@ -15,7 +15,8 @@ from oracle.comparing import draw, pixels_apart, relative
 from torch import Tensor, nn
 
 from ldmcli.errors import LdmError, UsageError
-from ldmcli.pipeline import Pipeline, to_pixels
+from ldmcli.images.pixels import to_pixels
+from ldmcli.pipeline import Pipeline
 from ldmcli.request import GenerationRequest, fit_to_model
 from ldmcli.sampling.schedule import Schedule
 from ldmcli.text.prompt_cache import PromptCache

@@ -18,6 +18,7 @@ from ldmcli.config import UNDECIDED
 from ldmcli.errors import printable
 from ldmcli.request import GenerationRequest
 from ldmcli.runtime.startup import quicken
+from ldmcli.runtime.tuning import Tuning
 from ldmcli.sources import Sources, open_sources
 
 _log = logging.getLogger(__name__)
@@ -111,7 +112,9 @@ class Job:
             quicken()
             from ldmcli.runtime.policy import choose_runtime
 
-            runtime = choose_runtime(self.options["device"], self.options["dtype"], self.options["attention"])
+            options = self.options
+            tuning = Tuning.of(options)
+            runtime = choose_runtime(options["device"], options["dtype"], options["attention"], tuning)
             sources = dataclasses.replace(sources.settled(runtime), unet=None)
             self.options["prediction_type"] = sources.model.config.schedule.prediction_type
         return sources

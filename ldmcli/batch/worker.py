@@ -1,13 +1,14 @@
 """What draws the batches of a run on one device, writes the pictures and notes them in its manifest."""
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ldmcli.batch.drawing import Artist, Drawn
-from ldmcli.batch.feed import Source
+from ldmcli.batch.drawing import Artist, Asked, DeviceLostError, Drawn
+from ldmcli.batch.feed import Batch, Source
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
@@ -18,6 +19,7 @@ from ldmcli.images.metadata import text_chunks
 from ldmcli.images.png import encode_png
 from ldmcli.runtime.heap import keep_freed_memory
 from ldmcli.runtime.policy import choose_runtime, use_threads
+from ldmcli.runtime.tuning import Tuning
 from ldmcli.sources import open_sources
 
 if TYPE_CHECKING:
@@ -26,8 +28,17 @@ if TYPE_CHECKING:
 _WRITERS = 4  # threads that encode and write; each waits for the disk most of the time
 
 
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A batch that the device was asked for."""
+
+    pictures: Sequence[Asked | list[Drawn]]
+    attempts: int
+
+
 class Worker:
-    """A loaded model with its own manifest. Its pictures are encoded and written in threads beside the next batch.
+    """A loaded model with its own manifest. Its pictures are encoded and written in threads beside the next batch; a
+    device that computes by itself gets that before this one is finished.
 
     On a CPU it computes with as many of the `cores` as suit the model. Raises LdmError where the model cannot be loaded
     or the manifest not be written.
@@ -38,7 +49,7 @@ class Worker:
         self._setup = setup
         self._options = {**setup.options} | ({"device": device} if device else {})
         options = self._options
-        runtime = choose_runtime(options["device"], options["dtype"], options["attention"])
+        runtime = choose_runtime(options["device"], options["dtype"], options["attention"], Tuning.of(options))
         sources = open_sources(options)
         keep_freed_memory()
         use_threads(options["threads"], sources.model.config.unet, pictures=setup.batch_size, cores=cores)
@@ -57,7 +68,7 @@ class Worker:
 
         What the futures raise, a full disk say, ends the run; so does DeviceLostError.
         """
-        return [self._threads.submit(self._commit, drawn, attempts) for drawn in self._artist.draw(items)]
+        return self._write(self._artist.draw(items), attempts)
 
     def run(self, batches: Source) -> Iterator[Outcome]:
         """Draw batches as they come until there are no more, each while the pictures of the one before are written.
@@ -65,13 +76,26 @@ class Worker:
         Raises what ends the run, after all that could still be noted.
         """
         writing: list[Future[Outcome]] = []
+        begun: _Begun | None = None
         try:
             while not batches.over:
                 batch = batches.get()
-                drawn = self.submit(batch.items, batch.attempts) if batch else []
-                before, writing = writing, drawn
-                yield from results(before)
-        except Exception:
+                following = self._begin(batch)
+                if begun or following:
+                    # Told of while the device is at work on the following: whoever hands out batches waits for that.
+                    done, begun = begun, following
+                    before, writing = [*writing, *self._finish(done)], []
+                    yield from results(before)
+                if not following:
+                    drawn = self.submit(batch.items, batch.attempts) if batch else []
+                    before, writing = writing, drawn
+                    yield from results(before)
+            done, begun = begun, None
+            writing = [*writing, *self._finish(done)]
+        except Exception as error:
+            if begun and not isinstance(error, DeviceLostError):
+                with contextlib.suppress(Exception):  # the first error is the one to tell
+                    writing = [*writing, *self._finish(begun)]
             yield from (future.result() for future in writing if future.exception() is None)
             raise
         yield from results(writing)
@@ -81,6 +105,18 @@ class Worker:
         self._threads.shutdown()
         self._memory.prompts.flush()
         self._manifest.close()
+
+    def _begin(self, batch: Batch | None) -> "_Begun | None":
+        """Ask the device for a batch, where it computes by itself."""
+        if batch is None or not self._artist.works_ahead:
+            return None
+        return _Begun(self._artist.begin(batch.items), batch.attempts)
+
+    def _finish(self, begun: "_Begun | None") -> "list[Future[Outcome]]":
+        return self._write(self._artist.finish(begun.pictures), begun.attempts) if begun else []
+
+    def _write(self, pictures: Sequence[Drawn], attempts: int) -> "list[Future[Outcome]]":
+        return [self._threads.submit(self._commit, drawn, attempts) for drawn in pictures]
 
     def _commit(self, drawn: Drawn, attempts: int) -> Outcome:
         """Write a picture and then its line."""

@@ -10,6 +10,7 @@ import click
 
 from ldmcli.errors import printable
 from ldmcli.request import LONG_PROMPTS, PROMPT_SYNTAXES
+from ldmcli.runtime.tuning import KERNELS
 from ldmcli.samplers import SAMPLERS, SPACINGS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -133,15 +134,23 @@ _MODEL = (
            help="Read .ckpt and .bin files too, by torch's restricted unpickler alone."),
 )  # fmt: skip
 
+_ATTENTIONS = ("auto", "sdpa", "chunked", "math", "measured", "flash", "cudnn", "efficient", "xformers")
+
 # Where and how to compute.
 _RUNTIME = (
     option("--dtype", type=click.Choice(["auto", "fp16", "bf16", "fp32"]), default="auto", show_default=True,
            help="Numbers to compute with; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32."),
     option("--device", type=_Device(), metavar="[auto|cpu|cuda|cuda:N]", default="auto", show_default=True,
            help="Where to compute; auto: the GPU if there is one."),
-    option("--attention", type=click.Choice(["auto", "sdpa", "chunked", "xformers", "math"]), default="auto",
-           show_default=True, help="How attention is computed: torch's kernels, by chunks (best for bf16 on a CPU), "
-           "xformers', or plainly."),
+    option("--attention", type=click.Choice(_ATTENTIONS), default="auto", show_default=True,
+           help="How attention is computed: as suits device and shapes, by torch's choice (sdpa), by chunks (best for "
+           "bf16 on a CPU), plainly (math), or by one kernel for GPUs."),
+    option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
+           help="On a GPU: fused norms, activations and sums of this program's own (triton) or torch's alone."),
+    option("--no-cuda-graph", is_flag=True, help="On a GPU: launch every operation anew in every step."),
+    option("--compile", is_flag=True,
+           help="Let torch.compile work on the U-Net: minutes at first, kept on disk for the next time."),
+    option("--low-vram", is_flag=True, help="On a GPU: hold only the part at work there, the others in host memory."),
     option("--threads", type=click.IntRange(1, 1024), metavar="N",
            help="Threads to compute with on a CPU.  [default: one a core; a small model's pictures one each]"),
     option("--no-cache", is_flag=True, help="Neither read nor keep encoded prompts and hashes of weights on disk."),

@@ -1,14 +1,15 @@
 """`ldm txt2img`: prompts in, PNG files out."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -29,13 +30,18 @@ from ldmcli.config import UNDECIDED
 from ldmcli.errors import UsageError, printable
 from ldmcli.request import MAX_SEED, GenerationRequest
 from ldmcli.runtime.startup import quicken
+from ldmcli.runtime.tuning import Tuning
 from ldmcli.stopwatch import Stopwatch, process_age
 
 if TYPE_CHECKING:
-    from ldmcli.pipeline import Pipeline
+    from ldmcli.pipeline import Begun, Pipeline
     from ldmcli.runtime.policy import Runtime
     from ldmcli.sources import Sources
 
+    _Begun = tuple[Sequence[GenerationRequest], Begun]
+
+_Drawn = TypeVar("_Drawn")
+_Write = Callable[[Iterable[tuple[GenerationRequest, tuple[Any, float]]]], None]  # pictures, each with its seconds
 _log = logging.getLogger(__name__)
 _RANDOM_SEEDS = 2**32  # short enough to type again
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
@@ -99,7 +105,7 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
     if options["seed"] is None:
         _log.info("seed %d", first.seed)
     requests = _counted(itertools.chain([first], requests), options["count"])
-    _draw_all(sources, requests, output, options, record)
+    _draw_all(sources, requests, output, options, record, eager=STDIN not in prompts)
 
 
 def _draw_all(
@@ -108,35 +114,91 @@ def _draw_all(
     output: Output,
     options: dict[str, Any],
     record: dict[str, Any] | None,
+    *,
+    eager: bool,
 ) -> None:
-    """Load the model, draw the requests batch by batch and write each picture."""
+    """Load the model, draw the requests batch by batch and write each picture. `eager`: all requests are known."""
     from ldmcli.checkpoints.identity import model_sha256
 
     runtime = _choose_runtime(options, record)
     import ldmcli.pipeline  # noqa: F401  here, so that the time it takes counts as that of imports
     from ldmcli.checkpoints.stored_text import remembered
 
-    stopwatch = Stopwatch()
+    settle = _wait_for(runtime) if options["as_json"] else None
+    stopwatch = Stopwatch(settle)
     stopwatch.add("imports", process_age())
     memory = remembered(enabled=not options["no_cache"])
     batches = _batches(requests, options["batch_size"])
     first = next(batches)
     pipeline = _load(sources, runtime, options, first=first, memory=memory, stopwatch=stopwatch)
     hashed = model_sha256(dataclasses.replace(sources.model, half=runtime.half), memory.hashes)
+
+    def write(drawn: Iterable[tuple[GenerationRequest, tuple[Any, float]]]) -> None:
+        identity = sources.identity(options, hashed.result())
+        _compare_models(record, identity, options)
+        for request, picture in drawn:
+            _write(output, pipeline, request, picture, identity, metadata=not options["no_metadata"])
+
+    batches = itertools.chain([first], batches)
+    # Times that are told are of one batch alone, and a picture is not kept back until there is another prompt.
+    if eager and settle is None and pipeline.works_ahead:
+        _draw_ahead(pipeline, batches, write)
+        memory.prompts.flush()  # not before: it would wait for all that the device was asked for
+        return
     done = 0
-    for batch in itertools.chain([first], batches):
+    for batch in batches:
         drawn: dict[int, tuple[Any, float]] = {}
         for alike in pipeline.alike(batch):
             started = time.perf_counter()
-            pictures = _draw(pipeline, alike, f"{done + len(drawn) + 1}")
+            pictures = _draw(pipeline.draw, alike, done + len(drawn) + 1)
             seconds = (time.perf_counter() - started) / len(alike)
             drawn |= {id(request): (pixels, seconds) for request, pixels in zip(alike, pictures, strict=True)}
-        identity = sources.identity(options, hashed.result())
-        _compare_models(record, identity, options)
-        for request in batch:
-            _write(output, pipeline, request, drawn[id(request)], identity, metadata=not options["no_metadata"])
+        write((request, drawn[id(request)]) for request in batch)
         memory.prompts.flush()
         done += len(batch)
+
+
+def _draw_ahead(pipeline: "Pipeline", batches: Iterable[Sequence[GenerationRequest]], write: _Write) -> None:
+    """Draw batches on a device that computes by itself: it is asked for the next one before this one is written."""
+    finished = time.perf_counter()
+
+    def finish(batch: Sequence[GenerationRequest], begun: "Sequence[_Begun]") -> None:
+        nonlocal finished
+        drawn: dict[int, tuple[Any, float]] = {}
+        for alike, one in begun:
+            pictures = pipeline.finish(one)
+            seconds, finished = (time.perf_counter() - finished) / len(alike), time.perf_counter()
+            drawn |= {id(request): (pixels, seconds) for request, pixels in zip(alike, pictures, strict=True)}
+        write((request, drawn[id(request)]) for request in batch)
+
+    done = 0
+    waiting: list[Callable[[], None]] = []
+    for batch in batches:
+        begun: list[_Begun] = []
+        failure: Exception | None = None
+        try:
+            for alike in pipeline.alike(batch):
+                number = done + sum(len(some) for some, _ in begun) + 1
+                begun.append((alike, _draw(pipeline.begin, alike, number)))
+        except Exception as error:  # which takes nothing with it that was begun before
+            failure = error
+        for one in waiting:
+            one()
+        if failure:
+            raise failure
+        waiting = [functools.partial(finish, batch, begun)]
+        done += len(batch)
+    for one in waiting:
+        one()
+
+
+def _wait_for(runtime: "Runtime") -> Callable[[], object] | None:
+    """What waits for a device that computes by itself."""
+    if runtime.device.type != "cuda":
+        return None
+    import torch
+
+    return functools.partial(torch.cuda.synchronize, runtime.device)
 
 
 def _batches(requests: Iterable[GenerationRequest], size: int) -> Iterator[list[GenerationRequest]]:
@@ -182,14 +244,15 @@ def _write(
     _log.debug("seed %d drawn in %.2f s: %s", request.seed, seconds, times["phases"])
 
 
-def _draw(pipeline: "Pipeline", batch: Sequence[GenerationRequest], label: str) -> list[Any]:
+def _draw(draw: Callable[..., _Drawn], batch: Sequence[GenerationRequest], number: int) -> _Drawn:
+    """What `draw` gives for a batch, whose first picture has that number, with a bar that tells of its steps."""
     from tqdm import tqdm
 
-    label = label if len(batch) == 1 else f"{label}…{int(label) + len(batch) - 1}"
+    label = str(number) if len(batch) == 1 else f"{number}…{number + len(batch) - 1}"
     quiet = not _log.isEnabledFor(logging.INFO)
     # None lets tqdm look whether stderr is a terminal.
     with tqdm(total=batch[0].steps, desc=label, unit="step", disable=quiet or None, file=sys.stderr) as bar:
-        return pipeline.draw(batch, bar.update)
+        return draw(batch, bar.update)
 
 
 def _read_record(picture: str | None) -> dict[str, Any] | None:
@@ -266,8 +329,9 @@ def _choose_runtime(options: dict[str, Any], record: dict[str, Any] | None) -> "
     quicken()
     from ldmcli.runtime.policy import choose_runtime
 
+    tuning = Tuning.of(options)
     try:
-        return choose_runtime(options["device"], options["dtype"], options["attention"])
+        return choose_runtime(options["device"], options["dtype"], options["attention"], tuning)
     except UsageError as error:
         if record is None:
             raise
