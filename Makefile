@@ -8,6 +8,7 @@ PRESET ?= cpu
 DEVICE ?= cpu
 RUN ?= runs/recipe
 MODEL ?= weights/tiny-emoji
+JOBS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 OUT ?= runs/bench-gpu
 SCRATCH ?= runs/bench-gpu-scratch
 
@@ -35,7 +36,7 @@ install: $(VENV)/.installed ## make the virtual environment and install ldmcli i
 install-test: $(VENV)/.installed-test
 
 test: install-test ## install and run the tests (no GPU, no network, some minutes)
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: install-test ## full-size shapes against diffusers (20 GB of memory, half an hour)
 	$(BIN)/python -m pytest -m slow

@@ -1,6 +1,7 @@
 """Fixtures that several test files share. Nothing heavy is imported before a test asks for it."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """What a command that ran in the test's own process made of the program's log is undone: pytest listens to it in
+    one way where it propagates and in another where it does not, and twice where that changes meanwhile."""
+    yield
+    logger = logging.getLogger("ldmcli")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ CPU = Preset(
     every_emoji=False,
     views=24,
     vae=VAEConfig(latent_channels=4, block_channels=(32, 64, 64), layers_per_block=1, norm_groups=8),
-    vae_minutes=30.0,
+    vae_minutes=24.0,
     vae_batch=16,
     decoder_minutes=10.0,
     text_width=128,
@@ -55,8 +55,8 @@ CPU = Preset(
         context_dim=128,
         norm_groups=16,
     ),
-    unet_minutes=68.0,
-    unet_batch=32,
+    unet_minutes=75.0,
+    unet_batch=64,
 )
 
 GPU = Preset(

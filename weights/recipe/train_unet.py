@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=4.0)
     parser.add_argument("--save-at", type=int, metavar="STEP", help="save after this step, too")
     parser.add_argument("--batch", type=int, help="(default: the preset's)")
-    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--average", type=float, default=0.9985, help="decay of the averaged weights")
     parser.add_argument("--text-dropout", type=float, default=0.12)
     parser.add_argument("--offset", type=float, default=0.12, help="strength of offset noise")
