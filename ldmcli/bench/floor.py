@@ -2,7 +2,8 @@
 
 Arithmetic is counted in floating-point operations, two for each multiplication with its addition, of convolutions,
 matrix products and attention; norms, activations and additions are not counted, since a perfect program would hide them
-behind the rest. Counted are the networks as `models` builds them, on the meta device: no number is computed.
+behind the rest. Convolutions are counted as they are written: in fewer multiplications (runtime/winograd.py) they may
+come out below the floor. Counted are the networks as `models` builds them, on the meta device: no number is computed.
 """
 
 import dataclasses

@@ -146,7 +146,8 @@ _RUNTIME = (
            help="How attention is computed: as suits device and shapes, by torch's choice (sdpa), by chunks (best for "
            "bf16 on a CPU), plainly (math), or by one kernel for GPUs."),
     option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
-           help="On a GPU: fused norms, activations and sums of this program's own (triton) or torch's alone."),
+           help="This program's own kernels where they work (on a GPU fused norms, activations and sums: triton; on a "
+           "CPU convolutions in fewer multiplications), or torch's alone."),
     option("--no-cuda-graph", is_flag=True, help="On a GPU: launch every operation anew in every step."),
     option("--compile", is_flag=True,
            help="Let torch.compile work on the U-Net: minutes at first, kept on disk for the next time."),

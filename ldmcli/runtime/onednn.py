@@ -2,7 +2,8 @@
 
 Left to itself, torch rearranges a layer's weights into blocks that suit the CPU on every call. Here a layer that is
 called again with an input of the same shape does so once, and keeps the rearranged weights in place of the plain ones:
-nothing is held twice. Doubling a map's sides in front of a convolution is folded into the convolution's weights.
+nothing is held twice. Large 3×3 convolutions in float32 go to winograd.py instead: oneDNN has no such kernel for these
+CPUs. Doubling a map's sides in front of a convolution is folded into the convolution's weights.
 
 The layers keep their names, parameters and `forward`. Whoever converts, copies, saves or loads them meets plain weights
 again, and later calls lay them out anew; only weights changed in place go unnoticed. Where an operator is missing or
@@ -19,16 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from ldmcli.models.layers import Upsample
+from ldmcli.runtime import winograd
 
 LARGE = 4 << 20  # bytes of a weight from which the memory it leaves is given back to the system at once
 
 
-def lay_out(module: nn.Module, *, fold: bool) -> None:
+def lay_out(module: nn.Module, *, fold: bool, fewer_products: bool = True) -> None:
     """Make the convolutions and products inside `module`, which is on a CPU, compute with oneDNN's own layouts from now
-    on, and with `fold` its upsamplers with folded weights. Weights are rearranged layer by layer as they are used."""
+    on, large convolutions by `fewer_products`, and with `fold` its upsamplers with folded weights. Weights are
+    rearranged layer by layer as they are used."""
     if not torch.backends.mkldnn.is_available() or not _operators():
         return
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
+    if fewer_products:
+        kinds |= {nn.Conv2d: FastConv2d, Upsample: FastUpsample}
     if fold:
         kinds[Upsample] = FoldedUpsample
     for part in module.modules():
@@ -160,6 +165,29 @@ class PackedConv2d(_Packed, nn.Conv2d):
         )
 
 
+class FastConv2d(PackedConv2d):
+    """The same, and where winograd.py serves by fewer products, from the plain weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fast = self.by_fewer_products(x)
+        return super().forward(x) if fast is None else fast
+
+    def by_fewer_products(self, x: Tensor, *, doubled: bool = False) -> Tensor | None:
+        """The convolution of x, or of x at twice its size, by winograd.py; None where that does not serve."""
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        if (
+            geometry != ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+            or x.requires_grad
+            or self.weight.requires_grad
+            or self.weight.dtype != torch.float32
+            or not winograd.suits(x, self.out_channels, doubled=doubled)
+        ):
+            return None
+        self._unpack()
+        bias = None if self.bias is None else self.bias.detach()
+        return winograd.convolve(x, self.weight.detach(), bias, doubled=doubled)
+
+
 class PackedLinear(_Packed, nn.Linear):
     """A product with a matrix laid out once. In float32 torch's products go to another library, MKL, as fast with plain
     matrices."""
@@ -173,18 +201,30 @@ class PackedLinear(_Packed, nn.Linear):
         return _operators()["_linear_pointwise"](x, self.weight, self.bias, "none", [], "")
 
 
-class FoldedUpsample(Upsample):
-    """Doubling by nearest neighbour and the 3×3 convolution behind it, as four 2×2 convolutions of the small map: of
-    the nine pixels that a result depends on, neighbours are equal, so that their weights can be summed beforehand. 4/9
-    of the multiplications."""
+class FastUpsample(Upsample):
+    """Doubling by nearest neighbour and the 3×3 convolution behind it in one, where winograd.py serves."""
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        fast = None
+        if isinstance(self.conv, FastConv2d) and _doubles(x, size):
+            fast = self.conv.by_fewer_products(x, doubled=True)
+        return self._otherwise(x, size) if fast is None else fast
+
+    def _otherwise(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        return super().forward(x, size)
+
+
+class FoldedUpsample(FastUpsample):
+    """The same, and otherwise as four 2×2 convolutions of the small map: of the nine pixels that a result depends on,
+    neighbours are equal, so that their weights can be summed beforehand. 4/9 of the multiplications."""
 
     _folded: list[PackedConv2d] | None = None
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def _otherwise(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         batch, _, height, width = x.shape
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        if size not in (None, (2 * height, 2 * width)) or not channels_last or x.requires_grad:
-            return super().forward(x, size)
+        if not _doubles(x, size) or not channels_last or x.requires_grad:
+            return super()._otherwise(x, size)
         if self._folded is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._folded = _fold(self.conv)
@@ -207,6 +247,11 @@ class FoldedUpsample(Upsample):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_folded": None}
+
+
+def _doubles(x: Tensor, size: tuple[int, int] | None) -> bool:
+    """Whether an upsampler asked for this size makes x exactly twice as high and wide."""
+    return size in (None, (2 * x.shape[2], 2 * x.shape[3]))
 
 
 def _fold(conv: nn.Conv2d) -> list[PackedConv2d]:

@@ -63,7 +63,8 @@ class Runtime:
             fuse(module)
         if self.device.type == "cpu":
             # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory.
-            lay_out(module, fold=not isinstance(module, UNet))
+            own = self.tuning.kernels != "torch"
+            lay_out(module, fold=not isinstance(module, UNet), fewer_products=own)
 
     def _kernels_work(self, dtype: torch.dtype) -> bool:
         """Whether this program's own kernels are to compute. Raises UsageError where they were asked for and do not
@@ -124,7 +125,7 @@ def _fitting(tuning: Tuning, device: torch.device) -> Tuning:
         raise UsageError("--kernels triton needs a CUDA device; use --kernels auto or torch on a CPU.")
     if tuning.low_vram:
         _log.info("--low-vram is for GPUs and does nothing on a CPU")
-    return dataclasses.replace(PLAIN, compiled=tuning.compiled)
+    return dataclasses.replace(PLAIN, kernels=tuning.kernels, compiled=tuning.compiled)
 
 
 def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:

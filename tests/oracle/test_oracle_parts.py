@@ -15,6 +15,7 @@ from oracle.comparing import relative
 from oracle.random_model import random_pipeline, save
 
 from ldmcli.pipeline import Pipeline
+from ldmcli.runtime import winograd
 
 TOLERANCE = 1e-5
 PROMPTS = ["", "a red apple on a blue background", "naïve 猫 🎉 " * 60]
@@ -172,3 +173,39 @@ def test_other_dimensions(name: str, settings: dict[str, Any], tmp_path: Path, o
     theirs = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
     assert relative(pipeline.decode(latents), theirs) < TOLERANCE
     assert relative(our_context(pipeline, PROMPTS), their_context(reference, PROMPTS)) < TOLERANCE
+
+
+def test_layers_wide_enough_for_fewer_multiplications(
+    tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """runtime/winograd.py computes what large maps of many channels go through, doubled or not."""
+    reference = random_pipeline(
+        unet={
+            "block_out_channels": (96, 128),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+        },
+        vae={
+            "block_out_channels": (96, 128),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "layers_per_block": 1,
+        },
+    )
+    pipeline = load(save(reference, tmp_path / "model"))
+    shapes: list[tuple[int, bool]] = []
+    convolve = winograd.convolve
+
+    def noting(x: torch.Tensor, *args: Any, doubled: bool = False) -> torch.Tensor:
+        shapes.append((x.shape[1], doubled))
+        return convolve(x, *args, doubled=doubled)
+
+    monkeypatch.setattr(winograd, "convolve", noting)
+    assert compare_unets(pipeline, reference, normal(2, 4, 32, 32), 500) < TOLERANCE
+    assert set(shapes) == {(96, False), (192, False), (224, False), (128, True)}
+    shapes.clear()
+    latents = normal(1, 4, 40, 36)
+    theirs = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
+    assert relative(pipeline.decode(latents), theirs) < TOLERANCE
+    assert set(shapes) == {(96, False), (128, False), (128, True)}
