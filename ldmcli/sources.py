@@ -2,14 +2,18 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model, with_prediction_type
-from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.request import GenerationRequest, fit_to_model
-from ldmcli.runtime.memory import check_memory
+from ldmcli.runtime.heap import LARGEST_KEPT, FilledHeap
+from ldmcli.runtime.memory import check_memory, host_memory
+from ldmcli.runtime.startup import likely_number_size
+from ldmcli.runtime.threads import available_cores
 from ldmcli.stopwatch import Stopwatch
 from ldmcli.text.chunks import tokenize
 
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from ldmcli.runtime.policy import Runtime
 
 _log = logging.getLogger(__name__)
+_MUCH = 256 << 20  # bytes of weights for which memory is got ahead of time
+_FILLING = 3  # threads that do so at most
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type")  # options beside the model that a picture depends on
 
 
@@ -59,6 +65,19 @@ class Sources:
             memory=memory,
             stopwatch=stopwatch,
         )
+
+    def fill_heap(self, device: str, dtype: str) -> FilledHeap | None:
+        """Begin to get memory for the weights from the kernel, before torch is imported and by the command line's words
+        for where to compute; None where that gains nothing."""
+        number, threads = likely_number_size(device, dtype), min(available_cores() - 1, _FILLING)
+        model = dataclasses.replace(self.model, half=number == 2)
+        try:
+            parts = [model.keys(part) for part in (("unet",) if self.vae else ("unet", "vae"))]
+        except LdmError:
+            return None  # those who read will tell
+        sizes = [number * math.prod(file.tensors[key].shape) for keys in parts for key, file in keys.items()]
+        size = sum(size for size in sizes if size < LARGEST_KEPT)
+        return FilledHeap(size, threads) if threads and _MUCH <= size <= host_memory() // 2 else None
 
     def settled(self, runtime: "Runtime") -> "Sources":
         """With the model's prediction type found out, if only its U-Net can tell."""

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,9 @@ class ModelSource:
     _opened: dict[tuple[str, bool], list[WeightFile]] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
+    _tokenizers: dict[TextEncoderConfig, ClipTokenizer] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def name(self) -> str:
@@ -67,10 +69,13 @@ class ModelSource:
         prefix = self.prefixes.get(part, "")
         return {key: file for file in self.files(part) for key in file.tensors if key.startswith(prefix)}
 
-    @cached_property
+    @property
     def tokenizers(self) -> tuple[ClipTokenizer, ...]:
-        """One for each text encoder: the folder's, or CLIP's own for a single file."""
-        return tuple(self._tokenizer(text) for text in self.config.text_encoders)
+        """One for each text encoder: the folder's, or CLIP's own for a single file. They are made once a run."""
+        for text in self.config.text_encoders:
+            if text not in self._tokenizers:
+                self._tokenizers[text] = self._tokenizer(text)
+        return tuple(self._tokenizers[text] for text in self.config.text_encoders)
 
     def _tokenizer(self, text: TextEncoderConfig) -> ClipTokenizer:
         openclip = text.layout == "openclip"

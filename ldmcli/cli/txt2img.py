@@ -35,6 +35,7 @@ from ldmcli.stopwatch import Stopwatch, process_age
 
 if TYPE_CHECKING:
     from ldmcli.pipeline import Begun, Pipeline
+    from ldmcli.runtime.heap import FilledHeap
     from ldmcli.runtime.policy import Runtime
     from ldmcli.sources import Sources
 
@@ -90,6 +91,7 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
     requests = _requests(prompts, options)
     # 2. What the model is, from its headers; then every check that needs no weights.
     sources = _open(options, record)
+    filled = sources.fill_heap(options["device"], options["dtype"])
     requests = _checked(requests, sources, eager=STDIN not in prompts)
     first = next(requests, None)
     if first is None:
@@ -105,7 +107,7 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
     if options["seed"] is None:
         _log.info("seed %d", first.seed)
     requests = _counted(itertools.chain([first], requests), options["count"])
-    _draw_all(sources, requests, output, options, record, eager=STDIN not in prompts)
+    _draw_all(sources, requests, output, options, record, filled, eager=STDIN not in prompts)
 
 
 def _draw_all(
@@ -114,6 +116,7 @@ def _draw_all(
     output: Output,
     options: dict[str, Any],
     record: dict[str, Any] | None,
+    filled: "FilledHeap | None",
     *,
     eager: bool,
 ) -> None:
@@ -130,6 +133,8 @@ def _draw_all(
     memory = remembered(enabled=not options["no_cache"])
     batches = _batches(requests, options["batch_size"])
     first = next(batches)
+    if filled:
+        _log.debug("%d MB of memory were got meanwhile", filled.free() >> 20)
     pipeline = _load(sources, runtime, options, first=first, memory=memory, stopwatch=stopwatch)
     hashed = model_sha256(dataclasses.replace(sources.model, half=runtime.half), memory.hashes)
 

@@ -1,11 +1,13 @@
-"""Where memory comes from on a CPU."""
+"""Where memory comes from on a CPU: the C library's heap, its ways, and a head start on filling it."""
 
 import contextlib
 import ctypes
+import threading
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGEST_KEPT = 96 << 20  # bytes: a U-Net's largest pieces are kept, those of a VAE given back
+LARGEST_KEPT = 96 << 20  # bytes: a U-Net's largest pieces are kept, those of a VAE given back
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt(3)
 _ALL = 2**31 - 1
+_BLOCK = 16 << 20  # bytes: 10 ms of a kernel's work, which is as long as `free` may have to wait
 
 
 def keep_freed_memory() -> None:
@@ -17,5 +19,52 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        mallopt(_MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(_TRIM_THRESHOLD, _ALL)
+
+
+class FilledHeap:
+    """`size` bytes that `threads` threads get from the kernel in the background, for what asks for memory after `free`.
+
+    A kernel clears memory when it is first touched, which takes far longer than to write numbers there: of 4 GB of
+    weights, three seconds of a core in the end. They are spent here while the main thread imports torch and other cores
+    have nothing to do. With another C library than glibc nothing is done.
+    """
+
+    def __init__(self, size: int, threads: int) -> None:
+        keep_freed_memory()
+        self._enough = threading.Event()
+        self._lock, self._left = threading.Lock(), size // _BLOCK
+        self._blocks: list[int] = []
+        self._threads: list[threading.Thread] = []
+        with contextlib.suppress(AttributeError, OSError):
+            self._libc = ctypes.CDLL(None)
+            self._libc.mallopt(_ARENA_MAX, 1)  # else each thread would have a heap of its own, and keep it
+            self._libc.malloc.restype, self._libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+            self._libc.free.argtypes = [ctypes.c_void_p]
+            self._threads = [threading.Thread(target=self._fill, name="fill heap", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _fill(self) -> None:
+        while not self._enough.is_set():
+            with self._lock:
+                if not self._left:
+                    return
+                self._left -= 1
+            block = self._libc.malloc(_BLOCK)
+            if block is None:
+                return
+            self._blocks.append(block)
+            ctypes.memset(block, 0, _BLOCK)
+
+    def free(self) -> int:
+        """End, and leave what there is to whoever asks next; so many bytes."""
+        self._enough.set()
+        for thread in self._threads:
+            thread.join()
+        size = len(self._blocks) * _BLOCK
+        for block in sorted(self._blocks, reverse=True):  # so that each joins the free memory above it
+            self._libc.free(block)
+        self._blocks.clear()
+        return size

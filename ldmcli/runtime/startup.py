@@ -17,6 +17,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 import types
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
+_BF16 = re.compile(r"\b(avx512_bf16|amx_bf16)\b")
 
 # The releases of torch for which it was checked that `import torch` needs nothing of these; others are imported whole.
 CHECKED_TORCH = ("2.14.",)
@@ -69,6 +71,18 @@ def whole_torch() -> None:
         module = sys.modules[name]
         if isinstance(module, _Deferred):
             module.load()
+
+
+def likely_number_size(device: str, dtype: str) -> int:
+    """How many bytes a weight will take on a CPU, by the command line's words, as far as can be told without torch; 0
+    where it may be a GPU that computes."""
+    if not (device == "cpu" or (device == "auto" and not _may_have_gpu())):
+        return 0
+    if dtype != "auto":
+        return 4 if dtype == "fp32" else 2
+    with contextlib.suppress(OSError):
+        return 2 if _BF16.search(Path("/proc/cpuinfo").read_text()) else 4
+    return 0
 
 
 def _link(folder: Path) -> None:
