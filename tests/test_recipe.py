@@ -21,7 +21,7 @@ data, emoji_names, presets, training = map(recipe_module, ("data", "emoji", "pre
 tokenizer, train_clip, train_vae, train_unet = map(
     recipe_module, ("tokenizer", "train_clip", "train_vae", "train_unet")
 )
-losses, measures, ablate_vae = map(recipe_module, ("vae_losses", "measures", "ablate_vae"))
+losses, measures, ablate_vae, muon = map(recipe_module, ("vae_losses", "measures", "ablate_vae", "muon"))
 SMOKE = presets.SMOKE
 
 
@@ -167,9 +167,9 @@ def stage(one_thread: None, tmp_path: Path) -> Any:
     torch.manual_seed(7)
     encoder = train_clip.ImageEncoder(SMOKE.text_width)
     training.save_atomically({"image": encoder.state_dict()}, tmp_path / "clip.pt")
-    args = argparse.Namespace(preset="smoke", device="cpu", out=tmp_path, rate=1e-3)
+    args = argparse.Namespace(preset="smoke", device="cpu", out=tmp_path, rate=1e-3, optimizer="muon")
     weights = losses.Weights(gradient=0.5, perceptual=0.7, kl=0.3, adversarial=0.2)
-    return train_vae.Stage1(train_vae.AutoencoderKL(SMOKE.vae), args, weights)
+    return train_vae.Stage1(train_vae.AutoencoderKL(SMOKE.vae), args, weights, training.Team())
 
 
 @pytest.fixture
@@ -324,3 +324,45 @@ def test_captions_are_drawn_by_their_probabilities(captions: Any, emoji: tuple[A
     total = sum(weights.values())
     for text in ("a red apple on a blue background", "red apple", "red"):
         assert drawn[text] / 5000 == pytest.approx(weights[text] / total, rel=0.25)
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (8, 576)])
+def test_orthogonal_makes_all_directions_alike(shape: tuple[int, int]) -> None:
+    torch.manual_seed(3)
+    left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    skewed = left @ (values * 10 ** torch.linspace(0, -1.5, len(values))).diag() @ right
+    made = left.T @ muon.orthogonal(skewed) @ right.T
+    assert made.diagonal().min() > 0.5
+    assert made.diagonal().max() < 1.3
+    assert (made - made.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_muon_steps_hidden_matrices_and_adamw_the_rest(stage: Any) -> None:
+    chosen = {id(matrix) for matrix in muon.hidden_matrices(stage.vae)}
+    names = {name for name, parameter in stage.vae.named_parameters() if id(parameter) in chosen}
+    assert "decoder.mid_block.resnets.0.conv1.weight" in names
+    assert "encoder.mid_block.attentions.0.to_q.weight" in names
+    assert not [name for name in names if "conv_in" in name or "conv_out" in name or not name.endswith("weight")]
+    left = {name for name, parameter in stage.vae.named_parameters() if parameter.ndim > 1} - names
+    assert left == {f"{part}.{name}.weight" for part in ("encoder", "decoder") for name in ("conv_in", "conv_out")}
+
+    before = {name: parameter.detach().clone() for name, parameter in stage.vae.named_parameters()}
+    for parameter in stage.vae.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    stage.optimizer.step(1e-2)
+    for name, parameter in stage.vae.named_parameters():
+        step = (parameter.detach() - before[name]) / -1e-2
+        if name in names:
+            wanted = 0.2 * max(step.flatten(1).shape) ** 0.5 * muon.orthogonal(parameter.grad.flatten(1))
+            assert relative(step.flatten(1) - 0.01 * before[name].flatten(1), wanted) < 1e-3, name
+        else:  # AdamW's first step has one size everywhere
+            assert (step - 0.01 * before[name]).abs().sub(1).abs().max() < 1e-2, name
+
+
+def test_the_work_of_a_step_is_shared_out_evenly() -> None:
+    matrices = [torch.nn.Parameter(torch.zeros(8 * i, 16)) for i in range(1, 12)]
+    owners = muon._shared_out(matrices, 3)
+    work = [matrix.numel() * min(matrix.shape) for matrix in matrices]
+    loads = [sum(one for one, owner in zip(work, owners, strict=True) if owner == rank) for rank in range(3)]
+    assert max(loads) < 1.2 * min(loads)
+    assert muon._shared_out(matrices, 1) == [0] * 11

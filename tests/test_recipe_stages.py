@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unet_arguments(folder: Path, **options: object) -> Any:
     """train_unet.py's arguments, for its parts."""
     usual = {"preset": "smoke", "out": folder, "device": "cpu", "seed": 0, "text_dropout": 0.12, "offset": 0.12}
-    return train.argparse.Namespace(**{**usual, "average": 0.99, "rate": 1e-3, **options})
+    return train.argparse.Namespace(**{**usual, "average": 0.99, "rate": 1e-3, "optimizer": "muon", **options})
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_run_goes_through_every_stage(run: Path) -> None:
     assert "vae ended" in (run / "vae.log").read_text()
     for name in ("tokenizer/vocab.json", "clip.pt", "vae.pt", "decoder.pt", "model.pt", "tiny-emoji/model_index.json"):
         assert (run / name).exists(), name
-    assert json.loads((run / "train.json").read_text()) == {"preset": "smoke", "seed": 0}
+    assert json.loads((run / "train.json").read_text()) == {"preset": "smoke", "seed": 0, "optimizer": "adamw"}
 
 
 def test_the_export_draws_as_in_diffusers(run: Path, one_thread: None) -> None:
@@ -160,7 +160,7 @@ def test_noise_has_the_schedules_strength(batches: Any) -> None:
 
 
 def test_stage_2_trains_text_and_unet_together(run: Path, batches: Any) -> None:
-    stage = train_unet.Stage2(recipe_module("presets").SMOKE, unet_arguments(run))
+    stage = train_unet.Stage2(recipe_module("presets").SMOKE, unet_arguments(run), recipe_module("training").Team())
     start = {name: value.clone() for name, value in stage.denoiser.named_parameters()}
     alike = torch.full((1000,), 1e-3)
     for step in range(5):  # its last layers start at zero: what is before them learns from the third step on
@@ -192,7 +192,7 @@ def test_a_killed_stage_2_goes_on_to_the_same_weights(run: Path, tmp_path: Path,
     torch.set_num_threads(1)  # as in the other process: sums of more threads are rounded otherwise
     absent = ("model.pt", "unet_checkpoint.pt")
     killed, unbroken = copy_run(run, tmp_path / "killed", *absent), copy_run(run, tmp_path / "unbroken", *absent)
-    steps = ("--steps", "24", "--save-at", "3")
+    steps = ("--steps", "24", "--optimizer", "muon", "--save-at", "3")
     checkpoint = killed / "unet_checkpoint.pt"
     process = subprocess.Popen(
         recipe_command("train_unet", *SMOKE, killed, *steps), env=in_one_thread(), stdout=subprocess.DEVNULL
@@ -205,8 +205,8 @@ def test_a_killed_stage_2_goes_on_to_the_same_weights(run: Path, tmp_path: Path,
     assert training.load(checkpoint)["step"] == 3
     assert not (killed / "model.pt").exists()
 
-    call_main("train_unet", *SMOKE, killed, *steps[:2], "--resume")
-    call_main("train_unet", *SMOKE, unbroken, *steps[:2])
+    call_main("train_unet", *SMOKE, killed, *steps[:4], "--resume")
+    call_main("train_unet", *SMOKE, unbroken, *steps[:4])
     ours, theirs = weights_of(killed), weights_of(unbroken)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -225,6 +225,7 @@ def test_a_team_of_two_takes_the_step_of_one(run: Path, batches: Any, tmp_path: 
     alone, first, second = (training.load(folder / f"rank_{name}.pt") for name in ("0_of_1", "0_of_2", "1_of_2"))
     assert torch.equal(first["weights"], second["weights"])
     assert relative(first["gradients"], alone["gradients"]) < 1e-4
+    assert relative(first["weights"], alone["weights"]) < 1e-4
     assert first["told"] == second["told"] == pytest.approx(alone["told"], rel=1e-5)
     assert torch.equal(first["rows"][:, 0], torch.arange(5.0))
     assert torch.equal(second["rows"], alone["rows"])
@@ -275,7 +276,7 @@ def test_what_train_refuses(
     assert f"the emoji font {absent} is missing" in said
     assert "apt-get install fonts-noto-color-emoji" in said
     said = refused(capsys, "--preset", "cpu", "--out", tmp_path / "a")
-    assert "--preset smoke --seed 0" in said
+    assert "--preset smoke --seed 0 --optimizer adamw" in said
     assert "evenly" in refused(capsys, *SMOKE, tmp_path / "a", "--processes", "3")
     assert "one" in refused(capsys, *SMOKE, tmp_path / "a", "--processes", "2", "--device", "cuda")
     with (tmp_path / "a" / "train.lock").open("w") as lock:

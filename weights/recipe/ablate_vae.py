@@ -90,7 +90,7 @@ def common_start(preset: Preset, everything: Weights, images: Tensor, args: argp
     if path.exists() and load(path)["asked"] == asked:
         return load(path)
     torch.manual_seed(args.seed)
-    stage = Stage1(AutoencoderKL(preset.vae), args, dataclasses.replace(everything, adversarial=0.0))
+    stage = Stage1(AutoencoderKL(preset.vae), args, dataclasses.replace(everything, adversarial=0.0), Team())
     run(stage, images, args.start_steps, args, "start")
     save_atomically({**stage.state(), "asked": asked}, path)
     return load(path)
@@ -185,7 +185,7 @@ def main() -> None:
     everything = weights_of(usual)
     start = common_start(preset, everything, data["seen"], args)
     args.identity = identity(start)
-    stage = Stage1(AutoencoderKL(preset.vae), args, everything)
+    stage = Stage1(AutoencoderKL(preset.vae), args, everything, Team())
     stage.restore(start)
     outcomes: dict[str, dict] = {}
     for name, weights in variants(everything, preset.vae).items():

@@ -78,14 +78,16 @@ def only_run(run: Path) -> Iterator[int]:
 
 
 def check_same_run(args: argparse.Namespace) -> None:
-    """Refuse to go on with another preset or seed than the folder's stages were begun with."""
-    note, asked = args.out / "train.json", {"preset": args.preset, "seed": args.seed}
+    """Refuse to go on with another preset, seed or optimizer than the folder's stages were begun with."""
+    note = args.out / "train.json"
+    asked = {"preset": args.preset, "seed": args.seed, "optimizer": args.optimizer}
     if note.exists() and args.first != STAGES[0].name:
         begun = json.loads(note.read_text(encoding="utf-8"))
         if begun != asked:
+            told = " ".join(f"--{name} {value}" for name, value in begun.items())
             raise SystemExit(
-                f"train.py: {args.out} holds a training with --preset {begun['preset']} --seed {begun['seed']}; go on "
-                "with these, choose another --out, or begin anew with --from data."
+                f"train.py: {args.out} holds a training with {told}; go on with these, choose another --out, or begin "
+                "anew with --from data."
             )
     note.write_text(json.dumps(asked) + "\n", encoding="utf-8")
 
@@ -118,7 +120,13 @@ def command_of(stage: Stage, args: argparse.Namespace) -> list[str]:
         command += ["--font", str(args.font)]
     if stage.minutes is None:
         return [sys.executable, *command]
-    command += ["--minutes", f"{args.minutes_scale * getattr(preset, stage.minutes):g}", "--resume"]
+    command += [
+        "--optimizer",
+        args.optimizer,
+        "--minutes",
+        f"{args.minutes_scale * getattr(preset, stage.minutes):g}",
+        "--resume",
+    ]
     size = team_size(args, preset)
     if size == 1:
         return [sys.executable, *command]

@@ -32,7 +32,7 @@ def main() -> None:
     before = how_near(vae, unseen) if team.rank == 0 else ""
     for part in (vae.decoder, vae.post_quant_conv):
         part.requires_grad_(True)
-    stage = Stage1(vae, args, weights_of(args))
+    stage = Stage1(vae, args, weights_of(args), team)
     stage.noise = args.off / vae.config.scaling_factor
     vae = train(stage, seen, unseen[:: max(1, len(unseen) // 12)], team, args)
     if team.rank == 0:

@@ -28,6 +28,7 @@ from caption_table import CaptionTable
 from data import save_grid, to_float
 from emoji import BACKGROUNDS, Captions, held_out_background
 from generate import generate
+from muon import Descent
 from presets import PRESETS, Preset, recipe_arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +43,6 @@ from training import (
     log,
     save_atomically,
     seed_of_step,
-    set_learning_rate,
 )
 
 from ldmcli.config import ScheduleConfig, TextEncoderConfig, VAEConfig
@@ -167,7 +167,7 @@ def show_progress(denoiser: Denoiser, vae: AutoencoderKL, batches: Batches, args
 class Stage2:
     """The denoiser, its average and optimizer: all that a checkpoint holds."""
 
-    def __init__(self, preset: Preset, args: argparse.Namespace) -> None:
+    def __init__(self, preset: Preset, args: argparse.Namespace, team: Team) -> None:
         clip = load(args.out / "clip.pt")
         self.configs = {"unet_config": dataclasses.asdict(preset.unet), "text_config": clip["config"]}
         self.denoiser = Denoiser(preset, TextEncoderConfig(**clip["config"]))
@@ -175,9 +175,7 @@ class Stage2:
         self.denoiser.text.load_state_dict(clip["text"])
         self.denoiser.to(args.device, memory_format=torch.channels_last)
         self.average = Average(self.denoiser, args.average)
-        self.optimizer = torch.optim.AdamW(
-            self.denoiser.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self.optimizer = Descent(args.optimizer, self.denoiser, args.rate, team)
         self.step, self.seconds = 0, 0.0
 
     def state(self) -> dict:
@@ -204,12 +202,10 @@ class Stage2:
         with half_precision(device):
             predicted = self.denoiser(noisy, timesteps, tokens)
         loss = F.mse_loss(predicted.float(), noise)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         mean_loss, progress = team.average(self.denoiser, loss.item(), progress)
-        torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.step += 1
         self.average.update(self.denoiser)
         return mean_loss, progress
@@ -262,7 +258,7 @@ def main() -> None:
     vae = load_vae(args.out / "vae.pt").to(args.device)
     batches = Batches(args, vae, team)
     torch.manual_seed(args.seed)
-    stage = Stage2(preset, args)
+    stage = Stage2(preset, args, team)
     train(stage, vae, batches, team, args)
     if team.rank == 0:
         kept = stage.average.model.cpu()

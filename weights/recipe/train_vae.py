@@ -21,8 +21,9 @@ import dataclasses
 import torch
 from data import save_grid, to_float
 from measures import peak_signal_to_noise, structural_similarity
+from muon import Descent
 from presets import PRESETS, recipe_arguments
-from torch import Tensor, nn
+from torch import Tensor
 from train_clip import ImageEncoder
 from training import (
     Average,
@@ -44,7 +45,7 @@ from ldmcli.models.vae import AutoencoderKL
 class Stage1:
     """The autoencoder, its critic, their optimizers: one step of training and all that a checkpoint holds."""
 
-    def __init__(self, vae: AutoencoderKL, args: argparse.Namespace, weights: Weights) -> None:
+    def __init__(self, vae: AutoencoderKL, args: argparse.Namespace, weights: Weights, team: Team) -> None:
         self.device, self.weights = torch.device(args.device), weights
         self.vae = vae.to(self.device, memory_format=torch.channels_last)
         self.encoder_learns = next(vae.encoder.parameters()).requires_grad
@@ -52,7 +53,7 @@ class Stage1:
         self.eyes = ImageEncoder(PRESETS[args.preset].text_width).to(self.device).requires_grad_(False)
         self.eyes.load_state_dict(load(args.out / "clip.pt")["image"])
         self.average = Average(self.vae, 0.995)
-        self.optimizer = torch.optim.AdamW(self.vae.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = Descent(args.optimizer, self.vae, args.rate, team)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=args.rate, betas=(0.5, 0.9))
         self.noise = 0.0  # noise added to latents before they are decoded, beyond the posterior's
         self.step, self.seconds = 0, 0.0
@@ -107,24 +108,20 @@ class Stage1:
         adversarial: bool,
     ) -> tuple[float, float]:
         """One step of both on a batch in [-1, 1]; the team's loss and progress."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss, decoded = self.backward(images, adversarial, generator)
         loss, progress = team.average(self.vae, loss, progress)
-        _descend(self.optimizer, self.vae, rate)
+        self.optimizer.step(rate)
         if adversarial:
             self.critic_optimizer.zero_grad(set_to_none=True)
             self.critic.loss(images, decoded).backward()
             team.average(self.critic, 0.0, 0.0)
-            _descend(self.critic_optimizer, self.critic, rate / 2)
+            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
+            set_learning_rate(self.critic_optimizer, rate / 2)
+            self.critic_optimizer.step()
         self.step += 1
         self.average.update(self.vae)
         return loss, progress
-
-
-def _descend(optimizer: torch.optim.Optimizer, module: nn.Module, rate: float) -> None:
-    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    set_learning_rate(optimizer, rate)
-    optimizer.step()
 
 
 @torch.no_grad()
@@ -234,7 +231,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     dataset = load(args.out / "dataset.pt")
     seen, unseen = dataset["images"][~dataset["held_out"]], dataset["images"][dataset["held_out"]]
-    stage = Stage1(AutoencoderKL(preset.vae), args, weights_of(args))
+    stage = Stage1(AutoencoderKL(preset.vae), args, weights_of(args), team)
     vae = train(stage, seen, unseen[:: max(1, len(unseen) // 12)], team, args)
     if team.rank > 0:
         return

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -104,15 +105,34 @@ class Team:
         extra = torch.tensor([loss, progress * self.size if self.rank == 0 else 0.0])
         every = [*gradients, extra]
         counts = [each.numel() for each in every]
-        if sum(counts) not in self._boards:
-            self._boards[sum(counts)] = _Board(self, sum(counts))
-        board = self._boards[sum(counts)]
+        board = self._board(sum(counts))
         for part, each in zip(board.own.split(counts), every, strict=True):
             part.view_as(each).copy_(each)
         board.average()
         for part, each in zip(board.mean.split(counts), every, strict=True):
             each.copy_(part.view_as(each))
         return extra[0].item(), extra[1].item()
+
+    @torch.no_grad()
+    def hand_round(self, parts: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Give every process what each part is in the process that owns it."""
+        if self.size == 1:
+            return
+        counts = [part.numel() for part in parts]
+        board = self._board(sum(counts))
+        for part, owner, place in zip(parts, owners, board.own.split(counts), strict=True):
+            if owner == self.rank:
+                place.view_as(part).copy_(part)
+        rows = [row.split(counts) for row in board.exchange()]
+        for i, (part, owner) in enumerate(zip(parts, owners, strict=True)):
+            if owner != self.rank:
+                part.copy_(rows[owner][i].view_as(part))
+        self.wait()  # until all have read
+
+    def _board(self, count: int) -> "_Board":
+        if count not in self._boards:
+            self._boards[count] = _Board(self, count)
+        return self._boards[count]
 
 
 class _Board:
@@ -150,6 +170,15 @@ class _Board:
         if self._team.rank == 0:
             name.unlink()
         return shared
+
+    def exchange(self) -> Sequence[Tensor]:
+        """The rows of all processes, once all are written."""
+        if self._rows is None:
+            rows = [torch.empty_like(self.own) for _ in range(self._team.size)]
+            distributed.all_gather(rows, self.own)
+            return rows
+        self._team.wait()
+        return self._rows[:-1]
 
     def average(self) -> None:
         """From all own rows to `mean`, the same bits for all."""
