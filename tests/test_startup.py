@@ -332,14 +332,16 @@ def test_memory_for_weights_is_got_ahead() -> None:
 
 def test_what_is_got_ahead_is_no_more_than_there_was_time_for() -> None:
     code = """
-        import json, resource
+        import ctypes, json, threading, time
         from ldmcli.runtime.heap import FilledHeap
+
+        ctypes.memset = lambda block, value, size: time.sleep(0.05)  # as if the kernel were that slow; takes no memory
         filled = FilledHeap(1 << 40, 3).free()
-        print(json.dumps([filled, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10]))
+        print(json.dumps([filled, threading.active_count()]))
     """
-    filled, peak = python(code)
-    assert filled < 1 << 30
-    assert peak < 2 << 30
+    filled, threads = python(code)
+    assert filled < 1 << 38
+    assert threads == 1
 
 
 def test_memory_is_got_while_torch_is_imported_and_given_to_the_weights(tmp_path: Path) -> None:
