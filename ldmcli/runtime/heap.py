@@ -5,9 +5,10 @@ import ctypes
 import threading
 
 LARGEST_KEPT = 96 << 20  # bytes: a U-Net's largest pieces are kept, those of a VAE given back
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # of mallopt(3)
+_USUAL_MMAPS = 65536
 _ALL = 2**31 - 1
-_BLOCK = 16 << 20  # bytes: 10 ms of a kernel's work, which is as long as `free` may have to wait
+_PART = 16 << 20  # bytes: 10 ms of a kernel's work, which is as long as `free` may have to wait
 
 
 def keep_freed_memory() -> None:
@@ -34,14 +35,18 @@ class FilledHeap:
     def __init__(self, size: int, threads: int) -> None:
         keep_freed_memory()
         self._enough = threading.Event()
-        self._lock, self._left = threading.Lock(), size // _BLOCK
-        self._blocks: list[int] = []
+        self._lock, self._next, self._size = threading.Lock(), 0, size
+        self._block: int | None = None
         self._threads: list[threading.Thread] = []
         with contextlib.suppress(AttributeError, OSError):
             self._libc = ctypes.CDLL(None)
-            self._libc.mallopt(_ARENA_MAX, 1)  # else each thread would have a heap of its own, and keep it
             self._libc.malloc.restype, self._libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
             self._libc.free.argtypes = [ctypes.c_void_p]
+            self._libc.mallopt(_ARENA_MAX, 1)  # else each thread would have a heap of its own, and keep it
+            self._libc.mallopt(_MMAP_MAX, 0)  # in one piece and in the heap: weights are of any size
+            self._block = self._libc.malloc(size)
+            self._libc.mallopt(_MMAP_MAX, _USUAL_MMAPS)
+        if self._block:
             self._threads = [threading.Thread(target=self._fill, name="fill heap", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -49,22 +54,19 @@ class FilledHeap:
     def _fill(self) -> None:
         while not self._enough.is_set():
             with self._lock:
-                if not self._left:
-                    return
-                self._left -= 1
-            block = self._libc.malloc(_BLOCK)
-            if block is None:
+                start, self._next = self._next, min(self._next + _PART, self._size)
+                end = self._next
+            if start == end:
                 return
-            self._blocks.append(block)
-            ctypes.memset(block, 0, _BLOCK)
+            assert self._block
+            ctypes.memset(self._block + start, 0, end - start)
 
     def free(self) -> int:
-        """End, and leave what there is to whoever asks next; so many bytes."""
+        """End, and leave what there is to whoever asks next; so many bytes are ready."""
         self._enough.set()
         for thread in self._threads:
             thread.join()
-        size = len(self._blocks) * _BLOCK
-        for block in sorted(self._blocks, reverse=True):  # so that each joins the free memory above it
-            self._libc.free(block)
-        self._blocks.clear()
-        return size
+        if self._block:
+            self._libc.free(self._block)
+        filled, self._block, self._next = self._next, None, 0
+        return filled
