@@ -70,6 +70,8 @@ class Sources:
         """Begin to get memory for the weights from the kernel, before torch is imported and by the command line's words
         for where to compute; None where that gains nothing."""
         number, threads = likely_number_size(device, dtype), min(available_cores() - 1, _FILLING)
+        if not (number and threads):
+            return None
         model = dataclasses.replace(self.model, half=number == 2)
         try:
             parts = [model.keys(part) for part in (("unet",) if self.vae else ("unet", "vae"))]
@@ -77,7 +79,7 @@ class Sources:
             return None  # those who read will tell
         sizes = [number * math.prod(file.tensors[key].shape) for keys in parts for key, file in keys.items()]
         size = sum(size for size in sizes if size < LARGEST_KEPT)
-        return FilledHeap(size, threads) if threads and _MUCH <= size <= host_memory() // 2 else None
+        return FilledHeap(size, threads) if _MUCH <= size <= host_memory() // 2 else None
 
     def settled(self, runtime: "Runtime") -> "Sources":
         """With the model's prediction type found out, if only its U-Net can tell."""

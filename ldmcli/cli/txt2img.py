@@ -134,7 +134,8 @@ def _draw_all(
     batches = _batches(requests, options["batch_size"])
     first = next(batches)
     if filled:
-        _log.debug("%d MB of memory were got meanwhile", filled.free() >> 20)
+        ready = filled.free()
+        _log.debug("%d MB of memory were got meanwhile", ready >> 20)
     pipeline = _load(sources, runtime, options, first=first, memory=memory, stopwatch=stopwatch)
     hashed = model_sha256(dataclasses.replace(sources.model, half=runtime.half), memory.hashes)
 
