@@ -102,6 +102,7 @@ class Kind:
     whole: bool = False  # a whole model, though of a family that cannot be read
     family: Family | None = None  # the family to read it as
     cure: str = "name the whole model's file or folder"
+    lacks_vae: bool = False  # whole but for that
 
 
 _UNET = "model.diffusion_model."
@@ -115,6 +116,7 @@ _PARTS = (_UNET + "input_blocks.", _UNET + "middle_block.", "first_stage_model.d
 _SD2_TEXT = "cond_stage_model.model.transformer.resblocks."
 _FOLDER_UNET = ("conv_in.", "time_embedding.", "down_blocks.")
 _MERGE = "this version does not apply it; name the whole model it was made for"
+_NAME_VAE = "name a VAE for it with --vae"
 _LORA_PARTS = (
     ".lora_down.",
     ".lora_A.",
@@ -212,6 +214,8 @@ _ORIGINAL: tuple[Kind, ...] = (
         "SDXL checkpoint without its VAE",
         (_UNET + "label_emb.", "conditioner.embedders."),
         without=("first_stage_model.",),
+        cure=_NAME_VAE,
+        lacks_vae=True,
     ),
     Kind(
         "SDXL checkpoint without its text encoders",
@@ -222,6 +226,8 @@ _ORIGINAL: tuple[Kind, ...] = (
         "Stable Diffusion 2.x checkpoint without its VAE",
         (_UNET + "input_blocks.", _SD2_TEXT),
         without=("first_stage_model.",),
+        cure=_NAME_VAE,
+        lacks_vae=True,
     ),
     Kind(
         "latent diffusion model with a BERT text encoder",
@@ -239,6 +245,8 @@ _ORIGINAL: tuple[Kind, ...] = (
         "Stable Diffusion 1.x checkpoint without its VAE",
         (_UNET + "input_blocks.", "cond_stage_model.transformer."),
         without=("first_stage_model.",),
+        cure=_NAME_VAE,
+        lacks_vae=True,
     ),
     Kind("SDXL U-Net only (original keys)", (_UNET + "label_emb.",), without=("first_stage_model.",)),
 )
@@ -326,6 +334,12 @@ def describe_single_file(shapes: SHAPES) -> str:
     """What a weight file with these tensors is, in a few words; "unknown" where no row of KINDS fits."""
     kind = _find(shapes)
     return kind.name if kind else "unknown"
+
+
+def lacks_only_vae(shapes: SHAPES) -> bool:
+    """Whether a single file with these tensors is a model but for its VAE."""
+    kind = _find(shapes)
+    return bool(kind and kind.lacks_vae)
 
 
 def require_family(shapes: SHAPES, path: Path) -> Family:

@@ -123,7 +123,7 @@ class Sources:
 def open_sources(options: Mapping[str, Any]) -> Sources:
     """Look at the headers of all that the options name, fetching models of the hub. Raises LdmError."""
     allow_pickle = options["allow_pickle"]
-    model = open_model(located(options["model"], options), allow_pickle=allow_pickle)
+    model = open_model(located(options["model"], options), allow_pickle=allow_pickle, own_vae=not options["vae"])
     if options["prediction_type"]:
         model = with_prediction_type(model, options["prediction_type"])
     config = model.config
@@ -134,7 +134,7 @@ def open_sources(options: Mapping[str, Any]) -> Sources:
 
         vae = open_vae(located(options["vae"], options), config, allow_pickle=allow_pickle)
     if options["refiner"]:
-        refiner = open_model(located(options["refiner"], options), allow_pickle=allow_pickle)
+        refiner = open_model(located(options["refiner"], options), allow_pickle=allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
     elif options["refiner_start"] is not None:
         raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_support import ldm
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -166,6 +168,49 @@ def test_damaged_taesd(config: ModelConfig, tiny_state: State, tmp_path: Path) -
     many = {key: tensor for key, tensor in many.items() if key != "7.weight"} | {"200.weight": torch.zeros(3, 8, 3, 3)}
     many = {key: t for key, t in many.items() if key in ("1.weight", "200.weight") or ".conv." in key}
     assert "has tensors of shapes that fit no TAESD (197 blocks)" in refusal(written(many, path), config)
+
+
+# ---- a model without one ----
+
+
+@pytest.fixture
+def lacking_file(model_file: Path, tmp_path: Path) -> Path:
+    """The model but for its VAE."""
+    state = {key: t for key, t in load_file(model_file).items() if not key.startswith("first_stage_model.")}
+    return written(state, tmp_path / "lacking.safetensors")
+
+
+def test_a_model_without_a_vae_is_drawn_with_another(
+    lacking_file: Path, model_file: Path, kl_state: State, tmp_path: Path
+) -> None:
+    vae = written(kl_state, tmp_path / "vae.safetensors")
+    settings = ("--steps", "2", "-W", "64", "-H", "64", "--seed", "1", "a fox")
+    whole = ldm("txt2img", "-m", model_file, "-o", tmp_path / "whole.png", *settings)
+    drawn = ldm("txt2img", "-m", lacking_file, "--vae", vae, "-o", tmp_path / "drawn.png", *settings)
+    assert (whole.code, drawn.code) == (0, 0), (whole, drawn)
+    with Image.open(tmp_path / "whole.png") as one, Image.open(tmp_path / "drawn.png") as other:
+        assert one.tobytes() == other.tobytes()
+
+
+def test_a_model_without_a_vae_says_how_to_name_one(lacking_file: Path) -> None:
+    refused = ldm("txt2img", "-m", lacking_file, "a fox")
+    assert refused.code == 65
+    assert refused.err.endswith(
+        "is a Stable Diffusion 1.x checkpoint without its VAE, not a whole model; name a VAE for it with --vae.\n"
+    )
+
+
+def test_only_a_vae_may_be_lacking(model_file: Path, tmp_path: Path) -> None:
+    """Whether or not another VAE is named, what else a file is shows: inpainting, a U-Net alone, a damaged VAE."""
+    state = load_file(model_file)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    wide = {key: t for key, t in state.items() if not key.startswith("first_stage_model.")}
+    wide[first] = state[first].repeat(1, 3, 1, 1)[:, :9]
+    alone = {key: t for key, t in state.items() if key.startswith("model.diffusion_model.")}
+    damaged = {key: t for key, t in state.items() if key != "first_stage_model.post_quant_conv.weight"}
+    for made, told in ((wide, "inpainting"), (alone, "U-Net only"), (damaged, "post_quant_conv.weight is missing")):
+        with pytest.raises(BadDataError, match=told):
+            open_model(written(made, tmp_path / "model.safetensors"), own_vae=False)
 
 
 # ---- what fits the model ----

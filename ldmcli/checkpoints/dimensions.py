@@ -10,6 +10,19 @@ from ldmcli.errors import BadDataError, printable
 from ldmcli.families import LCM_DEFAULTS, Family, TextPart
 
 Shapes = Mapping[str, tuple[int, ...]]
+_VAE_WIDTHS = (128, 256, 512, 512)  # of the autoencoder that Stable Diffusion 1, 2 and XL share
+# Its tensors that tell dimensions, to stand for those of a checkpoint without its VAE.
+USUAL_VAE: Shapes = {
+    f"{VAE_PREFIX}encoder.conv_in.weight": (128, 3, 3, 3),
+    f"{VAE_PREFIX}decoder.conv_in.weight": (512, 4, 3, 3),
+    f"{VAE_PREFIX}decoder.conv_out.weight": (3, 128, 3, 3),
+    f"{VAE_PREFIX}post_quant_conv.weight": (4, 4, 1, 1),
+    **{
+        f"{VAE_PREFIX}encoder.down.{level}.block.{block}.conv1.weight": (width, width, 3, 3)
+        for level, width in enumerate(_VAE_WIDTHS)
+        for block in range(2)
+    },
+}
 _NUMBER_DIM = 256  # sinusoids for each of SDXL's added numbers
 _MAX_BLOCKS = 64  # Stable Diffusion's U-Net has 12; the time to look at a file grows with their number
 

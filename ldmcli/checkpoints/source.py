@@ -8,7 +8,7 @@ from typing import Any
 
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
-from ldmcli.checkpoints.dimensions import config_from_shapes
+from ldmcli.checkpoints.dimensions import USUAL_VAE, config_from_shapes
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.hub_name import snapshot_name
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX
@@ -16,7 +16,7 @@ from ldmcli.checkpoints.layout import GENERATION, weight_names
 from ldmcli.checkpoints.training import schedule_of_file
 from ldmcli.config import ModelConfig, TextEncoderConfig
 from ldmcli.errors import BadDataError, MissingInputError, printable
-from ldmcli.families import FAMILIES, READ, describe_single_file, family_of_unet, require_family
+from ldmcli.families import FAMILIES, READ, describe_single_file, family_of_unet, lacks_only_vae, require_family
 from ldmcli.opening import read_json
 from ldmcli.text.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 
@@ -104,20 +104,24 @@ def embedded_model() -> Path:
     )
 
 
-def open_model(path: Path, *, allow_pickle: bool = False) -> ModelSource:
-    """Look at a diffusers folder or a single .safetensors file; every header is validated.
+def open_model(path: Path, *, allow_pickle: bool = False, own_vae: bool = True) -> ModelSource:
+    """Look at a diffusers folder or a single .safetensors file; every header is validated. Without `own_vae`, for what
+    will be drawn with another VAE or none, a single file may lack its own.
 
     Raises MissingInputError (nothing there) or BadDataError (what it is instead, and what to do).
     """
     if os.path.isdir(path):  # unlike Path.is_dir, never raises
         return _open_folder(path, allow_pickle)
-    return model_of_file(open_weights(path, allow_pickle=allow_pickle))
+    return model_of_file(open_weights(path, allow_pickle=allow_pickle), own_vae=own_vae)
 
 
-def model_of_file(file: WeightFile) -> ModelSource:
-    """The model that a single file holds. Raises BadDataError saying what it is instead."""
+def model_of_file(file: WeightFile, *, own_vae: bool = True) -> ModelSource:
+    """The model that a single file holds; without `own_vae`, it may lack that, and is taken to be of the usual one's
+    latents. Raises BadDataError saying what it is instead."""
     path = file.path
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
+    if not own_vae and lacks_only_vae(shapes):
+        shapes.update(USUAL_VAE)
     family = require_family(shapes, path)
     prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.part: text.prefix for text in family.texts}}
     known = tuple(prefixes.values())

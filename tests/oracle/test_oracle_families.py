@@ -3,6 +3,7 @@
 Parts agree to 1e-5 relative in float32, whole runs to 1e-4 after every step.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from oracle.original_layout import original_state, write
 from oracle.random_families import RECIPES, build_parts
 
 from ldmcli.checkpoints.source import open_model
+from ldmcli.config import VAEConfig
 from ldmcli.diffusion import conditions
 from ldmcli.errors import BadDataError
 from ldmcli.families import LCM_DEFAULTS
@@ -345,6 +347,18 @@ def test_layouts_draw_the_same(family_models: FamilyModels, name: str) -> None:
 def test_families_are_told_apart(family_models: FamilyModels, name: str, family: str) -> None:
     for layout in ("folder", "file"):
         assert open_model(family_models.path(name, layout)).config.family == family
+
+
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "refiner"])
+def test_a_file_may_lack_its_vae(family_models: FamilyModels, name: str, tmp_path: Path) -> None:
+    """What is drawn with another, or hands its latents on, needs none: the rest is read as from the whole file."""
+    state = original_state(family_models.parts(name))
+    path = write({k: t for k, t in state.items() if not k.startswith("first_stage_model.")}, tmp_path / "lacking")
+    with pytest.raises(BadDataError, match=r"without its VAE, not a whole model; name a VAE for it with --vae\.$"):
+        open_model(path)
+    whole, lacking = open_model(family_models.path(name, "file")).config, open_model(path, own_vae=False).config
+    assert dataclasses.replace(lacking, vae=whole.vae) == whole
+    assert lacking.vae == VAEConfig(scaling_factor=whole.vae.scaling_factor, force_upcast=whole.vae.force_upcast)
 
 
 def test_prediction_type_is_found_out(family_models: FamilyModels, tmp_path: Path) -> None:
