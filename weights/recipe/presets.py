@@ -118,7 +118,7 @@ def recipe_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="the model's size (default: cpu)")
     parser.add_argument("--out", type=Path, default=RUNS, help="folder of the run (default: runs/recipe)")
     parser.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="of stages 1 and 2 (default: adamw)"
+        "--optimizer", choices=("adamw", "muon"), default="muon", help="of stages 1 and 2 (default: muon)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
