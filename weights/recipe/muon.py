@@ -1,5 +1,5 @@
-"""The optimizers of stages 1 and 2: AdamW, or with `--optimizer muon` Muon for the hidden layers' weights and AdamW for
-all else (Jordan et al. 2024).
+"""The optimizers of stages 1 and 2: Muon for the hidden layers' weights and AdamW for all else (Jordan et al. 2024), or
+with `--optimizer adamw` AdamW alone.
 
 A gradient, seen as a matrix, is mostly a few directions; Muon steps by the nearest matrix that has all directions
 alike, so that rare ones count as much. Short runs gain most: with the same batches, stage 1 was after 350 steps where
