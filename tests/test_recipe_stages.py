@@ -238,7 +238,7 @@ def test_the_ablation_makes_a_table_and_goes_on(run: Path, tmp_path: Path, monke
     table = (folder / "ablation" / "table.md").read_text()
     assert len(table.splitlines()) == 8
     figures = [json.loads(path.read_text()) for path in (folder / "ablation").glob("*.json")]
-    assert len({found["psnr"] for found in figures}) == 5
+    assert len({found["edges"] for found in figures}) == 6
     assert {found["asked"]["start"] for found in figures} == {figures[0]["asked"]["start"]}
 
     done = []

@@ -148,7 +148,8 @@ def _usage_error(error: click.ClickException) -> str:
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
     """SIGINT and SIGTERM raise KeyboardInterrupt and _Terminated, whatever an import that they hit makes of that; once
-    more where it makes nothing of it at all, as C code that looks for an attribute does."""
+    more where it makes nothing of it at all, as C code that looks for an attribute does, or what is called when
+    something is freed, of which Python would print a traceback."""
     kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
     received: list[type[BaseException]] = []
 
@@ -161,6 +162,11 @@ def _signals_raise() -> Iterator[None]:
     def again(_number: int, _frame: FrameType | None) -> None:
         raise received[-1]
 
+    def not_raised(lost: "sys.UnraisableHookArgs") -> None:
+        if not (received and issubclass(lost.exc_type, received[-1])):
+            sys.__unraisablehook__(lost)
+
+    before, sys.unraisablehook = sys.unraisablehook, not_raised
     for number in kinds:
         if signal.getsignal(number) is not signal.SIG_IGN:  # which is how nohup and shells in the background ask
             signal.signal(number, on_signal)
@@ -171,6 +177,7 @@ def _signals_raise() -> Iterator[None]:
             raise received[-1] from None
         raise
     finally:
+        sys.unraisablehook = before
         if received:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
