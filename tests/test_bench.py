@@ -375,6 +375,14 @@ def bench(*arguments: str | Path, **settings: Any) -> Result:
     return ldm("bench", "--device", "cpu", "--dtype", "fp32", "--threads", "1", *arguments, **settings)
 
 
+def test_one_step_is_timed_behind_another() -> None:
+    """The first of a run is none to go by: where one is asked for, two are made."""
+    result = bench("--clock", "step", "--runs", "1", "--steps", "1", "--json")
+    assert result.code == 0, result.err
+    (found,) = result.records
+    assert len(found["contenders"]["ldm"]["samples"]["step"]) == 1
+
+
 def test_cold_starts_of_the_embedded_model(tmp_path: Path) -> None:
     result = bench("--clock", "cold", "--runs", "1", "--steps", "2", "--json", env={"TMPDIR": str(tmp_path)})
     assert result.code == 0, result.err

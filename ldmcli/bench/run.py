@@ -242,7 +242,7 @@ class _Bench:
             # On a GPU so many that `ldm` records a step as a graph: see runtime/graph.py.
             warm_up = parity.STEPS if job.device.startswith("cuda") else 2
             worker.ask("draw", steps=warm_up, prompt=self._task.prompt, decode=image)
-        steps = self._task.steps if image else min(self._task.steps, 1 + _TIMED_STEPS)
+        steps = self._task.steps if image else 1 + min(max(self._task.steps - 1, 1), _TIMED_STEPS)
         # Another prompt each time: one that was seen before need not be encoded.
         answer = worker.ask("draw", steps=steps, prompt=f"{i + 1} {self._task.prompt}", decode=image)
         if image:
