@@ -164,7 +164,7 @@ def _signals_raise() -> Iterator[None]:
 
     def not_raised(lost: "sys.UnraisableHookArgs") -> None:
         if not (received and issubclass(lost.exc_type, received[-1])):
-            sys.__unraisablehook__(lost)
+            before(lost)
 
     before, sys.unraisablehook = sys.unraisablehook, not_raised
     for number in kinds:
