@@ -1,7 +1,9 @@
 """Fixtures that several test files share. Nothing heavy is imported before a test asks for it."""
 
 import dataclasses
+import gc
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_interrupts() -> None:
+    """A shell that runs the tests in the background has them ignore SIGINT, and so would the commands they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def own_garbage() -> Iterator[None]:
+    """A command that failed in the test's own process before it had read a model left garbage uncollected."""
+    yield
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
