@@ -288,10 +288,10 @@ def load_pipeline(
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
     stage = Stage(runtime.device, narrow=runtime.tuning.low_vram)
     with _sharing_the_processor(memory):
-        decoder = in_background(lambda: _load_vae(source, runtime, vae, stage.home), "read VAE")
         models = [
             _Loading(one, runtime, stage, own) for one, own in ((source, unet), (refiner, None)) if one is not None
         ]
+        decoder = in_background(lambda: _load_vae(source, runtime, vae, stage.home), "read VAE")
         for model in models:
             model.encode(first, memory, stopwatch)
         with stopwatch.phase("weights"):
@@ -365,7 +365,7 @@ def _load_vae(
 ) -> AutoencoderKL | TinyVAE:
     torch.set_num_threads(1)
     if other is None:
-        vae: AutoencoderKL | TinyVAE = load_vae(source, device, runtime.vae_dtype(source.config.vae))
+        vae: AutoencoderKL | TinyVAE = load_vae(source, device, runtime.vae_dtype(source.config.vae), encoder=False)
     else:
         from ldmcli.checkpoints.vae_source import load_vae_from
 

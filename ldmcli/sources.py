@@ -12,7 +12,7 @@ from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.request import GenerationRequest, fit_to_model
 from ldmcli.runtime.heap import LARGEST_KEPT, FilledHeap
 from ldmcli.runtime.memory import check_memory, host_memory
-from ldmcli.runtime.startup import likely_number_size
+from ldmcli.runtime.startup import likely_number_size, settle_down
 from ldmcli.runtime.threads import available_cores
 from ldmcli.stopwatch import Stopwatch
 from ldmcli.text.chunks import tokenize
@@ -54,7 +54,7 @@ class Sources:
 
         model, refiner = (s and dataclasses.replace(s, half=runtime.half) for s in (self.model, self.refiner))
         assert model is not None
-        return load_pipeline(
+        pipeline = load_pipeline(
             model,
             runtime,
             vae=self.vae,
@@ -65,6 +65,8 @@ class Sources:
             memory=memory,
             stopwatch=stopwatch,
         )
+        settle_down()
+        return pipeline
 
     def fill_heap(self, device: str, dtype: str) -> FilledHeap | None:
         """Begin to get memory for the weights from the kernel, before torch is imported and by the command line's words
@@ -77,6 +79,7 @@ class Sources:
             parts = [model.keys(part) for part in (("unet",) if self.vae else ("unet", "vae"))]
         except LdmError:
             return None  # those who read will tell
+        # A VAE's encoder, which is not read, counts too: the first step needs some room.
         sizes = [number * math.prod(file.tensors[key].shape) for keys in parts for key, file in keys.items()]
         size = sum(size for size in sizes if size < LARGEST_KEPT)
         return FilledHeap(size, threads) if _MUCH <= size <= host_memory() // 2 else None

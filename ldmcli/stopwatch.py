@@ -10,8 +10,8 @@ PHASES = ("imports", "weights", "text", "denoise", "vae", "png")
 
 
 class Stopwatch:
-    """Seconds spent in each phase, and how old the process was when certain things first happened. A phase inside
-    another counts for itself alone, so that their sum is a time.
+    """Seconds spent in each phase, and how old the process was when certain things first happened, and how much memory
+    it had held by then. A phase inside another counts for itself alone, so that their sum is a time.
 
     `settle` waits for a device that computes by itself: it is called before a time is taken, where times are to be the
     device's and not only the host's.
@@ -21,6 +21,7 @@ class Stopwatch:
         self._settle = settle
         self.seconds: dict[str, float] = {}
         self.marks: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self._inner = 0.0  # s that phases inside the present one took
 
     @contextlib.contextmanager
@@ -41,17 +42,20 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def mark(self, name: str) -> None:
-        """Note the age of the process, s, unless that was done before under this name."""
+        """Note the age of the process, s, and its peak of memory, unless that was done before under this name."""
         if name not in self.marks:
             if self._settle:
                 self._settle()
             self.marks[name] = process_age()
+            self.peaks[name] = process_peak()
 
     def report(self) -> dict[str, dict[str, float]]:
-        """`phases` since the last report, in the order of PHASES, and all `marks`; seconds, to the millisecond."""
+        """`phases` since the last report, in the order of PHASES, and all `marks`; seconds, to the millisecond. And in
+        bytes `peaks`, the most memory that the process had held at each mark."""
         phases = {name: round(self.seconds[name], 3) for name in PHASES if name in self.seconds}
         self.seconds = {}
-        return {"phases": phases, "marks": {name: round(age, 2) for name, age in self.marks.items()}}
+        marks = {name: round(age, 2) for name, age in self.marks.items()}
+        return {"phases": phases, "marks": marks, "peaks": dict(self.peaks)}
 
 
 def process_age() -> float:
@@ -63,3 +67,12 @@ def process_age() -> float:
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
     except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
+
+
+def process_peak() -> int:
+    """The most memory this process has held, in bytes (VmHWM); 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0

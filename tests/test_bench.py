@@ -395,7 +395,7 @@ def test_cold_starts_of_the_embedded_model(tmp_path: Path) -> None:
         assert 0 < first < whole
         assert {"imports", "weights", "denoise", "vae", "png", "rest"} <= set(phases_)
         assert sum(phases_.values()) == pytest.approx(whole, abs=1e-3)
-        assert record["peaks"]["cold"][0] > 1e8
+        assert record["peaks"]["cold"][0] >= record["peaks"]["first_step"][0] > 1e8
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """Layers laid out for oneDNN give the plain layers' numbers, lay each weight out once, and stay what they were."""
 
 import copy
+import types
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,9 @@ from ldmcli.models.unet import UNet
 from ldmcli.models.vae import AutoencoderKL
 from ldmcli.runtime import onednn
 from ldmcli.runtime.onednn import PackedConv2d, PackedLinear, lay_out
+from ldmcli.runtime.policy import choose_runtime
 
+VAE = VAEConfig(block_channels=(8, 16), layers_per_block=1, norm_groups=4)
 UNET = UNetConfig(block_channels=(32, 64), attention=(1, 1), heads=(2, 2), context_dim=16, norm_groups=8)
 CHANNELS_LAST = torch.channels_last
 
@@ -93,6 +96,54 @@ def test_convolution(
         for _ in range(3):
             assert relative(fast(other), plain(other)) < 1e-6
     assert is_packed(fast)
+
+
+def test_a_layer_that_is_sure_to_be_called_again_is_laid_out_at_once(reorders: Counter[str]) -> None:
+    """The numbers are those of a layer that waits, the weight is laid out once, and inputs of other shapes in turn find
+    it plain: laying it out for each would cost more than it saves."""
+    plain, waiting = twins(nn.Conv2d(32, 64, 3, padding=1))
+    holder = nn.ModuleList([copy.deepcopy(plain)])
+    lay_out(holder, fold=False, at_once=True)
+    x, other = normal(2, 32, 9, 7), normal(1, 32, 9, 7)
+    with torch.inference_mode():
+        first = holder[0](x)
+        assert is_packed(holder[0])
+        assert reorders["_reorder_convolution_weight"] == 1
+        assert torch.equal(first, waiting(x))
+        assert torch.equal(holder[0](x), first)
+        assert reorders["_reorder_convolution_weight"] == 1
+        for one in (other, x, other):
+            assert torch.equal(holder[0](one), waiting(one))
+            assert not is_packed(holder[0])
+
+
+def test_a_unet_is_laid_out_at_its_first_step_and_a_vae_is_not() -> None:
+    unet, vae = UNet(UNET).requires_grad_(False).eval(), AutoencoderKL(VAE).requires_grad_(False).eval()
+    runtime = choose_runtime("cpu", "fp32")
+    for module in (unet, vae):
+        randomise(module, torch.Generator().manual_seed(0))
+        runtime.prepare(module)
+    with torch.inference_mode():
+        latents = normal(2, 4, 8, 8)
+        unet(latents, unet.embed_time(torch.tensor([500.0])), unet.project_context(normal(2, 7, 16)))
+        vae.decode(latents)
+    convolutions = [part for part in unet.modules() if isinstance(part, nn.Conv2d)]
+    assert all(map(is_packed, convolutions))
+    assert not any(is_packed(part) for part in vae.modules() if isinstance(part, nn.Conv2d))
+
+
+def test_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each weight: what is given back has to be cleared by the kernel before it is used again."""
+    trims = []
+    monkeypatch.setattr(onednn, "MUCH", 100_000)
+    monkeypatch.setattr(onednn, "_left", 0)
+    monkeypatch.setattr(onednn.ctypes, "CDLL", lambda _: types.SimpleNamespace(malloc_trim=trims.append))
+    layers = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(9))  # of 36,864 bytes each
+    lay_out(layers, fold=False, at_once=True)
+    with torch.inference_mode():
+        for layer in layers.requires_grad_(False).to(memory_format=CHANNELS_LAST):
+            layer(normal(1, 32, 5, 5))
+    assert trims == [0, 0, 0]
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (2, 77, 64), (2, 256, 64), (3, 1, 64)])

@@ -101,6 +101,43 @@ def test_another_torch_is_imported_whole(tmp_path: Path) -> None:
     assert python(code, PYTHONPATH=str(tmp_path)) == [str(fake / "__init__.py"), False]
 
 
+def test_garbage_is_not_looked_for_before_the_model_is_there(tmp_path: Path) -> None:
+    """And is again afterwards: a batch may run for days."""
+    code = """
+        import gc, json, sys
+        from ldmcli import sources
+        from ldmcli.cli import run
+
+        def settle_down(real=sources.settle_down):
+            before = gc.isenabled(), "torch" in sys.modules
+            real()
+            told.append([*before, gc.isenabled(), gc.get_freeze_count() > 100_000])
+
+        told, sources.settle_down = [], settle_down
+        assert run(sys.argv[1:]) == 0
+        print(json.dumps([*told, gc.isenabled()]))
+    """
+    assert python(code, *DRAW, "-o", str(tmp_path / "x.png")) == [[False, True, True, True], True]
+
+
+def test_torch_is_linked_while_python_goes_on() -> None:
+    """A library that takes long to link keeps a thread, and nobody else."""
+    code = """
+        import json, sys, threading, time
+        from ldmcli.runtime import startup
+
+        started, turns, linking = time.monotonic(), 0, "link torch"
+        startup.link_ahead()
+        while any(thread.name == linking for thread in threading.enumerate()):
+            turns += 1
+            time.sleep(0)
+        print(json.dumps([turns, time.monotonic() - started, "torch" in sys.modules]))
+    """
+    turns, seconds, imported = python(code)
+    assert turns > 50 * seconds
+    assert not imported
+
+
 def test_the_torch_that_is_pinned_was_checked() -> None:
     pins = (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines()
     (pin,) = [line.partition("==")[2] for line in pins if line.startswith("torch==")]
@@ -139,6 +176,7 @@ def test_json_tells_where_the_time_went(tmp_path: Path) -> None:
     assert first["phases"]["imports"] > 0.1
     assert set(second["phases"]) == {"text", "denoise", "vae", "png"}  # nothing is loaded again
     assert 0 < first["marks"]["ready"] <= first["marks"]["first_step"] == second["marks"]["first_step"]
+    assert 50e6 < first["peaks"]["ready"] <= first["peaks"]["first_step"] == second["peaks"]["first_step"] < 5e9
     # Phases are the main thread's, none counted twice: up to the first step there were no others.
     until_ready = sum(first["phases"][name] for name in ("imports", "weights", "text"))
     assert until_ready <= first["marks"]["ready"] + 0.05

@@ -1,8 +1,9 @@
 """What contenders that compute with torch share: when each step ended, and how much memory was held."""
 
 import time
-from pathlib import Path
 from typing import Any
+
+from ldmcli.stopwatch import process_peak
 
 
 class StepClock:
@@ -35,18 +36,10 @@ class StepClock:
 
 def memory(device: str) -> dict[str, int]:
     """The most this process has held, in bytes: of the host's memory, and of the GPU's."""
-    held = {"host": host_peak()}
+    held = {"host": process_peak()}
     if device.startswith("cuda"):
         import torch
 
         held["gpu_allocated"] = torch.cuda.max_memory_allocated()
         held["gpu_reserved"] = torch.cuda.max_memory_reserved()
     return held
-
-
-def host_peak() -> int:
-    """The most memory this process has held, in bytes (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0

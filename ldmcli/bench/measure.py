@@ -21,8 +21,9 @@ class Summary:
 @dataclasses.dataclass
 class Record:
     """All that is known of one contender. Samples are seconds by clock (`cold`, `first_step`, `image`, `step`), phases
-    those of each cold run, peaks bytes by where (`cold`, `host`, `gpu_allocated`, `gpu_reserved`). `greeting` is what
-    it said of itself, `parity` how far it is from the reference; `failure` why it did not go on."""
+    those of each cold run, peaks bytes by where (`cold`; `first_step`, of a cold run until then; `host`,
+    `gpu_allocated`, `gpu_reserved`). `greeting` is what it said of itself, `parity` how far it is from the reference;
+    `failure` why it did not go on."""
 
     name: str
     greeting: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -49,7 +49,8 @@ class Ours:
         self.device = str(self.runtime.device)
 
     def greet(self) -> dict[str, Any]:
-        """What it is and computes with; `weights` in bytes, in memory."""
+        """What it is and computes with; `weights` in bytes: those of the whole model in memory, with a VAE's encoder,
+        which is not read."""
         import torch
 
         import ldmcli

@@ -16,6 +16,7 @@ from ldmcli.bench.clocks import StepClock, memory
 from ldmcli.bench.parity import keep
 from ldmcli.bench.task import Job, Task
 from ldmcli.bench.worker import Answers, serve
+from ldmcli.stopwatch import Stopwatch
 
 
 def main() -> None:
@@ -182,7 +183,7 @@ def _cold(job: Job, output: str) -> None:
     stamp("imports")
     pipe = load(job)
     stamp("weights")
-    set_timesteps, last = pipe.scheduler.set_timesteps, 0.0
+    set_timesteps, last, watch = pipe.scheduler.set_timesteps, 0.0, Stopwatch()
 
     def after_text(*settings: Any, **more: Any) -> None:
         stamp("text")
@@ -193,6 +194,7 @@ def _cold(job: Job, output: str) -> None:
         if "first_step" not in stamps:
             _wait(job.device)
         stamp("first_step")
+        watch.mark("first_step")
         last = time.monotonic()
         return tensors
 
@@ -202,7 +204,7 @@ def _cold(job: Job, output: str) -> None:
     image.save(output)
     stamp("png")
     stamps["denoise"] = last
-    print(json.dumps({"phases": dict(phases(stamps)), "first_step_at": stamps["first_step"]}))
+    print(json.dumps({"phases": dict(phases(stamps)), "first_step_at": stamps["first_step"], "peaks": watch.peaks}))
 
 
 def phases(stamps: dict[str, float]) -> Iterator[tuple[str, float]]:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldmcli.bench.clocks import StepClock, host_peak
+from ldmcli.bench.clocks import StepClock
 from ldmcli.bench.parity import keep
 from ldmcli.bench.peer_diffusers import arguments, load, phases, tokens
 from ldmcli.bench.task import Job
 from ldmcli.bench.worker import Answers, serve
+from ldmcli.stopwatch import Stopwatch, process_peak
 
 _FEWEST_STEPS = 8  # noise levels are written down for runs of up to so many steps, or as many as the task has
 
@@ -194,7 +195,7 @@ class _OpenVINO:
 
     def memory(self) -> dict[str, int]:
         """Peaks in bytes."""
-        return {"host": host_peak()}
+        return {"host": process_peak()}
 
     def encoded(self) -> list[Any]:
         """What the U-Net reads beside latents and timestep: the context, and for XL pooled prompts and sizes."""
@@ -263,10 +264,16 @@ def _cold(job: Job, output: str) -> None:
     stamp("weights")
     conditions = contender.encoded()
     stamp("text")
-    latents = contender.denoised(conditions, job.task.steps, lambda: stamp("first_step"))
+    watch = Stopwatch()
+
+    def on_step() -> None:
+        stamp("first_step")
+        watch.mark("first_step")
+
+    latents = contender.denoised(conditions, job.task.steps, on_step)
     stamp("denoise")
     image = contender.image(latents)
     stamp("vae")
     image.save(output)
     stamp("png")
-    print(json.dumps({"phases": dict(phases(stamps)), "first_step_at": stamps["first_step"]}))
+    print(json.dumps({"phases": dict(phases(stamps)), "first_step_at": stamps["first_step"], "peaks": watch.peaks}))

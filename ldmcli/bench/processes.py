@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import ldmcli
-from ldmcli.bench.clocks import host_peak
 from ldmcli.errors import LdmError, printable
+from ldmcli.stopwatch import process_peak
 
 TIMEOUT = 3600.0  # seconds for one answer: compiling a large U-Net takes minutes
 _GRACE = 5.0  # seconds for a process that has closed its pipes to end
@@ -111,7 +111,7 @@ class Processes:
             raise ContenderError(name, _last_words(process.returncode, log), max(process.returncode, 1))
         # The kernel counts the starting process's own peak in: what is no more than that says nothing.
         peak = usage.ru_maxrss * 1024
-        return Ended(seconds, out.read_text(), peak if peak > host_peak() else None, started)
+        return Ended(seconds, out.read_text(), peak if peak > process_peak() else None, started)
 
     def _start(
         self, module: str, arguments: Sequence[str], log: Path, extra: Mapping[str, str], out: Path | None = None

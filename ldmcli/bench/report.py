@@ -103,6 +103,7 @@ def _cold(record: Record, results: Results) -> dict[str, str]:
         **_times(record, results, "cold"),
         "first step": _seconds(first.median) if first else "",
         "× first step": _ratio(to_first),
+        "peak by then": _size(record.peak("first_step")),
         **{name: f"{phases[name]:.2f}" if name in phases else "" for name in _PHASES},
         "peak memory": _size(record.peak("cold")),
     }

@@ -314,6 +314,7 @@ def _note_cold(record: Record, ended: Ended) -> None:
         first = told["first_step_at"] - ended.started
     if first is not None:
         record.add("first_step", first)
+        record.note_peak("first_step", told.get("peaks", {}).get("first_step") or None)
     if "phases" in told:
         phases: dict[str, float] = told["phases"]
         record.phases.append(phases | {"rest": ended.seconds - sum(phases.values())})

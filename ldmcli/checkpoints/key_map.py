@@ -73,6 +73,11 @@ def old_diffusers_vae_key(key: str) -> str:
     return _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key
 
 
+def of_vae_encoder(key: str, prefix: str = "") -> bool:
+    """Whether a VAE's weight, which has the same beginning in all layouts behind `prefix`, is for encoding alone."""
+    return key.removeprefix(prefix).startswith(("encoder.", "quant_conv."))
+
+
 def clip_text_names(key: str) -> list[str]:
     """What a canonical key of a text transformer may be called by transformers, which put `text_model.` in front of
     nearly all until 5.6."""

@@ -1,5 +1,6 @@
 """From a model source to modules on a device: built on the meta device, then filled strictly, file by file."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from ldmcli.checkpoints.key_map import (
     IGNORED_ORIGINAL,
     clip_text_names,
     is_transposed,
+    of_vae_encoder,
     old_diffusers_vae_key,
     openclip_text_names,
     original_unet_keys,
@@ -32,6 +34,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _READERS = 4  # threads that read a part: reading, checking and converting numbers take more time than the disk
 _SHARE = 64 << 20  # bytes that a thread reads before another may take over
 
+_in_turn = threading.Lock()  # Python builds one module at a time, and the first of them can be read the sooner
+
 # For each canonical key the names it may have on disk, the likeliest first. What has its name in common with others is
 # stacked there, in the module's order.
 DiskNames = dict[str, Sequence[str]]
@@ -48,13 +52,17 @@ def load_unet(source: ModelSource, device: torch.device, dtype: torch.dtype) -> 
     return unet
 
 
-def load_vae(source: ModelSource, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """The source's autoencoder."""
-    vae = on_meta(lambda: AutoencoderKL(source.config.vae))
+def load_vae(source: ModelSource, device: torch.device, dtype: torch.dtype, *, encoder: bool = True) -> AutoencoderKL:
+    """The source's autoencoder; without its `encoder`, two fifths of it, where pictures are only drawn."""
+    vae = on_meta(lambda: AutoencoderKL(source.config.vae, encoder=encoder))
     names: DiskNames = {key: [key, old_diffusers_vae_key(key)] for key in vae.state_dict()}
     if source.single_file:
         names = {key: [disk] for key, disk in original_vae_keys(names, source.config.vae).items()}
-    fill(vae, names, source.keys("vae"), _where(source, "vae"), device, dtype)
+    on_disk = source.keys("vae")
+    if not encoder:
+        prefix = source.prefixes.get("vae", "")
+        on_disk = {key: file for key, file in on_disk.items() if not of_vae_encoder(key, prefix)}
+    fill(vae, names, on_disk, _where(source, "vae"), device, dtype)
     return vae
 
 
@@ -79,7 +87,7 @@ def load_text_encoder(
 
 def on_meta(build: Callable[[], _Module]) -> _Module:
     """The module that `build` makes, on the meta device: it has shapes and no weights."""
-    with torch.device("meta"), _Uninitialized():
+    with _in_turn, torch.device("meta"), _Uninitialized():
         return build()
 
 

@@ -16,7 +16,7 @@ from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import vae_from_shapes
 from ldmcli.checkpoints.files import WeightFile, open_weights
-from ldmcli.checkpoints.key_map import VAE_PREFIX, old_diffusers_vae_key, original_vae_keys
+from ldmcli.checkpoints.key_map import VAE_PREFIX, of_vae_encoder, old_diffusers_vae_key, original_vae_keys
 from ldmcli.checkpoints.source import list_keys, open_part
 from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig
 from ldmcli.errors import BadDataError, MissingInputError
@@ -93,15 +93,18 @@ def open_vae(path: Path, model: ModelConfig, *, allow_pickle: bool = False) -> V
 
 
 def load_vae_from(source: VAESource, device: "torch.device", dtype: "torch.dtype") -> "AutoencoderKL | TinyVAE":
-    """The source's autoencoder."""
+    """The source's autoencoder, without its encoder."""
     from ldmcli.checkpoints.load import DiskNames, fill, on_meta
     from ldmcli.models.taesd import TinyVAE
     from ldmcli.models.vae import AutoencoderKL
 
     config = source.config
-    vae = on_meta(lambda: TinyVAE(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config))
+    vae = on_meta(
+        lambda: TinyVAE(config) if isinstance(config, TinyVAEConfig) else AutoencoderKL(config, encoder=False)
+    )
     names: DiskNames = {key: source.disk_names(key) for key in vae.state_dict()}
-    fill(vae, names, source.keys(), f"{shown(source.path)} is not a VAE that can be read", device, dtype)
+    on_disk = {key: file for key, file in source.keys().items() if not of_vae_encoder(key, source.prefix)}
+    fill(vae, names, on_disk, f"{shown(source.path)} is not a VAE that can be read", device, dtype)
     return vae
 
 

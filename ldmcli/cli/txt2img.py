@@ -29,7 +29,7 @@ from ldmcli.cli.prompts import STDIN, read_prompts
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import UsageError, printable
 from ldmcli.request import MAX_SEED, GenerationRequest
-from ldmcli.runtime.startup import quicken
+from ldmcli.runtime.startup import link_ahead, quicken
 from ldmcli.runtime.tuning import Tuning
 from ldmcli.stopwatch import Stopwatch, process_age
 
@@ -92,6 +92,7 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
     # 2. What the model is, from its headers; then every check that needs no weights.
     sources = _open(options, record)
     filled = sources.fill_heap(options["device"], options["dtype"])
+    link_ahead()
     requests = _checked(requests, sources, eager=STDIN not in prompts)
     first = next(requests, None)
     if first is None:

@@ -137,15 +137,20 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Encoder and decoder with the 1×1 convolutions around the latents.
 
-    Latents here are the autoencoder's own: whoever diffuses them multiplies by `config.scaling_factor`.
+    Latents here are the autoencoder's own: whoever diffuses them multiplies by `config.scaling_factor`. Without
+    `encoder` it can only decode.
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    encoder: Encoder
+    quant_conv: nn.Conv2d
+
+    def __init__(self, config: VAEConfig, *, encoder: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        if encoder:
+            self.encoder = Encoder(config)
+            self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:

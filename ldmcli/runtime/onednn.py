@@ -1,9 +1,9 @@
 """A U-Net or VAE laid out for oneDNN, torch's library of CPU kernels. Same numbers, but for rounding.
 
 Left to itself, torch rearranges a layer's weights into blocks that suit the CPU on every call. Here a layer that is
-called again with an input of the same shape does so once, and keeps the rearranged weights in place of the plain ones:
-nothing is held twice. Large 3×3 convolutions in float32 go to winograd.py instead: oneDNN has no such kernel for these
-CPUs. Doubling a map's sides in front of a convolution is folded into the convolution's weights.
+called again with an input of the same shape, or sure to be, does so once, and keeps the rearranged weights in place of
+the plain ones: nothing is held twice. Large 3×3 convolutions in float32 go to winograd.py instead: oneDNN has no such
+kernel for these CPUs. Doubling a map's sides in front of a convolution is folded into the convolution's weights.
 
 The layers keep their names, parameters and `forward`. Whoever converts, copies, saves or loads them meets plain weights
 again, and later calls lay them out anew; only weights changed in place go unnoticed. Where an operator is missing or
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from ldmcli.models.layers import Upsample
 from ldmcli.runtime import winograd
 
-LARGE = 4 << 20  # bytes of a weight from which the memory it leaves is given back to the system at once
+MUCH = 256 << 20  # bytes that plain weights leave before they are given back to the system
 
 
-def lay_out(module: nn.Module, *, fold: bool, fewer_products: bool = True) -> None:
+def lay_out(module: nn.Module, *, fold: bool, fewer_products: bool = True, at_once: bool = False) -> None:
     """Make the convolutions and products inside `module`, which is on a CPU, compute with oneDNN's own layouts from now
     on, large convolutions by `fewer_products`, and with `fold` its upsamplers with folded weights. Weights are
-    rearranged layer by layer as they are used."""
+    rearranged layer by layer as they are used: when they are used the second time, or `at_once` for a module that is
+    sure to be called again."""
     if not torch.backends.mkldnn.is_available() or not _operators():
         return
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
@@ -39,6 +40,8 @@ def lay_out(module: nn.Module, *, fold: bool, fewer_products: bool = True) -> No
     for part in module.modules():
         if type(part) in kinds:
             part.__class__ = kinds[type(part)]
+            if isinstance(part, _Packed):
+                part._at_once = at_once
 
 
 @functools.cache
@@ -53,7 +56,7 @@ def _operators() -> dict[str, Callable[..., Tensor]]:
 
 class _Packed(nn.Module):
     """A layer computed by oneDNN, whose `weight` is in its layout once it has been called twice in a row with inputs of
-    one shape. The numbers are the same bit for bit before and after.
+    one shape, or called at all if it is to be laid out at once. The numbers are the same bit for bit before and after.
 
     The layout suits one shape and number of threads; with others the operators would rearrange it anew on every call,
     by code up to a hundred times slower than that for plain weights.
@@ -63,6 +66,7 @@ class _Packed(nn.Module):
     weight: Tensor
     _packed_for: tuple[int, ...] | None = None
     _last: tuple[int, ...] | None = None
+    _at_once = False
     _refused = False  # by the operator
     _stays_plain = False  # refused by the one that lays out
 
@@ -95,7 +99,8 @@ class _Packed(nn.Module):
         self._unpack()
         if self._refused or not x.numel() or x.device.type != "cpu":
             return False
-        if call == self._last and not self._stays_plain:
+        expected = call == self._last or (self._at_once and self._last is None)
+        if expected and not self._stays_plain:
             self._pack(x, call)
         self._last = call
         return not self._refused
@@ -107,11 +112,10 @@ class _Packed(nn.Module):
             except RuntimeError:
                 self._stays_plain = True
                 return
-            large = self.weight.nbytes >= LARGE
+            left = self.weight.nbytes
             self.weight = nn.Parameter(rearranged, requires_grad=False)
         self._packed_for = call
-        if large:
-            _trim()
+        _give_back(left)
 
     def _unpack(self) -> None:
         """Make the weight plain again."""
@@ -142,9 +146,18 @@ class _Packed(nn.Module):
         return self.__dict__
 
 
-def _trim() -> None:
-    """Give freed memory back to the system. The place that a plain weight leaves is a little too small for the next
-    layer's rearranged one: without this, a process would grow by as much again as the weights take."""
+_left = 0  # bytes of plain weights
+
+
+def _give_back(size: int) -> None:
+    """Give memory back to the system that so many bytes of plain weights have left, now and then. The place of one is a
+    little too small for the next layer's rearranged weight: without this, a process would grow by as much again as the
+    weights take. Each time, all that is free goes, and what is asked for next has to be cleared anew: hence seldom."""
+    global _left
+    _left += size
+    if _left < MUCH:
+        return
+    _left = 0
     with contextlib.suppress(AttributeError, OSError):  # a C library without it
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -228,8 +241,7 @@ class FoldedUpsample(FastUpsample):
         if self._folded is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._folded = _fold(self.conv)
-            if self.conv.weight.nbytes >= LARGE:
-                _trim()
+            _give_back(self.conv.weight.nbytes)
         shape = (batch, self.conv.out_channels, 2 * height, 2 * width)
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         for i, conv in enumerate(self._folded):

@@ -62,9 +62,10 @@ class Runtime:
         if self.device.type == "cuda" and self._kernels_work(next(module.parameters()).dtype):
             fuse(module)
         if self.device.type == "cpu":
-            # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory.
-            own = self.tuning.kernels != "torch"
-            lay_out(module, fold=not isinstance(module, UNet), fewer_products=own)
+            # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory. Its
+            # layers are called at every step, a VAE's in most runs once.
+            unet, own = isinstance(module, UNet), self.tuning.kernels != "torch"
+            lay_out(module, fold=not unet, fewer_products=own, at_once=unet)
 
     def _kernels_work(self, dtype: torch.dtype) -> bool:
         """Whether this program's own kernels are to compute. Raises UsageError where they were asked for and do not

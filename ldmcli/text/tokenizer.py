@@ -145,13 +145,13 @@ def vocabulary_from_folder(folder: Path) -> Vocabulary:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         ids: Any = read_json(folder / "vocab.json", _MAX_BYTES)
         lines = read_text(folder / "merges.txt", _MAX_BYTES).splitlines()
-        merges = [_pair(line, folder) for line in lines if line and not line.startswith("#version")]
+        merges = _pairs([line for line in lines if line and not line.startswith("#version")], folder)
     elif (folder / "tokenizer.json").is_file():
         model = read_json(folder / "tokenizer.json", _MAX_BYTES).get("model")
         ids, found = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
         if not isinstance(found, list):
             raise BadDataError(f"{printable(str(folder / 'tokenizer.json'))} holds no list of merges.")
-        merges = [_pair(merge, folder) for merge in found]
+        merges = _pairs(found, folder)
     else:
         raise MissingInputError(
             f"{printable(str(folder))} holds neither vocab.json with merges.txt nor tokenizer.json; the model folder "
@@ -172,7 +172,7 @@ def clip_vocabulary() -> Vocabulary:
             "CLIP's vocabulary is not installed; a single-file checkpoint needs it: pip install open_clip_torch."
         )
     lines = gzip.decompress(files[0].read_bytes()).decode("utf-8").split("\n")
-    merges = [_pair(line, files[0]) for line in lines[1 : _CLIP_MERGES + 1]]
+    merges = _pairs(lines[1 : _CLIP_MERGES + 1], files[0])
     alphabet = _byte_alphabet()
     tokens = [*alphabet, *(char + "</w>" for char in alphabet), *("".join(m) for m in merges), _BOS, _EOS]
     return Vocabulary({token: i for i, token in enumerate(tokens)}, merges)
@@ -185,11 +185,18 @@ def _byte_alphabet() -> list[str]:
     return [chr(i) for i in kept] + [chr(256 + i) for i in range(others)]
 
 
-def _pair(merge: Any, source: Path) -> tuple[str, str]:
-    parts = tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) if isinstance(merge, list) else ()
-    if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-        raise BadDataError(f"{printable(str(source))} holds a merge that is not two tokens: {printable(str(merge))}.")
-    return parts
+def _pairs(merges: Sequence[Any], source: Path) -> list[tuple[str, str]]:
+    """The merges, each a line or a list of two tokens. CLIP has 49,000 of them, read at every start: hence one pass
+    that makes pairs and one that looks at them, without a call for each."""
+    pairs: list[Any] = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) if isinstance(merge, list) else ()
+        for merge in merges
+    ]
+    for merge, pair in zip(merges, pairs, strict=True):
+        if len(pair) != 2 or not (isinstance(pair[0], str) and isinstance(pair[1], str)):
+            shown = printable(str(merge))
+            raise BadDataError(f"{printable(str(source))} holds a merge that is not two tokens: {shown}.")
+    return pairs
 
 
 def _pad_token(folder: Path) -> str:

@@ -15,6 +15,7 @@ from oracle.family_models import FamilyModels, draw_theirs, their_negative, thei
 from oracle.original_layout import original_state, write
 from oracle.random_families import RECIPES, build_parts
 
+from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import open_model
 from ldmcli.config import VAEConfig
 from ldmcli.diffusion import conditions
@@ -128,21 +129,35 @@ def test_every_input_matters(family_models: FamilyModels, name: str) -> None:
 # ---- parts ----
 
 
+def whole_vae(model: Path) -> torch.nn.Module:
+    """A model's VAE with its encoder, which a pipeline does without."""
+    return load_vae(open_model(model), torch.device("cpu"), torch.float32)
+
+
+def assert_decodes_alike(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """The weights for decoding, and no others."""
+    wanted = {k: v for k, v in theirs.state_dict().items() if not k.startswith(("encoder.", "quant_conv."))}
+    found = ours.state_dict()
+    assert found.keys() == wanted.keys() != theirs.state_dict().keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 @pytest.mark.parametrize(
     ("name", "layout"), [*LAYOUTS, ("lcm", "folder"), ("lcm", "file"), ("sdxl", "crowded"), ("sd2", "crowded")]
 )
 def test_unet_and_vae_have_the_weights(family_models: FamilyModels, name: str, layout: str) -> None:
     ours, parts = family_models.ours(name, layout), family_models.parts(name)
-    for part, module in (("unet", ours.model.unet), ("vae", ours.vae)):
+    for part, module in (("unet", ours.model.unet), ("vae", whole_vae(family_models.path(name, layout)))):
         found, wanted = module.state_dict(), parts[part].state_dict()
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted), part
+    assert_decodes_alike(ours.vae, parts["vae"])
 
 
 @pytest.mark.parametrize("layout", ["sharded", "fp16"])
 def test_other_folders_have_the_weights(family_models: FamilyModels, layout: str) -> None:
     ours, parts = family_models.ours("sdxl", layout), family_models.parts("sdxl")
-    modules = {"unet": ours.model.unet, "vae": ours.vae}
+    modules = {"unet": ours.model.unet, "vae": whole_vae(family_models.path("sdxl", layout))}
     names = ("text_encoder", "text_encoder_2")
     modules |= {name: text.load().model for name, text in zip(names, ours.model.prompts.encoders, strict=True)}
     for part, module in modules.items():

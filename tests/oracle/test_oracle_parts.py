@@ -14,6 +14,8 @@ from conftest import load
 from oracle.comparing import relative
 from oracle.random_model import random_pipeline, save
 
+from ldmcli.checkpoints.load import load_vae
+from ldmcli.checkpoints.source import embedded_model, open_model
 from ldmcli.pipeline import Pipeline
 from ldmcli.runtime import winograd
 
@@ -113,11 +115,14 @@ def test_vae_decodes_a_single_latent(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (72, 56), (66, 67)])
-def test_vae_encodes(pair: Pair, size: tuple[int, int]) -> None:
-    pipeline, reference = pair
+@pytest.mark.parametrize("name", ["random", "embedded"])
+def test_vae_encodes(request: pytest.FixtureRequest, name: str, size: tuple[int, int]) -> None:
+    model = request.getfixturevalue("model_folder") if name == "random" else embedded_model()
+    reference = request.getfixturevalue("random_model" if name == "random" else "embedded_diffusers")
+    vae = load_vae(open_model(model), torch.device("cpu"), torch.float32)
     images = normal(2, 3, *size).clamp(-1, 1)
     with torch.inference_mode():
-        ours, theirs = pipeline.vae.encode(images), reference.vae.encode(images).latent_dist
+        ours, theirs = vae.encode(images), reference.vae.encode(images).latent_dist
     assert relative(ours.mean, theirs.mean) < TOLERANCE
     assert relative(ours.logvar, theirs.logvar) < TOLERANCE
     assert relative(ours.kl(), theirs.kl()) < TOLERANCE

@@ -14,7 +14,8 @@ from oracle.random_model import randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldmcli.checkpoints.source import open_model
+from ldmcli.checkpoints.load import load_vae
+from ldmcli.checkpoints.source import embedded_model, open_model
 from ldmcli.checkpoints.vae_source import load_vae_from, open_vae
 from ldmcli.config import ModelConfig, TinyVAEConfig
 from ldmcli.models.taesd import TinyVAE
@@ -218,7 +219,7 @@ def test_picture_by_taesd(pipeline: Pipeline, tiny: Any, config: ModelConfig, tm
 
 def test_tiling_is_closer_than_that_of_diffusers(embedded_pipeline: Pipeline, embedded_diffusers: Any) -> None:
     """On the embedded model's VAE, whose tiles diffusers makes 16×16 latents large."""
-    latents = upscaled_latents(embedded_pipeline)
+    latents = upscaled_latents()
     reference = embedded_diffusers.vae
     with torch.inference_mode():
         plain = reference.decode(latents).sample
@@ -230,14 +231,14 @@ def test_tiling_is_closer_than_that_of_diffusers(embedded_pipeline: Pipeline, em
     assert levels(ours, plain) < 0.01
 
 
-def upscaled_latents(pipeline: Pipeline) -> Tensor:
-    """Latents 48×48 of a picture with a smooth ground, on which seams would show, and a sharp object."""
+def upscaled_latents() -> Tensor:
+    """The embedded model's latents 48×48 of a smooth ground, on which seams would show, and a sharp object."""
     line = torch.linspace(-1, 1, 192)
     down, across = torch.meshgrid(line, line, indexing="ij")
     picture = torch.stack([0.5 * down, 0.2 - 0.3 * across, 0.4 * across - 0.4 * down])
     picture[:, (down - 0.4) ** 2 + (across - 0.3) ** 2 < 0.05] = torch.tensor([0.8, -0.6, -0.8])[:, None]
     with torch.inference_mode():
-        return pipeline.vae.encode(picture[None]).mean
+        return load_vae(open_model(embedded_model()), torch.device("cpu"), torch.float32).encode(picture[None]).mean
 
 
 def levels(one: Tensor, other: Tensor) -> float:
