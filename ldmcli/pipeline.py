@@ -24,6 +24,7 @@ from ldmcli.models.vae import AutoencoderKL
 from ldmcli.request import GenerationRequest, fit_to_model
 from ldmcli.runtime.compiled import compile_calls
 from ldmcli.runtime.handover import Delivery, Sideline
+from ldmcli.runtime.heap import give_back_free_memory
 from ldmcli.runtime.offload import Stage
 from ldmcli.runtime.policy import Runtime
 from ldmcli.sampling.noise import SeededNoise
@@ -88,6 +89,8 @@ class Pipeline:
         if not latents.isfinite().all():
             raise self._not_finite()
         # One picture at a time: the decoder needs more memory than all before.
+        if self.runtime.device.type == "cpu":
+            give_back_free_memory()
         with self.stopwatch.phase("vae"):
             return [to_pixels(self.decode(one)) for one in latents.split(1)]
 
@@ -365,12 +368,10 @@ def _load_vae(
 ) -> AutoencoderKL | TinyVAE:
     torch.set_num_threads(1)
     if other is None:
-        vae: AutoencoderKL | TinyVAE = load_vae(source, device, runtime.vae_dtype(source.config.vae), encoder=False)
-    else:
-        from ldmcli.checkpoints.vae_source import load_vae_from
+        return load_vae(source, device, runtime.vae_dtype(source.config.vae), encoder=False)
+    from ldmcli.checkpoints.vae_source import load_vae_from
 
-        vae = load_vae_from(other, device, runtime.vae_dtype(other.config))
-    return vae
+    return load_vae_from(other, device, runtime.vae_dtype(other.config))
 
 
 def settled(source: ModelSource, runtime: Runtime) -> tuple[ModelSource, UNet | None]:

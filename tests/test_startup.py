@@ -343,6 +343,54 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     assert kept[1] > 5 * (128 << 20) // 4096
 
 
+def test_what_the_steps_have_freed_is_given_back_if_it_is_much() -> None:
+    code = """
+        import ctypes, json
+        from ldmcli.runtime.heap import give_back_free_memory, keep_freed_memory
+
+        def held():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * 4096 >> 20
+
+        keep_freed_memory()
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        blocks = [libc.malloc(64 << 20) for _ in range(5)]
+        for block in blocks:
+            ctypes.memset(block, 1, 64 << 20)
+        above, told = libc.malloc(100_000), [held()]
+        for block in blocks:
+            libc.free(block)
+        told.append(held())
+        for least in (400 << 20, 256 << 20):
+            give_back_free_memory(least)
+            told.append(held())
+        print(json.dumps(told))
+    """
+    before, freed, little, much = python(code)
+    assert before > 320
+    assert min(freed, little) > before - 10
+    assert much < before - 310
+
+
+def test_memory_is_given_back_between_the_steps_and_the_vae(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from ldmcli import pipeline
+    from ldmcli.request import GenerationRequest
+    from ldmcli.runtime.policy import choose_runtime
+
+    loaded = pipeline.load_pipeline(open_model(TINY), choose_runtime("cpu"))
+    done: list[str] = []
+    monkeypatch.setattr(pipeline, "give_back_free_memory", lambda: done.append("give back"))
+    decode = loaded.vae.decode
+    monkeypatch.setattr(loaded.vae, "decode", lambda latents: (done.append("decode"), decode(latents))[1])
+    request = GenerationRequest("a star", steps=2, width=64, height=64)
+    with torch.inference_mode():
+        loaded.draw([request, request], lambda: done.append("step"))
+    assert done == ["step", "step", "give back", "decode", "decode"]
+
+
 def test_memory_for_weights_is_got_ahead() -> None:
     """What asks for memory after `free` finds it filled: the kernel has nothing left to do."""
     code = """

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import threading
 
+MUCH = 256 << 20  # bytes of free memory that are worth giving back
 LARGEST_KEPT = 96 << 20  # bytes: a U-Net's largest pieces are kept, those of a VAE given back
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # of mallopt(3)
 _USUAL_MMAPS = 65536
@@ -22,6 +23,28 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(_TRIM_THRESHOLD, _ALL)
+
+
+def give_back_free_memory(least: int = MUCH) -> None:
+    """Give memory that was freed back to the system, if it is `least` bytes or more: a VAE asks for pieces larger than
+    those that are kept. Does nothing with another C library than glibc."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = _MallInfo
+        if libc.mallinfo2().fordblks >= least:
+            libc.malloc_trim(0)
+
+
+class _MallInfo(ctypes.Structure):
+    """What mallinfo2(3) tells; `fordblks` are the bytes that are free."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
 
 
 class FilledHeap:
