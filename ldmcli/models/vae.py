@@ -149,8 +149,9 @@ class AutoencoderKL(nn.Module):
         self.config = config
         if encoder:
             self.encoder = Encoder(config)
-            self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.decoder = Decoder(config)
+        if encoder:  # in this order weights are drawn when one is trained, and optimizers count them
+            self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
