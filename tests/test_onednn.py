@@ -1,7 +1,6 @@
 """Layers laid out for oneDNN give the plain layers' numbers, lay each weight out once, and stay what they were."""
 
 import copy
-import types
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -137,7 +136,7 @@ def test_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> N
     trims = []
     monkeypatch.setattr(onednn, "MUCH", 100_000)
     monkeypatch.setattr(onednn, "_left", 0)
-    monkeypatch.setattr(onednn.ctypes, "CDLL", lambda _: types.SimpleNamespace(malloc_trim=trims.append))
+    monkeypatch.setattr(onednn, "give_back_free_memory", trims.append)
     layers = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(9))  # of 36,864 bytes each
     lay_out(layers, fold=False, at_once=True)
     with torch.inference_mode():

@@ -1,6 +1,5 @@
 """From a model source to modules on a device: built on the meta device, then filled strictly, file by file."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -33,8 +32,6 @@ from ldmcli.text.tokenizer import ClipTokenizer
 _Module = TypeVar("_Module", bound=nn.Module)
 _READERS = 4  # threads that read a part: reading, checking and converting numbers take more time than the disk
 _SHARE = 64 << 20  # bytes that a thread reads before another may take over
-
-_in_turn = threading.Lock()  # Python builds one module at a time, and the first of them can be read the sooner
 
 # For each canonical key the names it may have on disk, the likeliest first. What has its name in common with others is
 # stacked there, in the module's order.
@@ -87,7 +84,7 @@ def load_text_encoder(
 
 def on_meta(build: Callable[[], _Module]) -> _Module:
     """The module that `build` makes, on the meta device: it has shapes and no weights."""
-    with _in_turn, torch.device("meta"), _Uninitialized():
+    with torch.device("meta"), _Uninitialized():
         return build()
 
 

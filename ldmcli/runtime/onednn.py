@@ -10,8 +10,6 @@ again, and later calls lay them out anew; only weights changed in place go unnot
 refuses (another version of torch, another number type, a CPU without it) they stay plain.
 """
 
-import contextlib
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -21,8 +19,7 @@ from torch import Tensor, nn
 
 from ldmcli.models.layers import Upsample
 from ldmcli.runtime import winograd
-
-MUCH = 256 << 20  # bytes that plain weights leave before they are given back to the system
+from ldmcli.runtime.heap import MUCH, give_back_free_memory
 
 
 def lay_out(module: nn.Module, *, fold: bool, fewer_products: bool = True, at_once: bool = False) -> None:
@@ -158,8 +155,7 @@ def _give_back(size: int) -> None:
     if _left < MUCH:
         return
     _left = 0
-    with contextlib.suppress(AttributeError, OSError):  # a C library without it
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_free_memory(0)
 
 
 class PackedConv2d(_Packed, nn.Conv2d):
