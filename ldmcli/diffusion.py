@@ -6,17 +6,17 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ldmcli.conditioning.chunks import tokenize
+from ldmcli.conditioning.prompts import Conditioning, PromptEncoder, zeros_like
 from ldmcli.config import ModelConfig
-from ldmcli.models.unet import UNet, UNetContext
-from ldmcli.request import GenerationRequest
-from ldmcli.runtime.graph import CudaRecorder, Function, Graphs
-from ldmcli.runtime.policy import Runtime
+from ldmcli.networks.unet import UNet, UNetContext
 from ldmcli.sampling.denoiser import Denoiser, Model, predicting
 from ldmcli.sampling.guidance import pushed, within
 from ldmcli.sampling.noise import sent
 from ldmcli.sampling.schedule import Step
-from ldmcli.text.chunks import tokenize
-from ldmcli.text.conditioning import Conditioning, PromptEncoder, zeros_like
+from ldmcli.spec import GenerationRequest
+from ldmcli.speed.cuda.graph import CudaRecorder, Function, Graphs
+from ldmcli.speed.policy import Runtime
 
 # How pleasing SDXL's refiner is told the picture is, for prompts and for negative prompts: its authors' numbers.
 _AESTHETIC, _NEGATIVE_AESTHETIC = 6.0, 2.5

@@ -13,28 +13,28 @@ from ldmcli.background import in_background
 from ldmcli.checkpoints.load import load_text_encoder, load_unet, load_vae
 from ldmcli.checkpoints.source import ModelSource, with_prediction_type
 from ldmcli.checkpoints.stored_text import Remembered, remembered, stored_encoders
+from ldmcli.conditioning.encoder import ClipTextEncoder
+from ldmcli.conditioning.prompt_cache import PromptCache
+from ldmcli.conditioning.prompts import PromptEncoder, TextEncoder
+from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.config import UNDECIDED, ModelConfig, TextEncoderConfig
 from ldmcli.diffusion import DiffusionModel, conditions
 from ldmcli.errors import NotFiniteError
 from ldmcli.images.pixels import rounded, to_pixels
-from ldmcli.models.taesd import TinyVAE
-from ldmcli.models.tiling import decode_tiled
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
-from ldmcli.request import GenerationRequest, fit_to_model
-from ldmcli.runtime.compiled import compile_calls
-from ldmcli.runtime.handover import Delivery, Sideline
-from ldmcli.runtime.heap import give_back_free_memory
-from ldmcli.runtime.offload import Stage
-from ldmcli.runtime.policy import Runtime
+from ldmcli.networks.taesd import TinyVAE
+from ldmcli.networks.tiling import decode_tiled
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.samplers import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
+from ldmcli.spec import GenerationRequest, fit_to_model
+from ldmcli.speed.compiled import compile_calls
+from ldmcli.speed.cpu.heap import give_back_free_memory
+from ldmcli.speed.handover import Delivery, Sideline
+from ldmcli.speed.offload import Stage
+from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
-from ldmcli.text.conditioning import PromptEncoder, TextEncoder
-from ldmcli.text.encoder import ClipTextEncoder
-from ldmcli.text.prompt_cache import PromptCache
-from ldmcli.text.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
     import numpy as np

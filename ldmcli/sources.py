@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model, with_prediction_type
+from ldmcli.conditioning.chunks import tokenize
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
-from ldmcli.request import GenerationRequest, fit_to_model
-from ldmcli.runtime.heap import LARGEST_KEPT, FilledHeap
-from ldmcli.runtime.memory import check_memory, host_memory
-from ldmcli.runtime.startup import likely_number_size, settle_down
-from ldmcli.runtime.threads import available_cores
+from ldmcli.spec import GenerationRequest, fit_to_model
+from ldmcli.speed.cpu.heap import LARGEST_KEPT, FilledHeap
+from ldmcli.speed.cpu.threads import available_cores
+from ldmcli.speed.memory import check_memory, host_memory
+from ldmcli.speed.startup import likely_number_size, settle_down
 from ldmcli.stopwatch import Stopwatch
-from ldmcli.text.chunks import tokenize
 
 if TYPE_CHECKING:
     from ldmcli.checkpoints.stored_text import Remembered
     from ldmcli.checkpoints.vae_source import VAESource
-    from ldmcli.models.unet import UNet
+    from ldmcli.networks.unet import UNet
     from ldmcli.pipeline import Pipeline
-    from ldmcli.runtime.policy import Runtime
+    from ldmcli.speed.policy import Runtime
 
 _log = logging.getLogger(__name__)
 _MUCH = 256 << 20  # bytes of weights for which memory is got ahead of time
@@ -146,7 +146,7 @@ def open_sources(options: Mapping[str, Any]) -> Sources:
 
 def located(model: str | None, options: Mapping[str, Any]) -> Path:
     """Where a model is on disk: the embedded one for None, fetched for a name of the hub."""
-    from ldmcli.checkpoints.hub import locate
+    from ldmcli.hub.fetch import locate
 
     return embedded_model() if model is None else locate(model, half=options["dtype"] != "fp32")
 

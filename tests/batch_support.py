@@ -10,7 +10,7 @@ from cli_support import pixels, tiny_model
 
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import read_manifests
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 OPTIONS: dict[str, Any] = {
     "model": None, "vae": None, "refiner": None, "refiner_start": None, "prediction_type": None,

@@ -230,10 +230,10 @@ def make_model(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: di
 
     from ldmcli.checkpoints import folder_config
     from ldmcli.checkpoints.files import write_tensors
-    from ldmcli.models.text import TextTransformer
-    from ldmcli.models.unet import UNet
-    from ldmcli.models.vae import AutoencoderKL
-    from ldmcli.text.tokenizer import _byte_alphabet
+    from ldmcli.conditioning.tokenizer import _byte_alphabet
+    from ldmcli.networks.clip import TextTransformer
+    from ldmcli.networks.unet import UNet
+    from ldmcli.networks.vae import AutoencoderKL
 
     parts = (("unet", unet), ("vae", vae), ("text_encoder", text))
     for name, config in parts:

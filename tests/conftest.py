@@ -129,7 +129,7 @@ def load(path: Path, dtype: str = "fp32", attention: str = "auto") -> "Pipeline"
     """This program's pipeline of a model on disk, on the CPU."""
     from ldmcli.checkpoints.source import open_model
     from ldmcli.pipeline import load_pipeline
-    from ldmcli.runtime.policy import choose_runtime
+    from ldmcli.speed.policy import choose_runtime
 
     runtime = choose_runtime("cpu", dtype, attention)
     return load_pipeline(dataclasses.replace(open_model(path), half=runtime.half), runtime)

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ldmcli.diffusion import DiffusionModel
 from ldmcli.pipeline import Pipeline
-from ldmcli.request import GenerationRequest
-from ldmcli.runtime import policy
-from ldmcli.runtime.graph import Graphs
-from ldmcli.runtime.policy import Runtime
-from ldmcli.runtime.tuning import Tuning
+from ldmcli.spec import GenerationRequest
+from ldmcli.speed import policy
+from ldmcli.speed.cuda.graph import Graphs
+from ldmcli.speed.policy import Runtime
+from ldmcli.speed.tuning import Tuning
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "_pin_memory")  # what a GPU refuses while it records
 

@@ -19,13 +19,13 @@ from oracle.random_model import randomise
 from torch import Tensor, nn
 
 from ldmcli.config import UNetConfig, VAEConfig
-from ldmcli.kernels import choice, group_norm, trial
-from ldmcli.kernels.geglu import geglu, plain_geglu
-from ldmcli.kernels.group_norm import group_norm_silu, part_pixels, plain_group_norm_silu
-from ldmcli.kernels.residual import add_bias_residual, plain_add_bias_residual
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
-from ldmcli.runtime.fused import fuse, kernels_work
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.speed.cuda import choice, group_norm, trial
+from ldmcli.speed.cuda.fused import fuse, kernels_work
+from ldmcli.speed.cuda.geglu import geglu, plain_geglu
+from ldmcli.speed.cuda.group_norm import group_norm_silu, part_pixels, plain_group_norm_silu
+from ldmcli.speed.cuda.residual import add_bias_residual, plain_add_bias_residual
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 

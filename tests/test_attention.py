@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldmcli.models import attention
-from ldmcli.models.attention import (
+from ldmcli.networks import attention
+from ldmcli.networks.attention import (
     ANYWHERE,
     ATTENTIONS,
     TORCH_KERNELS,
@@ -196,7 +196,7 @@ def test_what_cudnn_takes_depends_on_its_version() -> None:
 
 def test_xformers_is_not_imported_before_it_is_used() -> None:
     """Nor Triton: the import of either takes long."""
-    modules = "ldmcli.models.attention, ldmcli.runtime.attention_choice"
+    modules = "ldmcli.networks.attention, ldmcli.speed.attention_choice"
     code = f"import sys, {modules}; print(*{{'xformers', 'triton'}} & {{*sys.modules}})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == ""

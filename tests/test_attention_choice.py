@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ldmcli.bench.attention_rows import Problem, Result, merged, rows_of, table_source
-from ldmcli.models.attention import ATTENTIONS, TORCH_KERNELS, math_attention, sdpa_attention, takes
-from ldmcli.runtime import attention_choice, attention_table
-from ldmcli.runtime.attention_choice import (
+from ldmcli.networks.attention import ATTENTIONS, TORCH_KERNELS, math_attention, sdpa_attention, takes
+from ldmcli.speed import attention_choice, attention_table
+from ldmcli.speed.attention_choice import (
     MEASURED,
     TABLE,
     Choice,

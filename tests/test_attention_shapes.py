@@ -17,10 +17,10 @@ from ldmcli.bench.attention_shapes import KEYS, SAMPLES, WORKS, main, planned, u
 from ldmcli.bench.random_weights import FAMILIES, family_config
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.config import ModelConfig
-from ldmcli.models.attention import ATTENTIONS, math_attention, sdpa_attention, set_attention
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
-from ldmcli.request import GenerationRequest
+from ldmcli.networks.attention import ATTENTIONS, math_attention, sdpa_attention, set_attention
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.spec import GenerationRequest
 
 CPU = torch.device("cpu")
 

@@ -23,12 +23,12 @@ from test_faults import mounted
 
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.ledger import Counts, Ledger, audit, status
-from ldmcli.batch.lock import folder_lock
 from ldmcli.batch.manifest import ManifestWriter, key_of, read_manifests, read_states
 from ldmcli.batch.pictures import PICTURE_PATH, clean_temporaries, numbers_there, picture_path, write_picture
 from ldmcli.batch.runfile import RunIdentity, open_run, read_run, record_rows
+from ldmcli.disk.lock import folder_lock
 from ldmcli.errors import BadDataError, CannotCreateError, LdmError, MissingInputError, StorageError, TryAgainError
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 PNG = b"\x89PNG not looked into"
 SHA = hashlib.sha256(PNG).hexdigest()
@@ -589,7 +589,7 @@ def test_manifests_without_their_run_file_are_not_taken_over(tmp_path: Path) -> 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from ldmcli.batch.lock import folder_lock
+from ldmcli.disk.lock import folder_lock
 with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)

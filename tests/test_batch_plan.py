@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.plan import batches, shard
 from ldmcli.errors import UsageError
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 
 def item(number: int, steps: int = 1, **fields: Any) -> Item:

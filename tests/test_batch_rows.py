@@ -22,7 +22,7 @@ from ldmcli.batch.lines import MAX_LINE_BYTES
 from ldmcli.batch.reading import FORMATS, RawRow, continues, digest_of, open_rows
 from ldmcli.batch.rows import IdIndex, checked_grid, derived_seed, items, parse_grid, survey
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, UsageError
-from ldmcli.request import MAX_SEED, GenerationRequest
+from ldmcli.spec import MAX_SEED, GenerationRequest
 
 COMMON = GenerationRequest("", steps=4, width=64, height=64, sampler="ddim", guidance_scale=2.0)
 LEAN = 120 << 10  # KiB: with a million rows too; Python alone takes a sixth of it
@@ -580,7 +580,7 @@ _DRY_RUN = """
 import sys
 from ldmcli.batch.reading import open_rows
 from ldmcli.batch.rows import IdIndex, items, survey
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 reader = open_rows(None, format=sys.argv[1])
 found = survey(items(reader, GenerationRequest("", steps=1, width=8, height=8), seed=1, ids=IdIndex()), 3)
 assert "torch" not in sys.modules
@@ -622,7 +622,7 @@ import itertools, sys
 from ldmcli.batch.plan import batches
 from ldmcli.batch.reading import open_rows
 from ldmcli.batch.rows import items
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 reader = open_rows(None, format=sys.argv[1])
 found = items(reader, GenerationRequest("", steps=1), seed=1)
 for batch in itertools.islice(batches(found, 4), 5000):

@@ -20,10 +20,10 @@ from ldmcli.batch.drawing import DeviceLostError
 from ldmcli.batch.feed import Feed, Stop
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.worker import Worker
+from ldmcli.conditioning.prompt_cache import PromptCache
 from ldmcli.errors import LdmError, NotFiniteError, StorageError
 from ldmcli.images.metadata import read_record
-from ldmcli.request import GenerationRequest
-from ldmcli.text.prompt_cache import PromptCache
+from ldmcli.spec import GenerationRequest
 
 TWO_GIB = 2 << 30
 

@@ -14,12 +14,12 @@ from conftest import load
 from oracle.comparing import draw, pixels_apart, relative
 from torch import Tensor, nn
 
+from ldmcli.conditioning.prompt_cache import PromptCache
 from ldmcli.errors import LdmError, UsageError
 from ldmcli.images.pixels import to_pixels
 from ldmcli.pipeline import Pipeline
-from ldmcli.request import GenerationRequest, fit_to_model
 from ldmcli.sampling.schedule import Schedule
-from ldmcli.text.prompt_cache import PromptCache
+from ldmcli.spec import GenerationRequest, fit_to_model
 
 # Kernels may sum in another order for another batch size; that is all an image's neighbours can change.
 LATENTS_TOLERANCE = 1e-5

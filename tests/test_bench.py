@@ -332,7 +332,7 @@ def run_with(
     """A run on the random model, in this process, against fakes of these names, who read `tokens`, by default as ldm
     does; without the floor."""
     from ldmcli.checkpoints.source import open_model
-    from ldmcli.text.chunks import tokenize
+    from ldmcli.conditioning.chunks import tokenize
 
     monkeypatch.setattr(bench_run._Bench, "measure_floor", lambda _: None)
     right = [tokenize(each, PROMPT).chunks[0].ids for each in open_model(tiny_model()).tokenizers]

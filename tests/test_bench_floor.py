@@ -138,7 +138,7 @@ def test_arithmetic_does_not_depend_on_how_attention_is_computed(monkeypatch: py
     def nothing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return query
 
-    monkeypatch.setattr("ldmcli.models.attention.sdpa_attention", nothing)
+    monkeypatch.setattr("ldmcli.networks.attention.sdpa_attention", nothing)
     assert count_flops(config, 64, 64) == expected
 
 

@@ -21,8 +21,8 @@ from ldmcli.bench.report import to_dict, to_markdown, to_text
 from ldmcli.bench.step_profile import KINDS, kind_of, summed
 from ldmcli.bench.task import Job, Task
 from ldmcli.errors import LdmError, UsageError
-from ldmcli.runtime.policy import PLAIN
-from ldmcli.runtime.tuning import Tuning
+from ldmcli.speed.policy import PLAIN
+from ldmcli.speed.tuning import Tuning
 
 TASK = Task("models/some", width=16, height=16, steps=3, threads=1)
 CPU = {"device": "cpu", "dtype": "fp32", "bf16_native": False}

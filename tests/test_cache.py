@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from ldmcli import cache as cache_module
-from ldmcli.cache import EntryStore, cache_folder, open_cache
 from ldmcli.checkpoints import identity
 from ldmcli.checkpoints.identity import FileHashes, model_sha256, part_sha256
 from ldmcli.checkpoints.source import open_model
+from ldmcli.disk import cache as cache_module
+from ldmcli.disk.cache import EntryStore, cache_folder, open_cache
 from ldmcli.errors import LdmError, MissingInputError
 
 OLD_NS = 1_600_000_000_000_000_000
@@ -76,7 +76,7 @@ def test_a_disabled_cache_keeps_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_neither_the_cache_nor_hashing_imports_torch() -> None:
-    code = "import sys, ldmcli.cache, ldmcli.checkpoints.identity; print('torch' in sys.modules)"
+    code = "import sys, ldmcli.disk.cache, ldmcli.checkpoints.identity; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -361,7 +361,7 @@ def test_times_to_come_do_not_keep_an_entry_for_ever(tmp_path: Path) -> None:
 _WRITER = """
 import sys
 from pathlib import Path
-from ldmcli.cache import EntryStore
+from ldmcli.disk.cache import EntryStore
 store = EntryStore(Path(sys.argv[1]), max_bytes=1 << 26)
 print("ready", flush=True)
 for number in range(int(sys.argv[3])):

@@ -28,7 +28,7 @@ from cli_support import (
 )
 from PIL import Image
 
-from ldmcli.request import MAX_SEED
+from ldmcli.spec import MAX_SEED
 
 pytestmark = pytest.mark.timeout(300)
 SCRIPT = Path(sys.executable).with_name("ldm")

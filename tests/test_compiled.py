@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ldmcli.checkpoints.source import open_model
 from ldmcli.pipeline import load_pipeline
-from ldmcli.request import GenerationRequest
-from ldmcli.runtime import compiled
-from ldmcli.runtime.compiled import compile_calls
-from ldmcli.runtime.policy import PLAIN, choose_runtime
+from ldmcli.spec import GenerationRequest
+from ldmcli.speed import compiled
+from ldmcli.speed.compiled import compile_calls
+from ldmcli.speed.policy import PLAIN, choose_runtime
 
 if TYPE_CHECKING:
     from ldmcli.pipeline import Pipeline

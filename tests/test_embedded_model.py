@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldmcli.pipeline import Pipeline
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 # weights/recipe/emoji.py
 BACKGROUNDS = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from ldmcli.checkpoints.families import KINDS, REFINER, SD1, SD2, SDXL, Family, describe_single_file, require_family
 from ldmcli.errors import BadDataError
-from ldmcli.families import KINDS, REFINER, SD1, SD2, SDXL, Family, describe_single_file, require_family
 
 Shapes = dict[str, tuple[int, ...]]
 UNET = "model.diffusion_model."

@@ -655,7 +655,9 @@ def test_hub_cache_links(tmp_path: Path, part: str) -> None:
 
 
 def test_importing_needs_no_torch() -> None:
-    program = "import sys, ldmcli.checkpoints.files, ldmcli.families\nprint({'torch', 'numpy'} & {*sys.modules})"
+    program = (
+        "import sys, ldmcli.checkpoints.files, ldmcli.checkpoints.families\nprint({'torch', 'numpy'} & {*sys.modules})"
+    )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
 

@@ -20,10 +20,10 @@ from cli_support import assert_refused, ldm
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import ManifestWriter
 from ldmcli.batch.pictures import picture_path
-from ldmcli.gallery_html import MARK, visible
+from ldmcli.gallery.html import MARK, visible
 from ldmcli.images.metadata import text_chunks
 from ldmcli.images.png import encode_png
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 OWNED = "document.title='owned'"
 HOSTILE = (
@@ -251,7 +251,8 @@ def test_help_and_pages_need_no_torch(tmp_path: Path) -> None:
 
     run = make_run(tmp_path / "run", ["a"])
     code = (
-        "import sys; from pathlib import Path; import ldmcli.cli.gallery; from ldmcli.gallery import write_gallery; "
+        "import sys; from pathlib import Path; import ldmcli.cli.gallery; "
+        "from ldmcli.gallery.pages import write_gallery; "
         f"write_gallery(Path({str(run)!r})); assert not {{'torch', 'PIL', 'numpy'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

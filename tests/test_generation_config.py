@@ -9,13 +9,13 @@ import pytest
 from cli_support import assert_refused, copy_model, ldm, replace, tiny_model, tiny_single_file
 from hub_server import Hub
 
-from ldmcli.checkpoints import hub
 from ldmcli.checkpoints.identity import model_sha256
 from ldmcli.checkpoints.layout import GENERATION, needed_files
 from ldmcli.checkpoints.source import open_model
 from ldmcli.config import Defaults
 from ldmcli.errors import BadDataError, StorageError
-from ldmcli.request import MAX_GUIDANCE, MAX_STEPS, GenerationRequest, fit_to_model
+from ldmcli.hub import fetch as hub
+from ldmcli.spec import MAX_GUIDANCE, MAX_STEPS, GenerationRequest, fit_to_model
 
 pytestmark = pytest.mark.timeout(300)
 OWN = {"guidance_scale": 3, "num_inference_steps": 2, "sampler": "euler"}

@@ -15,13 +15,13 @@ from oracle.comparing import relative
 from torch import Tensor, nn
 
 from ldmcli.pipeline import Pipeline
-from ldmcli.request import GenerationRequest, fit_to_model
-from ldmcli.runtime import policy
-from ldmcli.runtime.graph import KEPT, PAYS, CudaRecorder, Graphs, state_of
-from ldmcli.runtime.tuning import Tuning
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.samplers import SAMPLERS
 from ldmcli.sampling.schedule import Schedule
+from ldmcli.spec import GenerationRequest, fit_to_model
+from ldmcli.speed import policy
+from ldmcli.speed.cuda.graph import KEPT, PAYS, CudaRecorder, Graphs, state_of
+from ldmcli.speed.tuning import Tuning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ASKED = GenerationRequest(

@@ -17,11 +17,11 @@ from cli_support import EMBEDDED, Result, assert_refused, ldm, pixels, start, ti
 from hub_server import Hub
 from test_cli import on_a_terminal
 
-from ldmcli.checkpoints import transfer
-from ldmcli.checkpoints.hub_errors import reworded
-from ldmcli.checkpoints.hub_name import HubModel, parse, snapshot_name
 from ldmcli.checkpoints.layout import needed_files
 from ldmcli.errors import BadDataError, CannotCreateError, MissingInputError, StorageError
+from ldmcli.hub import transfer
+from ldmcli.hub.faults import reworded
+from ldmcli.hub.names import HubModel, parse, snapshot_name
 
 pytestmark = pytest.mark.timeout(300)
 UNET = "unet/diffusion_pytorch_model.safetensors"

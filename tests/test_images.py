@@ -23,12 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from ldmcli.disk.writing import prepare_folder, write_exact, write_new
 from ldmcli.errors import BadDataError, CannotCreateError, LdmError, MissingInputError, StorageError
 from ldmcli.images import png
 from ldmcli.images.metadata import infotext, read_parameters, read_record, text_chunks
 from ldmcli.images.png import encode_png, iterate_text
-from ldmcli.images.write import prepare_folder, write_exact, write_new
-from ldmcli.request import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
+from ldmcli.spec import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
 
 MODEL = {"name": "tiny-emoji", "path": "/models/tiny", "sha256": "6ce0161689b3853acaa03779ec93eafe" * 2}
 RUNTIME = {"dtype": "bfloat16", "device": "cpu", "attention": "sdpa", "torch": "2.14.1"}
@@ -566,7 +566,7 @@ def test_a_real_size_limit_is_a_storage_error(tmp_path: Path) -> None:
         import resource, sys
         from pathlib import Path
         from ldmcli.errors import StorageError
-        from ldmcli.images.write import write_new
+        from ldmcli.disk.writing import write_new
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
             write_new(Path(sys.argv[1]), "a", bytes(100_000), overwrite=False)
@@ -607,7 +607,7 @@ def test_a_full_disk_is_a_storage_error_and_can_go_on(tmp_path: Path) -> None:
         import os, sys
         from pathlib import Path
         from ldmcli.errors import StorageError
-        from ldmcli.images.write import write_new
+        from ldmcli.disk.writing import write_new
         folder = Path(sys.argv[1])
         write_new(folder, "a", bytes(40_000), overwrite=False)
         try:
@@ -626,7 +626,7 @@ def test_a_read_only_folder_cannot_be_prepared(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from ldmcli.errors import CannotCreateError
-        from ldmcli.images.write import prepare_folder, write_new
+        from ldmcli.disk.writing import prepare_folder, write_new
         for act in (prepare_folder, lambda folder: write_new(folder, "a", b"x", overwrite=True)):
             try:
                 act(Path(sys.argv[1]))
@@ -640,7 +640,7 @@ def test_two_processes_with_one_stem_lose_nothing(tmp_path: Path) -> None:
     code = """
         import sys
         from pathlib import Path
-        from ldmcli.images.write import write_new
+        from ldmcli.disk.writing import write_new
         for i in range(40):
             print(write_new(Path(sys.argv[1]), "same", f"{sys.argv[2]} {i}".encode(), overwrite=False))
     """
@@ -656,7 +656,7 @@ def test_a_kill_leaves_no_torn_file(tmp_path: Path, overwrite: bool) -> None:
     code = f"""
         import sys
         from pathlib import Path
-        from ldmcli.images.write import write_new
+        from ldmcli.disk.writing import write_new
         print("ready", flush=True)
         while True:
             write_new(Path(sys.argv[1]), "a", b"x" * 2_000_000, overwrite={overwrite})
@@ -693,7 +693,7 @@ def test_errors_escape_names(tmp_path: Path) -> None:
 def test_importing_is_light() -> None:
     code = """
         import sys
-        import ldmcli.images.metadata, ldmcli.images.png, ldmcli.images.write
+        import ldmcli.images.metadata, ldmcli.images.png, ldmcli.disk.writing
         print(sorted({"torch", "PIL", "numpy"} & set(sys.modules)))
     """
     assert run_python(code).stdout.strip() == "[]"

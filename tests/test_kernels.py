@@ -17,16 +17,15 @@ from oracle.random_model import randomise
 from torch import Tensor, nn
 
 from ldmcli.config import TinyVAEConfig, UNetConfig, VAEConfig
-from ldmcli.kernels import choice
-from ldmcli.kernels.geglu import geglu, plain_geglu
-from ldmcli.kernels.group_norm import group_norm_silu, plain_group_norm_silu
-from ldmcli.kernels.residual import add_bias_residual, plain_add_bias_residual
-from ldmcli.models.taesd import TinyVAE
-from ldmcli.models.tiling import decode_tiled
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
-from ldmcli.runtime import fused
-from ldmcli.runtime.fused import FusedPixelAttention, FusedTransformerBlock, fuse, kernels_work
+from ldmcli.networks.taesd import TinyVAE
+from ldmcli.networks.tiling import decode_tiled
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.speed.cuda import choice, fused
+from ldmcli.speed.cuda.fused import FusedPixelAttention, FusedTransformerBlock, fuse, kernels_work
+from ldmcli.speed.cuda.geglu import geglu, plain_geglu
+from ldmcli.speed.cuda.group_norm import group_norm_silu, plain_group_norm_silu
+from ldmcli.speed.cuda.residual import add_bias_residual, plain_add_bias_residual
 
 TESTS = Path(__file__).parent
 CHANNELS_LAST = torch.channels_last
@@ -118,8 +117,8 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pyt
 
 def test_a_run_on_a_cpu_imports_no_triton() -> None:
     code = (
-        "import sys, torch; from ldmcli.runtime.fused import fuse, kernels_work\n"
-        "from ldmcli.config import UNetConfig; from ldmcli.models.unet import UNet\n"
+        "import sys, torch; from ldmcli.speed.cuda.fused import fuse, kernels_work\n"
+        "from ldmcli.config import UNetConfig; from ldmcli.networks.unet import UNet\n"
         "unet = UNet(UNetConfig(block_channels=(32, 32), attention=(1, 0), heads=(1, 1), context_dim=8)).eval()\n"
         "fuse(unet); context = unet.project_context(torch.zeros(1, 3, 8))\n"
         "unet.requires_grad_(False)(torch.zeros(1, 4, 4, 4), unet.embed_time(torch.zeros(1)), context)\n"

@@ -18,8 +18,8 @@ from ldmcli.checkpoints.source import open_model
 from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError
 from ldmcli.pipeline import Pipeline
-from ldmcli.request import GenerationRequest
 from ldmcli.sampling.schedule import Schedule
+from ldmcli.spec import GenerationRequest
 
 State = dict[str, Tensor]
 WEIGHTS = {

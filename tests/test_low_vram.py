@@ -19,13 +19,13 @@ from ldmcli.checkpoints.source import open_model, with_prediction_type
 from ldmcli.checkpoints.stored_text import remembered
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import LdmError
-from ldmcli.models.unet import UNet
+from ldmcli.networks.unet import UNet
 from ldmcli.pipeline import load_pipeline, settled
-from ldmcli.request import GenerationRequest
-from ldmcli.runtime import offload
-from ldmcli.runtime.fused import joined
-from ldmcli.runtime.offload import HOST, Stage
-from ldmcli.runtime.policy import PLAIN, choose_runtime
+from ldmcli.spec import GenerationRequest
+from ldmcli.speed import offload
+from ldmcli.speed.cuda.fused import joined
+from ldmcli.speed.offload import HOST, Stage
+from ldmcli.speed.policy import PLAIN, choose_runtime
 
 if TYPE_CHECKING:
     from ldmcli.pipeline import Pipeline

@@ -12,14 +12,14 @@ from oracle.random_model import randomise
 from torch import Tensor, nn
 
 from ldmcli.config import TinyVAEConfig, UNetConfig, VAEConfig
-from ldmcli.models import tiling
-from ldmcli.models.layers import Upsample
-from ldmcli.models.taesd import TinyVAE
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
-from ldmcli.runtime import onednn
-from ldmcli.runtime.onednn import PackedConv2d, PackedLinear, lay_out
-from ldmcli.runtime.policy import choose_runtime
+from ldmcli.networks import tiling
+from ldmcli.networks.layers import Upsample
+from ldmcli.networks.taesd import TinyVAE
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.speed.cpu import onednn
+from ldmcli.speed.cpu.onednn import PackedConv2d, PackedLinear, lay_out
+from ldmcli.speed.policy import choose_runtime
 
 VAE = VAEConfig(block_channels=(8, 16), layers_per_block=1, norm_groups=4)
 UNET = UNetConfig(block_channels=(32, 64), attention=(1, 1), heads=(2, 2), context_dim=16, norm_groups=8)

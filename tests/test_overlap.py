@@ -25,8 +25,8 @@ from ldmcli.batch.worker import Worker
 from ldmcli.cli import run
 from ldmcli.errors import LdmError, NotFiniteError, StorageError
 from ldmcli.pipeline import Begun, Pipeline
-from ldmcli.request import GenerationRequest
-from ldmcli.runtime.handover import Delivery, Sideline
+from ldmcli.spec import GenerationRequest
+from ldmcli.speed.handover import Delivery, Sideline
 from ldmcli.stopwatch import Stopwatch
 
 REQUESTS = [GenerationRequest(prompt, seed=seed, steps=2, width=16, height=16) for seed, prompt in enumerate("abc")]
@@ -41,7 +41,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def plain(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     """A pipeline whose layers are not laid out for the batch before: its numbers are the same whatever that was."""
-    monkeypatch.setattr("ldmcli.runtime.policy.lay_out", lambda *_, **__: None)
+    monkeypatch.setattr("ldmcli.speed.policy.lay_out", lambda *_, **__: None)
     return load(tiny_model())
 
 
@@ -162,7 +162,7 @@ def test_a_vae_that_overflows_16_bits_at_some_pictures(
         pipeline.vae.decoder.up_blocks[-1].register_forward_hook(overflow)
         return pipeline
 
-    monkeypatch.setattr("ldmcli.runtime.policy.lay_out", lambda *_, **__: None)
+    monkeypatch.setattr("ldmcli.speed.policy.lay_out", lambda *_, **__: None)
     plain, other = pipeline_that_overflows(), pipeline_that_overflows()
     plain.draw(REQUESTS)
     assert next(plain.vae.parameters()).dtype == torch.bfloat16
@@ -482,7 +482,7 @@ cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reas
 @pytest.mark.parametrize("size", [pytest.param(size, marks=cuda) for size in (1, 3)])
 def test_the_same_files_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """With prompts pushed out of a small cache all the time, so that memory of theirs is used again."""
-    monkeypatch.setattr("ldmcli.text.prompt_cache.PromptCache._add", _forgetful)
+    monkeypatch.setattr("ldmcli.conditioning.prompt_cache.PromptCache._add", _forgetful)
     row = [item(n, f"prompt {n} {n % 7}", steps=8, width=64, height=64) for n in range(24)]
     found = []
     for name in ("ahead", "plain"):
@@ -506,7 +506,7 @@ def test_the_host_does_not_wait_on_a_gpu(embedded_folder: Path, count: int) -> N
     """Between the beginnings of batches that differ in nothing but their seeds nothing is waited for."""
     from ldmcli.checkpoints.source import open_model
     from ldmcli.pipeline import load_pipeline
-    from ldmcli.runtime.policy import choose_runtime
+    from ldmcli.speed.policy import choose_runtime
 
     pipeline = load_pipeline(open_model(embedded_folder), choose_runtime("cuda", "fp32"))
     asked = [GenerationRequest("a star", seed=seed, steps=8) for seed in range(count)]

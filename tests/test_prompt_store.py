@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmcli.cache import EntryStore
 from ldmcli.checkpoints import identity
 from ldmcli.checkpoints.identity import FileHashes
 from ldmcli.checkpoints.load import load_text_encoders
 from ldmcli.checkpoints.source import open_model
 from ldmcli.checkpoints.stored_text import Remembered, stored_encoders
+from ldmcli.conditioning.prompt_store import PromptStore, RowKind
+from ldmcli.conditioning.prompts import PromptEncoder
+from ldmcli.conditioning.stored import Encoding, StoredEncoder
 from ldmcli.config import TextEncoderConfig
-from ldmcli.text.conditioning import PromptEncoder
-from ldmcli.text.prompt_store import PromptStore, RowKind
-from ldmcli.text.stored import Encoding, StoredEncoder
+from ldmcli.disk.cache import EntryStore
 
 CPU = torch.device("cpu")
 CONFIG = TextEncoderConfig(hidden_size=6, max_length=4, projection_dim=3)
@@ -472,8 +472,8 @@ import os, sys
 from concurrent.futures import Future
 from pathlib import Path
 import torch
-from ldmcli.cache import EntryStore
-from ldmcli.text.prompt_store import PromptStore, RowKind
+from ldmcli.disk.cache import EntryStore
+from ldmcli.conditioning.prompt_store import PromptStore, RowKind
 store = PromptStore(EntryStore(Path(sys.argv[1]), max_bytes=1 << 20))
 for number in range(2):
     identity = Future()

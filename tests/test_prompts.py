@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from test_tokenizer import read
 from torch import Tensor
 
+from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
+from ldmcli.conditioning.prompts import Conditioning, PromptEncoder, emphasized, zeros_like
+from ldmcli.conditioning.syntax import Piece, parse
+from ldmcli.conditioning.tokenizer import ClipTokenizer, clip_vocabulary
 from ldmcli.config import TextEncoderConfig
 from ldmcli.errors import BadDataError, LdmError, UsageError
-from ldmcli.models.text import TextTransformer
-from ldmcli.text.chunks import TokenizedPrompt, tokenize
-from ldmcli.text.conditioning import Conditioning, PromptEncoder, emphasized, zeros_like
-from ldmcli.text.prompt_syntax import Piece, parse
-from ldmcli.text.tokenizer import ClipTokenizer, clip_vocabulary
+from ldmcli.networks.clip import TextTransformer
 
 CAT, COMMA, BOS, EOS = 2368, 267, 49406, 49407
 UP, DOWN = 1.1, 1 / 1.1

@@ -31,7 +31,7 @@ from recipe_support import (
 )
 from torch import Tensor
 
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 train, training, train_unet = map(recipe_module, ("train", "training", "train_unet"))
 SMOKE = ("--preset", "smoke", "--out")

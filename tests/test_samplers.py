@@ -16,9 +16,9 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from ldmcli import samplers
 from ldmcli.cli.samplers import samplers as command
 from ldmcli.config import ScheduleConfig
+from ldmcli.sampling import catalogue as samplers
 from ldmcli.sampling.denoiser import Model, predicting
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.samplers import SAMPLERS

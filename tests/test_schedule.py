@@ -13,7 +13,7 @@ import torch
 
 from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError, UsageError
-from ldmcli.samplers import SAMPLERS, SPACINGS, check_fit, check_spacing, sampler_named
+from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS, check_fit, check_spacing, sampler_named
 from ldmcli.sampling.schedule import SMALLEST_LEVEL, Schedule
 
 BETAS = tuple(0.001 * (i + 1) for i in range(40))
@@ -368,7 +368,7 @@ def test_the_check_needs_no_torch() -> None:
     code = """
 import sys
 from ldmcli.config import ScheduleConfig
-from ldmcli.samplers import SAMPLERS, check_fit
+from ldmcli.sampling.catalogue import SAMPLERS, check_fit
 for row in SAMPLERS.values():
     check_fit(row, ScheduleConfig(), 50)
 assert not {"torch", "numpy"} & set(sys.modules)

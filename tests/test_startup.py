@@ -16,7 +16,8 @@ from ldmcli import sources
 from ldmcli.checkpoints.source import embedded_model, open_model
 from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.config import UNetConfig
-from ldmcli.runtime import startup, threads
+from ldmcli.speed import startup
+from ldmcli.speed.cpu import threads
 from ldmcli.stopwatch import PHASES, Stopwatch, process_age
 
 TINY = embedded_model()
@@ -45,7 +46,7 @@ def test_a_run_imports_only_what_it_needs(tmp_path: Path) -> None:
             import torch, torch._meta_registrations, torch.export, torch.ao.quantization
         from ldmcli.cli import run
         assert run(sys.argv[2:]) == 0
-        from ldmcli.runtime.startup import DEFERRED, _Deferred
+        from ldmcli.speed.startup import DEFERRED, _Deferred
         deferred = [name for name in DEFERRED if type(sys.modules.get(name)) is _Deferred]
         print(json.dumps([sorted({name.partition(".")[0] for name in sys.modules}), deferred]))
     """
@@ -60,7 +61,7 @@ def test_a_run_imports_only_what_it_needs(tmp_path: Path) -> None:
 def test_what_was_deferred_is_there_when_it_is_asked_for() -> None:
     code = """
         import json, sys
-        from ldmcli.runtime.startup import _Deferred, quicken, whole_torch
+        from ldmcli.speed.startup import _Deferred, quicken, whole_torch
         quicken()
         import torch
         before = sys.modules["torch.export"]
@@ -87,7 +88,7 @@ def test_another_torch_is_imported_whole(tmp_path: Path) -> None:
     (fake / "version.py").write_text("from typing import Optional\n__version__ = '2.99.0'\n")
     code = """
         import json, sys, threading
-        from ldmcli.runtime.startup import quicken
+        from ldmcli.speed.startup import quicken
         quicken()
         import torch.export
         for thread in threading.enumerate():
@@ -124,7 +125,7 @@ def test_torch_is_linked_while_python_goes_on() -> None:
     """A library that takes long to link keeps a thread, and nobody else."""
     code = """
         import json, sys, threading, time
-        from ldmcli.runtime import startup
+        from ldmcli.speed import startup
 
         started, turns, linking = time.monotonic(), 0, "link torch"
         startup.link_ahead()
@@ -323,7 +324,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     code = """
         import ctypes, json, resource, sys
         if sys.argv[1] == "kept":
-            from ldmcli.runtime.heap import keep_freed_memory
+            from ldmcli.speed.cpu.heap import keep_freed_memory
             keep_freed_memory()
         libc = ctypes.CDLL(None)
         libc.malloc.restype = ctypes.c_void_p
@@ -346,7 +347,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 def test_what_the_steps_have_freed_is_given_back_if_it_is_much() -> None:
     code = """
         import ctypes, json
-        from ldmcli.runtime.heap import give_back_free_memory, keep_freed_memory
+        from ldmcli.speed.cpu.heap import give_back_free_memory, keep_freed_memory
 
         def held():
             with open("/proc/self/statm") as file:
@@ -377,8 +378,8 @@ def test_memory_is_given_back_between_the_steps_and_the_vae(monkeypatch: pytest.
     import torch
 
     from ldmcli import pipeline
-    from ldmcli.request import GenerationRequest
-    from ldmcli.runtime.policy import choose_runtime
+    from ldmcli.spec import GenerationRequest
+    from ldmcli.speed.policy import choose_runtime
 
     loaded = pipeline.load_pipeline(open_model(TINY), choose_runtime("cpu"))
     done: list[str] = []
@@ -395,7 +396,7 @@ def test_memory_for_weights_is_got_ahead() -> None:
     """What asks for memory after `free` finds it filled: the kernel has nothing left to do."""
     code = """
         import ctypes, json, resource, sys, time
-        from ldmcli.runtime.heap import FilledHeap
+        from ldmcli.speed.cpu.heap import FilledHeap
 
         ahead = FilledHeap(256 << 20, 2)
         deadline = time.monotonic() + 60
@@ -419,7 +420,7 @@ def test_memory_for_weights_is_got_ahead() -> None:
 def test_what_is_got_ahead_is_no_more_than_there_was_time_for() -> None:
     code = """
         import ctypes, json, threading, time
-        from ldmcli.runtime.heap import FilledHeap
+        from ldmcli.speed.cpu.heap import FilledHeap
 
         ctypes.memset = lambda block, value, size: time.sleep(0.05)  # as if the kernel were that slow; takes no memory
         filled = FilledHeap(1 << 40, 3).free()

@@ -15,9 +15,9 @@ from graph_support import FakeRecorder, load_plainly, recording
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldmcli.models.transformer import TransformerBlock
-from ldmcli.models.unet import TimeEmbedding
-from ldmcli.request import GenerationRequest
+from ldmcli.networks.transformer import TransformerBlock
+from ldmcli.networks.unet import TimeEmbedding
+from ldmcli.spec import GenerationRequest
 
 if TYPE_CHECKING:
     from ldmcli.pipeline import Pipeline
@@ -109,7 +109,7 @@ def test_constants_of_a_run_are_computed_once(pipeline: "Pipeline", asked: Gener
 
 def test_each_distinct_prompt_is_encoded_once(pipeline: "Pipeline", monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a picture, from picture to picture, and when it was encoded while the weights were read."""
-    from ldmcli.text.prompt_cache import PromptCache
+    from ldmcli.conditioning.prompt_cache import PromptCache
 
     (encoder,) = pipeline.model.prompts.encoders
     rows: list[tuple[int, ...]] = []
@@ -134,7 +134,7 @@ def test_prompts_drawn_first_are_encoded_while_weights_are_read(
 ) -> None:
     from ldmcli import pipeline as module
     from ldmcli.checkpoints.source import open_model
-    from ldmcli.runtime.policy import choose_runtime
+    from ldmcli.speed.policy import choose_runtime
 
     encoded, wait = [], []
     load_unet, conditions = module.load_unet, module.conditions

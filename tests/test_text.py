@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from ldmcli.checkpoints.buildable import _ACTIVATIONS
 from ldmcli.checkpoints.load import load_text_encoder, on_meta
 from ldmcli.checkpoints.source import open_model
+from ldmcli.conditioning.encoder import ClipTextEncoder
 from ldmcli.config import TextEncoderConfig
-from ldmcli.models.text import ACTIVATIONS, TextTransformer, quick_gelu
-from ldmcli.text.encoder import ClipTextEncoder
+from ldmcli.networks.clip import ACTIVATIONS, TextTransformer, quick_gelu
 
 CONFIG = TextEncoderConfig(vocab_size=50, hidden_size=16, intermediate_size=24, layers=4, heads=2, eos_token_id=49)
 IDS = torch.tensor([[48, 3, 4, 49, 49], [48, 3, 5, 6, 49]])
@@ -152,6 +152,6 @@ def test_drawing_imports_no_other_library_of_models(tmp_path: Path) -> None:
     assert Path(done.stdout.rstrip()).is_file()
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip() for line in lines}
-    assert {"torch", "ldmcli.models.text"} <= imported
+    assert {"torch", "ldmcli.networks.clip"} <= imported
     others = {"transformers", "open_clip", "torchvision", "diffusers", "xformers", "torch._dynamo"}
     assert not imported & others

@@ -19,11 +19,11 @@ from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import embedded_model, open_model
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.errors import StorageError, UsageError
-from ldmcli.models import feature_map, tiling
-from ldmcli.models.taesd import TinyVAE
-from ldmcli.models.vae import AutoencoderKL, PixelAttention
-from ldmcli.runtime import memory
-from ldmcli.runtime.onednn import lay_out
+from ldmcli.networks import feature_map, tiling
+from ldmcli.networks.taesd import TinyVAE
+from ldmcli.networks.vae import AutoencoderKL, PixelAttention
+from ldmcli.speed import memory
+from ldmcli.speed.cpu.onednn import lay_out
 
 
 @pytest.fixture(scope="module")
@@ -305,8 +305,9 @@ def peak_memory(side: int, kept: int) -> int:
     script = f"""
 import torch
 from ldmcli.config import VAEConfig
-from ldmcli.models import feature_map, tiling
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.networks import feature_map
+from ldmcli.networks import tiling
+from ldmcli.networks.vae import AutoencoderKL
 torch.set_num_threads(1)
 tiling.STRIP, feature_map.KEPT = 1 << 18, {kept}
 vae = AutoencoderKL(VAEConfig(block_channels=(32, 16, 16, 16, 16), layers_per_block=1, norm_groups=4)).eval()

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldmcli.conditioning.chunks import tokenize
+from ldmcli.conditioning.tokenizer import ClipTokenizer, clip_vocabulary, vocabulary_from_folder
 from ldmcli.errors import BadDataError, MissingInputError
-from ldmcli.text.chunks import tokenize
-from ldmcli.text.tokenizer import ClipTokenizer, clip_vocabulary, vocabulary_from_folder
 
 # What splitting, normalising or special tokens could get wrong.
 PIECES = [

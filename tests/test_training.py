@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from ldmcli.checkpoints.families import SD1, SD2, SDXL, Family
 from ldmcli.checkpoints.files import open_weights, write_tensors
 from ldmcli.checkpoints.folder_config import defaults_for
 from ldmcli.checkpoints.training import schedule_of_file
 from ldmcli.config import UNDECIDED, Defaults, ScheduleConfig
 from ldmcli.errors import BadDataError
-from ldmcli.families import SD1, SD2, SDXL, Family
 from ldmcli.sampling.schedule import Schedule
 
 LEVELS = Schedule(ScheduleConfig()).alphas_cumprod

@@ -20,8 +20,8 @@ from ldmcli.checkpoints.source import open_model
 from ldmcli.checkpoints.vae_source import load_vae_from, open_vae
 from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig
 from ldmcli.errors import BadDataError, LdmError, MissingInputError
-from ldmcli.models.taesd import TinyVAE
-from ldmcli.runtime.policy import Runtime
+from ldmcli.networks.taesd import TinyVAE
+from ldmcli.speed.policy import Runtime
 
 State = dict[str, Tensor]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmcli.config import VAEConfig
-from ldmcli.models.layers import Upsample
-from ldmcli.models.vae import AutoencoderKL
-from ldmcli.runtime import winograd
-from ldmcli.runtime.onednn import lay_out
-from ldmcli.runtime.policy import choose_runtime
-from ldmcli.runtime.tuning import Tuning
+from ldmcli.networks.layers import Upsample
+from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.speed.cpu import winograd
+from ldmcli.speed.cpu.onednn import lay_out
+from ldmcli.speed.policy import choose_runtime
+from ldmcli.speed.tuning import Tuning
 
 CHANNELS_LAST = torch.channels_last
 TOLERANCE = 1.5e-6  # about 1e-6 is seen, and 5e-7 of the plain convolution

@@ -9,8 +9,8 @@ from pathlib import Path
 from ldmcli.batch.feed import Batch, Feed
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter, key_of, read_manifests
+from ldmcli.disk.opening import open_regular
 from ldmcli.errors import LdmError, TryAgainError
-from ldmcli.opening import open_regular
 
 TRIES = 3  # of a batch whose worker dies; each costs the loading of a model
 STARTS = 3  # workers in a row that may die loading

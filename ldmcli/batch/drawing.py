@@ -12,9 +12,9 @@ import torch
 from ldmcli.batch.items import Item
 from ldmcli.errors import LdmError, NotFiniteError, TryAgainError, printable
 from ldmcli.pipeline import Begun, Pipeline
-from ldmcli.request import GenerationRequest
-from ldmcli.runtime.memory import is_out_of_memory
-from ldmcli.runtime.policy import Runtime
+from ldmcli.spec import GenerationRequest
+from ldmcli.speed.memory import is_out_of_memory
+from ldmcli.speed.policy import Runtime
 
 if TYPE_CHECKING:
     import numpy as np

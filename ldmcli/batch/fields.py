@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ldmcli.errors import UsageError, printable
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 PROMPT = "prompt"
 TEXTS = (PROMPT, "negative_prompt")  # kept as they are written, spaces included

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 
 @dataclasses.dataclass(frozen=True)

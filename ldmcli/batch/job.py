@@ -16,10 +16,10 @@ from ldmcli.batch.rows import IdIndex, Survey, items, survey
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import printable
-from ldmcli.request import GenerationRequest
-from ldmcli.runtime.startup import quicken
-from ldmcli.runtime.tuning import Tuning
 from ldmcli.sources import Sources, open_sources
+from ldmcli.spec import GenerationRequest
+from ldmcli.speed.startup import quicken
+from ldmcli.speed.tuning import Tuning
 
 _log = logging.getLogger(__name__)
 _SHOWN_BAD_ROWS = 20
@@ -110,7 +110,7 @@ class Job:
         sources = open_sources(self.options)
         if sources.model.config.schedule.prediction_type == UNDECIDED:
             quicken()
-            from ldmcli.runtime.policy import choose_runtime
+            from ldmcli.speed.policy import choose_runtime
 
             options = self.options
             tuning = Tuning.of(options)

@@ -17,8 +17,8 @@ from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import DONE, State, key_of, read_manifests, read_states
 from ldmcli.batch.pictures import numbers_there
 from ldmcli.batch.runfile import read_run
+from ldmcli.disk.opening import PICTURES, open_regular
 from ldmcli.errors import BadDataError, LdmError, printable
-from ldmcli.opening import PICTURES, open_regular
 
 _PER_PAGE = 4096  # pictures or rows
 _NOTHING, _IS_DONE, _HAS_FAILED = range(3)  # of a picture

@@ -9,8 +9,8 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ldmcli.disk.opening import bad_file, open_regular
 from ldmcli.errors import BadDataError, MissingInputError, StorageError, printable
-from ldmcli.opening import bad_file, open_regular
 
 MAX_LINE_BYTES = 4 << 20
 _CHUNK = 1 << 16

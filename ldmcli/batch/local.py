@@ -9,8 +9,8 @@ from ldmcli.batch.dispatch import Dispatcher
 from ldmcli.batch.feed import Feed, Stop
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.member import Failed, Member, Ready
-from ldmcli.runtime.startup import quicken
-from ldmcli.runtime.threads import available_cores
+from ldmcli.speed.cpu.threads import available_cores
+from ldmcli.speed.startup import quicken
 
 _POLL = 0.1  # s between looks at the plan and at whether to stop
 _log = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.pictures import PICTURE_PATH
+from ldmcli.disk.opening import open_regular, shown
+from ldmcli.disk.writing import make_folder, named_errors, sync_folder
 from ldmcli.errors import BadDataError, CannotCreateError
-from ldmcli.images.write import make_folder, named_errors, sync_folder
-from ldmcli.opening import open_regular, shown
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 DONE, FAILED = "done", "failed"
 _FOLDER = "manifest"

@@ -128,7 +128,7 @@ def _work(pipe: Connection, setup: Setup, name: str, device: str, cores: int, le
 
 
 def _draw(voice: "_Voice", inbox: "_Inbox", setup: Setup, name: str, device: str, cores: int) -> None:
-    from ldmcli.runtime.startup import quicken
+    from ldmcli.speed.startup import quicken
 
     quicken()
     from ldmcli.batch.worker import Worker

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ldmcli.batch.items import Item
+from ldmcli.disk.writing import make_folder, named_errors, write_exact
 from ldmcli.errors import StorageError
-from ldmcli.images.write import make_folder, named_errors, write_exact
 
 PICTURE_PATH = re.compile(r"images/\d{5,19}/\d{1,19}-\d{1,20}(-\d{1,19})?\.png", re.ASCII)
 _IMAGES = "images"

@@ -10,8 +10,8 @@ from typing import Any
 from ldmcli.batch.fields import COLUMNS, EXTRAS, IDS, PROMPT, column_name, from_text, near
 from ldmcli.batch.lines import Digest, Line, Lines, continues, digest_of
 from ldmcli.batch.tables import Record, delimiter_of, records
+from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError, UsageError, printable
-from ldmcli.opening import shown
 
 __all__ = ["FORMATS", "Digest", "RawRow", "RowReader", "continues", "digest_of", "open_rows"]
 

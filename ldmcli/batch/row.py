@@ -10,7 +10,7 @@ from ldmcli.batch.items import BadRow
 from ldmcli.batch.reading import RawRow
 from ldmcli.batch.settings import MAX_PROBLEMS, Variants
 from ldmcli.errors import UsageError, printable
-from ldmcli.request import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
+from ldmcli.spec import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
 
 MAX_COUNT = 1_000_000
 MAX_ID = 256

@@ -11,7 +11,7 @@ from ldmcli.batch.reading import RawRow
 from ldmcli.batch.row import MAX_COUNT, MAX_ID, Row, derived_seed
 from ldmcli.batch.settings import Fit, Settings
 from ldmcli.errors import printable
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 __all__ = [
     "MAX_COMBINATIONS", "MAX_COUNT", "MAX_ID", "IdIndex", "Survey", "checked_grid", "derived_seed", "items",

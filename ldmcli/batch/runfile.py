@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldmcli.disk.opening import bad_file, open_regular, shown
+from ldmcli.disk.writing import write_exact
 from ldmcli.errors import BadDataError, MissingInputError, printable
-from ldmcli.images.write import write_exact
-from ldmcli.opening import bad_file, open_regular, shown
 
 RUN_FILE = "run.json"
 STDIN = "stdin"

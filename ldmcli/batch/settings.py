@@ -9,7 +9,7 @@ from typing import Any
 from ldmcli.batch.fields import OWN, problem_of
 from ldmcli.batch.grid import MAX_COMBINATIONS, Grid
 from ldmcli.errors import UsageError
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 MAX_PROBLEMS = 20  # reported of one row
 _MAX_KEPT = 2 * MAX_COMBINATIONS  # checked settings that are remembered, all combinations counted

@@ -17,13 +17,13 @@ from ldmcli.checkpoints.stored_text import remembered
 from ldmcli.errors import LdmError, printable
 from ldmcli.images.metadata import text_chunks
 from ldmcli.images.png import encode_png
-from ldmcli.runtime.heap import keep_freed_memory
-from ldmcli.runtime.policy import choose_runtime, use_threads
-from ldmcli.runtime.tuning import Tuning
 from ldmcli.sources import open_sources
+from ldmcli.speed.cpu.heap import keep_freed_memory
+from ldmcli.speed.policy import choose_runtime, use_threads
+from ldmcli.speed.tuning import Tuning
 
 if TYPE_CHECKING:
-    from ldmcli.runtime.policy import Runtime
+    from ldmcli.speed.policy import Runtime
 
 _WRITERS = 4  # threads that encode and write; each waits for the disk most of the time
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ldmcli.runtime.attention_choice import Row
+from ldmcli.speed.attention_choice import Row
 
 GAIN = 0.97  # of the time of torch's own pick, under which a kernel enters the table
 EXACT = 1.5  # times the error of torch's own pick, up to which it does

@@ -28,12 +28,12 @@ from torch import Tensor
 from ldmcli.bench.attention_rows import Problem, Result, merged, rows_of, table_source
 from ldmcli.bench.random_weights import family_config
 from ldmcli.checkpoints.load import on_meta
-from ldmcli.models.attention import ATTENTIONS, Attend, math_attention, set_attention, takes
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
-from ldmcli.runtime.attention_choice import REFUSALS, TABLE
-from ldmcli.runtime.attention_table import MEASURED_WITH
-from ldmcli.runtime.policy import DTYPES
+from ldmcli.networks.attention import ATTENTIONS, Attend, math_attention, set_attention, takes
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.speed.attention_choice import REFUSALS, TABLE
+from ldmcli.speed.attention_table import MEASURED_WITH
+from ldmcli.speed.policy import DTYPES
 
 SECONDS = 160.0  # after which no other shape is begun
 ROUNDS = 11

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.config import ModelConfig
-from ldmcli.models.attention import math_attention, set_attention
-from ldmcli.models.text import TextTransformer
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.networks.attention import math_attention, set_attention
+from ldmcli.networks.clip import TextTransformer
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
 
 _Result = TypeVar("_Result")
 

@@ -21,8 +21,8 @@ import ldmcli
 from ldmcli.bench.contenders import PEERS, VARIANTS
 from ldmcli.bench.processes import ContenderError, Processes
 from ldmcli.bench.targets import judged, to_markdown
+from ldmcli.disk.writing import named_errors, prepare_folder
 from ldmcli.errors import LdmError, UsageError, printable
-from ldmcli.images.write import named_errors, prepare_folder
 
 _LIMIT = 570.0  # seconds for one part
 _GRACE = 30.0  # seconds for a part that was interrupted to end its own processes

@@ -38,7 +38,7 @@ def _device(name: str) -> dict[str, Any]:
     """The device of this name, as --device has it: its kind, what it is called, its memory in bytes."""
     import torch
 
-    from ldmcli.runtime.policy import choose_runtime
+    from ldmcli.speed.policy import choose_runtime
 
     device = choose_runtime(name).device
     if device.type == "cpu":
@@ -60,7 +60,7 @@ def _floor(job: Job) -> dict[str, Any]:
 
     from ldmcli.bench.floor import count_flops, measure_rate
     from ldmcli.checkpoints.source import open_model
-    from ldmcli.runtime.policy import DTYPES
+    from ldmcli.speed.policy import DTYPES
 
     task = job.task
     config = open_model(Path(task.model)).config

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ldmcli.checkpoints.families import SD1, SD2, SDXL
+from ldmcli.conditioning.tokenizer import clip_vocabulary
 from ldmcli.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from ldmcli.families import SD1, SD2, SDXL
-from ldmcli.images.write import named_errors
-from ldmcli.text.tokenizer import clip_vocabulary
+from ldmcli.disk.writing import named_errors
 
 # The class that each family's published models name; samplers beside it read its fields as well.
 _SCHEDULERS = {SD1.name: "PNDMScheduler", SD2.name: "DDIMScheduler", SDXL.name: "EulerDiscreteScheduler"}

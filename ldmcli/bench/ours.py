@@ -14,7 +14,7 @@ from ldmcli.bench.task import Job
 from ldmcli.bench.worker import Answers, serve
 
 if TYPE_CHECKING:
-    from ldmcli.request import GenerationRequest
+    from ldmcli.spec import GenerationRequest
 
 
 def main() -> None:
@@ -36,8 +36,8 @@ class Ours:
 
         from ldmcli.checkpoints.source import open_model
         from ldmcli.pipeline import load_pipeline, settled
-        from ldmcli.runtime.heap import keep_freed_memory
-        from ldmcli.runtime.policy import choose_runtime
+        from ldmcli.speed.cpu.heap import keep_freed_memory
+        from ldmcli.speed.policy import choose_runtime
 
         self.task = task = job.task
         keep_freed_memory()  # as `ldm txt2img` does
@@ -54,7 +54,7 @@ class Ours:
         import torch
 
         import ldmcli
-        from ldmcli.runtime.policy import choose_runtime
+        from ldmcli.speed.policy import choose_runtime
 
         cuda = self.device.startswith("cuda")
         return {
@@ -79,7 +79,7 @@ class Ours:
         return total
 
     def _tokens(self) -> list[list[int]]:
-        from ldmcli.text.chunks import tokenize
+        from ldmcli.conditioning.chunks import tokenize
 
         return [list(tokenize(each, self.task.prompt).chunks[0].ids) for each in self.source.tokenizers]
 
@@ -128,7 +128,7 @@ class Ours:
 
     def _requests(self, steps: int, prompt: str) -> "list[GenerationRequest]":
         """One request for each picture that is drawn at once."""
-        from ldmcli.request import GenerationRequest
+        from ldmcli.spec import GenerationRequest
 
         task = self.task
         names = ("negative_prompt", "width", "height", "guidance_scale", "sampler")

@@ -11,7 +11,7 @@ from ldmcli.bench.contenders import Contender, is_ours
 from ldmcli.bench.measure import Record
 from ldmcli.bench.task import PROMPT, Task
 from ldmcli.errors import UsageError
-from ldmcli.runtime.memory import host_memory
+from ldmcli.speed.memory import host_memory
 
 _SMALL = 500_000_000  # bytes of weights; comparisons with models below are measured more often
 _MODEL_SETTINGS = ("width", "height", "guidance_scale", "steps")
@@ -65,8 +65,8 @@ def make_task(plan: Plan, model: Path) -> Task:
     where it cannot draw that."""
     from ldmcli.checkpoints.source import open_model
     from ldmcli.config import UNDECIDED
-    from ldmcli.request import GenerationRequest, fit_to_model
-    from ldmcli.runtime.threads import choose_threads
+    from ldmcli.spec import GenerationRequest, fit_to_model
+    from ldmcli.speed.cpu.threads import choose_threads
 
     config = open_model(model).config
     if config.schedule.prediction_type == UNDECIDED:

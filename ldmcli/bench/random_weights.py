@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.bench.model_folder import creating, write_description, write_index
+from ldmcli.checkpoints.families import SD1, SD2, SDXL
 from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.disk.writing import named_errors, prepare_folder
 from ldmcli.errors import StorageError, UsageError, printable
-from ldmcli.families import SD1, SD2, SDXL
-from ldmcli.images.write import named_errors, prepare_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,9 +137,9 @@ def write_random_config(config: ModelConfig, folder: Path, seed: int = 0) -> Pat
 def model_shapes(config: ModelConfig) -> dict[str, Shapes]:
     """The shape of every tensor of every part, by the names that diffusers and transformers give them on disk."""
     from ldmcli.checkpoints.load import on_meta
-    from ldmcli.models.text import TextTransformer
-    from ldmcli.models.unet import UNet
-    from ldmcli.models.vae import AutoencoderKL
+    from ldmcli.networks.clip import TextTransformer
+    from ldmcli.networks.unet import UNet
+    from ldmcli.networks.vae import AutoencoderKL
 
     shapes = {
         "unet": _shapes(on_meta(lambda: UNet(config.unet))),

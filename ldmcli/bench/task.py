@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any, Self
 
-from ldmcli.runtime.tuning import Tuning
+from ldmcli.speed.tuning import Tuning
 
 PROMPT = "a red apple on a blue background"
 

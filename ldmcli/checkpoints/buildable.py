@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.errors import BadDataError
-from ldmcli.request import MAX_SIZE
+from ldmcli.spec import MAX_SIZE
 
 _MAX_LAYERS = 128  # of one kind in one place; the deepest known models have 32
 _MAX_VAE_LEVELS = 8

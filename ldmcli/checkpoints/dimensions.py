@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ldmcli.checkpoints.families import LCM_DEFAULTS, Family, TextPart
 from ldmcli.checkpoints.key_map import UNET_PREFIX, VAE_PREFIX
 from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.errors import BadDataError, printable
-from ldmcli.families import LCM_DEFAULTS, Family, TextPart
 
 Shapes = Mapping[str, tuple[int, ...]]
 _VAE_WIDTHS = (128, 256, 512, 512)  # of the autoencoder that Stable Diffusion 1, 2 and XL share

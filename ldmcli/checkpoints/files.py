@@ -26,8 +26,8 @@ from ldmcli.checkpoints.header import (
     parse_json_object,
 )
 from ldmcli.checkpoints.sniff import SNIFF_BYTES, may_be_pickled, sniff
+from ldmcli.disk.opening import bad_file, open_regular, shown
 from ldmcli.errors import CannotCreateError, StorageError, printable
-from ldmcli.opening import bad_file, open_regular, shown
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldmcli.checkpoints.families import LCM_DEFAULTS
 from ldmcli.config import Defaults, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.disk.opening import read_json
 from ldmcli.errors import BadDataError, printable
-from ldmcli.families import LCM_DEFAULTS
-from ldmcli.opening import read_json
-from ldmcli.request import MAX_GUIDANCE, MAX_STEPS
-from ldmcli.samplers import SAMPLERS
+from ldmcli.sampling.catalogue import SAMPLERS
+from ldmcli.spec import MAX_GUIDANCE, MAX_STEPS
 
 MAX_CONFIG_BYTES = 1 << 20
 WITH_PROJECTION = "CLIPTextModelWithProjection"

@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from ldmcli.background import in_background
-from ldmcli.cache import EntryStore
 from ldmcli.checkpoints.source import ModelSource
+from ldmcli.disk.cache import EntryStore
+from ldmcli.disk.opening import open_regular
 from ldmcli.errors import printable
-from ldmcli.opening import open_regular
 
 _log = logging.getLogger(__name__)
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -20,14 +20,14 @@ from ldmcli.checkpoints.key_map import (
     original_vae_keys,
 )
 from ldmcli.checkpoints.source import ModelSource, list_keys
+from ldmcli.conditioning.encoder import ClipTextEncoder
+from ldmcli.conditioning.prompts import PromptEncoder, TextEncoder
+from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.config import TextEncoderConfig
 from ldmcli.errors import BadDataError, printable
-from ldmcli.models.text import TextTransformer
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
-from ldmcli.text.conditioning import PromptEncoder, TextEncoder
-from ldmcli.text.encoder import ClipTextEncoder
-from ldmcli.text.tokenizer import ClipTokenizer
+from ldmcli.networks.clip import TextTransformer
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _READERS = 4  # threads that read a part: reading, checking and converting numbers take more time than the disk

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ldmcli.checkpoints.header import DTYPE_BYTES, MAX_TENSORS, HeaderError, TensorInfo
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL
 from ldmcli.checkpoints.outline import Outline, Storage, StoredTensor, state_dict
-from ldmcli.opening import bad_file, open_regular
+from ldmcli.disk.opening import bad_file, open_regular
 
 if TYPE_CHECKING:
     import torch

@@ -9,16 +9,23 @@ from typing import Any
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import USUAL_VAE, config_from_shapes
+from ldmcli.checkpoints.families import (
+    FAMILIES,
+    READ,
+    describe_single_file,
+    family_of_unet,
+    lacks_only_vae,
+    require_family,
+)
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
-from ldmcli.checkpoints.hub_name import snapshot_name
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX
 from ldmcli.checkpoints.layout import GENERATION, weight_names
 from ldmcli.checkpoints.training import schedule_of_file
+from ldmcli.conditioning.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 from ldmcli.config import ModelConfig, TextEncoderConfig
+from ldmcli.disk.opening import read_json
 from ldmcli.errors import BadDataError, MissingInputError, printable
-from ldmcli.families import FAMILIES, READ, describe_single_file, family_of_unet, lacks_only_vae, require_family
-from ldmcli.opening import read_json
-from ldmcli.text.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
+from ldmcli.hub.names import snapshot_name
 
 EMBEDDED_NAME = "tiny-emoji"
 _DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-from ldmcli.cache import open_cache
 from ldmcli.checkpoints.identity import FileHashes, part_sha256
 from ldmcli.checkpoints.source import ModelSource
+from ldmcli.conditioning.prompt_store import PromptStore
+from ldmcli.conditioning.prompts import PromptEncoder, TextEncoder
+from ldmcli.conditioning.stored import Encoding, StoredEncoder
+from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.config import TextEncoderConfig
-from ldmcli.text.conditioning import PromptEncoder, TextEncoder
-from ldmcli.text.prompt_store import PromptStore
-from ldmcli.text.stored import Encoding, StoredEncoder
-from ldmcli.text.tokenizer import ClipTokenizer
+from ldmcli.disk.cache import open_cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 from ldmcli.checkpoints.buildable import betas_of
+from ldmcli.checkpoints.families import Family
 from ldmcli.checkpoints.files import WeightFile, read_numbers
 from ldmcli.config import UNDECIDED, ScheduleConfig
+from ldmcli.disk.opening import read_text
 from ldmcli.errors import BadDataError, printable
-from ldmcli.families import Family
-from ldmcli.opening import read_text
 
 _MAX_YAML_BYTES = 1 << 20
 _PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?(\w+)""", re.MULTILINE)

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import vae_from_shapes
+from ldmcli.checkpoints.families import describe_single_file, require_family
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.key_map import VAE_PREFIX, of_vae_encoder, old_diffusers_vae_key, original_vae_keys
 from ldmcli.checkpoints.source import list_keys, open_part
 from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig
+from ldmcli.disk.opening import bad_file, read_json, shown
 from ldmcli.errors import BadDataError, MissingInputError
-from ldmcli.families import describe_single_file, require_family
-from ldmcli.opening import bad_file, read_json, shown
 
 if TYPE_CHECKING:
     import torch
 
-    from ldmcli.models.taesd import TinyVAE
-    from ldmcli.models.vae import AutoencoderKL
+    from ldmcli.networks.taesd import TinyVAE
+    from ldmcli.networks.vae import AutoencoderKL
 
 _log = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ def open_vae(path: Path, model: ModelConfig, *, allow_pickle: bool = False) -> V
 def load_vae_from(source: VAESource, device: "torch.device", dtype: "torch.dtype") -> "AutoencoderKL | TinyVAE":
     """The source's autoencoder, without its encoder."""
     from ldmcli.checkpoints.load import DiskNames, fill, on_meta
-    from ldmcli.models.taesd import TinyVAE
-    from ldmcli.models.vae import AutoencoderKL
+    from ldmcli.networks.taesd import TinyVAE
+    from ldmcli.networks.vae import AutoencoderKL
 
     config = source.config
     vae = on_meta(

@@ -14,7 +14,7 @@ import click
 
 from ldmcli import __version__
 from ldmcli.errors import LdmError, StorageError, printable
-from ldmcli.runtime.memory import is_out_of_memory
+from ldmcli.speed.memory import is_out_of_memory
 
 _COMMANDS = ("txt2img", "batch", "info", "gallery", "pull", "models", "samplers", "bench")
 _COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask

@@ -139,11 +139,11 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
 def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]") -> int:
     """Draw what is still to be drawn, and return the exit code."""
     from ldmcli.batch.ledger import Ledger
-    from ldmcli.batch.lock import folder_lock
     from ldmcli.batch.pictures import clean_temporaries
     from ldmcli.batch.run import Limits, Run
     from ldmcli.batch.runfile import record_rows
-    from ldmcli.images.write import prepare_folder
+    from ldmcli.disk.lock import folder_lock
+    from ldmcli.disk.writing import prepare_folder
 
     options = job.options
     folder = Path(options["output"])
@@ -312,7 +312,7 @@ def _write_sheet(folder: Path, path: Path) -> None:
     import heapq
 
     from ldmcli.batch.manifest import read_manifests
-    from ldmcli.images.sheet import MAX_PICTURES, SheetPicture, write_sheet
+    from ldmcli.gallery.sheet import MAX_PICTURES, SheetPicture, write_sheet
 
     done = (record for record in read_manifests(folder) if record["status"] == "done")
     first = heapq.nsmallest(MAX_PICTURES + 1, done, key=lambda record: record["number"])

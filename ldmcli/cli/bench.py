@@ -10,7 +10,7 @@ import click
 
 from ldmcli.cli.options import expanded, json_option, option, runtime_options, verbosity_options
 from ldmcli.errors import CannotCreateError, LdmError, UsageError, printable
-from ldmcli.runtime.tuning import Tuning
+from ldmcli.speed.tuning import Tuning
 
 _CLOCKS = ("cold", "image", "step")
 _FAMILIES = ("sd15", "sd21", "sdxl")
@@ -137,7 +137,7 @@ def _plan(options: dict[str, Any]) -> Any:
 
 
 def _write_json(path: Path, found: dict[str, Any]) -> None:
-    from ldmcli.images.write import named_errors
+    from ldmcli.disk.writing import named_errors
 
     with named_errors(path, "write the results"):
         path.write_text(json.dumps(found) + "\n")

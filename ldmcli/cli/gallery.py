@@ -23,7 +23,7 @@ def gallery(folder: str, output: str | None, page_size: int, as_json: bool) -> N
     DIR is what `ldm batch` wrote, or any folder of pictures by this program. Prints the path of the first page. Nothing
     is fetched from elsewhere: the pages work from the disk and on a web server. Run again, it brings them up to date.
     """
-    from ldmcli.gallery import write_gallery
+    from ldmcli.gallery.pages import write_gallery
 
     written = write_gallery(expanded(folder), expanded(output) if output else None, page_size=page_size)
     counts = (written.pictures, written.failed, written.pages)

@@ -18,7 +18,7 @@ def info(file: str, allow_pickle: bool, as_json: bool) -> None:
 
     Only headers are read, so this is quick for files of any size.
     """
-    from ldmcli.inspection import inspect
+    from ldmcli.checkpoints.inspection import inspect
 
     facts = inspect(expanded(file), allow_pickle=allow_pickle)
     if as_json:

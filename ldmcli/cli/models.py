@@ -17,7 +17,7 @@ def models(as_json: bool) -> None:
     the Hugging Face hub. What is there but cannot be run is listed with the reason. Only headers are read.
     """
     from ldmcli.errors import printable
-    from ldmcli.shelf import models_at_hand
+    from ldmcli.hub.shelf import models_at_hand
 
     found = list(models_at_hand())
     if as_json:

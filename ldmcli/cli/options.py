@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import click
 
 from ldmcli.errors import printable
-from ldmcli.request import LONG_PROMPTS, PROMPT_SYNTAXES
-from ldmcli.runtime.tuning import KERNELS
-from ldmcli.samplers import SAMPLERS, SPACINGS
+from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
+from ldmcli.spec import LONG_PROMPTS, PROMPT_SYNTAXES
+from ldmcli.speed.tuning import KERNELS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ldmcli.disk.writing import check_replaceable, prepare_folder, write_exact, write_new
 from ldmcli.errors import CannotCreateError, UsageError, printable
-from ldmcli.images.write import check_replaceable, prepare_folder, write_exact, write_new
 
 STDOUT = "-"
 _OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}

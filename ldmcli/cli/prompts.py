@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from ldmcli.errors import BadDataError
-from ldmcli.request import MAX_PROMPT_BYTES
+from ldmcli.spec import MAX_PROMPT_BYTES
 
 STDIN = "-"
 

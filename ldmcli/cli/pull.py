@@ -30,8 +30,8 @@ def pull(model: str, fp16: bool) -> None:
 
     HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.
     """
-    from ldmcli.checkpoints.hub import fetch
-    from ldmcli.checkpoints.hub_name import parse
+    from ldmcli.hub.fetch import fetch
+    from ldmcli.hub.names import parse
 
     wanted = parse(model)
     if wanted is None:
@@ -45,8 +45,8 @@ def pull(model: str, fp16: bool) -> None:
 
 def _kind(path: Path) -> str:
     """What was fetched. Raises BadDataError where it is a model, but none that can be run."""
+    from ldmcli.checkpoints.inspection import inspect
     from ldmcli.checkpoints.layout import INDEX
-    from ldmcli.inspection import inspect
 
     if path.is_dir() and not (path / INDEX).is_file():
         return "a part of a model, to name after --vae"

@@ -14,7 +14,7 @@ _FIELDS = ("name", "title", "summary", "spacings", "draws_noise", "takes_eta")
 @verbosity_options
 def samplers(as_json: bool) -> None:
     """List the samplers, a line each: the name for --sampler, what it is, and what --schedule it does not take."""
-    from ldmcli.samplers import SAMPLERS, SPACINGS
+    from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
 
     for row in SAMPLERS.values():
         if as_json:

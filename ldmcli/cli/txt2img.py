@@ -28,16 +28,16 @@ from ldmcli.cli.output import Output, open_output
 from ldmcli.cli.prompts import STDIN, read_prompts
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import UsageError, printable
-from ldmcli.request import MAX_SEED, GenerationRequest
-from ldmcli.runtime.startup import link_ahead, quicken
-from ldmcli.runtime.tuning import Tuning
+from ldmcli.spec import MAX_SEED, GenerationRequest
+from ldmcli.speed.startup import link_ahead, quicken
+from ldmcli.speed.tuning import Tuning
 from ldmcli.stopwatch import Stopwatch, process_age
 
 if TYPE_CHECKING:
     from ldmcli.pipeline import Begun, Pipeline
-    from ldmcli.runtime.heap import FilledHeap
-    from ldmcli.runtime.policy import Runtime
     from ldmcli.sources import Sources
+    from ldmcli.speed.cpu.heap import FilledHeap
+    from ldmcli.speed.policy import Runtime
 
     _Begun = tuple[Sequence[GenerationRequest], Begun]
 
@@ -216,8 +216,8 @@ def _batches(requests: Iterable[GenerationRequest], size: int) -> Iterator[list[
 
 
 def _load(sources: "Sources", runtime: "Runtime", options: dict[str, Any], **beside: Any) -> "Pipeline":
-    from ldmcli.runtime.heap import keep_freed_memory
-    from ldmcli.runtime.policy import use_threads
+    from ldmcli.speed.cpu.heap import keep_freed_memory
+    from ldmcli.speed.policy import use_threads
 
     keep_freed_memory()
     started = time.perf_counter()
@@ -334,7 +334,7 @@ def _checked(requests: Iterator[GenerationRequest], sources: "Sources", *, eager
 
 def _choose_runtime(options: dict[str, Any], record: dict[str, Any] | None) -> "Runtime":
     quicken()
-    from ldmcli.runtime.policy import choose_runtime
+    from ldmcli.speed.policy import choose_runtime
 
     tuning = Tuning.of(options)
     try:

@@ -12,8 +12,8 @@ from typing import Any
 from ldmcli import __version__
 from ldmcli.errors import BadDataError, LdmError, printable
 from ldmcli.images.png import iterate_text
-from ldmcli.request import GenerationRequest
-from ldmcli.samplers import SAMPLERS
+from ldmcli.sampling.catalogue import SAMPLERS
+from ldmcli.spec import GenerationRequest
 
 RECORD_KEYWORD = "ldmcli"
 PARAMETERS_KEYWORD = "parameters"

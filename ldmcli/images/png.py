@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from ldmcli.disk.opening import PICTURES, open_regular
 from ldmcli.errors import BadDataError, printable
-from ldmcli.opening import PICTURES, open_regular
-from ldmcli.request import MAX_PROMPT_BYTES
+from ldmcli.spec import MAX_PROMPT_BYTES
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,4 +1,4 @@
-"""The samplers there are, by the name a user types; `ldmcli.samplers` says of each what it takes."""
+"""The samplers there are, by the name a user types; `ldmcli.sampling.catalogue` says of each what it takes."""
 
 from collections.abc import Callable, Iterator
 

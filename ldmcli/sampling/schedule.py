@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError
-from ldmcli.samplers import Sampler, check_fit, sampler_named
+from ldmcli.sampling.catalogue import Sampler, check_fit, sampler_named
 
 # Samplers that divide by the signal level take this for 0, as diffusers does: float16's smallest positive number.
 SMALLEST_LEVEL = 2.0**-24

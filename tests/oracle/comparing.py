@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ldmcli.pipeline import Pipeline
-from ldmcli.request import GenerationRequest
 from ldmcli.sampling.samplers import SAMPLERS
+from ldmcli.spec import GenerationRequest
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),

@@ -17,7 +17,7 @@ from oracle.random_model import save
 from torch import Tensor
 
 from ldmcli.pipeline import Pipeline
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 
 class FamilyModels:
@@ -75,7 +75,7 @@ class FamilyModels:
     def _load(self, name: str, layout: str, refiner: str | None) -> Pipeline:
         from ldmcli.checkpoints.source import open_model, with_prediction_type
         from ldmcli.pipeline import load_pipeline
-        from ldmcli.runtime.policy import choose_runtime
+        from ldmcli.speed.policy import choose_runtime
 
         source = open_model(self.path(name, layout))
         told = RECIPES[name].scheduler[1].get("prediction_type", "epsilon")

@@ -84,7 +84,7 @@ def clip_tokenizer(**settings: Any) -> Any:
     """transformers' tokenizer with CLIP's own vocabulary."""
     from transformers import CLIPTokenizer
 
-    from ldmcli.text.tokenizer import clip_vocabulary
+    from ldmcli.conditioning.tokenizer import clip_vocabulary
 
     vocabulary = clip_vocabulary()
     return CLIPTokenizer(vocab=vocabulary.ids, merges=vocabulary.merges, model_max_length=77, **settings)

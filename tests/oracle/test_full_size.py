@@ -26,7 +26,7 @@ from oracle.compvis_layout import compvis_state
 from oracle.random_model import SCHEDULER
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from ldmcli.text.tokenizer import clip_vocabulary
+from ldmcli.conditioning.tokenizer import clip_vocabulary
 
 target = Path(sys.argv[1])
 vocabulary = clip_vocabulary()
@@ -96,7 +96,7 @@ for tensor in tensors:
 report["digest"] = digest.hexdigest()
 if draws:
     import numpy as np
-    from ldmcli.request import GenerationRequest
+    from ldmcli.spec import GenerationRequest
     from oracle.comparing import draw
 
     settings = json.loads(draws[1])
@@ -113,7 +113,7 @@ import json, sys
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 from oracle.comparing import draw_with_diffusers
 
 pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True).to("cpu", torch.float32)

@@ -26,7 +26,7 @@ from ldmcli.checkpoints.files import WeightFile
 from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae, on_meta
 from ldmcli.checkpoints.source import ModelSource, open_model
 from ldmcli.config import TextEncoderConfig, UNetConfig
-from ldmcli.models.unet import UNet
+from ldmcli.networks.unet import UNet
 
 GB = 10**9
 NAMES = ("sd2-v", "sdxl", "refiner")

@@ -12,7 +12,7 @@ import pytest
 from oracle.comparing import draw_with_diffusers, pixels_apart
 from PIL import Image
 
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 
 def run_txt2img(*arguments: str | Path) -> list[np.ndarray]:

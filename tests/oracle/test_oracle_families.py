@@ -15,14 +15,14 @@ from oracle.family_models import FamilyModels, draw_theirs, their_negative, thei
 from oracle.original_layout import original_state, write
 from oracle.random_families import RECIPES, build_parts
 
+from ldmcli.checkpoints.families import LCM_DEFAULTS
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import open_model
 from ldmcli.config import VAEConfig
 from ldmcli.diffusion import conditions
 from ldmcli.errors import BadDataError
-from ldmcli.families import LCM_DEFAULTS
 from ldmcli.pipeline import Pipeline, probed_prediction_type
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 PARTS, RUNS = 1e-5, 1e-4
 PROMPTS = ["a red apple on a blue background", "", "naïve 猫 🎉 " * 60]

@@ -17,7 +17,7 @@ from oracle.random_model import random_pipeline, save
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import embedded_model, open_model
 from ldmcli.pipeline import Pipeline
-from ldmcli.runtime import winograd
+from ldmcli.speed.cpu import winograd
 
 TOLERANCE = 1e-5
 PROMPTS = ["", "a red apple on a blue background", "naïve 猫 🎉 " * 60]

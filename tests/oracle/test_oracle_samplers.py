@@ -15,9 +15,9 @@ import torch
 from oracle.comparing import DIFFUSERS, relative
 from torch import Tensor
 
-from ldmcli import samplers
 from ldmcli.config import ScheduleConfig
-from ldmcli.samplers import SPACINGS
+from ldmcli.sampling import catalogue as samplers
+from ldmcli.sampling.catalogue import SPACINGS
 from ldmcli.sampling.denoiser import predicting
 from ldmcli.sampling.guidance import rescaled
 from ldmcli.sampling.noise import SeededNoise

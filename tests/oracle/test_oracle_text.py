@@ -17,7 +17,7 @@ from ldmcli.checkpoints.key_map import openclip_text_names
 from ldmcli.checkpoints.load import fill, on_meta
 from ldmcli.config import TextEncoderConfig
 from ldmcli.errors import BadDataError
-from ldmcli.models.text import TextTransformer
+from ldmcli.networks.clip import TextTransformer
 
 BOS, EOS = 49406, 49407
 THEIRS, OPEN_CLIPS = 1e-6, 5e-6  # open_clip's attention rounds otherwise

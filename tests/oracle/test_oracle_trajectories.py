@@ -10,7 +10,7 @@ from conftest import load
 from oracle.comparing import draw, draw_with_diffusers, pixels_apart, relative
 
 from ldmcli.pipeline import Pipeline
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 TOLERANCE = 1e-4
 Pair = tuple[Pipeline, Any]

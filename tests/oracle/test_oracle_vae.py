@@ -18,8 +18,8 @@ from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import embedded_model, open_model
 from ldmcli.checkpoints.vae_source import load_vae_from, open_vae
 from ldmcli.config import ModelConfig, TinyVAEConfig
-from ldmcli.models.taesd import TinyVAE
-from ldmcli.models.tiling import decode_tiled
+from ldmcli.networks.taesd import TinyVAE
+from ldmcli.networks.tiling import decode_tiled
 from ldmcli.pipeline import Pipeline
 
 State = dict[str, Tensor]

@@ -34,7 +34,7 @@ from training import Team, learning_rate, load, log, save_atomically, seed_of_st
 from vae_losses import Weights
 
 from ldmcli.config import VAEConfig
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.networks.vae import AutoencoderKL
 
 OFF = 0.2  # how far latents are moved, in standard deviations
 COLUMNS = {

@@ -17,8 +17,8 @@ from torch import Tensor
 from ldmcli.checkpoints.source import open_model
 from ldmcli.errors import UsageError
 from ldmcli.pipeline import Pipeline, load_pipeline
-from ldmcli.request import GenerationRequest
-from ldmcli.runtime.policy import choose_runtime
+from ldmcli.spec import GenerationRequest
+from ldmcli.speed.policy import choose_runtime
 
 _loaded: list[Pipeline] = []  # of a worker process
 

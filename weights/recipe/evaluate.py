@@ -45,7 +45,7 @@ from train_vae import reconstruct
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import open_model
 from ldmcli.errors import LdmError
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 GUIDANCES = (1.0, 3.0, 5.0, 7.5)
 STEPS = (20, 50, 10, 25)  # first what tells whether PLMS at 20 is as good as DDIM at 50

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ldmcli.config import ScheduleConfig
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.sampling.ddim import ddim
 from ldmcli.sampling.denoiser import predicting
 from ldmcli.sampling.guidance import guided

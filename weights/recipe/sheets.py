@@ -9,7 +9,7 @@ from drawing import Artist
 from emoji import Captions
 from questions import pairs_of
 
-from ldmcli.request import GenerationRequest
+from ldmcli.spec import GenerationRequest
 
 COLUMNS = 11
 

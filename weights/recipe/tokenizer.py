@@ -19,8 +19,8 @@ from emoji import Captions
 from presets import recipe_arguments
 from training import known_emoji
 
-from ldmcli.text.chunks import tokenize
-from ldmcli.text.tokenizer import ClipTokenizer, vocabulary_from_folder
+from ldmcli.conditioning.chunks import tokenize
+from ldmcli.conditioning.tokenizer import ClipTokenizer, vocabulary_from_folder
 
 MAX_LENGTH = 24
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

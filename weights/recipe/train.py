@@ -26,7 +26,7 @@ from pathlib import Path
 
 from presets import PRESETS, Preset, recipe_arguments
 
-from ldmcli.runtime.threads import available_cores
+from ldmcli.speed.cpu.threads import available_cores
 
 RECIPE = Path(__file__).parent
 

@@ -46,11 +46,11 @@ from training import (
 )
 
 from ldmcli.config import ScheduleConfig, TextEncoderConfig, VAEConfig
-from ldmcli.models.layers import ResnetBlock
-from ldmcli.models.text import TextTransformer
-from ldmcli.models.transformer import SpatialTransformer
-from ldmcli.models.unet import UNet
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.networks.clip import TextTransformer
+from ldmcli.networks.layers import ResnetBlock
+from ldmcli.networks.transformer import SpatialTransformer
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.sampling.schedule import Schedule
 
 UNIFORM_FROM = 2 / 3  # the share of a run after which all time steps are alike

@@ -39,7 +39,7 @@ from training import (
 )
 from vae_losses import PatchDiscriminator, Weights, balanced, perceptual_loss, pixel_loss
 
-from ldmcli.models.vae import AutoencoderKL
+from ldmcli.networks.vae import AutoencoderKL
 
 
 class Stage1:

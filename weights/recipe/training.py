@@ -14,7 +14,7 @@ from emoji import Emoji, emoji_of
 from presets import PRESETS
 from torch import Tensor, distributed, nn
 
-from ldmcli.runtime.policy import cpu_has_bf16
+from ldmcli.speed.policy import cpu_has_bf16
 
 
 class Clock:

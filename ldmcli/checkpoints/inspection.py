@@ -1,0 +1,88 @@
+"""What a file is, as plain facts: the request in a picture, or the make-up of a model. Reads headers, without torch."""
+
+import dataclasses
+import math
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ldmcli.checkpoints.families import describe_single_file
+from ldmcli.checkpoints.files import WeightFile, open_weights
+from ldmcli.checkpoints.header import TensorInfo
+from ldmcli.checkpoints.source import ModelSource, describe, model_of_file, open_model
+from ldmcli.config import UNDECIDED
+from ldmcli.errors import BadDataError
+from ldmcli.images.metadata import read_parameters, read_record
+
+_UNTOLD = "epsilon or v_prediction: the network tells when it draws"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def inspect(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Facts about a PNG, a model folder or a .safetensors file, as JSON values. Raises LdmError where it is none."""
+    if _is_png(path):
+        return {"kind": "picture", **_picture(path)}
+    if os.path.isdir(path):  # unlike Path.is_dir, never raises
+        return {"kind": "model", **_model(open_model(path, allow_pickle=allow_pickle))}
+    weights = open_weights(path, allow_pickle=allow_pickle)
+    try:
+        return {"kind": "model", **_model(model_of_file(weights))}
+    except BadDataError:
+        # Not a model that can be run; still a file whose contents can be told.
+        kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
+        return {"kind": "weights", "is": kind, **_totals(weights.tensors.values()), "tensors": len(weights.tensors)}
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    try:
+        return read_record(path)
+    except BadDataError:
+        parameters = read_parameters(path)
+        if parameters is None:
+            raise
+        return {"parameters": parameters}
+
+
+def _model(source: ModelSource) -> dict[str, Any]:
+    config = source.config
+    dims: dict[str, Any] = {"unet": config.unet, "vae": config.vae, **{t.part: t for t in config.text_encoders}}
+    parts = {}
+    for part in source.parts:
+        tensors = _tensors(source.keys(part))
+        parts[part] = {**_totals(tensors), **dataclasses.asdict(dims[part])}
+    prediction_type = config.schedule.prediction_type
+    return {
+        "is": describe(source),
+        "family": config.family,
+        "prediction_type": _UNTOLD if prediction_type == UNDECIDED else prediction_type,
+        "zero_terminal_snr": config.schedule.starts_without_signal,
+        "defaults": dataclasses.asdict(config.defaults),
+        "default_size": f"{config.default_size}x{config.default_size}",
+        "parts": parts,
+    }
+
+
+def _tensors(keys: dict[str, WeightFile]) -> list[TensorInfo]:
+    return [file.tensors[key] for key, file in keys.items() if not key.endswith("position_ids")]
+
+
+def _totals(tensors: Iterable[TensorInfo]) -> dict[str, Any]:
+    found = list(tensors)
+    return {
+        "parameters": sum(math.prod(info.shape) for info in found),
+        "bytes": sum(info.end - info.start for info in found),
+        "dtype": ", ".join(sorted({info.dtype for info in found})),
+    }
+
+
+def _is_png(path: Path) -> bool:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:  # /proc/kmsg waits for who reads it
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,1 @@
+"""What the U-Net is told beside the latents: prompts, and how they become numbers."""

@@ -1,0 +1,1 @@
+"""Files that others named: opened safely, written whole, locked."""

@@ -1,0 +1,1 @@
+"""Pictures to look through: contact sheets and static pages."""

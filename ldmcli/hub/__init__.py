@@ -1,0 +1,1 @@
+"""Names of the Hugging Face hub to files on disk."""

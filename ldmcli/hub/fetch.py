@@ -1,0 +1,309 @@
+"""Models of the Hugging Face hub, from the cache that its tools share, or fetched. The only huggingface_hub import.
+
+The library writes the cache. Only large weight files are received here, since it begins them anew after a cut.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ldmcli import __version__
+from ldmcli.checkpoints.files import file_sha256
+from ldmcli.checkpoints.layout import GENERATION, INDEX, needed_files, safetensors_hint
+from ldmcli.disk.opening import read_json
+from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
+from ldmcli.hub.faults import reworded
+from ldmcli.hub.names import HubModel, parse
+from ldmcli.hub.transfer import receive
+
+_log = logging.getLogger(__name__)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_JSON = 32 << 20  # the shard index of the largest models has some MB
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedModel:
+    """A revision of a repository in the cache: what to type for it, where it is, and its bytes on disk."""
+
+    name: str
+    path: Path
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+    """What a repository holds at one commit: file sizes, and the SHA-256 of large files."""
+
+    commit: str
+    sizes: dict[str, int]
+    hashes: dict[str, str]
+
+
+def locate(model: str, *, half: bool) -> Path:
+    """Where `model` is on disk: a path as it stands, whether or not anything is there; a hub model fetched if need be.
+
+    The fp16 variant is fetched where `half`; a whole copy in the cache will do in either. Whatever is there by that
+    name wins over the hub. Raises LdmError.
+    """
+    path = Path(os.path.expanduser(model))
+    wanted = None if os.path.lexists(path) else parse(model)
+    if wanted is None:
+        return path
+    folder = wanted.repository.partition("/")[0]
+    if not wanted.revision and os.path.isdir(folder):
+        _log.warning("there is a folder %s here, so %s is a path; the hub's model is %s@main", folder, wanted, wanted)
+        return path
+    kept, lack = _kept(wanted, half)
+    if _is_offline():
+        return _offline(wanted, kept, lack)
+    if kept and _COMMIT.fullmatch(wanted.revision):
+        return kept
+    try:
+        listing = _ask(wanted)
+        if kept and listing.commit in kept.parts:
+            if not wanted.file and GENERATION in listing.sizes:  # tools that do not read it left it out
+                with _errors(wanted):
+                    _download(wanted, GENERATION, listing.commit)
+            return kept
+    except LdmError as error:
+        if kept is None:
+            raise
+        _log.warning("%s The copy fetched before is used.", error)
+        return kept
+    return _fetch(wanted, listing, half)
+
+
+def fetch(wanted: HubModel, *, half: bool) -> Path:
+    """Fetch what is not in the cache yet, in the variant asked for, and return where it is. Raises LdmError."""
+    if _is_offline():
+        return _offline(wanted, *_kept(wanted, half))
+    return _fetch(wanted, _ask(wanted), half)
+
+
+def cached_models() -> list[CachedModel]:
+    """All revisions of model repositories in the cache, by name."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    _hush()
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    found = []
+    for repository in (entry for entry in repositories if entry.repo_type == "model"):
+        for revision in repository.revisions:
+            ref = "main" if "main" in revision.refs else min(revision.refs, default=revision.commit_hash)
+            name = repository.repo_id if ref == "main" else f"{repository.repo_id}@{ref}"
+            found.append(CachedModel(name, revision.snapshot_path, revision.size_on_disk))
+    return sorted(found, key=lambda model: model.name)
+
+
+def _kept(wanted: HubModel, half: bool) -> tuple[Path | None, str]:
+    """The whole copy in the cache, or None and what it lacks."""
+    with _errors(wanted):
+        names = [wanted.file] if wanted.file else [INDEX, "config.json"]  # the latter where the repository is a VAE
+        found = next(filter(None, (_cached(wanted, name, wanted.revision or "main") for name in names)), None)
+    if found is None:
+        return None, f"{wanted} is not in the hub cache ({printable(_cache())})"
+    if wanted.file:
+        return found, ""
+    folder = found.parent
+    files = {os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names}
+    files = {file for file in files if (folder / file).exists()}  # a link may have lost what it led to
+    try:
+        needed_files(str(wanted), files, lambda file: read_json(folder / file, _MAX_JSON), half=half)
+    except LdmError as error:
+        return None, f"the copy in the hub cache is not whole: {str(error).rstrip('.')}"
+    return folder, ""
+
+
+def _offline(wanted: HubModel, kept: Path | None, lack: str) -> Path:
+    if kept is None:
+        raise MissingInputError(f"{lack}, and HF_HUB_OFFLINE is set; unset it and run: ldm pull {wanted}.")
+    return kept
+
+
+def _ask(wanted: HubModel) -> _Listing:
+    """What the repository holds now. Raises LdmError."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    _hush()
+    # HfApi().model_info sends the same, but importing it takes 0.15 s.
+    url = f"{constants.ENDPOINT}/api/models/{wanted.repository}/revision/{quote(wanted.revision or 'main', safe='')}"
+    with _errors(wanted):
+        response = get_session().get(
+            url, params={"blobs": True}, headers=_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+        hf_raise_for_status(response)
+        about = response.json()
+        if not _COMMIT.fullmatch(about["sha"]):
+            raise ValueError("no commit")
+        files = {str(file["rfilename"]): file for file in about["siblings"]}
+        sizes = {name: int(file.get("size") or 0) for name, file in files.items()}
+        hashes = {name: str(file["lfs"].get("sha256")) for name, file in files.items() if file.get("lfs")}
+        return _Listing(about["sha"], sizes, {name: sha for name, sha in hashes.items() if _SHA256.fullmatch(sha)})
+
+
+def _fetch(wanted: HubModel, listing: _Listing, half: bool) -> Path:
+    """Bring what is lacking of the commit into the cache."""
+
+    def download(file: str, revision: str = listing.commit) -> Path:
+        return _download(wanted, file, revision)
+
+    def read(file: str) -> Mapping[str, Any]:
+        return read_json(download(file), _MAX_JSON)
+
+    with _errors(wanted):
+        files = [_listed(wanted, listing)] if wanted.file else needed_files(str(wanted), listing.sizes, read, half=half)
+        lacking = [file for file in files if _cached(wanted, file, listing.commit) is None]
+        if lacking:
+            _announce(wanted, listing, lacking)
+        for file in lacking:
+            if file in listing.hashes:
+                _receive_blob(wanted, file, listing)
+            download(file)
+        # The name of a branch or tag is written down last: until then it stands for the copy that was whole before.
+        first = download(files[0])
+        if wanted.revision != listing.commit and _cached(wanted, files[0], wanted.revision or "main") != first:
+            download(files[0], wanted.revision or "main")
+    return first if wanted.file else first.parent
+
+
+def _download(wanted: HubModel, file: str, revision: str) -> Path:
+    """Where the cache has the file, fetched if need be; nothing is asked where `revision` is a commit and it has."""
+    from huggingface_hub import hf_hub_download
+
+    found = hf_hub_download(
+        wanted.repository, file, revision=revision, library_name="ldmcli", library_version=__version__
+    )
+    return Path(found)
+
+
+def _listed(wanted: HubModel, listing: _Listing) -> str:
+    if wanted.file not in listing.sizes:
+        hint = safetensors_hint(str(dataclasses.replace(wanted, file="")), listing.sizes)
+        raise MissingInputError(
+            f"{wanted.repository} has no file {printable(wanted.file)}; it has {hint or 'no safetensors file'}."
+        )
+    return wanted.file
+
+
+def _announce(wanted: HubModel, listing: _Listing, lacking: list[str]) -> None:
+    """Say what is fetched, where there is room for it. Raises StorageError where there is not."""
+    parts = (_blob(wanted, listing.hashes[file], ".incomplete") for file in lacking if file in listing.hashes)
+    size = sum(listing.sizes[file] for file in lacking) - sum(part.stat().st_size for part in parts if part.exists())
+    existing = next(folder for folder in (Path(_cache()), *Path(_cache()).absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise StorageError(
+            f"{wanted} needs {size / 1e9:.2f} GB more in the hub cache {printable(_cache())}, which has "
+            f"{free / 1e9:.2f} GB free; make room or set HF_HOME to a folder elsewhere."
+        )
+    _log.info("fetching %s: %d files, %.1f MB", wanted, len(lacking), max(size, 0) / 1e6)
+
+
+def _receive_blob(wanted: HubModel, file: str, listing: _Listing) -> None:
+    """Receive a large file into the cache's `blobs`, where the library will find it; what came before a cut is kept
+    under the name that the library itself uses for it."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import WeakFileLock
+
+    sha256 = listing.hashes[file]
+    blob, part = _blob(wanted, sha256), _blob(wanted, sha256, ".incomplete")
+    lock = Path(_cache()) / ".locks" / blob.parent.parent.name / f"{sha256}.lock"
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    url = hf_hub_url(wanted.repository, file, revision=listing.commit)
+    with WeakFileLock(lock):
+        if blob.exists():
+            return
+        show = _log.isEnabledFor(logging.INFO) and not constants.HF_HUB_DISABLE_PROGRESS_BARS
+        receive(functools.partial(_open_at, url), part, listing.sizes[file], label=file, show=show)
+        if file_sha256(part) != sha256:
+            part.unlink()
+            raise StorageError(f"{wanted}: {printable(file)} arrived damaged and was removed; run the same again.")
+        os.replace(part, blob)
+
+
+@contextlib.contextmanager
+def _open_at(url: str, begin: int) -> Iterator[Any]:
+    """A response with the bytes of `url` from `begin` on; a redirect to another host gets no token, by httpx's rule."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    headers = _headers() | {"Accept-Encoding": "identity"}
+    if begin:
+        headers["Range"] = f"bytes={begin}-"
+    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        yield response
+
+
+def _headers() -> dict[str, str]:
+    """The user's token, where there is one, and this program's name."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers(library_name="ldmcli", library_version=__version__)
+
+
+def _cached(wanted: HubModel, file: str, revision: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    _hush()
+    found = try_to_load_from_cache(wanted.repository, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _blob(wanted: HubModel, sha256: str, suffix: str = "") -> Path:
+    return Path(_cache(), f"models--{wanted.repository.replace('/', '--')}", "blobs", sha256 + suffix)
+
+
+def _cache() -> str:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _hush() -> None:
+    """Keep the library off the terminal, and from asking the hub, or telling it, more than models take."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    hub_logging.set_verbosity_error()
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # else the environment has decided, and the library would warn
+        disable_progress_bars()
+
+
+@contextlib.contextmanager
+def _errors(wanted: HubModel) -> Iterator[None]:
+    """Turn what the library raises into LdmErrors."""
+    from huggingface_hub import constants
+
+    try:
+        yield
+    except LdmError:
+        raise
+    except Exception as error:
+        said = reworded(error, wanted.repository, wanted.revision, constants.ENDPOINT, _cache())
+        if said is None:
+            raise
+        raise said from None

@@ -1,0 +1,109 @@
+"""The models at hand: embedded, in weights/ folders, and in the hub's cache. Reads headers only, without torch."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ldmcli.checkpoints.layout import INDEX
+from ldmcli.checkpoints.source import embedded_model, open_model
+from ldmcli.errors import LdmError
+from ldmcli.hub.fetch import CachedModel, cached_models
+
+_WEIGHTS = ".safetensors"
+_MAX_ENTRIES = 1000  # looked at in one folder
+
+
+@dataclasses.dataclass(frozen=True)
+class ShelfModel:
+    """A model as it is named after --model; `family` where it can be run, else `error` says why not."""
+
+    name: str
+    origin: str  # "embedded", "folder" or "hub"
+    path: Path
+    bytes: int
+    family: str = ""
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**dataclasses.asdict(self), "path": str(self.path)}
+
+
+def models_at_hand() -> Iterator[ShelfModel]:
+    """Each model once: the embedded one, weights/ beside the program and here, the hub's cache."""
+    seen: set[str] = set()
+    for model in itertools.chain(_embedded(), _on_shelves(), _in_cache()):
+        real = os.path.realpath(model.path)
+        if real not in seen:
+            seen.add(real)
+            yield model
+
+
+def _embedded() -> Iterator[ShelfModel]:
+    with contextlib.suppress(LdmError):
+        folder = embedded_model()
+        yield _described(_typed(folder), "embedded", folder)
+
+
+def _on_shelves() -> Iterator[ShelfModel]:
+    """What is in weights/: folders with an index, and weight files."""
+    package = Path(__file__).resolve().parent
+    for shelf in (Path("weights"), package.parent / "weights", package / "weights"):
+        for path in _entries(shelf):
+            if path.name.endswith(_WEIGHTS) or (path / INDEX).is_file():
+                yield _described(_typed(path), "folder", path)
+
+
+def _in_cache() -> Iterator[ShelfModel]:
+    """What is in the hub's cache: repositories in diffusers layout, and, of others, weight files that can be run."""
+    for model in cached_models():
+        if (model.path / INDEX).is_file():
+            yield _described(model.name, "hub", model.path, model.size)
+        else:
+            yield from (found for found in _single_files(model) if found.family)
+
+
+def _single_files(model: CachedModel) -> Iterator[ShelfModel]:
+    repository, at, revision = model.name.partition("@")
+    for path in _entries(model.path):
+        if path.name.endswith(_WEIGHTS):
+            yield _described(f"{repository}/{path.name}{at}{revision}", "hub", path)
+
+
+def _described(name: str, origin: str, path: Path, size: int | None = None) -> ShelfModel:
+    found = ShelfModel(name, origin, path, _size(path) if size is None else size)
+    try:
+        return dataclasses.replace(found, family=open_model(path).config.family)
+    except LdmError as error:
+        return dataclasses.replace(found, error=str(error))
+
+
+def _typed(path: Path) -> str:
+    """The shortest way to type `path` from here."""
+    with contextlib.suppress(ValueError):
+        return str(path.absolute().relative_to(Path.cwd()))
+    return str(path)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in `folder`, sorted; nothing where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in itertools.islice(entries, _MAX_ENTRIES))
+    except OSError:
+        return []
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a model's folder and its parts' folders."""
+    files = [path] if not path.is_dir() else [*_entries(path), *itertools.chain(*map(_entries, _entries(path)))]
+    sizes = {}
+    for file in files:
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            sizes[status.st_dev, status.st_ino] = status.st_size if file.is_file() else 0
+    return sum(sizes.values())

@@ -1,1 +1,0 @@
-"""The networks as plain nn.Modules: no files, no command line, no globals."""

@@ -1,0 +1,172 @@
+"""One image's whole recipe, shared by the command line, prompt files and PNG metadata."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ldmcli.config import ModelConfig
+from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.sampling.catalogue import check_fit, check_spacing, sampler_named
+
+MAX_SEED = 2**64 - 1
+MAX_STEPS = 999
+MAX_PROMPT_BYTES = 1 << 20
+MAX_SIZE = 1 << 17
+MAX_GUIDANCE = 1000.0
+MAX_CLIP_SKIP = 128
+PROMPT_SYNTAXES = ("plain", "weighted")
+LONG_PROMPTS = ("warn", "error", "chunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationRequest:
+    """What to draw; None means the model's own, which `fit_to_model` fills in. Sizes are in pixels.
+
+    `seed` belongs to this one image: it seeds the image's own CPU generator, so the picture does not depend on what
+    else is drawn beside it. `guidance_interval` is in noise levels sigma. The original size and crop are what SDXL is
+    told of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over. Raises
+    UsageError when a field is out of range, naming field, value and range.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    sampler: str | None = None
+    eta: float = 0.0
+    schedule: str | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    clip_skip: int = 1
+    prompt_syntax: str = "plain"
+    on_long_prompt: str = "warn"
+    original_width: int | None = None
+    original_height: int | None = None
+    crop_left: int = 0
+    crop_top: int = 0
+    refiner_start: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        _check_text("negative_prompt", self.negative_prompt)
+        _check_whole("seed", self.seed, 0, MAX_SEED)
+        _check_whole("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        _check_number("eta", self.eta, 0.0, 1.0)
+        _check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        for name in ("crop_left", "crop_top"):
+            _check_whole(name, getattr(self, name), 0, MAX_SIZE)
+        _check_choice("prompt_syntax", self.prompt_syntax, PROMPT_SYNTAXES)
+        _check_choice("on_long_prompt", self.on_long_prompt, LONG_PROMPTS)
+        if self.steps is not None:
+            _check_whole("steps", self.steps, 1, MAX_STEPS)
+        if self.guidance_scale is not None:
+            _check_number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
+        if self.refiner_start is not None:
+            _check_number("refiner_start", self.refiner_start, 0.0, 1.0)
+        for name in ("width", "height", "original_width", "original_height"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1, MAX_SIZE)
+        if self.guidance_interval is not None:
+            object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
+        self._check_sampler()
+
+    def _check_sampler(self) -> None:
+        if self.sampler is None:
+            return
+        sampler = sampler_named(self.sampler)
+        check_spacing(sampler, self.schedule)
+        if self.eta != 0 and not sampler.takes_eta:
+            raise UsageError(f"eta {self.eta} does not go with sampler {sampler.name}; use --sampler ddim or --eta 0.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "GenerationRequest":
+        """The request that `to_dict` wrote. Raises BadDataError on an unknown or missing field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise BadDataError(
+                f"the request has unknown fields ({printable(', '.join(unknown))}); it may come from a newer version."
+            )
+        if "prompt" not in fields:
+            raise BadDataError("the request has no prompt.")
+        return cls(**fields)
+
+
+def fit_to_model(request: GenerationRequest, config: ModelConfig) -> GenerationRequest:
+    """The request with the model's own size, sampler, steps and guidance filled in. Raises UsageError where the model
+    cannot draw it: a size that is no whole number of latents, or more steps than its schedule has."""
+    width = config.default_size if request.width is None else request.width
+    height = config.default_size if request.height is None else request.height
+    multiple = config.size_multiple
+    if width % multiple or height % multiple:
+        nearest = "×".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
+        raise UsageError(
+            f"size {width}×{height} does not fit the model, whose sides are multiples of {multiple}; the nearest is "
+            f"{nearest}."
+        )
+    defaults = config.defaults
+    request = dataclasses.replace(
+        request,
+        width=width,
+        height=height,
+        sampler=defaults.sampler if request.sampler is None else request.sampler,
+        steps=defaults.steps if request.steps is None else request.steps,
+        guidance_scale=defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+    )
+    assert request.sampler is not None
+    assert request.steps is not None
+    check_fit(sampler_named(request.sampler), config.schedule, request.steps, request.schedule)
+    shallowest = min(text.layers - text.skipped_layers for text in config.text_encoders)
+    if request.clip_skip > shallowest:
+        raise UsageError(
+            f"clip_skip {request.clip_skip} does not fit the model, whose text encoder has {shallowest} layers for it."
+        )
+    return request
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be text, not {type(value).__name__}.")
+    try:
+        size = len(value.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} is not valid Unicode text (it holds a lone surrogate).") from None
+    if size > MAX_PROMPT_BYTES:
+        raise UsageError(f"{name} is {size} bytes long; at most {MAX_PROMPT_BYTES} are accepted.")
+    if "\0" in value:
+        raise UsageError(f"{name} holds a NUL character; remove it.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} {printable(repr(value))} is not known; choose from {', '.join(choices)}.")
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    """Two noise levels, the lower first; JSON has them as a list."""
+    pair = tuple(value) if isinstance(value, list | tuple) else ()
+    numbers = [v for v in pair if isinstance(v, int | float) and not isinstance(v, bool) and not math.isnan(v)]
+    if len(pair) != 2 or len(numbers) != 2 or not 0 <= pair[0] < pair[1]:
+        raise UsageError(
+            f"guidance_interval {printable(repr(value))} is not two noise levels, 0 or more, the lower one first."
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} {printable(repr(value))} is not a whole number from {low} to {high}.")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise UsageError(f"{name} {printable(repr(value))} is not a number from {low:g} to {high:g}.")

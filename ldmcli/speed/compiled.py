@@ -1,0 +1,120 @@
+"""A U-Net through torch.compile: faster steps, after minutes of compiling at first. Numbers differ by rounding.
+
+What was compiled is kept in the user's cache, where the next process finds it; tracing takes a while in each.
+"""
+
+import contextlib
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldmcli.disk.cache import cache_folder
+from ldmcli.errors import printable
+from ldmcli.speed.memory import is_out_of_memory
+from ldmcli.speed.startup import whole_torch
+
+BACKEND = "inductor"
+# Its mode "max-autotune-no-cudagraphs", for this program's own graph goes around a step; and nothing told of choices.
+GPU_OPTIONS: dict[str, Any] = {
+    "max_autotune": True,
+    "coordinate_descent_tuning": True,
+    "autotune_num_choices_displayed": 0,
+}
+SHAPES = 64  # of inputs that are compiled for; with more, torch goes on without for the new ones
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+_log = logging.getLogger(__name__)
+
+
+def compile_calls(module: nn.Module, device: torch.device) -> None:
+    """Have calls of `module` computed by what torch.compile makes of its `forward`, for each shape and number type of
+    inputs and weights anew. Names, weights and hooks stay as they are. Where it cannot be compiled, the log says so and
+    calls are computed as before."""
+    module.forward = _Compiled(module.forward, device)
+
+
+class _Compiled:
+    """In place of a module's `plain` forward."""
+
+    def __init__(self, plain: Callable[..., Any], device: torch.device) -> None:
+        self._plain = plain
+        self._device = device
+        self._compiled: Callable[..., Any] | None = None
+        self._refused = False
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        if self._refused:
+            return self._plain(*args, **settings)
+        try:
+            if self._compiled is None:
+                _log.info("compiling the U-Net, which takes minutes the first time")
+                self._compiled = _compiled(self._plain, self._device)
+            return self._compiled(*args, **settings)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise
+            causes = list(_causes(error))
+            if memory := next(filter(is_out_of_memory, causes), None):
+                raise memory from None
+            # torch appends hints to what went wrong.
+            reason = printable(str(causes[-1]).strip().partition("\n")[0], 200)
+        self._refused, self._compiled = True, None
+        _log.warning("the U-Net could not be compiled (%s); going on without --compile", reason)
+        return self._plain(*args, **settings)
+
+
+def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    whole_torch()
+    keep_on_disk()
+    if not os.environ.get("TORCH_LOGS"):
+        logging.getLogger("torch").setLevel(logging.ERROR)  # it warns of what a user can do nothing about
+    from torch._dynamo import config
+
+    config.recompile_limit = max(SHAPES, config.recompile_limit)
+    options = GPU_OPTIONS if BACKEND == "inductor" and device.type == "cuda" else None
+    return torch.compile(function, dynamic=False, backend=BACKEND, options=options)
+
+
+def keep_on_disk() -> None:
+    """Have torch keep what it compiles in this program's cache, unless the environment names a place. Where that folder
+    cannot be made, or is not the user's alone, torch has one of its own among the temporary files."""
+    if os.environ.get(_FOLDER):
+        return
+    base = cache_folder()
+    if base is None:
+        return
+    folder = base / "compile"
+    try:
+        _make(folder)
+    except OSError as error:
+        _log.debug("cache: %s goes unused: %s", printable(str(folder)), printable(str(error)))
+        return
+    os.environ[_FOLDER] = str(folder)
+
+
+def _make(folder: Path) -> None:
+    """See that the folder and its parent are there and no one else's: code is run from there. Raises OSError."""
+    for path in reversed([folder, *(p for p in folder.parents if not p.exists())]):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    for status in (os.stat(folder.parent), os.lstat(folder)):
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise PermissionError("it is not this user's folder")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError("others can write to it")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it, the first of all last."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__

@@ -1,0 +1,1 @@
+"""What makes an NVIDIA GPU fast."""

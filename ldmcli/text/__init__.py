@@ -1,1 +1,0 @@
-"""Prompts to context: tokenising and text encoders."""
