@@ -1,6 +1,10 @@
 """Frozen descriptions of a model's parts: what config.json says, or what tensor shapes tell."""
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNDECIDED = "undecided"  # a prediction type that only the network itself can tell
 
@@ -31,8 +35,24 @@ class UNetConfig:
     guidance_dim: int | None = None  # sinusoids of the guidance scale, for models distilled to read it (LCM)
 
 
+class LatentScale:
+    """How an autoencoder's own latents and those that are diffused belong together."""
+
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+    def scaled(self, latents: "Tensor") -> "Tensor":
+        """The autoencoder's latents as they are diffused: of unit variance."""
+        return (latents - self.shift_factor if self.shift_factor else latents) * self.scaling_factor
+
+    def unscaled(self, latents: "Tensor") -> "Tensor":
+        """Diffused latents as the autoencoder decodes them."""
+        latents = latents / self.scaling_factor
+        return latents + self.shift_factor if self.shift_factor else latents
+
+
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(LatentScale):
     """A KL autoencoder; it shrinks each side by 2 ** (len(block_channels) - 1)."""
 
     in_channels: int = 3
@@ -42,6 +62,7 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_groups: int = 32
     scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
     force_upcast: bool = False  # its activations overflow fp16
 
     @property
@@ -51,7 +72,7 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TinyVAEConfig:
+class TinyVAEConfig(LatentScale):
     """TAESD's decoder: `blocks[i]` blocks at each resolution, from the latents' to the pixels', all of one width.
 
     It takes latents as they are diffused, hence the scaling factor of 1.

@@ -1,4 +1,8 @@
-"""One image's whole recipe, shared by the command line, prompt files and PNG metadata."""
+"""What is asked for, typed and checked once: one picture's request, the model, and where and how to compute.
+
+Everything that draws, the command line, prompt files, other processes and Python, says it in these words. Imports
+nothing heavy.
+"""
 
 import dataclasses
 import math
@@ -15,13 +19,15 @@ MAX_PROMPT_BYTES = 1 << 20
 MAX_SIZE = 1 << 17
 MAX_GUIDANCE = 1000.0
 MAX_CLIP_SKIP = 128
+REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' choice
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
+KERNELS = ("auto", "triton", "torch")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """What to draw; None means the model's own, which `fit_to_model` fills in. Sizes are in pixels.
+    """What to draw, as asked; None means the model's own, which `fit_to_model` fills in. Sizes are in pixels.
 
     `seed` belongs to this one image: it seeds the image's own CPU generator, so the picture does not depend on what
     else is drawn beside it. `guidance_interval` is in noise levels sigma. The original size and crop are what SDXL is
@@ -100,9 +106,89 @@ class GenerationRequest:
         return cls(**fields)
 
 
-def fit_to_model(request: GenerationRequest, config: ModelConfig) -> GenerationRequest:
-    """The request with the model's own size, sampler, steps and guidance filled in. Raises UsageError where the model
-    cannot draw it: a size that is no whole number of latents, or more steps than its schedule has."""
+@dataclasses.dataclass(frozen=True)
+class FittedRequest:
+    """A request fitted to a model by `fit_to_model`: every field has a value, in the words of GenerationRequest.
+
+    `schedule` is the spacing of the steps that is used, `guidance_interval` (0, inf) where all steps are guided,
+    `refiner_start` 1 where no refiner takes over. `recorded` is what pictures and manifests keep: the request with the
+    model's own size, sampler, steps and guidance, and nothing else filled in.
+    """
+
+    recorded: GenerationRequest
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    sampler: str
+    eta: float
+    schedule: str
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
+    clip_skip: int
+    prompt_syntax: str
+    on_long_prompt: str
+    original_width: int
+    original_height: int
+    crop_left: int
+    crop_top: int
+    refiner_start: float
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What pictures that are drawn together must agree in: all but prompts and seed."""
+        own = ("recorded", "prompt", "negative_prompt", "seed")
+        return tuple(value for name, value in vars(self).items() if name not in own)
+
+    def with_seed(self, seed: int) -> "FittedRequest":
+        """The same picture of another seed."""
+        return dataclasses.replace(self, seed=seed, recorded=dataclasses.replace(self.recorded, seed=seed))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is recorded of it, as plain JSON values."""
+        return self.recorded.to_dict()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Which weights: a diffusers folder, a .safetensors file or a name of the hub each; `model` None is the embedded
+    one. `vae` stands in place of the model's own. `prediction_type` overrides what the files say. `allow_pickle` lets
+    torch's restricted unpickler read .ckpt and .bin files."""
+
+    model: str | None = None
+    vae: str | None = None
+    refiner: str | None = None
+    prediction_type: str | None = None
+    allow_pickle: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeSpec:
+    """Where and how to compute, as asked for. `threads` None computes on a CPU with as many as suit the model, one a
+    core at most; `cores` None may be all there are. `kernels`: this program's own (`triton` on a GPU; on a CPU
+    convolutions in fewer multiplications), or torch's alone; `auto` takes the former where they work. `cuda_graph`:
+    record a step once and replay it. `compile`: run the U-Net through torch.compile. `low_vram`: only the part at work
+    is on the GPU. `vae_tiling`: decode strip by strip. `cache`: keep hashes of weight files from run to run."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "auto"
+    kernels: str = "auto"
+    threads: int | None = None
+    cores: int | None = None
+    cuda_graph: bool = True
+    compile: bool = False
+    low_vram: bool = False
+    vae_tiling: bool = False
+    cache: bool = True
+
+
+def fit_to_model(request: GenerationRequest, config: ModelConfig) -> FittedRequest:
+    """The request with the model's own in place of what it leaves open. Raises UsageError where the model cannot draw
+    it: a size that is no whole number of latents, or more steps than its schedule has."""
     width = config.default_size if request.width is None else request.width
     height = config.default_size if request.height is None else request.height
     multiple = config.size_multiple
@@ -113,23 +199,29 @@ def fit_to_model(request: GenerationRequest, config: ModelConfig) -> GenerationR
             f"{nearest}."
         )
     defaults = config.defaults
-    request = dataclasses.replace(
-        request,
-        width=width,
-        height=height,
-        sampler=defaults.sampler if request.sampler is None else request.sampler,
-        steps=defaults.steps if request.steps is None else request.steps,
-        guidance_scale=defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-    )
-    assert request.sampler is not None
-    assert request.steps is not None
-    check_fit(sampler_named(request.sampler), config.schedule, request.steps, request.schedule)
+    own: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "sampler": defaults.sampler if request.sampler is None else request.sampler,
+        "steps": defaults.steps if request.steps is None else request.steps,
+        "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+    }
+    recorded = dataclasses.replace(request, **own)
+    sampler = sampler_named(own["sampler"])
+    check_fit(sampler, config.schedule, own["steps"], request.schedule)
     shallowest = min(text.layers - text.skipped_layers for text in config.text_encoders)
     if request.clip_skip > shallowest:
         raise UsageError(
             f"clip_skip {request.clip_skip} does not fit the model, whose text encoder has {shallowest} layers for it."
         )
-    return request
+    filled = own | {
+        "schedule": sampler.spacing(config.schedule, request.schedule),
+        "guidance_interval": request.guidance_interval or (0.0, math.inf),
+        "original_width": request.original_width or width,
+        "original_height": request.original_height or height,
+        "refiner_start": 1.0 if request.refiner_start is None else request.refiner_start,
+    }
+    return FittedRequest(recorded=recorded, **(vars(recorded) | filled))
 
 
 def _check_text(name: str, value: Any) -> None:

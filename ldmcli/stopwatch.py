@@ -18,7 +18,7 @@ class Stopwatch:
     """
 
     def __init__(self, settle: Callable[[], object] | None = None) -> None:
-        self._settle = settle
+        self.settle = settle
         self.seconds: dict[str, float] = {}
         self.marks: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
@@ -30,8 +30,8 @@ class Stopwatch:
         started, outer, self._inner = time.perf_counter(), self._inner, 0.0
         try:
             yield
-            if self._settle:
-                self._settle()
+            if self.settle:
+                self.settle()
         finally:
             whole = time.perf_counter() - started
             self.add(name, whole - self._inner)
@@ -44,8 +44,8 @@ class Stopwatch:
     def mark(self, name: str) -> None:
         """Note the age of the process, s, and its peak of memory, unless that was done before under this name."""
         if name not in self.marks:
-            if self._settle:
-                self._settle()
+            if self.settle:
+                self.settle()
             self.marks[name] = process_age()
             self.peaks[name] = process_peak()
 

@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ldmcli.spec import GenerationRequest
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +48,10 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a worker needs to draw: picklable, so that it can be sent to another process or machine. The options are the
-    command line's, by name: those of cli/options.py's model and runtime groups."""
+    """What a worker needs to draw: picklable, so that it can be sent to another process or machine."""
 
     folder: Path
-    options: Mapping[str, Any]
+    model: ModelSpec = ModelSpec()
+    runtime: RuntimeSpec = RuntimeSpec()
     batch_size: int = 1
     metadata: bool = True

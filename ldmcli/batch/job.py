@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,53 @@ from ldmcli.batch.plan import shard
 from ldmcli.batch.reading import RowReader, open_rows
 from ldmcli.batch.rows import IdIndex, Survey, items, survey
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
-from ldmcli.config import UNDECIDED
 from ldmcli.errors import printable
-from ldmcli.sources import Sources, open_sources
-from ldmcli.spec import GenerationRequest
+from ldmcli.session import Session
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.startup import quicken
-from ldmcli.speed.tuning import Tuning
 
 _log = logging.getLogger(__name__)
 _SHOWN_BAD_ROWS = 20
 _SHOWN_CUTS = 5
-_KEPT_OPTIONS = ("prompt_column", "dtype", "attention", "no_metadata")  # beside the request, all that may change a PNG
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSpec:
+    """A batch run as it is asked for: an input (`path`, None for standard input) and how its rows are read and drawn.
+    `common` holds what rows leave open; `seed` and `count` are for rows without their own. `shard` is (number from 1,
+    of how many)."""
+
+    path: Path | None
+    common: GenerationRequest
+    model: ModelSpec = ModelSpec()
+    runtime: RuntimeSpec = RuntimeSpec()
+    format: str | None = None
+    prompt_column: str | None = None
+    grid: Sequence[str] = ()
+    seed: int = 0
+    count: int = 1
+    shard: tuple[int, int] = (1, 1)
+    metadata: bool = True
 
 
 class Job:
-    """An input (`path`, None for standard input), and the command line's options by name, `settings` being the fields
-    of a request among them."""
+    """A batch run's input, opened, with the model that its rows are fitted to."""
 
-    def __init__(self, path: Path | None, options: Mapping[str, Any]) -> None:
-        self.path = path
-        self.options = dict(options)
-        self.grid = [parse_grid(text) for text in options["grid"]]
-        self.common = GenerationRequest("", **options["settings"])
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.grid = [parse_grid(text) for text in spec.grid]
         self.reader = self._open()
-        self.sources = self._open_sources()
+        self.session = Session(spec.model, spec.runtime)
+        if self.session.undecided:
+            quicken()
+        self.model = self.session.spec  # asked for its prediction type once, not by every worker
+        self.session.close()
         self.digest: Digest | None = None
         self._cuts = 0
 
     def survey(self) -> Survey:
         """Go through all rows of this shard, telling of the bad ones; then the input is opened anew."""
-        index, count = self.options["shard"]
+        index, count = self.spec.shard
         found = survey(shard(self.items(), index - 1, count), _SHOWN_BAD_ROWS)
         for bad in found.first_bad:
             _tell(bad)
@@ -51,7 +68,7 @@ class Job:
             _log.error("and %d more bad rows", found.bad_rows - len(found.first_bad))
         self.digest = self.reader.digest()
         self._cuts = _SHOWN_CUTS  # they are known now
-        if self.path is not None:
+        if self.spec.path is not None:
             self.reader = self._open()
         return found
 
@@ -59,11 +76,11 @@ class Job:
         """The rows' pictures, once; `told`: with word of bad rows as they pass."""
         found = items(
             self.reader,
-            self.common,
-            seed=self.options["seed"],
-            count=self.options["count"],
+            self.spec.common,
+            seed=self.spec.seed,
+            count=self.spec.count,
             grid=self.grid,
-            fit=self.sources.fit,
+            fit=lambda request: self.session.fit(request).recorded,
             check_prompt=self._check_prompt,
             ids=IdIndex(),
         )
@@ -75,56 +92,38 @@ class Job:
             for hint in self.reader.hints:
                 _log.warning("%s", hint)
 
-    def open_run(self, folder: Path, found: Survey | None) -> None:
+    def open_run(self, folder: Path, found: Survey | None, *, extend: bool = False) -> None:
         """Begin the run in the folder's run.json, or see that it is this one. Raises BadDataError if it is another."""
-        from ldmcli.checkpoints.identity import model_sha256
-
-        options = self.options
+        spec = self.spec
         known = {"sha256": self.digest.sha256, "bytes": self.digest.size} if self.digest else {}
-        half = options["dtype"] != "fp32"
-        sha256 = model_sha256(dataclasses.replace(self.sources.model, half=half)).result()
+        settings = {name: value for name, value in spec.common.to_dict().items() if name not in ("prompt", "seed")}
+        # Beside the request, all that may change a PNG.
+        settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
+        settings |= {"dtype": spec.runtime.dtype, "attention": spec.runtime.attention, "no_metadata": not spec.metadata}
         identity = RunIdentity(
-            input={"name": self.path.name if self.path else STDIN, **known},
-            model=self.sources.identity(options, sha256),
-            settings={
-                **{name: value for name, value in self.common.to_dict().items() if name not in ("prompt", "seed")},
-                **{name: options[name] for name in ("seed", "count", *_KEPT_OPTIONS)},
-                "grid": {name: list(values) for name, values in self.grid},
-            },
+            input={"name": spec.path.name if spec.path else STDIN, **known},
+            model=self.session.identity(),
+            settings=settings | {"grid": {name: list(values) for name, values in self.grid}},
             rows=found.rows if found else None,
-            shard=None if options["shard"] == (1, 1) else "{}/{}".format(*options["shard"]),
+            shard=None if spec.shard == (1, 1) else "{}/{}".format(*spec.shard),
             versions={"ldmcli": __version__},
         )
-        open_run(folder, identity, extend=options["extend"], is_extended=self._is_extended)
+        open_run(folder, identity, extend=extend, is_extended=self._is_extended)
 
     def _is_extended(self, before: Mapping[str, Any]) -> bool:
-        if self.path is None:
+        if self.spec.path is None:
             return True  # there, rows are compared one by one as they come
-        return continues(self.path, Digest(str(before.get("sha256")), int(before.get("bytes", 0))))
+        return continues(self.spec.path, Digest(str(before.get("sha256")), int(before.get("bytes", 0))))
 
     def _open(self) -> RowReader:
-        return open_rows(self.path, format=self.options["format"], prompt_column=self.options["prompt_column"])
-
-    def _open_sources(self) -> Sources:
-        """Look at the model. Where only its U-Net can tell the prediction type, that is asked once, not by workers."""
-        sources = open_sources(self.options)
-        if sources.model.config.schedule.prediction_type == UNDECIDED:
-            quicken()
-            from ldmcli.speed.policy import choose_runtime
-
-            options = self.options
-            tuning = Tuning.of(options)
-            runtime = choose_runtime(options["device"], options["dtype"], options["attention"], tuning)
-            sources = dataclasses.replace(sources.settled(runtime), unet=None)
-            self.options["prediction_type"] = sources.model.config.schedule.prediction_type
-        return sources
+        return open_rows(self.spec.path, format=self.spec.format, prompt_column=self.spec.prompt_column)
 
     def _check_prompt(self, request: GenerationRequest) -> None:
         for text in (request.prompt, request.negative_prompt):
-            cut = self.sources.check_length(text, request)
+            cut = self.session.cut_text(text, request)
             if cut and self._cuts < _SHOWN_CUTS:
                 self._cuts += 1
-                limit = self.sources.token_limit
+                limit = self.session.token_limit
                 _log.warning(
                     "a prompt is longer than the %d tokens the model reads; cut off: “%s”", limit, printable(cut)
                 )

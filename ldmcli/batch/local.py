@@ -1,5 +1,6 @@
 """Drawing on this machine: one device in this process, several in a process each, fed from one plan."""
 
+import dataclasses
 import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -19,26 +20,33 @@ _log = logging.getLogger(__name__)
 def run_local(
     setup: Setup, batches: Iterable[Sequence[Item]], devices: Sequence[str], *, stop: Stop
 ) -> Generator[Outcome, None, None]:
-    """Draw all batches on these devices; outcomes come as they are on the disk. Raises LdmError when the run cannot go
-    on, after what was in hand is noted. `batches` is read in a thread of its own, a little ahead.
+    """Draw all batches on these devices, each with its share of the cores; outcomes come as they are on the disk.
+    Raises LdmError when the run cannot go on, after what was in hand is noted. `batches` is read in a thread of its
+    own, a little ahead.
 
     On `stop`, batches in hand are finished and no more taken. Closing the iterator stops at once.
     """
     feed = Feed(batches, stop)
     try:
         if len(devices) == 1:
-            yield from _run_here(setup, feed, devices[0])
+            yield from _run_here(_on(setup, devices[0]), feed)
         else:
-            yield from _Crew(setup, feed, devices, stop).run()
+            cores = cores_each(tuple(devices), available_cores())
+            yield from _Crew([_on(setup, device, cores) for device in devices], feed, stop).run()
     finally:
         feed.close()
 
 
-def _run_here(setup: Setup, feed: Feed, device: str) -> Iterator[Outcome]:
+def _on(setup: Setup, device: str, cores: int | None = None) -> Setup:
+    """The setup on another device, with so many cores."""
+    return dataclasses.replace(setup, runtime=dataclasses.replace(setup.runtime, device=device, cores=cores))
+
+
+def _run_here(setup: Setup, feed: Feed) -> Iterator[Outcome]:
     quicken()
     from ldmcli.batch.worker import Worker
 
-    worker = Worker(setup, "worker-0", device=device)
+    worker = Worker(setup, "worker-0")
     try:
         yield from worker.run(feed)
     finally:
@@ -48,14 +56,11 @@ def _run_here(setup: Setup, feed: Feed, device: str) -> Iterator[Outcome]:
 class _Crew:
     """Processes that draw, and what each has in hand."""
 
-    def __init__(self, setup: Setup, feed: Feed, devices: Sequence[str], stop: Stop) -> None:
+    def __init__(self, setups: Sequence[Setup], feed: Feed, stop: Stop) -> None:
         self._stop = stop
-        self._dispatcher = Dispatcher(setup.folder, feed)
+        self._dispatcher = Dispatcher(setups[0].folder, feed)
         self._failure: Exception | None = None
-        cores = cores_each(tuple(devices), available_cores())
-        self._members: list[Member] = []
-        for i, device in enumerate(devices):
-            self._members.append(Member(setup, f"worker-{i}", device, cores))
+        self._members = [Member(setup, f"worker-{i}") for i, setup in enumerate(setups)]
 
     def run(self) -> Iterator[Outcome]:
         """Feed all members until nothing is left, in the plan or in hand; then raise what went wrong, if anything."""

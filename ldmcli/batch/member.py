@@ -36,11 +36,11 @@ class Member:
     """The parent's end of a worker process. `pipe` has something to receive when the process has said something or is
     gone."""
 
-    def __init__(self, setup: Setup, name: str, device: str, cores: int) -> None:
-        self.name, self.device = name, device
+    def __init__(self, setup: Setup, name: str) -> None:
+        self.name, self.device = name, setup.runtime.device
         self.ready = self.dismissed = False
         self.held: list[Batch] = []  # less the items that it told of
-        self._arguments = (setup, name, device, cores)
+        self._arguments = (setup, name)
         # Not forked: CUDA and torch's threads do not outlive a fork.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -109,7 +109,7 @@ class Member:
         return Member(*self._arguments)
 
 
-def _work(pipe: Connection, setup: Setup, name: str, device: str, cores: int, level: int) -> None:
+def _work(pipe: Connection, setup: Setup, name: str, level: int) -> None:
     """The life of a worker process."""
     for number in _SIGNALS:  # a terminal sends them to the whole group; the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
@@ -122,18 +122,18 @@ def _work(pipe: Connection, setup: Setup, name: str, device: str, cores: int, le
     logger.propagate = False
     inbox = _Inbox(pipe)
     try:
-        _draw(voice, inbox, setup, name, device, cores)
+        _draw(voice, inbox, setup, name)
     except Exception as error:
         _end(voice, error)
 
 
-def _draw(voice: "_Voice", inbox: "_Inbox", setup: Setup, name: str, device: str, cores: int) -> None:
+def _draw(voice: "_Voice", inbox: "_Inbox", setup: Setup, name: str) -> None:
     from ldmcli.speed.startup import quicken
 
     quicken()
     from ldmcli.batch.worker import Worker
 
-    worker = Worker(setup, name, device=device, cores=cores)
+    worker = Worker(setup, name)
     voice.say(Ready())
     for outcome in worker.run(inbox):
         voice.say(outcome)
@@ -142,8 +142,8 @@ def _draw(voice: "_Voice", inbox: "_Inbox", setup: Setup, name: str, device: str
 
 def _end(voice: "_Voice", error: Exception) -> None:
     """Tell the parent of an error that ends the run; die of any other, to be replaced."""
-    from ldmcli.batch.drawing import DeviceLostError
     from ldmcli.errors import LdmError
+    from ldmcli.session.drawing import DeviceLostError
 
     if isinstance(error, LdmError | OSError) and not isinstance(error, DeviceLostError):
         with contextlib.suppress(OSError):  # nobody is there to hear it

@@ -92,7 +92,7 @@ class Drawer:
 
     def draw(self, batch: Batch) -> Report:
         """Draw what of a batch is not done."""
-        from ldmcli.batch.drawing import DeviceLostError
+        from ldmcli.session.drawing import DeviceLostError
 
         with self._drawing:
             report = self.open()
@@ -105,7 +105,10 @@ class Drawer:
             except DeviceLostError:
                 os._exit(1)  # Ray starts the actor again, on a device that works
         outcomes = [*done.values(), *(f.result() for f in futures if f.exception() is None)]
-        return Report(outcomes, next((error for f in futures if (error := f.exception())), None))
+        failure = next((error for f in futures if (error := f.exception())), None)
+        if isinstance(failure, DeviceLostError):
+            os._exit(1)  # what was done is in the manifest
+        return Report(outcomes, failure)
 
     def stop(self) -> None:
         """Draw nothing more; what is in hand is finished."""
@@ -128,7 +131,7 @@ class _Troupe:
         self._stop, self._stopped = stop, False
         self._dispatcher = Dispatcher(setup.folder, feed)
         self._failure: BaseException | None = None
-        count, share = _shares(ray.cluster_resources(), workers, on_cpu=setup.options["device"] == "cpu")
+        count, share = _shares(ray.cluster_resources(), workers, on_cpu=setup.runtime.device == "cpu")
         # One method draws, others write what they drew, and stop() must find a thread free.
         options = {"max_restarts": -1, "max_task_retries": 1, "max_concurrency": HELD + 1, **share}
         actor = ray.remote(**options)(Drawer)

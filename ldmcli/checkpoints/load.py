@@ -20,8 +20,7 @@ from ldmcli.checkpoints.key_map import (
     original_vae_keys,
 )
 from ldmcli.checkpoints.source import ModelSource, list_keys
-from ldmcli.conditioning.encoder import ClipTextEncoder
-from ldmcli.conditioning.prompts import PromptEncoder, TextEncoder
+from ldmcli.conditioning.prompts import TextEncoder
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.config import TextEncoderConfig
 from ldmcli.errors import BadDataError, printable
@@ -63,10 +62,10 @@ def load_vae(source: ModelSource, device: torch.device, dtype: torch.dtype, *, e
     return vae
 
 
-def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.dtype) -> PromptEncoder:
+def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.dtype) -> list[TextEncoder]:
     """The source's text encoders, each with its tokenizer."""
     pairs = zip(source.config.text_encoders, source.tokenizers, strict=True)
-    return PromptEncoder([load_text_encoder(source, text, tokenizer, device, dtype) for text, tokenizer in pairs])
+    return [load_text_encoder(source, text, tokenizer, device, dtype) for text, tokenizer in pairs]
 
 
 def load_text_encoder(
@@ -79,7 +78,7 @@ def load_text_encoder(
     name = clip_text_names if text.layout == "clip" else openclip_text_names
     names: DiskNames = {key: [prefix + disk for disk in name(key)] for key in model.state_dict()}
     fill(model, names, source.keys(text.part), _where(source, text.part), device, dtype)
-    return ClipTextEncoder(model, tokenizer, pooled=source.config.pools(text))
+    return TextEncoder(model, tokenizer, pooled=source.config.pools(text))
 
 
 def on_meta(build: Callable[[], _Module]) -> _Module:

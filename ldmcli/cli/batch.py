@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,17 +18,21 @@ import click
 from ldmcli.cli.options import (
     json_option,
     model_options,
+    model_spec,
     option,
     request_options,
     request_settings,
     runtime_options,
+    runtime_spec,
     verbosity_options,
 )
+from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
+from ldmcli.spec import GenerationRequest
 
 if TYPE_CHECKING:
     from ldmcli.batch.items import Outcome, Setup
-    from ldmcli.batch.job import Job
+    from ldmcli.batch.job import Job, JobSpec
     from ldmcli.batch.rows import Survey
     from ldmcli.batch.run import Engine, Run
 
@@ -122,8 +125,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
     engine = _engine(options)
-    options["settings"] = request_settings(options)
-    job = Job(None if file == _STDIN else Path(file), options)
+    job = Job(_job_spec(None if file == _STDIN else Path(file), options))
     # 1. Every row, before anything is loaded; standard input is checked as it comes.
     found = job.survey() if file != _STDIN or options["dry_run"] else None
     if found and found.bad_rows and options["strict"]:
@@ -133,10 +135,24 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         _print_totals(found, as_json=options["as_json"])
         context.exit(_SOME_FAILED if found.bad_rows else 0)
     # 2. The run's folder, held against others; then the pictures.
-    context.exit(_run(job, found, engine))
+    context.exit(_run(job, found, engine, options))
 
 
-def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]") -> int:
+def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
+    from ldmcli.batch.job import JobSpec
+
+    own = ("format", "prompt_column", "grid", "seed", "count", "shard")
+    return JobSpec(
+        path,
+        GenerationRequest("", **request_settings(options)),
+        model_spec(options),
+        runtime_spec(options),
+        metadata=not options["no_metadata"],
+        **{name: options[name] for name in own},
+    )
+
+
+def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]", options: dict[str, Any]) -> int:
     """Draw what is still to be drawn, and return the exit code."""
     from ldmcli.batch.ledger import Ledger
     from ldmcli.batch.pictures import clean_temporaries
@@ -145,13 +161,12 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
     from ldmcli.disk.lock import folder_lock
     from ldmcli.disk.writing import prepare_folder
 
-    options = job.options
     folder = Path(options["output"])
     prepare_folder(folder)
     if options["sheet"]:
         prepare_folder(Path(options["sheet"]).parent)  # not after hours of drawing
     with folder_lock(folder):
-        job.open_run(folder, found)
+        job.open_run(folder, found, extend=options["extend"])
         clean_temporaries(folder)
         limits = Limits(options["max_images"], options["time_limit"], options["shard"])
         rows = found.rows if found else None
@@ -159,38 +174,35 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
         if found:
             _log.info("%d rows, %d pictures, %d of them done", found.rows, found.images, run.counts().images)
         with _stopping() as stop:
-            _draw(run, job, found, engine(_setup(job)), stop)
+            _draw(run, job, found, engine(_setup(job, options)), stop, options)
         if run.rows is not None and not found:
             record_rows(folder, run.rows)
         if options["sheet"]:
             _write_sheet(folder, Path(options["sheet"]))
-        return _account(run, job, stop)
+        return _account(run, stop, options)
 
 
-def _draw(run: "Run", job: "Job", found: "Survey | None", engine: "Engine", stop: "_Signals") -> None:
+def _draw(
+    run: "Run", job: "Job", found: "Survey | None", engine: "Engine", stop: "_Signals", options: dict[str, Any]
+) -> None:
     """Report every picture as it comes."""
-    from tqdm import tqdm
-
-    options = job.options
     folder = Path(options["output"])
     outcomes = run.draw(job.items(told=found is None), engine, batch_size=options["batch_size"], stop=stop.stop)
-    quiet = not _log.isEnabledFor(logging.INFO)
     done, total = run.counts().images, found.images if found else None
     with (
         contextlib.closing(outcomes),
-        tqdm(total=total, initial=done, unit="img", disable=quiet or None, file=sys.stderr) as bar,
+        bar(total=total, initial=done, unit="img") as progress,
     ):
         for outcome in outcomes:
             _report(outcome, folder, as_json=options["as_json"])
-            bar.update()
+            progress.update()
 
 
-def _setup(job: "Job") -> "Setup":
+def _setup(job: "Job", options: dict[str, Any]) -> "Setup":
     from ldmcli.batch.items import Setup
 
-    options = job.options
     folder = Path(options["output"]).resolve()
-    return Setup(folder, options, batch_size=options["batch_size"], metadata=not options["no_metadata"])
+    return Setup(folder, job.model, job.spec.runtime, options["batch_size"], job.spec.metadata)
 
 
 def _engine(options: dict[str, Any]) -> "Callable[[Setup], Engine]":
@@ -219,7 +231,7 @@ def _ray_engine(address: str | None, workers: int | None, setup: "Setup") -> "En
     return lambda batches, stop: run_ray(setup, batches, address=address, workers=workers, stop=stop)
 
 
-def _account(run: "Run", job: "Job", stop: "_Signals") -> int:
+def _account(run: "Run", stop: "_Signals", options: dict[str, Any]) -> int:
     """Say what came of the rows, and how to go on; the exit code."""
     from ldmcli.batch.ledger import audit
 
@@ -229,7 +241,7 @@ def _account(run: "Run", job: "Job", stop: "_Signals") -> int:
     if stop.number is not None:
         _log.warning("stopped by %s; the same command goes on", signal.Signals(stop.number).name)
         return 128 + stop.number
-    limited = any(job.options[name] for name in ("max_images", "time_limit", "retry_failed"))
+    limited = any(options[name] for name in ("max_images", "time_limit", "retry_failed"))
     if counts.pending and limited:
         raise TryAgainError(f"{counts.pending} rows are still to be drawn; the same command goes on.")
     if not holds and not (limited and counts.rows is None):
@@ -250,8 +262,7 @@ def _report(outcome: "Outcome", folder: Path, *, as_json: bool) -> None:
     else:
         _log.error("row %d: %s", outcome.item.row, outcome.error)
         return
-    sys.stdout.buffer.write(line + b"\n")
-    sys.stdout.buffer.flush()
+    write_result(line + b"\n")
 
 
 class _Signals:

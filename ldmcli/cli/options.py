@@ -1,5 +1,6 @@
 """Options that commands share, and how each is also read from the environment."""
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -8,10 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
+from ldmcli.cli.terminal import LogHandler
 from ldmcli.errors import printable
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.spec import LONG_PROMPTS, PROMPT_SYNTAXES
-from ldmcli.speed.tuning import KERNELS
+from ldmcli.spec import KERNELS, LONG_PROMPTS, PROMPT_SYNTAXES, REFINER_START, ModelSpec, RuntimeSpec
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -110,15 +111,25 @@ _REQUEST = (
            help="Share of the noise schedule after which the refiner takes over.  [default: 0.8 with --refiner]"),
 )  # fmt: skip
 
-_REFINER_START = 0.8  # its authors' choice
-
 
 def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that the options give."""
     settings = {name: options[name] for name in REQUEST_OPTIONS}
     if options["refiner"] and settings["refiner_start"] is None:
-        settings["refiner_start"] = _REFINER_START
+        settings["refiner_start"] = REFINER_START
     return settings
+
+
+def model_spec(options: Mapping[str, Any]) -> ModelSpec:
+    """The weights that the options name."""
+    return ModelSpec(**{field.name: options[field.name] for field in dataclasses.fields(ModelSpec)})
+
+
+def runtime_spec(options: Mapping[str, Any]) -> RuntimeSpec:
+    """Where and how the options say to compute."""
+    own = ("device", "dtype", "attention", "kernels", "threads", "compile", "low_vram", "vae_tiling")
+    given = {name: options[name] for name in own}
+    return RuntimeSpec(**given, cuda_graph=not options["no_cuda_graph"], cache=not options["no_cache"])
 
 
 # Which weights.
@@ -154,7 +165,7 @@ _RUNTIME = (
     option("--low-vram", is_flag=True, help="On a GPU: hold only the part at work there, the others in host memory."),
     option("--threads", type=click.IntRange(1, 1024), metavar="N",
            help="Threads to compute with on a CPU.  [default: one a core; a small model's pictures one each]"),
-    option("--no-cache", is_flag=True, help="Neither read nor keep encoded prompts and hashes of weights on disk."),
+    option("--no-cache", is_flag=True, help="Neither read nor keep hashes of weights on disk."),
     option("--vae-tiling", is_flag=True,
            help="Decode strip by strip: the same picture in little memory, slower; large maps go to TMPDIR."),
 )  # fmt: skip
@@ -205,7 +216,7 @@ class _Formatter(logging.Formatter):
 
 
 def _log_to_stderr(level: int) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LogHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
     logger = logging.getLogger("ldmcli")
     logger.handlers[:] = [handler]

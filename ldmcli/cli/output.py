@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ldmcli.cli.terminal import write_result
 from ldmcli.disk.writing import check_replaceable, prepare_folder, write_exact, write_new
 from ldmcli.errors import CannotCreateError, UsageError, printable
 
@@ -28,7 +29,7 @@ class Output:
     def write(self, data: bytes, seed: int, record: dict[str, Any]) -> None:
         """Write one picture and report it on stdout; raises CannotCreateError or StorageError."""
         if self.path is None:
-            _to_stdout(data)
+            write_result(data)
             return
         if self.is_file:
             written = write_exact(self.path, data, overwrite=self.overwrite)
@@ -41,7 +42,7 @@ class Output:
             line = json.dumps({"path": str(written), **record}, ensure_ascii=True).encode("ascii")
         else:
             line = os.fsencode(written)
-        _to_stdout(line + b"\n")
+        write_result(line + b"\n")
 
 
 def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) -> Output:
@@ -82,8 +83,3 @@ def _is_there(path: Path) -> bool:
     except OSError as error:
         raise CannotCreateError(f"cannot write '{printable(str(path))}': {error.strerror}.") from None
     return True
-
-
-def _to_stdout(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()

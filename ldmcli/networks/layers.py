@@ -1,5 +1,8 @@
 """The convolutional pieces that U-Net and VAE share. All take and return (batch, channels, height, width)."""
 
+import math
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,3 +56,12 @@ class Upsample(nn.Module):
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def sinusoids(numbers: Tensor, channels: int, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
+    """Sinusoids (n, channels) of time steps or sizes (n,), in float32 (Vaswani et al. 2017; Ho et al. 2020)."""
+    half = channels // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=numbers.device)
+    angles = numbers.float()[:, None] * torch.exp(exponent / (half - freq_shift))[None, :]
+    waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(waves, dim=-1), (0, channels % 2))

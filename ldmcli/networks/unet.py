@@ -1,6 +1,6 @@
 """The cross-attention U-Net that predicts the noise in a latent (Rombach et al. 2022). Keys are diffusers' names."""
 
-import math
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -9,11 +9,17 @@ from torch.nn import functional as F
 
 from ldmcli.config import UNetConfig
 from ldmcli.networks.attention import KeysValues
-from ldmcli.networks.layers import Downsample, ResnetBlock, Upsample
+from ldmcli.networks.inputs import Conditioning
+from ldmcli.networks.layers import Downsample, ResnetBlock, Upsample, sinusoids
 from ldmcli.networks.transformer import SpatialTransformer
+from ldmcli.sampling.denoiser import Model
+from ldmcli.sampling.noise import to_device
+from ldmcli.sampling.schedule import Step, at
 
 BlockContext = list[list[KeysValues]]  # per attention of a block, per transformer layer
 UNetContext = list[BlockContext]  # per block: down blocks, the middle, up blocks
+Prepared = tuple[Tensor, UNetContext]  # time embeddings (steps, 1 or batch, width); keys and values of the prompts
+Residuals = tuple[Sequence[Tensor], Tensor]  # for every skip, from the finest on; for the middle
 
 
 class TimeEmbedding(nn.Module):
@@ -129,8 +135,8 @@ class UpBlock(Block):
 class UNet(nn.Module):
     """Noise prediction from latents, time and text.
 
-    The two inputs that do not depend on the latents are computed apart, so that a run does them once: `embed_time` for
-    all its steps, `project_context` for its prompts.
+    What does not depend on the latents is computed apart, once a run (`prepare`): the time embeddings of all steps, and
+    keys and values of the prompts.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -147,37 +153,61 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
+    def prepare(
+        self,
+        conditioning: Conditioning,
+        steps: Sequence[Step],
+        *,
+        guidance_scale: float = 1.0,
+        call: Callable[..., Tensor] | None = None,
+        hold: Callable[[Prepared], Prepared] = lambda prepared: prepared,
+    ) -> Model:
+        """The model of a run: a function of latents (batch, in_channels, height, width) and one of its `steps`, to
+        float32. `steps` are all that the run has; `conditioning` is of the batch, in the weights' number type.
+
+        `guidance_scale` is read by models distilled from guided ones alone. `call` computes in place of this module
+        (what a compiler made of it); `hold` keeps what was prepared where a recorded graph reads it.
+        """
+        weight = self.conv_in.weight
+        context = self.project_context(conditioning.context)
+        timesteps = to_device(torch.tensor([step.timestep for step in steps], dtype=torch.float32), weight.device)
+        embeddings = self.embed_time(timesteps, guidance_scale)[:, None]  # (steps, 1, width)
+        if self.add_embedding is not None and conditioning.vector is not None:
+            embeddings = embeddings + self.add_embedding(conditioning.vector)  # (steps, batch, width)
+        embeddings, context = hold((embeddings, context))
+        compute = call or self
+
+        def predict(latents: Tensor, step: Step, residuals: Residuals | None = None) -> Tensor:
+            latents = latents.to(weight.dtype, memory_format=torch.channels_last)
+            more = {} if residuals is None else {"residuals": residuals}
+            return compute(latents, at(embeddings, step), context, **more).float()
+
+        return predict
+
     def embed_time(self, timesteps: Tensor, guidance_scale: float = 1.0) -> Tensor:
         """Embeddings (n, 4 · block_channels[0]) of time steps (n,). A model distilled from guided ones is told the
         `guidance_scale` too (Luo et al. 2023, "Latent Consistency Models")."""
         config, dtype = self.config, self.conv_in.weight.dtype
-        waves = timestep_waves(timesteps, config.block_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        waves = sinusoids(timesteps, config.block_channels[0], config.flip_sin_to_cos, config.freq_shift)
         guidance = None
         if config.guidance_dim:
             # In thousandths and less 1, as such models are trained; sines first and spaced as Vaswani et al. do.
             scale = torch.full((1,), 1000.0 * (guidance_scale - 1.0), device=timesteps.device)
-            guidance = timestep_waves(scale, config.guidance_dim, False, 1.0).to(dtype)
+            guidance = sinusoids(scale, config.guidance_dim, False, 1.0).to(dtype)
         return self.time_embedding(waves.to(dtype), guidance)
-
-    def embed_added(self, pooled: Tensor, numbers: Tensor) -> Tensor:
-        """What SDXL adds to every time embedding, (batch, 4 · block_channels[0]): of pooled prompts (batch, pooled_dim)
-        and picture sizes (batch, added_numbers), Podell et al. 2023, section 2.2."""
-        assert self.add_embedding is not None
-        waves = timestep_waves(
-            numbers.flatten(), self.config.added_number_dim, self.config.flip_sin_to_cos, self.config.freq_shift
-        )
-        added = torch.cat([pooled, waves.unflatten(0, numbers.shape).flatten(1).to(pooled.dtype)], dim=1)
-        return self.add_embedding(added.to(self.conv_in.weight.dtype))
 
     def project_context(self, context: Tensor) -> UNetContext:
         """Cross-attention keys and values for a text context (batch, tokens, context_dim)."""
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [block.project_context(context) for block in blocks]
 
-    def forward(self, latents: Tensor, time_embedding: Tensor, context: UNetContext) -> Tensor:
+    def forward(
+        self, latents: Tensor, time_embedding: Tensor, context: UNetContext, residuals: Residuals | None = None
+    ) -> Tensor:
         """Prediction (batch, out_channels, height, width) for latents (batch, in_channels, height, width).
 
-        `time_embedding` is (batch, …) or (1, …) from `embed_time`; `context` comes from `project_context`.
+        `time_embedding` is (batch, …) or (1, …) from `embed_time`; `context` comes from `project_context`. `residuals`
+        are added to every skip, from the finest on, and to the middle (Zhang et al. 2023, ControlNet).
         """
         time = F.silu(time_embedding)  # every resnet starts with this activation: once is enough
         contexts = iter(context)
@@ -186,15 +216,10 @@ class UNet(nn.Module):
         for block in self.down_blocks:
             x = block(x, time, next(contexts), skips)
         x = self.mid_block(x, time, next(contexts))
+        if residuals is not None:
+            at_skips, at_middle = residuals
+            skips = [skip + more for skip, more in zip(skips, at_skips, strict=True)]
+            x = x + at_middle
         for block in self.up_blocks:
             x = block(x, time, next(contexts), skips)
         return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
-
-
-def timestep_waves(timesteps: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Sinusoids (n, channels) of time steps (n,), in float32 (Vaswani et al. 2017; Ho et al. 2020)."""
-    half = channels // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))[None, :]
-    waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
-    return F.pad(torch.cat(waves, dim=-1), (0, channels % 2))

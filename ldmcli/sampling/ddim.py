@@ -11,9 +11,8 @@ from ldmcli.sampling.schedule import Step
 def ddim_step(prediction: Prediction, step: Step, deviation: float = 0.0) -> Tensor:
     """Equation 12 without its random term: the predicted image, and as much of the predicted noise as the next level
     holds beside fresh noise of standard deviation `deviation`."""
-    previous = step.previous_alpha_cumprod
-    kept = max(1.0 - previous - deviation**2, 0.0)  # rounding may lead below 0
-    return previous**0.5 * prediction.denoised + kept**0.5 * prediction.noise
+    kept = max(step.previous_spread**2 - deviation**2, 0.0)  # rounding may lead below 0
+    return step.previous_signal * prediction.denoised + kept**0.5 * prediction.noise
 
 
 def ddim(
@@ -21,8 +20,7 @@ def ddim(
 ) -> Iterator[Tensor]:
     """Yield the latents after each step. eta 0 is deterministic; eta 1 adds as much noise as DDPM (equation 16)."""
     for step in steps:
-        alpha, previous = step.alpha_cumprod, step.previous_alpha_cumprod
-        variance = (1.0 - previous) / (1.0 - alpha) * (1.0 - alpha / previous)
+        variance = (step.previous_spread / step.spread) ** 2 * (1.0 - (step.signal / step.previous_signal) ** 2)
         deviation = eta * max(variance, 0.0) ** 0.5
         latents = ddim_step(denoise(latents, step), step, deviation)
         if eta > 0:

@@ -15,8 +15,7 @@ from ldmcli.sampling.schedule import Step
 def dpmpp_step(latents: Tensor, image: Tensor, step: Step) -> Tensor:
     """Where the ODE leads were x₀ this `image` all along the step (equation 9, order 1): exact for any length."""
     keep = step.previous_sigma / step.sigma
-    previous_signal, previous_spread = _signal_spread(step.previous_alpha_cumprod)
-    return previous_spread / step.spread * latents + previous_signal * (1 - keep) * image
+    return step.previous_spread / step.spread * latents + step.previous_signal * (1 - keep) * image
 
 
 def dpmpp_2m(
@@ -44,7 +43,7 @@ def dpmpp_2m_sde(
         denoised = denoise(latents, step).denoised
         image = extrapolated(denoised, step, history)
         keep = step.previous_sigma / step.sigma
-        signal, spread = _signal_spread(step.previous_alpha_cumprod)
+        signal, spread = step.previous_signal, step.previous_spread
         latents = spread / step.spread * keep * latents + signal * (1 - keep**2) * image
         if spread > 0:
             latents = latents + spread * (1 - keep**2) ** 0.5 * noise()
@@ -59,7 +58,3 @@ def extrapolated(denoised: Tensor, step: Step, history: tuple[Step, Tensor] | No
     before, denoised_before = history
     ratio = math.log(before.sigma / step.sigma) / math.log(step.sigma / step.previous_sigma)
     return denoised + (denoised - denoised_before) / (2 * ratio)
-
-
-def _signal_spread(alpha_cumprod: float) -> tuple[float, float]:
-    return alpha_cumprod**0.5, (1.0 - alpha_cumprod) ** 0.5

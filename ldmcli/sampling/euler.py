@@ -43,5 +43,5 @@ def heun(
             # there is next to no signal, this formula keeps the rounding errors small.
             ahead = denoise(latents, steps[i + 1])
             half = (step.sigma / step.previous_sigma - 1) / 2
-            latents = latents + step.previous_alpha_cumprod**0.5 * half * (ahead.denoised - prediction.denoised)
+            latents = latents + step.previous_signal * half * (ahead.denoised - prediction.denoised)
         yield latents

@@ -1,4 +1,7 @@
-"""Classifier-free guidance (Ho & Salimans 2022) and what tempers it, as a wrapper of a model."""
+"""Wrappers of a model: classifier-free guidance (Ho & Salimans 2022), what tempers it, and what joins the latents.
+
+Each takes a model and gives one; `pipeline.chain` says in which order they stand.
+"""
 
 import torch
 from torch import Tensor
@@ -7,41 +10,50 @@ from ldmcli.sampling.denoiser import Model
 from ldmcli.sampling.schedule import Step
 
 
-def guided(
-    model: Model,
-    scale: float,
-    *,
-    rescale: float = 0.0,
-    interval: tuple[float, float] | None = None,
-    unguided: Model | None = None,
-) -> Model:
+def with_channels(model: Model, channels: Tensor) -> Model:
+    """`model` on latents with more input channels behind them, (batch, more, height, width), as inpainting reads."""
+
+    def run(latents: Tensor, step: Step) -> Tensor:
+        return model(torch.cat([latents, channels.to(latents)], dim=1), step)
+
+    return run
+
+
+def paired(negative: Model, positive: Model) -> Model:
+    """The model of a batch of twice the size, each half by a model of its own: for prompts of different lengths."""
+
+    def run(latents: Tensor, step: Step) -> Tensor:
+        first, second = latents.chunk(2)
+        return torch.cat([negative(first, step), positive(second, step)])
+
+    return run
+
+
+def guided(model: Model, scale: float, rescale: float = 0.0) -> Model:
     """Push the output away from the negative prompt: o₋ + scale · (o₊ − o₋).
 
     `model` takes a batch of twice the size, the negative prompts' half first; the result takes the plain batch. It acts
     on raw outputs, which for plain guidance means the same for every prediction type. `rescale`: see `rescaled`.
-    `interval` (low, high): guidance only at noise levels low < σ <= high, where σ² = (1−ᾱ)/ᾱ (Kynkäänniemi et al.
-    2024); elsewhere `unguided` runs, which takes the plain batch with the positive prompts: half the work.
     """
-    if interval is not None and unguided is None:
-        raise ValueError("guidance in an interval needs a model for the steps outside it")
 
-    def run_guided(latents: Tensor, step: Step) -> Tensor:
-        return pushed(model(torch.cat([latents, latents]), step), scale, rescale)
+    def run(latents: Tensor, step: Step) -> Tensor:
+        negative, positive = model(torch.cat([latents, latents]), step).chunk(2)
+        output = negative + scale * (positive - negative)
+        return rescaled(output, positive, rescale) if rescale > 0 else output
 
-    return run_guided if interval is None or unguided is None else within(interval, run_guided, unguided)
-
-
-def pushed(outputs: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """The guided output (batch, …) of a model's (2 · batch, …), the negative prompts' half first."""
-    negative, positive = outputs.chunk(2)
-    output = negative + scale * (positive - negative)
-    return rescaled(output, positive, rescale) if rescale > 0 else output
+    return run
 
 
-def within(interval: tuple[float, float], model: Model, otherwise: Model) -> Model:
-    """`model` at noise levels low < σ <= high, and the other elsewhere."""
+def in_interval(interval: tuple[float, float], model: Model, otherwise: Model) -> Model:
+    """`model` at noise levels low < σ <= high, and the other elsewhere, at half the work where that is the positive
+    prompt alone (Kynkäänniemi et al. 2024)."""
+    return lambda latents, step: (model if within(interval, step) else otherwise)(latents, step)
+
+
+def within(interval: tuple[float, float], step: Step) -> bool:
+    """Whether the step's noise level is in the interval."""
     low, high = interval
-    return lambda latents, step: (model if low < step.sigma <= high else otherwise)(latents, step)
+    return low < step.sigma <= high
 
 
 def rescaled(output: Tensor, positive: Tensor, amount: float) -> Tensor:

@@ -16,9 +16,8 @@ def lcm(
     for step in steps:
         keep, replace = boundary_scalings(step.timestep)
         latents = replace * denoise(latents, step).denoised + keep * latents
-        previous = step.previous_alpha_cumprod
-        if previous < 1:
-            latents = previous**0.5 * latents + (1.0 - previous) ** 0.5 * noise()
+        if step.previous_spread > 0:
+            latents = step.previous_signal * latents + step.previous_spread * noise()
         yield latents
 
 

@@ -23,10 +23,10 @@ class SeededNoise:
     def __call__(self) -> Tensor:
         """The next draw, (len(seeds), *shape), float32, on the device."""
         draws = [torch.randn(self._shape, generator=g, dtype=torch.float32) for g in self._generators]
-        return sent(torch.cat(draws), self._device)
+        return to_device(torch.cat(draws), self._device)
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host's on the device. The host does not wait for a GPU, which could first be at work for long:
     that takes memory which stays in its place."""
     if torch.device(device).type != "cuda":

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,34 +19,41 @@ SMALLEST_LEVEL = 2.0**-24
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One sampling step, from `timestep` to the next lower one. Signal levels are ᾱ (alphas_cumprod) as host floats, so
-    that the loop never waits for the device. `index` counts the steps of the whole run; `timestep` is what the model is
-    told, and no whole number where the step sits between two training steps."""
+    """One sampling step, from `timestep` to the next lower one: latents hold `signal` of the image and `spread` of
+    noise (its standard deviation), and where the step leads `previous_signal` and `previous_spread`. They are host
+    floats, so that the loop never waits for the device. `index` counts the steps of the whole run; in a recorded graph
+    it lies on the device, (1,). `timestep` is what the model is told, and no whole number where the step sits between
+    two training steps."""
 
-    index: int
+    index: int | Tensor
     timestep: float
-    alpha_cumprod: float
-    previous_alpha_cumprod: float
+    signal: float
+    spread: float
+    previous_signal: float
+    previous_spread: float
 
-    @property
-    def signal(self) -> float:
-        """How much of the image the latents hold, √ᾱ."""
-        return self.alpha_cumprod**0.5
-
-    @property
-    def spread(self) -> float:
-        """The standard deviation of the noise in the latents, √(1−ᾱ)."""
-        return (1.0 - self.alpha_cumprod) ** 0.5
+    @classmethod
+    def ddpm(cls, index: int, timestep: float, alpha_cumprod: float, previous: float) -> Self:
+        """A step of a schedule that keeps variance, from signal level ᾱ to `previous` (Ho et al. 2020)."""
+        return cls(
+            index, timestep, alpha_cumprod**0.5, (1.0 - alpha_cumprod) ** 0.5, previous**0.5, (1.0 - previous) ** 0.5
+        )
 
     @property
     def sigma(self) -> float:
-        """The noise level σ of Karras et al. 2022: noise per image, √((1−ᾱ)/ᾱ)."""
-        return _sigma(self.alpha_cumprod)
+        """The noise level σ of Karras et al. 2022: noise per image; infinite where there is no signal."""
+        return _ratio(self.spread, self.signal)
 
     @property
     def previous_sigma(self) -> float:
         """σ where the step leads; 0 where that is the finished image."""
-        return _sigma(self.previous_alpha_cumprod)
+        return _ratio(self.previous_spread, self.previous_signal)
+
+
+def at(table: Tensor, step: Step) -> Tensor:
+    """The row of a table (steps, …) that is the step's; looked up on the device where the step's index lies there."""
+    index = step.index
+    return table[index] if isinstance(index, int) else table.index_select(0, index)[0]
 
 
 class Schedule:
@@ -74,7 +82,7 @@ class Schedule:
             points = [(timestep, self._level(timestep, row.grid)) for timestep in timesteps]
         levels = [level for _, level in points]
         ends = self._ddim_ends(points) if row.grid == "ddim" else [*levels[1:], 1.0]
-        return [Step(i, t, level, end) for i, ((t, level), end) in enumerate(zip(points, ends, strict=True))]
+        return [Step.ddpm(i, t, level, end) for i, ((t, level), end) in enumerate(zip(points, ends, strict=True))]
 
     def first_scale(self, steps: list[Step], sampler: Sampler | str, spacing: str | None = None) -> float:
         """What the first noise is multiplied with to be the first latents, as diffusers does: 1, though the first level
@@ -117,8 +125,8 @@ class Schedule:
         return points
 
 
-def _sigma(alpha_cumprod: float) -> float:
-    return math.sqrt((1.0 - alpha_cumprod) / alpha_cumprod) if alpha_cumprod > 0 else math.inf
+def _ratio(spread: float, signal: float) -> float:
+    return spread / signal if signal > 0 else math.inf
 
 
 def _position(value: float, ascending: list[float]) -> float:

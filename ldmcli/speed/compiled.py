@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ldmcli.disk.cache import cache_folder
 from ldmcli.errors import printable
@@ -31,30 +30,29 @@ _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _log = logging.getLogger(__name__)
 
 
-def compile_calls(module: nn.Module, device: torch.device) -> None:
-    """Have calls of `module` computed by what torch.compile makes of its `forward`, for each shape and number type of
-    inputs and weights anew. Names, weights and hooks stay as they are. Where it cannot be compiled, the log says so and
-    calls are computed as before."""
-    module.forward = _Compiled(module.forward, device)
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`function`, or a module's calls, as torch.compile makes it when it is called: for each shape and number type of
+    inputs and weights anew. Where it cannot be compiled, the log says so once and it is computed as before."""
+    return _Compiled(function, device)
 
 
 class _Compiled:
-    """In place of a module's `plain` forward."""
+    """A `plain` function, compiled until that fails."""
 
     def __init__(self, plain: Callable[..., Any], device: torch.device) -> None:
         self._plain = plain
         self._device = device
-        self._compiled: Callable[..., Any] | None = None
+        self._fast: Callable[..., Any] | None = None
         self._refused = False
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
         if self._refused:
             return self._plain(*args, **settings)
         try:
-            if self._compiled is None:
+            if self._fast is None:
                 _log.info("compiling the U-Net, which takes minutes the first time")
-                self._compiled = _compiled(self._plain, self._device)
-            return self._compiled(*args, **settings)
+                self._fast = _compiled(self._plain, self._device)
+            return self._fast(*args, **settings)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -65,7 +63,7 @@ class _Compiled:
                 raise memory from None
             # torch appends hints to what went wrong.
             reason = printable(str(causes[-1]).strip().partition("\n")[0], 200)
-        self._refused, self._compiled = True, None
+        self._refused, self._fast = True, None
         _log.warning("the U-Net could not be compiled (%s); going on without --compile", reason)
         return self._plain(*args, **settings)
 

@@ -1,36 +1,43 @@
 """Device, number type and attention for a run: what the user asked for, or what suits the machine."""
 
+import contextlib
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
-from ldmcli.config import TinyVAEConfig, UNetConfig, VAEConfig
+from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.errors import UsageError, printable
 from ldmcli.networks.attention import check_xformers, set_attention
 from ldmcli.networks.unet import UNet
+from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.attention_choice import MEASURED, NEED_CUDA, attend_by_name, automatic
 from ldmcli.speed.cpu.onednn import lay_out
-from ldmcli.speed.cpu.threads import choose_threads
 from ldmcli.speed.cuda.fused import fuse, kernels_work
-from ldmcli.speed.tuning import Tuning
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-USUAL, PLAIN = Tuning(), Tuning("torch", graph=False)
+USUAL = RuntimeSpec()
+_Module = TypeVar("_Module", bound=nn.Module)
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where and how to compute. `dtype` is that of U-Net and VAE, `text_dtype` that of the text encoder; `tuning` is
-    what applies on this device."""
+    """Where and how to compute, as it was chosen. `dtype` is that of U-Net and VAE, `text_dtype` that of the text
+    encoder. The rest is as in RuntimeSpec, as far as it applies on this device."""
 
     device: torch.device
     dtype: torch.dtype
     text_dtype: torch.dtype
     attention: str
-    tuning: Tuning = PLAIN
+    kernels: str = "torch"
+    cuda_graph: bool = False
+    compile: bool = False
+    low_vram: bool = False
 
     @property
     def half(self) -> bool:
@@ -45,58 +52,85 @@ class Runtime:
             "dtype": names[self.dtype],
             "attention": self.attention,
             "torch": torch.__version__,
-            **({"compile": "inductor"} if self.tuning.compiled else {}),
+            **({"compile": "inductor"} if self.compile else {}),
         }
 
     def vae_dtype(self, vae: VAEConfig | TinyVAEConfig) -> torch.dtype:
         """The number type of a VAE: float32 in place of fp16 where its activations are known to overflow that."""
         return torch.float32 if vae.force_upcast and self.dtype == torch.float16 else self.dtype
 
-    def prepare(self, module: nn.Module) -> None:
-        """Lay a U-Net or VAE out for speed: channels last in memory, this runtime's attention; on a GPU this program's
+    def prepare(self, module: _Module) -> _Module:
+        """A U-Net or VAE laid out for speed: channels last in memory, this runtime's attention; on a GPU this program's
         own kernels, on a CPU weights as oneDNN wants them. Raises UsageError."""
         module.to(memory_format=torch.channels_last)
         set_attention(module, attend_by_name(self.attention, self.device))
-        if self.tuning.compiled and isinstance(module, UNet):
-            return  # torch.compile lays out and fuses by itself, and does not see through what is below
+        if self.compile and isinstance(module, UNet):
+            return module  # torch.compile lays out and fuses by itself, and does not see through what is below
         if self.device.type == "cuda" and self._kernels_work(next(module.parameters()).dtype):
-            fuse(module)
+            return cast(_Module, fuse(module))
         if self.device.type == "cpu":
             # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory. Its
             # layers are called at every step, a VAE's in most runs once.
-            unet, own = isinstance(module, UNet), self.tuning.kernels != "torch"
-            lay_out(module, fold=not unet, fewer_products=own, at_once=unet)
+            unet = isinstance(module, UNet)
+            laid_out = lay_out(module, fold=not unet, fewer_products=self.kernels != "torch", at_once=unet)
+            return cast(_Module, laid_out)
+        return module
 
     def _kernels_work(self, dtype: torch.dtype) -> bool:
         """Whether this program's own kernels are to compute. Raises UsageError where they were asked for and do not
         work."""
-        if self.tuning.kernels == "torch":
+        if self.kernels == "torch":
             return False
         works = kernels_work(self.device, dtype)
-        if not works and self.tuning.kernels == "triton":
+        if not works and self.kernels == "triton":
             raise UsageError("--kernels triton cannot be used here (see above); use --kernels auto or torch.")
         return works
 
 
-def choose_runtime(
-    device: str = "auto", dtype: str = "auto", attention: str = "auto", tuning: Tuning = USUAL
-) -> Runtime:
-    """Resolve the choices. Raises UsageError where one cannot be met."""
-    chosen = _choose_device(device)
-    cuda = chosen.type == "cuda"
+def choose_runtime(spec: RuntimeSpec = USUAL) -> Runtime:
+    """Resolve what was asked for. Raises UsageError where it cannot be met."""
+    device = _choose_device(spec.device)
+    cuda = device.type == "cuda"
+    dtype = spec.dtype
     if dtype == "auto":
         dtype = "fp16" if cuda else "bf16" if cpu_has_bf16() else "fp32"
     elif dtype == "fp16" and not cuda:
         raise UsageError("dtype fp16 is for GPUs and very slow on a CPU; use --dtype bf16 or fp32 there.")
-    # On a CPU the text encoder is a small part of the work, and float32 keeps the prompt exact.
-    text_dtype = DTYPES[dtype] if cuda else torch.float32
-    chosen_attention = _choose_attention(attention, chosen, DTYPES[dtype])
-    return Runtime(chosen, DTYPES[dtype], text_dtype, chosen_attention, _fitting(tuning, chosen))
+    if spec.kernels == "triton" and not cuda:
+        raise UsageError("--kernels triton needs a CUDA device; use --kernels auto or torch on a CPU.")
+    if spec.low_vram and not cuda:
+        _log.info("--low-vram is for GPUs and does nothing on a CPU")
+    return Runtime(
+        device,
+        DTYPES[dtype],
+        # On a CPU the text encoder is a small part of the work, and float32 keeps the prompt exact.
+        DTYPES[dtype] if cuda else torch.float32,
+        _choose_attention(spec.attention, device, DTYPES[dtype]),
+        spec.kernels,
+        # Recordings would hold what comes and goes to save memory.
+        cuda_graph=cuda and spec.cuda_graph and not spec.low_vram,
+        compile=spec.compile,
+        low_vram=cuda and spec.low_vram,
+    )
 
 
-def use_threads(asked: int | None, unet: UNetConfig, *, pictures: int = 1, cores: int | None = None) -> None:
-    """Let torch compute on a CPU with as many threads as `choose_threads` says."""
-    torch.set_num_threads(choose_threads(asked, unet, pictures=pictures, cores=cores))
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute on a CPU with so many threads inside the block; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def wait_for(device: torch.device) -> Callable[[], object] | None:
+    """What waits for a device that computes by itself."""
+    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
 
 def _choose_device(name: str) -> torch.device:
@@ -116,17 +150,6 @@ def _choose_device(name: str) -> torch.device:
             raise UsageError(f"device {name} was asked for, but there are only {count} (cuda:0 … cuda:{count - 1}).")
         return torch.device("cuda", index)
     return device
-
-
-def _fitting(tuning: Tuning, device: torch.device) -> Tuning:
-    """What of `tuning` applies on the device."""
-    if device.type == "cuda":
-        return tuning
-    if tuning.kernels == "triton":
-        raise UsageError("--kernels triton needs a CUDA device; use --kernels auto or torch on a CPU.")
-    if tuning.low_vram:
-        _log.info("--low-vram is for GPUs and does nothing on a CPU")
-    return dataclasses.replace(PLAIN, kernels=tuning.kernels, compiled=tuning.compiled)
 
 
 def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -20,16 +20,16 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
-import re
 import sys
 import threading
 import types
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldmcli.speed.cpu.heap import keep_freed_memory
+
 _log = logging.getLogger(__name__)
 _linking = threading.Event()
-_BF16 = re.compile(r"\b(avx512_bf16|amx_bf16)\b")
 
 # The releases of torch for which it was checked that `import torch` needs nothing of these; others are imported whole.
 CHECKED_TORCH = ("2.14.",)
@@ -72,6 +72,7 @@ def quicken() -> None:
     if folder is None or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     link_ahead()
+    keep_freed_memory()
     with contextlib.suppress(ImportError):
         import numpy  # noqa: F401  meanwhile, for torch will
     if _version(folder).startswith(CHECKED_TORCH):
@@ -93,18 +94,6 @@ def whole_torch() -> None:
         module = sys.modules[name]
         if isinstance(module, _Deferred):
             module.load()
-
-
-def likely_number_size(device: str, dtype: str) -> int:
-    """How many bytes a weight will take on a CPU, by the command line's words, as far as can be told without torch; 0
-    where it may be a GPU that computes."""
-    if not (device == "cpu" or (device == "auto" and not _may_have_gpu())):
-        return 0
-    if dtype != "auto":
-        return 4 if dtype == "fp32" else 2
-    with contextlib.suppress(OSError):
-        return 2 if _BF16.search(Path("/proc/cpuinfo").read_text()) else 4
-    return 0
 
 
 def _torch_folder() -> Path | None:

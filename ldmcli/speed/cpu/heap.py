@@ -1,15 +1,12 @@
-"""Where memory comes from on a CPU: the C library's heap, its ways, and a head start on filling it."""
+"""The C library's heap, from which memory comes on a CPU: what it keeps, and what it gives back."""
 
 import contextlib
 import ctypes
-import threading
 
 MUCH = 256 << 20  # bytes of free memory that are worth giving back
 LARGEST_KEPT = 96 << 20  # bytes: a U-Net's largest pieces are kept, those of a VAE given back
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # of mallopt(3)
-_USUAL_MMAPS = 65536
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _ALL = 2**31 - 1
-_PART = 16 << 20  # bytes: 10 ms of a kernel's work, which is as long as `free` may have to wait
 
 
 def keep_freed_memory() -> None:
@@ -45,51 +42,3 @@ class _MallInfo(ctypes.Structure):
             *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
         )
     )
-
-
-class FilledHeap:
-    """`size` bytes that `threads` threads get from the kernel in the background, for what asks for memory after `free`.
-
-    A kernel clears memory when it is first touched, which takes far longer than to write numbers there: of 4 GB of
-    weights, three seconds of a core in the end. They are spent here while the main thread imports torch and other cores
-    have nothing to do. With another C library than glibc nothing is done.
-    """
-
-    def __init__(self, size: int, threads: int) -> None:
-        keep_freed_memory()
-        self._enough = threading.Event()
-        self._lock, self._next, self._size = threading.Lock(), 0, size
-        self._block: int | None = None
-        self._threads: list[threading.Thread] = []
-        with contextlib.suppress(AttributeError, OSError):
-            self._libc = ctypes.CDLL(None)
-            self._libc.malloc.restype, self._libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-            self._libc.free.argtypes = [ctypes.c_void_p]
-            self._libc.mallopt(_ARENA_MAX, 1)  # else each thread would have a heap of its own, and keep it
-            self._libc.mallopt(_MMAP_MAX, 0)  # in one piece and in the heap: weights are of any size
-            self._block = self._libc.malloc(size)
-            self._libc.mallopt(_MMAP_MAX, _USUAL_MMAPS)
-        if self._block:
-            self._threads = [threading.Thread(target=self._fill, name="fill heap", daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
-
-    def _fill(self) -> None:
-        while not self._enough.is_set():
-            with self._lock:
-                start, self._next = self._next, min(self._next + _PART, self._size)
-                end = self._next
-            if start == end:
-                return
-            assert self._block
-            ctypes.memset(self._block + start, 0, end - start)
-
-    def free(self) -> int:
-        """End, and leave what there is to whoever asks next; so many bytes are ready."""
-        self._enough.set()
-        for thread in self._threads:
-            thread.join()
-        if self._block:
-            self._libc.free(self._block)
-        filled, self._block, self._next = self._next, None, 0
-        return filled

@@ -5,14 +5,14 @@ called again with an input of the same shape, or sure to be, does so once, and k
 the plain ones: nothing is held twice. Large 3×3 convolutions in float32 go to winograd.py instead: oneDNN has no such
 kernel for these CPUs. Doubling a map's sides in front of a convolution is folded into the convolution's weights.
 
-The layers keep their names, parameters and `forward`. Whoever converts, copies, saves or loads them meets plain weights
-again, and later calls lay them out anew; only weights changed in place go unnoticed. Where an operator is missing or
-refuses (another version of torch, another number type, a CPU without it) they stay plain.
+Layers keep their parameters' names, and `Module.to` finds plain weights: later calls lay them out anew. Weights changed
+in place go unnoticed, and rearranged ones are not for saving. Where an operator is missing or refuses (another version
+of torch, another number type, a CPU without it) weights stay plain.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,30 @@ from torch import Tensor, nn
 from ldmcli.networks.layers import Upsample
 from ldmcli.speed.cpu import winograd
 from ldmcli.speed.cpu.heap import MUCH, give_back_free_memory
+from ldmcli.speed.modules import recast, replaced
 
 
-def lay_out(module: nn.Module, *, fold: bool, fewer_products: bool = True, at_once: bool = False) -> None:
-    """Make the convolutions and products inside `module`, which is on a CPU, compute with oneDNN's own layouts from now
-    on, large convolutions by `fewer_products`, and with `fold` its upsamplers with folded weights. Weights are
-    rearranged layer by layer as they are used: when they are used the second time, or `at_once` for a module that is
-    sure to be called again."""
+def lay_out(module: nn.Module, *, fold: bool, fewer_products: bool = True, at_once: bool = False) -> nn.Module:
+    """`module` with convolutions and products that compute with oneDNN's own layouts, large convolutions by
+    `fewer_products`, and with `fold` upsamplers with folded weights. Weights are rearranged layer by layer as they are
+    used: when they are used the second time, or `at_once` for a module that is sure to be called again."""
     if not torch.backends.mkldnn.is_available() or not _operators():
-        return
+        return module
     kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
     if fewer_products:
         kinds |= {nn.Conv2d: FastConv2d, Upsample: FastUpsample}
     if fold:
         kinds[Upsample] = FoldedUpsample
-    for part in module.modules():
-        if type(part) in kinds:
-            part.__class__ = kinds[type(part)]
-            if isinstance(part, _Packed):
-                part._at_once = at_once
+
+    def make(part: nn.Module) -> nn.Module | None:
+        if type(part) not in kinds:
+            return None
+        new = recast(kinds[type(part)], part)
+        if isinstance(new, _Packed):
+            new._at_once = at_once
+        return new
+
+    return replaced(module, make)
 
 
 @functools.cache
@@ -129,18 +134,6 @@ class _Packed(nn.Module):
         self._unpack()
         self._refused = self._stays_plain = False
         return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._unpack()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
-        self._unpack()
-        super()._load_from_state_dict(*args, **settings)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._unpack()
-        return self.__dict__
 
 
 _left = 0  # bytes of plain weights
@@ -248,13 +241,6 @@ class FoldedUpsample(FastUpsample):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._folded = None
         return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
-        self._folded = None
-        super()._load_from_state_dict(*args, **settings)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
 
 
 def _doubles(x: Tensor, size: tuple[int, int] | None) -> bool:

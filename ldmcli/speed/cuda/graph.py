@@ -1,11 +1,24 @@
-"""A function of tensors, recorded once and replayed: on a GPU as a CUDA graph, which starts all its kernels at one word
-of the host. Started one by one, a small batch's many short kernels leave a fast GPU waiting.
+"""Steps of a model, recorded once and replayed: on a GPU as a CUDA graph, which starts all its kernels at one word of
+the host. Started one by one, a small batch's many short kernels leave a fast GPU waiting.
 
-A replay computes where the recording did: on the same memory, with the same weights. So a recording has tensors of its
-own for what it is given, into which every call is copied; what it gives is copied out; and it is dropped once the
-module's weights, layers or attention have changed.
+    graphs = Graphs(CudaRecorder(device), [unet])    # beside the network, for as long as it lives
+    slots = graphs.slots(calls=len(steps))           # for each run
+    model = unet.prepare(…, hold=slots.hold)         # keys, values and the steps' tables, in buffers that stay
+    model = recorded(guided(model, …), slots, key=(scale, rescale), form=lambda step: low < step.sigma <= high)
+    graphs.free()                                    # where memory is short, and before weights move
+
+A replay computes where the recording did: on the same memory, with the same weights. So the model that is recorded
+
+- reads its latents, what `slots.hold` gave, and the weights of the modules, and nothing else that changes;
+- reads of its step the `index` alone, a one-element int64 tensor on the device: `sampling.schedule.at` looks it up;
+- branches on the host by what `form(step)` tells apart, and by numbers that `key` holds;
+- never asks the device for a number.
+
+Any model that keeps to this can be recorded, whatever it wraps. What it gives is copied out, so that no replay writes
+over it. A recording is dropped once weights, layers, attention or other functions in the modules have changed.
 """
 
+import contextlib
 import dataclasses
 import logging
 import weakref
@@ -17,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmcli.errors import printable
+from ldmcli.sampling.denoiser import Model
+from ldmcli.sampling.schedule import Step
 from ldmcli.speed.memory import is_out_of_memory
 
 KEPT = 4  # kinds of calls whose recordings are kept: guided and not, for the batches of a job and its shorter last one
@@ -25,8 +40,7 @@ KEPT = 4  # kinds of calls whose recordings are kept: guided and not, for the ba
 PAYS = 4
 
 Work = Callable[[], Tensor]
-Nested = Any  # a Tensor, or a list or tuple of Nested
-Function = Callable[[Sequence[Tensor], Nested], Tensor]
+Tree = Any  # a Tensor, or a list or tuple of Trees
 _log = logging.getLogger(__name__)
 
 
@@ -53,142 +67,170 @@ class Recorder(Protocol):
         the device works no more."""
 
 
+def recorded(
+    model: Model, slots: "Slots", key: Hashable = (), form: Callable[[Step], Hashable] = lambda step: ()
+) -> Model:
+    """`model` with its calls replayed where that pays; `slots` are those of its run. See the module for what it may
+    read, `key` and `form`."""
+    return lambda latents, step: slots.graphs.call(model, slots, (key, form(step)), latents, step)
+
+
 class Graphs:
-    """The recordings of one module's calls, made and dropped as they are needed. For one thread, and one stream of a
-    GPU: recordings share memory for what they compute in between."""
+    """The recordings of models made of some modules, which are made and dropped as they are needed. For one thread, and
+    one stream of a GPU: recordings share memory for what they compute in between."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, modules: Sequence[nn.Module]) -> None:
         self._recorder = recorder
-        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()  # the least recently called first
+        self._modules = modules
+        self._kinds: OrderedDict[tuple[Hashable, tuple[_Slot, ...]], _Kind] = OrderedDict()  # the last called last
+        self._plain: set[Hashable] = set()  # shapes of calls that there was no memory to record
+        self._slots: list[_Slot] = []
         self._state: list[Any] | None = None
-        self._off = self._told = False
+        self._off = self._warned = False
 
-    def bind(
-        self, module: nn.Module, function: Function, form: Hashable, constants: Nested, calls: int
-    ) -> Callable[[Sequence[Tensor]], Tensor]:
-        """`inputs -> function(inputs, constants)`, replayed where that pays, to be called about `calls` times.
-
-        `function` may depend on nothing but its arguments, `module` and `form`. Runs whose arguments agree in shapes
-        and types share a recording, whatever is in them, and in whatever order they are called.
-        """
-        state = state_of(module)
+    def slots(self, calls: int) -> "Slots":
+        """The slots of a run that calls its models about so often."""
+        state = self._state_now()
         if state != self._state:
             self.free()
             self._state = state
-        run = _Run(module, function, form, constants, calls)
-        return lambda inputs: self._call(run, inputs)
+        return Slots(self, calls)
 
     def free(self) -> None:
         """Drop all recordings and give their memory back. Raises torch.AcceleratorError where the device works no
         more."""
-        recordings = [kind.graph.recording for kind in self._kinds.values() if kind.graph]
-        self._kinds = OrderedDict((key, kind) for key, kind in self._kinds.items() if kind.plain)
+        recordings = [kind.recording for kind in self._kinds.values() if kind.recording]
+        self._kinds.clear()
+        self._slots.clear()
         if recordings:
             self._recorder.free(recordings)
 
-    def _call(self, run: "_Run", inputs: Sequence[Tensor]) -> Tensor:
-        if self._off:
-            return run.function(inputs, run.constants)
-        key = (run.form, _signature(inputs), _signature(run.constants))
-        kind = self._kinds.setdefault(key, _Kind())
-        self._kinds.move_to_end(key)
-        self._forget_oldest()
+    def slot(self, tree: Tree, run: "Slots") -> "_Slot":
+        """Buffers for a tree of this shape that no run uses, now `run`'s."""
+        signature = _signature(tree)
+        slot = next((slot for slot in self._slots if slot.signature == signature and slot.is_free), None)
+        if slot is None:
+            in_use = {slot for _, held in self._kinds for slot in held}
+            self._slots = [slot for slot in self._slots if slot in in_use or not slot.is_free]
+            self._slots.append(slot := _Slot(tree, signature))
+        slot.run = weakref.ref(run)
+        return slot
+
+    def call(self, model: Model, run: "Slots", form: Hashable, latents: Tensor, step: Step) -> Tensor:
+        """What `model` gives, replayed where that pays."""
         run.calls -= 1
+        shape = (form, tuple(slot.signature for slot in run.held), latents.shape, latents.dtype)
+        if self._off or shape in self._plain:
+            return model(latents, step)
+        kind = self._kinds.setdefault((shape, run.held), _Kind())
+        self._kinds.move_to_end((shape, run.held))
+        self._forget_oldest()
         kind.calls += 1
-        if not kind.graph and not kind.plain and kind.calls > 1 and kind.calls + run.calls >= PAYS:
-            kind.graph = self._recorded(run, inputs)
-            kind.plain = not kind.graph
-            self._kinds[key] = kind  # all are forgotten where that failed
-        if kind.graph:
-            return kind.graph.replayed(run, inputs)
-        if kind.plain:
-            return run.function(inputs, run.constants)
-        return self._recorder.warm(lambda: run.function(inputs, run.constants))
+        work = kind.on_own_inputs(model, latents, step)
+        if not kind.recording and kind.calls > 1 and kind.calls + run.calls >= PAYS:
+            kind.recording = self._recorded(work)
+            if not kind.recording:
+                self._plain.add(shape)
+                return model(latents, step)
+        if kind.recording:
+            kind.recording.replay()
+            return kind.recording.output.clone()
+        with torch.inference_mode():  # as when it is recorded: a compiler looks at that
+            output = self._recorder.warm(work)
+        return output.clone()
 
     def _forget_oldest(self) -> None:
         while len(self._kinds) > KEPT:
             _, oldest = self._kinds.popitem(last=False)
-            if oldest.graph:
-                recording, oldest.graph = oldest.graph.recording, None
-                self._recorder.free([recording])
+            if oldest.recording:
+                self._recorder.free([oldest.recording])
 
-    def _recorded(self, run: "_Run", inputs: Sequence[Tensor]) -> "_Graph | None":
+    def _recorded(self, work: Work) -> Recording | None:
         """The call recorded, or None where that cannot be. Unless memory ran out, nothing is recorded any more then."""
         try:
-            graph = _Graph(self._recorder, run, inputs)
+            with torch.inference_mode():
+                recording = self._recorder.record(work)
         except RuntimeError as error:
             reason = printable(str(error).strip().partition("\n")[0])
             no_room = is_out_of_memory(error)
         else:
-            self._state = state_of(run.module)  # layers may have prepared weights when they were first called
-            return graph
+            self._state = self._state_now()  # layers may have prepared weights when they were first called
+            return recording
         # Out here the error is gone, with its frames and the tensors in them.
         self.free()
         self._recorder.free([])  # of what was begun; and a lost device must not pass for a step that cannot be recorded
         self._off = not no_room
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             _log.warning("a step could not be recorded as a CUDA graph (%s); going on without, more slowly", reason)
         return None
+
+    def _state_now(self) -> list[Any]:
+        return [state_of(module) for module in self._modules]
+
+
+class Slots:
+    """Buffers for what one run computes before its steps. They are the run's as long as this object lives, which what
+    `recorded` gives keeps alive; then a later run has them."""
+
+    def __init__(self, graphs: Graphs, calls: int) -> None:
+        self.graphs = graphs
+        self.calls = calls  # still to come
+        self.held: tuple[_Slot, ...] = ()
+
+    def hold(self, tree: Tree) -> Tree:
+        """The tree's tensors, in buffers."""
+        slot = self.graphs.slot(tree, self)
+        for own, given in zip(_leaves(slot.buffers), _leaves(tree), strict=True):
+            own.copy_(given)
+        self.held += (slot,)
+        return slot.buffers
+
+
+class _Slot:
+    """Buffers like the tensors of a tree, which may be changed inside and outside inference mode."""
+
+    def __init__(self, tree: Tree, signature: Hashable) -> None:
+        self.signature = signature
+        self.run: weakref.ref[Slots] | None = None
+        with torch.inference_mode(False):
+            self.buffers = _like(tree)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the run that had it is over."""
+        return self.run is None or self.run() is None
 
 
 @dataclasses.dataclass
 class _Kind:
-    """Calls alike in form, shapes and types: how many there were, and their recording. `plain`: not to be recorded."""
+    """Calls alike in all but what is in their tensors: how many there were, what they read, and their recording."""
 
     calls: int = 0
-    graph: "_Graph | None" = None
-    plain: bool = False
+    inputs: tuple[Tensor, Tensor] | None = None  # latents and the step's index
+    recording: Recording | None = None
+
+    def on_own_inputs(self, model: Model, latents: Tensor, step: Step) -> Work:
+        """The call, on tensors that stay: with these latents and this step's index in them from now on."""
+        if self.inputs is None:
+            with torch.inference_mode(False):
+                self.inputs = torch.empty_like(latents), torch.zeros(1, dtype=torch.int64, device=latents.device)
+        own, index = self.inputs
+        own.copy_(latents)
+        index.fill_(step.index)
+        return lambda: model(own, dataclasses.replace(step, index=index))
 
 
-@dataclasses.dataclass(eq=False)
-class _Run:
-    """A function with the constants of one run, and how many calls are still to come."""
-
-    module: nn.Module
-    function: Function
-    form: Hashable
-    constants: Nested
-    calls: int
-
-
-class _Graph:
-    """A recording with the tensors that it reads."""
-
-    def __init__(self, recorder: Recorder, run: _Run, inputs: Sequence[Tensor]) -> None:
-        with torch.inference_mode(False):  # tensors that may be changed inside and outside inference mode
-            self._inputs = [torch.empty_like(tensor) for tensor in inputs]
-            self._constants = _like(run.constants)
-        self._holds: weakref.ref[_Run] | None = None  # whose constants; not the run itself, which would keep its own
-        self._take(run, inputs)
-        with torch.inference_mode():
-            self.recording = recorder.record(lambda: run.function(self._inputs, self._constants))
-
-    def replayed(self, run: _Run, inputs: Sequence[Tensor]) -> Tensor:
-        """The result for these inputs, in memory that no replay writes to."""
-        self._take(run, inputs)
-        self.recording.replay()
-        return self.recording.output.clone()
-
-    def _take(self, run: _Run, inputs: Sequence[Tensor]) -> None:
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
-        if self._holds is None or self._holds() is not run:
-            for own, given in zip(_leaves(self._constants), _leaves(run.constants), strict=True):
-                own.copy_(given)
-            self._holds = weakref.ref(run)
-
-
-def _leaves(tree: Nested) -> list[Tensor]:
+def _leaves(tree: Tree) -> list[Tensor]:
     return [tree] if isinstance(tree, Tensor) else [leaf for branch in tree for leaf in _leaves(branch)]
 
 
-def _like(tree: Nested) -> Nested:
+def _like(tree: Tree) -> Tree:
     """Tensors of the same shapes, types and layouts, in the same tree."""
     return torch.empty_like(tree) if isinstance(tree, Tensor) else type(tree)([_like(branch) for branch in tree])
 
 
-def _signature(tree: Nested) -> Hashable:
+def _signature(tree: Tree) -> Hashable:
     return (tree.shape, tree.dtype) if isinstance(tree, Tensor) else tuple(_signature(branch) for branch in tree)
 
 
@@ -217,6 +259,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None  # torch refuses one that all graphs have left
         self._living: weakref.WeakSet[_CudaGraph] = weakref.WeakSet()
 
     def warm(self, work: Work) -> Tensor:
@@ -236,15 +279,19 @@ class CudaRecorder:
     def record(self, work: Work) -> "_CudaGraph":
         """Record the work; nothing is computed. Other threads may use the GPU meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        # That of a graph that lives: torch refuses a pool which all graphs have left.
-        pool = next((other.graph.pool() for other in self._living), None)
-        # torch.cuda.graph leaves its own stream as the current one where it fails: the outer context puts that right.
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.stream(torch.cuda.current_stream(self._device)),
-            torch.cuda.graph(graph, pool=pool, stream=self._side(), capture_error_mode="thread_local"),
-        ):
-            output = work()
+        if not self._living:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            # torch.cuda.graph leaves its own stream as the current one where it fails: the context before it does not.
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._side(), capture_error_mode="thread_local"),
+            ):
+                output = work()
+        except RuntimeError:
+            self._close_pool()
+            raise
         recording = _CudaGraph(graph, output)
         self._living.add(recording)
         return recording
@@ -257,12 +304,24 @@ class CudaRecorder:
             self._living.discard(recording)
             recording.graph.reset()
             del recording.output
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError as error:  # torch's allocator still takes a capture that failed for one under way
+            _log.debug("memory is not given back (%s)", str(error).partition("\n")[0])
 
     def _side(self) -> torch.cuda.Stream:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         return self._stream
+
+    def _close_pool(self) -> None:
+        """End what torch leaves open where CUDA breaks a capture off: allocation from the pool, and the graph's share
+        in it. Where torch has ended it, it refuses to once more."""
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
 
 
 class _CudaGraph:

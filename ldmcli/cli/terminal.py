@@ -1,0 +1,74 @@
+"""What is shown on a terminal: the bar of steps, results and log lines, none of them written into another."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ldmcli.session.session import Progress
+
+_log = logging.getLogger("ldmcli")
+
+
+def bar(**settings: Any) -> "tqdm[Any]":
+    """A progress bar on standard error, where that is a terminal and -q was not given; it leaves nothing behind."""
+    from tqdm import tqdm
+
+    quiet = not _log.isEnabledFor(logging.INFO)
+    # None lets tqdm look whether stderr is a terminal.
+    return tqdm(disable=quiet or None, file=sys.stderr, dynamic_ncols=True, leave=False, **settings)
+
+
+def write_result(data: bytes) -> None:
+    """Write to standard output at once, bars out of the way meanwhile."""
+    with _bars_cleared():
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+class LogHandler(logging.StreamHandler[Any]):
+    """Log lines on standard error, bars out of the way meanwhile."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with _bars_cleared():
+            super().emit(record)
+
+
+class StepBar:
+    """A bar for the steps of the pictures that are drawn together, which it numbers; call it with each Progress."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._drawn = 0
+
+    def __call__(self, progress: "Progress") -> None:
+        if progress.done == 0:
+            self.close()
+            first, last = self._drawn + 1, self._drawn + len(progress.requests)
+            self._bar = bar(total=progress.steps, desc=str(first) if first == last else f"{first}…{last}", unit="step")
+            return
+        if self._bar is not None:
+            self._bar.update()
+        if progress.done == progress.steps:
+            self._drawn += len(progress.requests)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def _bars_cleared() -> Iterator[None]:
+    """Inside the block no bar is on the terminal. Without tqdm there is none."""
+    if "tqdm" not in sys.modules:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield

@@ -1,0 +1,83 @@
+"""Requests to the conditions that a U-Net is told: of each its negative prompt's and its prompt's."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldmcli.conditioning.prompts import EncodedPrompt, PromptEncoder
+from ldmcli.config import ModelConfig, UNetConfig
+from ldmcli.networks.inputs import Conditioning
+from ldmcli.networks.layers import sinusoids
+from ldmcli.spec import FittedRequest
+
+# How pleasing SDXL's refiner is told the picture is, for prompts and for negative prompts: its authors' numbers.
+_AESTHETIC, _NEGATIVE_AESTHETIC = 6.0, 2.5
+
+Pair = tuple[Conditioning, Conditioning]
+
+
+def is_guided(config: ModelConfig, request: FittedRequest) -> bool:
+    """Whether a request is drawn with its negative prompt too. A model that reads the guidance scale is not pushed as
+    well."""
+    return request.guidance_scale != 1 and not config.unet.guidance_dim
+
+
+def pairs(config: ModelConfig, prompts: PromptEncoder, requests: Sequence[FittedRequest]) -> list[Pair]:
+    """The conditions of each request's negative prompt and prompt; without guidance, twice the prompt's. The requests
+    agree in all but prompts and seed."""
+    settings = requests[0]
+    guided = is_guided(config, settings)
+    zeros = [config.zero_empty_negative and not r.negative_prompt for r in requests]
+    texts = [r.prompt for r in requests]
+    if guided:
+        texts += [r.negative_prompt for r, none in zip(requests, zeros, strict=True) if not none]
+    chunked = settings.on_long_prompt == "chunk"
+    encoded = prompts.encode(texts, syntax=settings.prompt_syntax, chunked=chunked, clip_skip=settings.clip_skip)
+    positives, negatives = encoded[: len(requests)], iter(encoded[len(requests) :])
+    found = []
+    for request, positive, none in zip(requests, positives, zeros, strict=True):
+        told = _conditioning(config.unet, request, positive)
+        if not guided:
+            found.append((told, told))
+            continue
+        negative = positive.zeros if none else next(negatives)
+        found.append((_conditioning(config.unet, request, negative, negative=True), told))
+    return found
+
+
+def context_chunks(config: ModelConfig, prompts: PromptEncoder, request: FittedRequest) -> tuple[int, int]:
+    """How many chunks long the contexts of the request's negative prompt and prompt are; requests drawn together must
+    agree in both: padded to its neighbours' length a prompt would give a picture that depends on its batch."""
+    chunked = request.on_long_prompt == "chunk"
+    if not chunked and request.prompt_syntax == "plain":
+        return 1, 1
+    positive = prompts.chunks(request.prompt, syntax=request.prompt_syntax, chunked=chunked)
+    if config.zero_empty_negative and not request.negative_prompt:
+        return positive, positive
+    return prompts.chunks(request.negative_prompt, syntax=request.prompt_syntax, chunked=chunked), positive
+
+
+def size_vector(pooled: Tensor, numbers: Tensor, config: UNetConfig) -> Tensor:
+    """What SDXL adds to every time embedding, (batch, width): pooled prompts (batch, pooled_dim) and sinusoids of
+    picture sizes (batch, added_numbers); Podell et al. 2023, section 2.2."""
+    waves = sinusoids(numbers.flatten(), config.added_number_dim, config.flip_sin_to_cos, config.freq_shift)
+    return torch.cat([pooled, waves.unflatten(0, numbers.shape).flatten(1).to(pooled)], dim=1)
+
+
+def _conditioning(
+    config: UNetConfig, request: FittedRequest, encoded: EncodedPrompt, *, negative: bool = False
+) -> Conditioning:
+    if not config.added_numbers or encoded.pooled is None:
+        return Conditioning(encoded.context)
+    numbers = torch.tensor([_numbers(config, request, negative=negative)], dtype=torch.float32)
+    return Conditioning(encoded.context, size_vector(encoded.pooled, numbers, config))
+
+
+def _numbers(config: UNetConfig, r: FittedRequest, *, negative: bool) -> list[float]:
+    """What SDXL is told of a picture: its original size, where it was cropped, and its size; the refiner, in place of
+    the last, how pleasing it is."""
+    numbers: list[float] = [r.original_height, r.original_width, r.crop_top, r.crop_left]
+    if config.added_numbers == len(numbers) + 2:
+        return [*numbers, r.height, r.width]
+    return [*numbers, _NEGATIVE_AESTHETIC if negative else _AESTHETIC]

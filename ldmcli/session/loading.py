@@ -1,0 +1,139 @@
+"""A model's parts read to their device, beside one another, while the first prompts are encoded."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+
+import torch
+
+from ldmcli.background import in_background
+from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
+from ldmcli.checkpoints.source import ModelSource, with_prediction_type
+from ldmcli.checkpoints.vae_source import load_vae_from
+from ldmcli.conditioning.pairs import pairs
+from ldmcli.conditioning.prompts import PromptEncoder
+from ldmcli.config import UNDECIDED
+from ldmcli.errors import LdmError
+from ldmcli.networks.taesd import TinyVAE
+from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.pipeline import DiffusionModel, Pipeline
+from ldmcli.session.opening import Opened
+from ldmcli.spec import FittedRequest
+from ldmcli.speed.compiled import compiled
+from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
+from ldmcli.speed.offload import Stage
+from ldmcli.speed.policy import Runtime
+from ldmcli.stopwatch import Stopwatch
+
+_log = logging.getLogger(__name__)
+
+
+def load(
+    opened: Opened,
+    runtime: Runtime,
+    *,
+    unet: UNet | None = None,
+    first: Sequence[FittedRequest] = (),
+    stopwatch: Stopwatch | None = None,
+) -> Pipeline:
+    """Read all parts: threads read U-Nets and VAE while the prompts of the requests that are drawn `first` are encoded.
+    `unet` is the model's where it had to be read to know what the model is.
+
+    With `low_vram` all are read to host memory first. Raises LdmError where one is larger than the device's.
+    """
+    stopwatch = Stopwatch() if stopwatch is None else stopwatch
+    stage = Stage(runtime.device, narrow=runtime.low_vram)
+    with _sharing_the_processor():
+        sources = [(opened.model, unet), (opened.refiner, None)]
+        reading = [(source, _read_unet(source, own, runtime, stage)) for source, own in sources if source]
+        vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
+        prompts = []
+        for source, _ in reading:
+            with stopwatch.phase("weights"):
+                encoder = _text_encoders(source, runtime, stage)
+            with stopwatch.phase("text"):
+                for request in first:
+                    with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
+                        pairs(source.config, encoder, [request])
+            prompts.append(encoder)
+        with stopwatch.phase("weights"):
+            models = [
+                _model(source, runtime, stage, future.result(), encoder)
+                for (source, future), encoder in zip(reading, prompts, strict=True)
+            ]
+            decoder = runtime.prepare(vae.result())
+            stage.add(decoder)
+    refiner = models[1] if opened.refiner else None
+    return Pipeline(runtime, models[0], decoder, refiner, stopwatch=stopwatch, stage=stage)
+
+
+def settle(opened: Opened, runtime: Runtime) -> tuple[Opened, UNet | None]:
+    """With the model's prediction type found out where only its U-Net can tell; then also that U-Net."""
+    source = opened.model
+    if source.config.schedule.prediction_type != UNDECIDED:
+        return opened, None
+    stage = Stage(runtime.device, narrow=runtime.low_vram)
+    unet = load_unet(source, stage.home, runtime.dtype)
+    stage.add(unet)
+    stage.bring(unet)
+    found = probed_prediction_type(unet)
+    stage.clear()
+    _log.info("%s: prediction type %s, as its network answers; --prediction-type would override", source.name, found)
+    return dataclasses.replace(opened, model=with_prediction_type(source, found)), unet
+
+
+@torch.inference_mode()
+def probed_prediction_type(unet: UNet) -> str:
+    """`epsilon` or `v_prediction`, by what a U-Net makes of a constant at the noisiest step: one that predicts v
+    answers with about minus the image that it expects, one that predicts noise with about its input. Source: the same
+    test in AUTOMATIC1111's web UI."""
+    weight = unet.conv_in.weight
+    half = torch.full((1,), 0.5, device=weight.device, dtype=weight.dtype)
+    latents = half.expand(1, unet.config.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
+    context = unet.project_context(half.expand(1, 2, unet.config.context_dim))
+    output = unet(latents, unet.embed_time(torch.tensor([999.0], device=weight.device)), context)
+    return "v_prediction" if float((output - latents).float().mean()) < -1 else "epsilon"
+
+
+@contextlib.contextmanager
+def _sharing_the_processor() -> Iterator[None]:
+    """Inside the block this thread computes with half of its threads: others read weights."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)  # those that read have set it for all threads to come
+
+
+def _read_unet(source: ModelSource, own: UNet | None, runtime: Runtime, stage: Stage) -> "Future[UNet]":
+    def read() -> UNet:
+        torch.set_num_threads(1)  # of this thread: each that reads does so beside others
+        return own or load_unet(source, stage.home, runtime.dtype)
+
+    return in_background(read, "read U-Net")
+
+
+def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> AutoencoderKL | TinyVAE:
+    torch.set_num_threads(1)
+    if opened.vae is None:
+        return load_vae(opened.model, device, runtime.vae_dtype(opened.model.config.vae), encoder=False)
+    return load_vae_from(opened.vae, device, runtime.vae_dtype(opened.vae.config))
+
+
+def _text_encoders(source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:
+    encoders = load_text_encoders(source, stage.home, runtime.text_dtype)
+    for encoder in encoders:
+        stage.add(encoder.model)
+    return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders])
+
+
+def _model(source: ModelSource, runtime: Runtime, stage: Stage, unet: UNet, prompts: PromptEncoder) -> DiffusionModel:
+    unet = runtime.prepare(unet)
+    stage.add(unet)
+    call = compiled(unet, runtime.device) if runtime.compile else None
+    graphs = Graphs(CudaRecorder(runtime.device), [unet]) if runtime.cuda_graph else None
+    return DiffusionModel(source.config, runtime, unet, prompts, call, graphs)

@@ -1,0 +1,109 @@
+"""The weights that a ModelSpec names: looked at, not read."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model, with_prediction_type
+from ldmcli.checkpoints.vae_source import VAESource, open_vae
+from ldmcli.conditioning.chunks import tokenize
+from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.hub.fetch import locate
+from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, ModelSpec, fit_to_model
+from ldmcli.speed.memory import check_memory
+
+_log = logging.getLogger(__name__)
+_OTHER_WEIGHTS = ("vae", "refiner", "prediction_type")  # beside the model, what a picture depends on
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What to draw with, as `spec` names it."""
+
+    spec: ModelSpec
+    model: ModelSource
+    vae: VAESource | None = None
+    refiner: ModelSource | None = None
+
+    def fit(self, request: GenerationRequest, *, tiled: bool = False) -> FittedRequest:
+        """The request with the model's own settings filled in. Raises UsageError where the model, or this machine's
+        memory, cannot draw it; `tiled` pictures are decoded in little of that."""
+        if self.refiner and request.refiner_start is None:
+            request = dataclasses.replace(request, refiner_start=REFINER_START)
+        elif not self.refiner and request.refiner_start is not None:
+            raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
+        fitted = fit_to_model(request, self.model.config)
+        check_memory(self.model.config, fitted.width, fitted.height, tiled=tiled)
+        return fitted
+
+    @property
+    def token_limit(self) -> int:
+        """How many tokens of a prompt the model reads, or of each chunk of it; begin and end marks not counted."""
+        return self.model.config.text_encoders[0].max_length - 2
+
+    def cut_text(self, text: str, request: GenerationRequest | FittedRequest) -> str:
+        """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
+        cut off and the request says that this is an error."""
+        chunked = request.on_long_prompt == "chunk"
+        prompts = (tokenize(t, text, syntax=request.prompt_syntax, chunked=chunked) for t in self.model.tokenizers)
+        cut = max((prompt.cut_text for prompt in prompts), key=len)
+        if cut and request.on_long_prompt == "error":
+            raise UsageError(
+                f"a prompt is longer than the {self.token_limit} tokens the model reads; too much: “{printable(cut)}”."
+            )
+        return cut
+
+    def identity(self, sha256: str) -> dict[str, str]:
+        """What a picture says of the weights it was drawn with; `sha256` is the model's."""
+        named = {"name": self.model.name, "path": _shareable(self.spec.model), "sha256": sha256}
+        others = {name: getattr(self.spec, name) for name in _OTHER_WEIGHTS}
+        return named | {name: _shareable(value) for name, value in others.items() if value}
+
+
+def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
+    """Look at the headers of all that `spec` names, fetching models of the hub; `half` prefers their fp16 variants.
+    Raises LdmError."""
+
+    def located(name: str) -> Path:
+        return locate(name, half=half)
+
+    path = embedded_model() if spec.model is None else located(spec.model)
+    model = open_model(path, allow_pickle=spec.allow_pickle, own_vae=not spec.vae)
+    if spec.prediction_type:
+        model = with_prediction_type(model, spec.prediction_type)
+    config = model.config
+    _log.debug("%s: %s, prediction type %s", model.name, config.family, config.schedule.prediction_type)
+    vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle) if spec.vae else None
+    refiner = None
+    if spec.refiner:
+        refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
+        _check_refiner(model, refiner)
+    return Opened(spec, model, vae, refiner)
+
+
+def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
+    """Raises BadDataError where the two do not work on the same latents with the same steps."""
+    one, other = model.config, refiner.config
+    same = (
+        one.unet.in_channels == other.unet.in_channels
+        and one.vae.factor == other.vae.factor
+        and one.vae.scaling_factor == other.vae.scaling_factor
+        and one.schedule.training_steps == other.schedule.training_steps
+    )
+    if not same:
+        raise BadDataError(
+            f"{printable(str(refiner.path))} ({other.family}) cannot refine what {printable(str(model.path))} "
+            f"({one.family}) begins: their latents differ."
+        )
+
+
+def _shareable(model: str | None) -> str:
+    """A model's path as it may stand in a picture that is given away: without the name of the user's home."""
+    if model is None:
+        return ""
+    path = Path(model)
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry of this user
+        return model
+    return str(Path("~") / path.relative_to(home)) if home != Path("/") and path.is_relative_to(home) else model

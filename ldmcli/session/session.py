@@ -1,0 +1,210 @@
+"""One model, opened, loaded on first need, and drawn with."""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from ldmcli.config import UNDECIDED, ModelConfig
+from ldmcli.disk.cache import open_cache
+from ldmcli.errors import LdmError
+from ldmcli.session.opening import Opened, open_spec
+from ldmcli.spec import FittedRequest, GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldmcli.networks.unet import UNet
+    from ldmcli.session.drawing import Drawer
+    from ldmcli.session.picture import Picture
+    from ldmcli.speed.policy import Runtime
+
+_log = logging.getLogger(__name__)
+
+
+class CancelledError(LdmError):
+    """Drawing was cancelled by `Session.cancel`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far pictures that are drawn together are: `done` of `steps`, from 0 on. What is written into `latents`
+    (pictures, channels, height, width) is what the sampler goes on with."""
+
+    requests: Sequence[FittedRequest]
+    done: int
+    steps: int
+    latents: "Tensor"
+
+
+class Session:
+    """A model held in memory: opened from headers alone, read at the first draw, drawn with as often as asked.
+
+    It may be used from any thread; one batch is drawn at a time. Use it in a `with` block, or close it, to give its
+    memory back. Nothing of the process but torch's number of threads, while it draws, is touched.
+    """
+
+    def __init__(
+        self, model: ModelSpec = ModelSpec(), runtime: RuntimeSpec = RuntimeSpec(), *, exact: bool = False
+    ) -> None:
+        """Look at the model's files, fetching what the hub has. `exact`: wait for the device at the end of every phase,
+        so that the stopwatch's times are the device's. Raises LdmError for what is not there or not as it should be."""
+        self.runtime_spec = runtime
+        self.stopwatch = Stopwatch()
+        self._opened = open_spec(model, half=runtime.dtype != "fp32")
+        self._exact = exact
+        self._runtime: Runtime | None = None
+        self._unet: UNet | None = None  # where it had to be read to know what the model is
+        self._drawer: Drawer | None = None
+        self._sha256: Future[str] | None = None
+        self._lock = threading.RLock()
+        self._cancelled = threading.Event()
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is made of. Where only its U-Net can tell how it was trained, that is read here."""
+        return self._settled().model.config
+
+    @property
+    def undecided(self) -> bool:
+        """Whether fitting a request takes the U-Net, for nothing else tells how it was trained."""
+        return self._opened.model.config.schedule.prediction_type == UNDECIDED
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self._opened.model.name
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model as it was named; with its prediction type where that had to be found out."""
+        found = self.config.schedule.prediction_type
+        unknown = self._opened.spec.prediction_type is None and self._unet is not None
+        return dataclasses.replace(self._opened.spec, prediction_type=found) if unknown else self._opened.spec
+
+    @property
+    def runtime(self) -> "Runtime":
+        """Where and how it computes. Imports torch. Raises UsageError where what was asked for cannot be met."""
+        if self._runtime is None:
+            from ldmcli.speed.policy import choose_runtime, wait_for
+
+            self._runtime = choose_runtime(self.runtime_spec)
+            if self._exact:
+                self.stopwatch.settle = wait_for(self._runtime.device)
+            model = dataclasses.replace(self._opened.model, half=self._runtime.half)
+            refiner = self._opened.refiner and dataclasses.replace(self._opened.refiner, half=self._runtime.half)
+            self._opened = dataclasses.replace(self._opened, model=model, refiner=refiner)
+        return self._runtime
+
+    @property
+    def token_limit(self) -> int:
+        """How many tokens of a prompt the model reads, or of each chunk of it; begin and end marks not counted."""
+        return self._opened.token_limit
+
+    def fit(self, request: GenerationRequest) -> FittedRequest:
+        """The request with the model's own in place of what it leaves open. Raises UsageError where the model, or this
+        machine's memory, cannot draw it."""
+        return self._settled().fit(request, tiled=self.runtime_spec.vae_tiling)
+
+    def cut_text(self, text: str, request: GenerationRequest | FittedRequest) -> str:
+        """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
+        cut off and the request says that this is an error."""
+        return self._opened.cut_text(text, request)
+
+    def identity(self) -> dict[str, str]:
+        """Name, path and SHA-256 of the weights, and what else a picture's record says of them. Waits for the hash."""
+        self.begin_hashing()
+        assert self._sha256 is not None
+        return self._opened.identity(self._sha256.result())
+
+    def begin_hashing(self) -> None:
+        """Find the weights' SHA-256 in a thread, beside whatever else is done."""
+        if self._sha256 is None:
+            from ldmcli.checkpoints.identity import FileHashes, model_sha256
+
+            hashes = FileHashes(open_cache(enabled=self.runtime_spec.cache).hashes)
+            self._sha256 = model_sha256(self._opened.model, hashes)
+
+    def draw(
+        self,
+        requests: Iterable[GenerationRequest | FittedRequest],
+        *,
+        batch_size: int = 1,
+        on_step: Callable[[Progress], object] | None = None,
+    ) -> Iterator["Picture"]:
+        """A picture for each request, in order; up to `batch_size` at a time are computed together as far as they agree
+        in all but prompts and seed. Requests are taken as they are needed.
+
+        A picture that cannot be drawn says so when its pixels are asked for, and takes no other with it: a batch that
+        runs out of memory is drawn by halves, then decoded in strips, then offloaded part by part. `on_step` hears of
+        the beginning and of every step; what it raises ends the drawing. Raises CancelledError after `cancel`, and
+        DeviceLostError where the device cannot be used any more.
+        """
+        self._cancelled.clear()
+        batch: list[FittedRequest] = []
+        for request in requests:
+            batch.append(request if isinstance(request, FittedRequest) else self.fit(request))
+            if len(batch) == batch_size:
+                yield from self._draw(batch, on_step)
+                batch = []
+        if batch:
+            yield from self._draw(batch, on_step)
+
+    def cancel(self) -> None:
+        """Have a `draw` in another thread end at its next step."""
+        self._cancelled.set()
+
+    def load(self, first: Sequence[FittedRequest] = ()) -> None:
+        """Read the model now, unless it is there; the prompts of `first` are encoded meanwhile."""
+        with self._lock:
+            if self._drawer is not None:
+                return
+            from ldmcli.session.drawing import Drawer, threads_for
+            from ldmcli.session.loading import load
+            from ldmcli.speed.policy import threads
+
+            runtime = self.runtime
+            opened = self._settled()
+            with threads(threads_for(self.runtime_spec, opened.model.config, len(first))):
+                pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
+            self._unet = None
+            self._drawer = Drawer(pipeline, self.runtime_spec, self._lock)
+
+    def close(self) -> None:
+        """Give the memory back. What was drawn stays; drawing again reads the model again."""
+        with self._lock:
+            if self._drawer is not None:
+                self._drawer.close()
+            self._drawer = self._unet = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _draw(self, batch: Sequence[FittedRequest], on_step: Callable[[Progress], object] | None) -> "list[Picture]":
+        with self._lock:
+            self.load(batch)
+            assert self._drawer is not None
+            return self._drawer.draw(batch, lambda progress: self._step(progress, on_step))
+
+    def _step(self, progress: Progress, on_step: Callable[[Progress], object] | None) -> None:
+        if self._cancelled.is_set():
+            raise CancelledError("drawing was cancelled.")
+        if on_step:
+            on_step(progress)
+
+    def _settled(self) -> Opened:
+        if self.undecided:
+            from ldmcli.session.loading import settle
+
+            runtime = self.runtime
+            self._opened, self._unet = settle(self._opened, runtime)
+        return self._opened
