@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-KeysValues = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, ...]  # a key and its value; then more such pairs, whose results are added
 
 CHUNK = 512  # queries of one head whose scores chunked_attention holds at a time
 SCORES = 1 << 22  # scores of all heads of an image up to which it computes them together
@@ -166,9 +166,13 @@ class Attention(nn.Module):
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """Attend from x (batch, tokens, channels) to what `project` gave; returns x's shape."""
-        key, value = keys_values
-        out = self.attend(self._split(self.to_q(x)), key, value)
+        """Attend from x (batch, tokens, channels) to what `project` gave; returns x's shape. What other pairs of keys
+        and values give is added to that (Ye et al. 2023, IP-Adapter)."""
+        query = self._split(self.to_q(x))
+        key, value, *more = keys_values
+        out = self.attend(query, key, value)
+        for other_key, other_value in zip(more[::2], more[1::2], strict=True):
+            out = out + self.attend(query, other_key, other_value)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

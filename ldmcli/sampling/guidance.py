@@ -3,6 +3,9 @@
 Each takes a model and gives one; `pipeline.chain` says in which order they stand.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,12 @@ def with_channels(model: Model, channels: Tensor) -> Model:
         return model(torch.cat([latents, channels.to(latents)], dim=1), step)
 
     return run
+
+
+def controlled(model: Callable[..., Tensor], residuals: Callable[[Tensor, Step], Any]) -> Model:
+    """`model` told what to add inside the network, its third argument, for these latents and this step: what a control
+    network computes once for the whole batch (Zhang et al. 2023, ControlNet)."""
+    return lambda latents, step: model(latents, step, residuals(latents, step))
 
 
 def paired(negative: Model, positive: Model) -> Model:
