@@ -14,6 +14,7 @@ import click
 
 from ldmcli import __version__
 from ldmcli.errors import LdmError, StorageError, printable
+from ldmcli.speed.cpu.threads import yield_cores
 from ldmcli.speed.memory import is_out_of_memory
 
 _COMMANDS = ("txt2img", "batch", "info", "gallery", "pull", "models", "samplers", "bench")
@@ -65,6 +66,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of `ldm`: runs the command line and exits with its code."""
+    yield_cores()
     code = run(sys.argv[1:])
     if "ray" in sys.modules and code != _INTERRUPTED:
         sys.exit(code)  # Ray ends its processes when the interpreter does

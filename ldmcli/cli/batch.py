@@ -29,6 +29,8 @@ from ldmcli.cli.options import (
 from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
 from ldmcli.spec import GenerationRequest
+from ldmcli.speed.cpu.threads import available_cores, is_small
+from ldmcli.speed.startup import may_have_gpu
 
 if TYPE_CHECKING:
     from ldmcli.batch.items import Outcome, Setup
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _STDIN = "-"
 _SOME_FAILED = 3
+_SMALL_BATCH = 8  # of a small model on a CPU: the fastest of 1 to 16, with a thread each
+_WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
 
 
@@ -74,8 +78,9 @@ class _Shard(click.ParamType):
 @option("-s", "--seed", type=int, default=0, show_default=True,
         help="Rows without a seed get one made of this and their id.")  # fmt: skip
 @option("-c", "--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures for each row.")
-@option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
-        help="Pictures computed at once; rows of equal settings share a batch.")  # fmt: skip
+@option("-b", "--batch-size", type=click.IntRange(1, 1024),
+        help="Pictures computed at once; rows of equal settings share a batch.  [default: 8 of a small model's on a "
+        "CPU, else 1]")  # fmt: skip
 @option("--dry-run", is_flag=True, help="Check every row, print the totals, draw nothing.")
 @option("--strict", is_flag=True, help="Draw nothing if any row is bad.")
 @option("--extend", is_flag=True, help="Go on although rows were added at the end of FILE.")
@@ -84,7 +89,9 @@ class _Shard(click.ParamType):
 @option("--max-images", type=click.IntRange(1), metavar="N", help="End after N pictures.")
 @option("--time-limit", type=_Duration(), metavar="TIME", help="End after 90s, 55m, 1.5h …; the same command goes on.")
 @option("--shard", type=_Shard(), metavar="I/N", default="1/1", help="Only every N-th row, from the I-th on.")
-@option("--devices", metavar="LIST", help="A process on each: all, 0,1, cpu*2.  [default: --device, in this process]")
+@option("--devices", metavar="LIST",
+        help="A process on each: all, 0,1, cpu*2.  [default: --device, in this process; a small model's many pictures "
+        "on a CPU in one a core]")  # fmt: skip
 @option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
         help="Draw on this machine, or on a Ray cluster.")  # fmt: skip
 @option("--ray-address", metavar="ADDRESS", help="The cluster to use.  [default: one of this machine's own]")
@@ -115,6 +122,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     Exit codes: 0 all done, 3 some rows failed, 65 --strict or another run's folder, 75 not finished or locked: the same
     command goes on; the others as everywhere.
     """
+    from ldmcli.batch.devices import parse_devices
     from ldmcli.batch.job import Job
 
     if options["status"]:
@@ -124,7 +132,9 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
-    engine = _engine(options)
+    devices = parse_devices(options["devices"]) if options["devices"] else None
+    if options["ray_address"] and options["engine"] != "ray":
+        raise UsageError("--ray-address is for --engine ray.")
     job = Job(_job_spec(None if file == _STDIN else Path(file), options))
     # 1. Every row, before anything is loaded; standard input is checked as it comes.
     found = job.survey() if file != _STDIN or options["dry_run"] else None
@@ -135,7 +145,20 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         _print_totals(found, as_json=options["as_json"])
         context.exit(_SOME_FAILED if found.bad_rows else 0)
     # 2. The run's folder, held against others; then the pictures.
+    small = _small_on_cpu(job)
+    if options["batch_size"] is None:
+        # A batch waits until it is full; whoever types rows waits for none.
+        options["batch_size"] = _SMALL_BATCH if small and found else 1
+    if devices is None and small and found:
+        devices = ("cpu",) * max(1, min(available_cores(), found.images // _WORTH_A_PROCESS))
+    engine = _engine(options, devices)
     context.exit(_run(job, found, engine, options))
+
+
+def _small_on_cpu(job: "Job") -> bool:
+    device = job.spec.runtime.device
+    on_cpu = device == "cpu" or (device == "auto" and not may_have_gpu())
+    return on_cpu and job.spec.runtime.threads is None and is_small(job.session.config.unet)
 
 
 def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
@@ -205,16 +228,11 @@ def _setup(job: "Job", options: dict[str, Any]) -> "Setup":
     return Setup(folder, job.model, job.spec.runtime, options["batch_size"], job.spec.metadata)
 
 
-def _engine(options: dict[str, Any]) -> "Callable[[Setup], Engine]":
-    """What draws the batches: this process, several on this machine, or a Ray cluster. Raises UsageError."""
-    from ldmcli.batch.devices import parse_devices
-
-    devices = parse_devices(options["devices"]) if options["devices"] else None
+def _engine(options: dict[str, Any], devices: tuple[str, ...] | None) -> "Callable[[Setup], Engine]":
+    """What draws the batches: this process, several on this machine, or a Ray cluster."""
     if options["engine"] == "ray":
         workers = len(devices) if devices and devices != ("all",) else None
         return partial(_ray_engine, options["ray_address"], workers)
-    if options["ray_address"]:
-        raise UsageError("--ray-address is for --engine ray.")
     return partial(_local_engine, devices or (options["device"],))
 
 

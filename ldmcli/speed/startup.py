@@ -122,7 +122,7 @@ def _version(folder: Path) -> str:
     return ""
 
 
-def _may_have_gpu() -> bool:
+def may_have_gpu() -> bool:
     """Whether a driver for GPUs of NVIDIA's is there: on Linux, under Windows, on Jetson."""
     return any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "nvidia0", "dxg", "nvhost-gpu", "nvgpu"))
 
@@ -175,7 +175,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name == "cuda.bindings" and not _may_have_gpu():
+        if name == "cuda.bindings" and not may_have_gpu():
             raise ModuleNotFoundError("there is no GPU that it could be for", name=name)  # torch goes on without
         if name not in DEFERRED:
             return None
