@@ -68,11 +68,20 @@ def main() -> None:
     """Entry point of `ldm`: runs the command line and exits with its code."""
     yield_cores()
     code = run(sys.argv[1:])
+    if code in (_INTERRUPTED, _TERMINATED):
+        _die_of(code - 128)
     if "ray" in sys.modules and code != _INTERRUPTED:
         sys.exit(code)  # Ray ends its processes when the interpreter does
     # All is written and flushed. Taking torch down piece by piece would cost half a second, and sys.exit would die of
     # the signal instead where that had hit certain imports.
     os._exit(code)
+
+
+def _die_of(number: int) -> None:
+    """End of the signal itself, as a shell expects that is to leave its loop: it goes on where a command exits."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
 
 
 def run(arguments: Sequence[str]) -> int:
