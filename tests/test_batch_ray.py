@@ -32,7 +32,7 @@ def drawers() -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::Drawer"):
+            if path.read_bytes().startswith(b"ray::RayWorker"):
                 found.append(int(path.parent.name))
     return found
 

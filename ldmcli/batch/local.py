@@ -9,9 +9,9 @@ from ldmcli.batch.devices import cores_each
 from ldmcli.batch.dispatch import Dispatcher
 from ldmcli.batch.feed import Feed, Stop
 from ldmcli.batch.items import Item, Outcome, Setup
-from ldmcli.batch.member import Failed, Member, Ready
+from ldmcli.batch.process import Failed, Ready, WorkerProcess
 from ldmcli.speed.cpu.threads import available_cores
-from ldmcli.speed.startup import quicken
+from ldmcli.speed.startup import quicken, settle_down
 
 _POLL = 0.1  # s between looks at the plan and at whether to stop
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def run_local(
             yield from _run_here(_on(setup, devices[0]), feed)
         else:
             cores = cores_each(tuple(devices), available_cores())
-            yield from _Crew([_on(setup, device, cores) for device in devices], feed, stop).run()
+            yield from _Processes([_on(setup, device, cores) for device in devices], feed, stop).run()
     finally:
         feed.close()
 
@@ -47,81 +47,82 @@ def _run_here(setup: Setup, feed: Feed) -> Iterator[Outcome]:
     from ldmcli.batch.worker import Worker
 
     worker = Worker(setup, "worker-0")
+    settle_down()
     try:
         yield from worker.run(feed)
     finally:
         worker.close()
 
 
-class _Crew:
+class _Processes:
     """Processes that draw, and what each has in hand."""
 
     def __init__(self, setups: Sequence[Setup], feed: Feed, stop: Stop) -> None:
         self._stop = stop
         self._dispatcher = Dispatcher(setups[0].folder, feed)
         self._failure: Exception | None = None
-        self._members = [Member(setup, f"worker-{i}") for i, setup in enumerate(setups)]
+        self._processes = [WorkerProcess(setup, f"worker-{i}") for i, setup in enumerate(setups)]
 
     def run(self) -> Iterator[Outcome]:
-        """Feed all members until nothing is left, in the plan or in hand; then raise what went wrong, if anything."""
+        """Feed all processes until nothing is left, in the plan or in hand; then raise what went wrong, if anything."""
         try:
-            while self._members:
+            while self._processes:
                 self._hand_out()
-                by_pipe = {member.pipe: member for member in self._members}
+                by_pipe = {process.pipe: process for process in self._processes}
                 for pipe in wait(by_pipe, _POLL):
                     assert isinstance(pipe, Connection)
                     yield from self._listen(by_pipe[pipe])
             if self._failure is not None:
                 raise self._failure
         finally:
-            for member in self._members:
-                member.kill()
-            for member in self._members:
-                member.bury()
+            for process in self._processes:
+                process.kill()
+            for process in self._processes:
+                process.join()
             self._dispatcher.close()
 
     def _hand_out(self) -> None:
-        """Give each member what it may hold, and dismiss those that get nothing more."""
+        """Give each process what it may hold, and dismiss those that get nothing more."""
         try:
-            for member in self._members:
-                while not self._ending and member.ready and (batch := self._dispatcher.next(member.held)):
-                    member.give(batch)
+            for process in self._processes:
+                while not self._ending and process.ready and (batch := self._dispatcher.next(process.held)):
+                    process.give(batch)
         except Exception as error:  # of the plan
             self._failure = error
-        if self._ending or (self._dispatcher.over and not any(member.held for member in self._members)):
-            for member in self._members:
-                member.dismiss(at_once=self._ending)
+        if self._ending or (self._dispatcher.over and not any(process.held for process in self._processes)):
+            for process in self._processes:
+                process.finish(at_once=self._ending)
 
     @property
     def _ending(self) -> bool:
         return self._failure is not None or self._stop.requested
 
-    def _listen(self, member: Member) -> Iterator[Outcome]:
-        """Take one message of a member, or its end."""
+    def _listen(self, process: WorkerProcess) -> Iterator[Outcome]:
+        """Take one message of a process, or its end."""
         try:
-            message = member.receive()
+            message = process.receive()
         except (EOFError, OSError):
-            yield from self._ended(member)
+            yield from self._ended(process)
             return
         if isinstance(message, Outcome):
-            member.told(message)
+            process.done(message)
             yield message
         elif isinstance(message, Ready):
-            member.ready = True
+            process.ready = True
             self._dispatcher.started(lived=True)
         elif isinstance(message, Failed):
             self._failure = self._failure or message.error
         elif isinstance(message, logging.LogRecord):
             logging.getLogger(message.name).handle(message)
 
-    def _ended(self, member: Member) -> Iterator[Outcome]:
+    def _ended(self, process: WorkerProcess) -> Iterator[Outcome]:
         """A process is gone: dismissed, or dead; then settle what it had and put another in its place."""
-        member.bury()
-        self._members.remove(member)
-        if member.dismissed or self._ending:
+        process.join()
+        self._processes.remove(process)
+        if process.finishing or self._ending:
             return
-        _log.warning("%s (%s) died (%s); starting another", member.name, member.device, member.fate)
-        if not member.ready:
+        _log.warning("%s (%s) died (%s); starting another", process.name, process.device, process.exit_reason)
+        if not process.ready:
             self._dispatcher.started(lived=False)
-        self._members.append(member.successor())
-        yield from self._dispatcher.died(member.held)
+        self._processes.append(process.replacement())
+        yield from self._dispatcher.died(process.held)

@@ -46,7 +46,7 @@ def run_ray(
     feed = Feed(batches, stop)
     try:
         _connect(address)
-        yield from _Troupe(setup, feed, workers, stop).run()
+        yield from _Actors(setup, feed, workers, stop).run()
     finally:
         feed.close()
         import ray
@@ -62,7 +62,7 @@ class Report:
     error: Exception | None = None
 
 
-class Drawer:
+class RayWorker:
     """The actor: a Worker in a process of Ray's. Its methods run in threads, one batch drawn while another is written.
 
     What ends the run is returned, not raised: Ray would wrap it, and drop what could still be noted.
@@ -121,7 +121,7 @@ class Drawer:
         return noted(self._setup.folder, batch.items)
 
 
-class _Troupe:
+class _Actors:
     """The actors, and what each has in hand."""
 
     def __init__(self, setup: Setup, feed: Feed, workers: int | None, stop: Stop) -> None:
@@ -134,7 +134,7 @@ class _Troupe:
         count, share = _shares(ray.cluster_resources(), workers, on_cpu=setup.runtime.device == "cpu")
         # One method draws, others write what they drew, and stop() must find a thread free.
         options = {"max_restarts": -1, "max_task_retries": 1, "max_concurrency": HELD + 1, **share}
-        actor = ray.remote(**options)(Drawer)
+        actor = ray.remote(**options)(RayWorker)
         self._actors = [actor.remote(setup, f"ray-{i}") for i in range(count)]
         self._held: list[list[Batch]] = [[] for _ in self._actors]
         self._ready: set[int] = set()
@@ -184,11 +184,11 @@ class _Troupe:
         try:
             report = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
-            told = printable(str(error).strip().partition("\n")[0])
+            reason = printable(str(error).strip().partition("\n")[0])
             if batch is None:
-                self._failure = self._failure or StartError(f"a worker of Ray's cannot be started: {told}.")
+                self._failure = self._failure or StartError(f"a worker of Ray's cannot be started: {reason}.")
                 return
-            _log.warning("ray-%d died over a batch (%s)", i, told)
+            _log.warning("ray-%d died over a batch (%s)", i, reason)
             yield from self._dispatcher.died([batch])
             return
         self._failure = self._failure or report.error
@@ -204,7 +204,7 @@ def _connect(address: str | None) -> None:
         "RAY_DEDUP_LOGS_SKIP_REGEX", "(?s)."
     )  # no line of its nodes: they would go to standard output
     if address is None:
-        _protect()
+        _require_token()
     import ray  # which reads its environment when it is imported
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -213,15 +213,15 @@ def _connect(address: str | None) -> None:
         if address is None:
             ray.init(address="local", include_dashboard=False, **quiet)
         else:
-            _knock(address)
+            _check_reachable(address)
             # Its token is in RAY_AUTH_TOKEN, or where else Ray looks for it.
             ray.init(address=address, **quiet)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
-        told = printable(str(error).strip().partition("\n")[0].rstrip("."))
+        reason = printable(str(error).strip().partition("\n")[0].rstrip("."))
         if address is None:
-            raise StartError(f"Ray cannot be started: {told}.") from error
+            raise StartError(f"Ray cannot be started: {reason}.") from error
         raise StartError(
-            f"the Ray cluster at {printable(address)} cannot be used ({told}); see that it is there, and "
+            f"the Ray cluster at {printable(address)} cannot be used ({reason}); see that it is there, and "
             "its token in RAY_AUTH_TOKEN."
         ) from error
     finally:
@@ -230,7 +230,7 @@ def _connect(address: str | None) -> None:
                 signal.signal(number, handler)
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raise OSError where nobody answers at HOST:PORT; Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isascii() and port.isdigit():
@@ -238,7 +238,7 @@ def _knock(address: str) -> None:
             pass
 
 
-def _protect() -> None:
+def _require_token() -> None:
     """Let a cluster of one's own answer nobody without its token: whoever can reach its ports could run what he likes.
     What the user has chosen stands; else the token is a new one, which nobody else needs."""
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:

@@ -1,4 +1,4 @@
-"""A process that draws for another: how it is started, fed and heard, and what it does."""
+"""A process that draws for another: how it is started, what it is sent and what it sends back."""
 
 import contextlib
 import dataclasses
@@ -22,24 +22,24 @@ _PATIENCE = 5  # s that a process has to end by itself
 
 
 class Ready:
-    """A member's model is loaded."""
+    """The process has loaded its model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """What a member says when the run cannot go on: a model that cannot be loaded, a full disk."""
+    """What a worker process sends when the run cannot go on: a model that cannot be loaded, a full disk."""
 
     error: Exception
 
 
-class Member:
-    """The parent's end of a worker process. `pipe` has something to receive when the process has said something or is
+class WorkerProcess:
+    """The parent's end of a worker process. `pipe` has something to receive when the process has sent something or is
     gone."""
 
     def __init__(self, setup: Setup, name: str) -> None:
         self.name, self.device = name, setup.runtime.device
-        self.ready = self.dismissed = False
-        self.held: list[Batch] = []  # less the items that it told of
+        self.ready = self.finishing = False
+        self.held: list[Batch] = []  # less the items that are done
         self._arguments = (setup, name)
         # Not forked: CUDA and torch's threads do not outlive a fork.
         context = multiprocessing.get_context("spawn")
@@ -59,7 +59,7 @@ class Member:
         theirs.close()  # so that its end is the child's alone, whose death closes it
 
     @property
-    def fate(self) -> str:
+    def exit_reason(self) -> str:
         """How a dead process ended, in words."""
         code = self._process.exitcode
         return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
@@ -70,12 +70,12 @@ class Member:
         with contextlib.suppress(OSError):
             self.pipe.send(batch)
 
-    def dismiss(self, *, at_once: bool = False) -> None:
+    def finish(self, *, at_once: bool = False) -> None:
         """Let the process end when it has drawn what it holds; `at_once`: the batch in hand alone, or nothing where it
         still loads."""
-        if self.dismissed:
+        if self.finishing:
             return
-        self.dismissed = True
+        self.finishing = True
         with contextlib.suppress(OSError):
             self.pipe.send(_STOP if at_once else None)
         if not self.ready:
@@ -85,7 +85,7 @@ class Member:
         """The next message. Raises EOFError or OSError where the process is gone."""
         return self.pipe.recv()
 
-    def told(self, outcome: Outcome) -> None:
+    def done(self, outcome: Outcome) -> None:
         """Take an item that is done with out of what is held."""
         left = (
             dataclasses.replace(batch, items=tuple(i for i in batch.items if i.number != outcome.item.number))
@@ -97,16 +97,16 @@ class Member:
         """End the process, whatever it does."""
         self._process.kill()
 
-    def bury(self) -> None:
+    def join(self) -> None:
         """Let go of a process that is ending."""
         self._process.join(_PATIENCE)
         self._process.kill()
         self._process.join()
         self.pipe.close()
 
-    def successor(self) -> "Member":
+    def replacement(self) -> "WorkerProcess":
         """Another process in place of this one."""
-        return Member(*self._arguments)
+        return WorkerProcess(*self._arguments)
 
 
 def _work(pipe: Connection, setup: Setup, name: str, level: int) -> None:
@@ -115,45 +115,46 @@ def _work(pipe: Connection, setup: Setup, name: str, level: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # results are the parent's to print
-    voice = _Voice(pipe)
+    sender = _Sender(pipe)
     logger = logging.getLogger("ldmcli")
-    logger.handlers[:] = [voice]
+    logger.handlers[:] = [sender]
     logger.setLevel(level)
     logger.propagate = False
     inbox = _Inbox(pipe)
     try:
-        _draw(voice, inbox, setup, name)
+        _draw(sender, inbox, setup, name)
     except Exception as error:
-        _end(voice, error)
+        _end(sender, error)
 
 
-def _draw(voice: "_Voice", inbox: "_Inbox", setup: Setup, name: str) -> None:
-    from ldmcli.speed.startup import quicken
+def _draw(sender: "_Sender", inbox: "_Inbox", setup: Setup, name: str) -> None:
+    from ldmcli.speed.startup import quicken, settle_down
 
     quicken()
     from ldmcli.batch.worker import Worker
 
     worker = Worker(setup, name)
-    voice.say(Ready())
+    settle_down()
+    sender.send(Ready())
     for outcome in worker.run(inbox):
-        voice.say(outcome)
+        sender.send(outcome)
     worker.close()
 
 
-def _end(voice: "_Voice", error: Exception) -> None:
+def _end(sender: "_Sender", error: Exception) -> None:
     """Tell the parent of an error that ends the run; die of any other, to be replaced."""
     from ldmcli.errors import LdmError
     from ldmcli.session.drawing import DeviceLostError
 
     if isinstance(error, LdmError | OSError) and not isinstance(error, DeviceLostError):
         with contextlib.suppress(OSError):  # nobody is there to hear it
-            voice.say(Failed(error))
+            sender.send(Failed(error))
         return
     logging.getLogger(__name__).warning("%s: %s", type(error).__name__, error)
     os._exit(1)
 
 
-class _Voice(logging.handlers.QueueHandler):
+class _Sender(logging.handlers.QueueHandler):
     """Sends messages to the parent, log records among them, from any thread."""
 
     def __init__(self, pipe: Connection) -> None:
@@ -161,12 +162,12 @@ class _Voice(logging.handlers.QueueHandler):
         self._pipe = pipe
         self._speaking = threading.Lock()
 
-    def say(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         with self._speaking:
             self._pipe.send(message)
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.say(record)
+        self.send(record)
 
 
 class _Inbox:
