@@ -1,21 +1,19 @@
 """What stands in for CUDA graphs where there is no GPU: it keeps to the same contract, and is as strict."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from conftest import load
-from oracle.comparing import recorded_latents
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ldmcli.diffusion import DiffusionModel
 from ldmcli.pipeline import Pipeline
-from ldmcli.spec import GenerationRequest
 from ldmcli.speed import policy
 from ldmcli.speed.cuda.graph import Graphs
 from ldmcli.speed.policy import Runtime
@@ -118,7 +116,7 @@ def recording(pipeline: Pipeline, recorder: FakeRecorder) -> Pipeline:
 
     def with_graphs(model: DiffusionModel) -> DiffusionModel:
         model = dataclasses.replace(model, runtime=_with_graphs(model.runtime))
-        model.graphs = Graphs(recorder)
+        model.graphs = Graphs(recorder, [model.unet])
         return model
 
     refiner = pipeline.refiner and with_graphs(pipeline.refiner)
@@ -128,17 +126,3 @@ def recording(pipeline: Pipeline, recorder: FakeRecorder) -> Pipeline:
 
 def _with_graphs(runtime: Runtime) -> Runtime:
     return dataclasses.replace(runtime, tuning=Tuning("torch", graph=True))
-
-
-def walk(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> list[Tensor]:
-    """The latents after each step; nothing is decoded."""
-    pipeline = dataclasses.replace(pipeline)
-    pipeline.decode = lambda latents: latents[:, :3]  # type: ignore[method-assign]
-    with recorded_latents() as latents:
-        pipeline.draw(requests)
-    return latents
-
-
-def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether they agree in every bit, and none is missing."""
-    return len(one) == len(other) > 0 and all(torch.equal(*pair) for pair in zip(one, other, strict=True))

@@ -23,7 +23,6 @@ from ldmcli.networks.unet import UNet
 from ldmcli.pipeline import load_pipeline, settled
 from ldmcli.spec import GenerationRequest
 from ldmcli.speed import offload
-from ldmcli.speed.cuda.fused import joined
 from ldmcli.speed.offload import HOST, Stage
 from ldmcli.speed.policy import PLAIN, choose_runtime
 
@@ -104,7 +103,7 @@ def test_only_the_part_at_work_is_there(model_folder: Path) -> None:
     there: list[set[str]] = []
 
     def note(*_: Any) -> None:
-        packed = pipeline.stage._packed
+        packed = {part: found for part, found in pipeline.stage._parts.items() if found}
         found = {type(part).__name__ for part in parts if part in packed and packed[part].away}
         if there[-1:] != [found]:  # encoders are called once a prompt
             there.append(found)
@@ -246,7 +245,7 @@ def test_weights_of_all_kinds_come_and_go(piece: int, monkeypatch: pytest.Monkey
     assert not any(parameter.is_inference() for parameter in one.parameters())
     assert one.convolution.weight.is_contiguous(memory_format=torch.channels_last)
     assert one.turned.stride() == (1, 6)
-    packed = stage._packed[one]
+    packed = stage._parts[one]
     assert len(packed.pieces) == {1: 8, 600: 6}.get(piece, 1)
     assert all(place.start % offload.ALIGNED == 0 for place in packed._places)
     # What leaves goes nowhere: its memory at home was there all the time.
@@ -271,40 +270,17 @@ def test_what_was_converted_meanwhile_is_not_lost(at_work: bool) -> None:
         assert equal(part, wanted)
         stage.bring(part)
         assert equal(part, wanted)
-    assert stage._packed[part].holds(part, stage._packed[part].away)
-
-
-def test_layers_joined_in_memory_stay_so() -> None:
-    """Queries, keys and values are computed as one where they lie side by side; they are joined once, not each time."""
-    layers = nn.ModuleList(nn.Linear(3, 5) for _ in range(3)).requires_grad_(False)  # of 60 bytes: nothing is aligned
-    part = nn.ModuleList([nn.Linear(3, 1, bias=False), layers, nn.Linear(3, 1)]).requires_grad_(False)
-    wanted = state(part)
-    stage = Stage(HOST, narrow=True)
-    wholes = []
-    for _ in range(3):
-        stage.bring(part)
-        packed = stage._packed[part]
-        wholes.append([joined(list(layers), name) for name in ("weight", "bias")])
-        assert equal(part, wanted)
-        stage.clear()
-        assert equal(part, wanted)
-    assert packed is stage._packed[part]  # made anew but once
-    in_pieces = {piece.data_ptr(): piece.nbytes for piece in packed.pieces}
-    (first, last), *_ = [(start, start + size) for start, size in in_pieces.items()]
-    assert all(not first <= whole.data_ptr() < last for whole in wholes[-1])
-    assert wholes[-1][0].untyped_storage().nbytes() == packed.pieces[0].nbytes  # at work they are in the piece itself
-    assert all(a.equal(b) for a, b in zip(wholes[0], wholes[-1], strict=True))
+    assert stage._parts[part].holds(part, stage._parts[part].away)
 
 
 def test_a_wide_stage_moves_nothing(moves: list[str]) -> None:
     part = nn.Linear(4, 4)
     weight = part.weight.data_ptr()
     stage = Stage(HOST)
-    stage.add(part, part, "forward")
+    stage.add(part)
     stage.bring(part)
     stage.clear()
     assert part.weight.data_ptr() == weight
-    assert "forward" not in vars(part)
     assert moves == []
 
 
@@ -380,7 +356,7 @@ def test_what_is_on_the_gpu(embedded_folder: Path, dtype: str) -> None:
     pipeline.draw(REQUESTS)
     assert {p.device.type for p in pipeline.vae.parameters()} == {"cuda"}
     assert {p.device.type for p in pipeline.model.unet.parameters()} == {"cpu"}
-    assert all(piece.is_pinned() for piece in pipeline.stage._packed[pipeline.model.unet].pieces)
+    assert all(piece.is_pinned() for piece in pipeline.stage._parts[pipeline.model.unet].pieces)
     pipeline.stage.clear()
     unet = sum(p.nbytes for p in UNet.parameters(pipeline.model.unet))
     assert torch.cuda.memory_allocated() - before < max(unet, 8 << 20)
