@@ -21,6 +21,7 @@ from ldmcli.networks.attention import (
     sdpa_attention,
     set_attention,
 )
+from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.policy import choose_runtime
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -168,12 +169,12 @@ def test_a_fault_is_not_a_refusal(error: Exception) -> None:
 @pytest.mark.parametrize("name", NEED_CUDA)
 def test_a_kernel_for_gpus_cannot_be_chosen_for_a_cpu(name: str) -> None:
     with pytest.raises(UsageError, match=f"attention {name} needs a CUDA device"):
-        choose_runtime("cpu", "fp32", name)
+        choose_runtime(RuntimeSpec(device="cpu", dtype="fp32", attention=name))
 
 
 def test_a_removed_choice_says_what_to_choose() -> None:
     with pytest.raises(UsageError, match="--attention sdpa"):
-        choose_runtime("cpu", "fp32", "measured")
+        choose_runtime(RuntimeSpec(device="cpu", dtype="fp32", attention="measured"))
 
 
 def test_xformers_is_not_imported_before_it_is_used() -> None:

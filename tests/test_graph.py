@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ldmcli.config import ScheduleConfig, UNetConfig
 from ldmcli.networks.attention import set_attention
+from ldmcli.networks.inputs import Conditioning
 from ldmcli.networks.unet import UNet
 from ldmcli.sampling.denoiser import Model, predicting
-from ldmcli.sampling.guidance import pushed, within
+from ldmcli.sampling.guidance import guided, in_interval, within
 from ldmcli.sampling.samplers import SAMPLERS
-from ldmcli.sampling.schedule import Schedule, Step, at
+from ldmcli.sampling.schedule import Schedule, Step
 from ldmcli.speed.cuda.graph import KEPT, PAYS, CudaRecorder, Graphs, recorded, state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,25 +67,20 @@ def model_of(
     scale: float = 5.0,
     interval: tuple[float, float] | None = None,
 ) -> Model:
-    """A U-Net with guidance, on the device and in the number type of its weights, recorded if there are `graphs`."""
+    """The chain of a guided U-Net, recorded if there are `graphs`."""
     slots = graphs.slots(len(steps)) if graphs else None
-    on: Any = {"device": unet.conv_in.weight.device, "dtype": unet.conv_in.weight.dtype}
 
     def prepared(contexts: int) -> Model:
-        table = unet.embed_time(torch.tensor([step.timestep for step in steps], device=on["device"]))[:, None]
-        context = unet.project_context(normal(contexts * batch, tokens, UNET.context_dim, seed=seed).to(**on))
-        table, context = slots.hold([table, context]) if slots else (table, context)
-        return lambda latents, step: unet(latents.to(on["dtype"]), at(table, step), context).float()
+        conditioning = Conditioning(normal(contexts * batch, tokens, UNET.context_dim, seed=seed))
+        conditioning = conditioning.to(unet.conv_in.weight.device, unet.conv_in.weight.dtype)
+        return unet.prepare(conditioning, steps, **{"hold": slots.hold} if slots else {})
 
-    both = prepared(2)
-
-    def guided(latents: Tensor, step: Step) -> Tensor:
-        return pushed(both(torch.cat([latents, latents]), step), scale)
-
-    model, form = guided, lambda step: True
+    model = guided(prepared(2), scale)
     if interval:
-        model, form = within(interval, guided, prepared(1)), lambda step: interval[0] < step.sigma <= interval[1]
-    return recorded(model, slots, scale, form) if slots else model
+        model = in_interval(interval, model, prepared(1))
+    if slots is None:
+        return model
+    return recorded(model, slots, key=scale, form=lambda step: interval is None or within(interval, step))
 
 
 def walk(

@@ -17,6 +17,7 @@ from ldmcli.networks.layers import Upsample
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.cpu import onednn
 from ldmcli.speed.cpu.onednn import PackedConv2d, PackedLinear, lay_out
 from ldmcli.speed.policy import choose_runtime
@@ -114,7 +115,7 @@ def test_a_layer_that_is_sure_to_be_called_again_is_laid_out_at_once(reorders: C
 
 def test_a_unet_is_laid_out_at_its_first_step_and_a_vae_is_not() -> None:
     unet, vae = UNet(UNET).requires_grad_(False).eval(), AutoencoderKL(VAE).requires_grad_(False).eval()
-    runtime = choose_runtime("cpu", "fp32")
+    runtime = choose_runtime(RuntimeSpec(device="cpu", dtype="fp32"))
     for module in (unet, vae):
         randomise(module, torch.Generator().manual_seed(0))
         assert runtime.prepare(module) is module
