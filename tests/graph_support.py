@@ -1,25 +1,20 @@
 """What stands in for CUDA graphs where there is no GPU: it keeps to the same contract, and is as strict."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from conftest import load
-from oracle.comparing import recorded_latents
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ldmcli.diffusion import DiffusionModel
-from ldmcli.pipeline import Pipeline
-from ldmcli.spec import GenerationRequest
+from ldmcli import ModelSpec, RuntimeSpec, Session
+from ldmcli.pipeline import DiffusionModel, Pipeline
 from ldmcli.speed import policy
 from ldmcli.speed.cuda.graph import Graphs
-from ldmcli.speed.policy import Runtime
-from ldmcli.speed.tuning import Tuning
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "_pin_memory")  # what a GPU refuses while it records
 
@@ -109,36 +104,18 @@ class FakeRecorder:
 def load_plainly(path: Path) -> Pipeline:
     """This program's pipeline of a model on disk, on the CPU in float32 with torch's own layers, as they are on a GPU:
     oneDNN's would move their weights with the shapes of what they are given."""
-    with mock.patch.object(policy, "lay_out"):
-        return load(path)
+    with mock.patch.object(policy, "lay_out", lambda module, **_: module):
+        session = Session(ModelSpec(str(path)), RuntimeSpec(device="cpu", dtype="fp32"))
+        session.load()
+    assert session._drawer is not None
+    return session._drawer.pipeline
 
 
 def recording(pipeline: Pipeline, recorder: FakeRecorder) -> Pipeline:
     """The pipeline with its steps recorded; its parts are shared with the first."""
 
     def with_graphs(model: DiffusionModel) -> DiffusionModel:
-        model = dataclasses.replace(model, runtime=_with_graphs(model.runtime))
-        model.graphs = Graphs(recorder)
-        return model
+        return dataclasses.replace(model, graphs=Graphs(recorder, [model.unet]))
 
     refiner = pipeline.refiner and with_graphs(pipeline.refiner)
-    runtime = _with_graphs(pipeline.runtime)
-    return dataclasses.replace(pipeline, runtime=runtime, model=with_graphs(pipeline.model), refiner=refiner)
-
-
-def _with_graphs(runtime: Runtime) -> Runtime:
-    return dataclasses.replace(runtime, tuning=Tuning("torch", graph=True))
-
-
-def walk(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> list[Tensor]:
-    """The latents after each step; nothing is decoded."""
-    pipeline = dataclasses.replace(pipeline)
-    pipeline.decode = lambda latents: latents[:, :3]  # type: ignore[method-assign]
-    with recorded_latents() as latents:
-        pipeline.draw(requests)
-    return latents
-
-
-def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether they agree in every bit, and none is missing."""
-    return len(one) == len(other) > 0 and all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    return dataclasses.replace(pipeline, model=with_graphs(pipeline.model), refiner=refiner)

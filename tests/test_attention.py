@@ -1,26 +1,31 @@
 """The ways to compute attention differ in speed only."""
 
+import logging
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldmcli.errors import UsageError
 from ldmcli.networks import attention
 from ldmcli.networks.attention import (
-    ANYWHERE,
     ATTENTIONS,
-    TORCH_KERNELS,
+    NEED_CUDA,
     Attend,
     Attention,
     math_attention,
+    or_sdpa,
+    sdpa_attention,
     set_attention,
-    takes,
 )
+from ldmcli.spec import RuntimeSpec
+from ldmcli.speed.policy import choose_runtime
 
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+TORCH_KERNELS = ("flash", "cudnn", "efficient")
 # (tokens, keys, head_dim): the head sizes of SD1's U-Net, 2.x's and XL's 64, the VAE's 512, and CLIP's 77 keys.
 SHAPES = [
     (64, 64, 40),
@@ -58,7 +63,7 @@ def test_math_is_the_definition(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-@pytest.mark.parametrize("name", [name for name in ANYWHERE if name != "math"])
+@pytest.mark.parametrize("name", ["sdpa", "chunked"])
 def test_equals_math(name: str, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
     query, key, value = tensors(*shape, dtype)
     right = math_attention(query.double(), key.double(), value.double())
@@ -138,65 +143,43 @@ def test_a_kernel_of_torch_is_called_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH_KERNELS)
-def test_a_kernel_for_gpus_refuses_a_cpu(name: str) -> None:
-    query, key, value = tensors(4, 4, 8, torch.float32)
-    with pytest.raises(NotImplementedError, match="CPU"):
-        ATTENTIONS[name](query, key, value)
+def test_what_a_kernel_refuses_torch_computes(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As a CPU, or the VAE's wide heads; one word for each size of heads."""
+    caplog.set_level(logging.INFO, "ldmcli")
+    attend = or_sdpa(ATTENTIONS[name].__wrapped__)  # type: ignore[attr-defined]
+    for head_dim in (8, 8, 16):
+        query, key, value = tensors(4, 4, head_dim, FP32)
+        assert attend(query, key, value).equal(sdpa_attention(query, key, value))
+    assert [message.partition(" (")[0] for message in caplog.messages] == [
+        f"{name}_attention refused heads of {head_dim} numbers" for head_dim in (8, 16)
+    ]
 
 
-AMPERE, HOPPER, BLACKWELL, CONSUMER = (8, 0), (9, 0), (10, 0), (12, 0)
-FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out"), torch.AcceleratorError("lost")], ids=repr)
+def test_a_fault_is_not_a_refusal(error: Exception) -> None:
+    def fails(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        raise error
+
+    attend = or_sdpa(fails)
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            attend(*tensors(4, 4, 8))
 
 
-@pytest.mark.parametrize(
-    ("name", "head_dim", "dtype", "capability", "right"),
-    [
-        # The sizes of the U-Nets' heads, in 16 bits: all kernels, but for cuDNN's limit outside the data centre.
-        *[(name, d, FP16, HOPPER, True) for name in (*TORCH_KERNELS, "xformers") for d in (40, 64, 80, 128, 160)],
-        *[(name, d, BF16, CONSUMER, True) for name in (*TORCH_KERNELS, "xformers") for d in (40, 64, 80, 128)],
-        ("cudnn", 160, FP16, AMPERE, False),
-        ("cudnn", 160, FP16, BLACKWELL, True),
-        ("cudnn", 160, FP16, CONSUMER, False),
-        ("flash", 160, FP16, AMPERE, True),
-        # The VAE's single head.
-        *[("flash", 512, dtype, HOPPER, False) for dtype in (FP16, FP32)],
-        *[("cudnn", 512, dtype, HOPPER, False) for dtype in (FP16, FP32)],
-        *[("efficient", 512, dtype, HOPPER, True) for dtype in (FP16, BF16, FP32)],
-        *[("xformers", 512, dtype, HOPPER, True) for dtype in (FP16, BF16, FP32)],
-        ("xformers", 512, FP16, CONSUMER, False),
-        ("xformers", 256, FP16, CONSUMER, True),
-        # Alignment and number types.
-        *[(name, 12, FP16, AMPERE, False) for name in (*TORCH_KERNELS, "xformers")],
-        ("efficient", 12, FP32, AMPERE, True),
-        ("efficient", 6, FP32, AMPERE, False),
-        ("efficient", 6, FP32, (7, 5), True),
-        *[(name, 40, FP32, AMPERE, False) for name in ("flash", "cudnn")],
-        *[(name, 40, torch.float64, AMPERE, False) for name in (*TORCH_KERNELS, "xformers")],
-        # Older cards and those to come.
-        *[(name, 40, FP16, (7, 5), name in ("efficient", "xformers")) for name in (*TORCH_KERNELS, "xformers")],
-        *[(name, 40, BF16, (7, 5), False) for name in (*TORCH_KERNELS, "xformers")],
-        *[(name, 40, FP16, (13, 0), False) for name in TORCH_KERNELS],
-        # Everywhere, or nowhere but on a GPU.
-        *[(name, 7, torch.float64, capability, True) for name in ANYWHERE for capability in (None, HOPPER)],
-        *[(name, 40, FP16, None, False) for name in (*TORCH_KERNELS, "xformers")],
-    ],
-)
-def test_what_a_kernel_takes(
-    name: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, right: bool
-) -> None:
-    assert takes(name, head_dim, 77, dtype, capability, cudnn=92400) is right
+@pytest.mark.parametrize("name", NEED_CUDA)
+def test_a_kernel_for_gpus_cannot_be_chosen_for_a_cpu(name: str) -> None:
+    with pytest.raises(UsageError, match=f"attention {name} needs a CUDA device"):
+        choose_runtime(RuntimeSpec(device="cpu", dtype="fp32", attention=name))
 
 
-def test_what_cudnn_takes_depends_on_its_version() -> None:
-    assert not takes("cudnn", 40, 77, FP16, HOPPER, cudnn=91002)  # wrong where 128 does not divide the keys
-    assert takes("cudnn", 40, 77, FP16, HOPPER, cudnn=91600)
-    assert not takes("cudnn", 160, 77, FP16, HOPPER, cudnn=91600)
-    assert not takes("cudnn", 40, 1, FP16, HOPPER, cudnn=92400)
+def test_a_removed_choice_says_what_to_choose() -> None:
+    with pytest.raises(UsageError, match="--attention sdpa"):
+        choose_runtime(RuntimeSpec(device="cpu", dtype="fp32", attention="measured"))
 
 
 def test_xformers_is_not_imported_before_it_is_used() -> None:
     """Nor Triton: the import of either takes long."""
-    modules = "ldmcli.networks.attention, ldmcli.speed.attention_choice"
+    modules = "ldmcli.networks.attention, ldmcli.speed.policy"
     code = f"import sys, {modules}; print(*{{'xformers', 'triton'}} & {{*sys.modules}})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == ""
@@ -259,14 +242,10 @@ def recorded(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[tor
 def test_real_shapes_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """As exact as the number type allows, called at once, and from a CUDA graph with other numbers in the same
     place."""
-    capability = torch.cuda.get_device_capability()
-    shapes = [shape for shape in REAL if takes(name, shape[4], shape[3], dtype, capability)]
-    if not shapes:
-        pytest.skip("this kernel is not for this card or number type")
     if name == "xformers":
         pytest.importorskip("xformers")
     attend, errors = ATTENTIONS[name], {}
-    for shape in shapes:
+    for shape in REAL:
         inputs = on_card(shape, dtype, 0)
         at_once = error(attend(*inputs), *inputs)
         graph, out = recorded(attend, inputs)
@@ -275,22 +254,6 @@ def test_real_shapes_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -
         graph.replay()
         errors[shape] = at_once, error(out, *inputs)
     assert {shape: found for shape, found in errors.items() if not max(found) < tolerance} == {}
-
-
-@pytest.mark.cuda
-@on_gpu
-@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
-@pytest.mark.parametrize("name", TORCH_KERNELS)
-def test_what_torch_says_a_kernel_takes(name: str, dtype: torch.dtype) -> None:
-    """What `takes` grants, torch's own checks grant, and the other way round: but for head sizes that torch pads for
-    flash, and wide heads of cuDNN's, which depend on how torch was built."""
-    ask: Any = getattr(torch.backends.cuda, f"can_use_{name}_attention")
-    for head_dim in (8, 12, 40, 64, 80, 128, 160, 256, 264, 512):
-        if (name == "flash" and head_dim % 8) or (name == "cudnn" and 128 < head_dim <= 256):
-            continue
-        query, key, value = on_card((2, 4, 64, 77, head_dim), dtype, 0)
-        params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
-        assert takes(name, head_dim, 77, dtype, torch.cuda.get_device_capability()) == ask(params), head_dim
 
 
 @pytest.mark.parametrize(("heads", "context_channels", "bias"), [(1, None, True), (4, None, False), (8, 24, False)])

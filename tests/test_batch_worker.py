@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from batch_support import batches, item, items, lines_of, pictures, setup_in, statuses
+from ldmcli.batch.drawing import DeviceLostError
+from ldmcli.conditioning.prompt_cache import PromptCache
 from oracle.comparing import pixels_apart
 
 from ldmcli.batch import pictures as picture_files
-from ldmcli.batch.drawing import DeviceLostError
 from ldmcli.batch.feed import Feed, Stop
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.worker import Worker
-from ldmcli.conditioning.prompt_cache import PromptCache
 from ldmcli.errors import LdmError, NotFiniteError, StorageError
 from ldmcli.images.metadata import read_record
 from ldmcli.spec import GenerationRequest

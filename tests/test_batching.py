@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import load
+from ldmcli.conditioning.prompt_cache import PromptCache
 from oracle.comparing import draw, pixels_apart, relative
 from torch import Tensor, nn
 
-from ldmcli.conditioning.prompt_cache import PromptCache
 from ldmcli.errors import LdmError, UsageError
 from ldmcli.images.pixels import to_pixels
 from ldmcli.pipeline import Pipeline

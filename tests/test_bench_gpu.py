@@ -107,11 +107,6 @@ def test_what_a_part_runs_is_understood(part: gpu.Part, device: str, tmp_path: P
     assert python == sys.executable
     if part.program == "tests":
         assert (module, words[:2]) == ("pytest", ["-m", "cuda"])
-    elif part.program == "attention":
-        from ldmcli.bench import attention_shapes
-
-        assert module == attention_shapes.__name__
-        assert ("--quick" in words) == (device == "cpu")
     elif part.program == "throughput":
         found = throughput._options(words)
         assert (found.batch_sizes, found.model, found.size) == ([16, 64], tmp_path / "model", 512)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cli_support import assert_refused, ldm, tiny_model
+from ldmcli.speed.tuning import Tuning
 
 from ldmcli.bench import contenders, groundwork, parity, peer_diffusers, step_profile
 from ldmcli.bench import run as bench_run
@@ -22,7 +23,6 @@ from ldmcli.bench.step_profile import KINDS, kind_of, summed
 from ldmcli.bench.task import Job, Task
 from ldmcli.errors import LdmError, UsageError
 from ldmcli.speed.policy import PLAIN
-from ldmcli.speed.tuning import Tuning
 
 TASK = Task("models/some", width=16, height=16, steps=3, threads=1)
 CPU = {"device": "cpu", "dtype": "fp32", "bf16_native": False}

@@ -1,6 +1,5 @@
 """--compile: calls of the U-Net go through torch.compile, and nothing else changes."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -8,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +15,8 @@ import torch
 from cli_support import ldm, pixels, tiny_model
 from torch import Tensor, nn
 
-from ldmcli.checkpoints.source import open_model
-from ldmcli.pipeline import load_pipeline
-from ldmcli.spec import GenerationRequest
+from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
 from ldmcli.speed import compiled
-from ldmcli.speed.compiled import compile_calls
-from ldmcli.speed.policy import PLAIN, choose_runtime
-
-if TYPE_CHECKING:
-    from ldmcli.pipeline import Pipeline
 
 CPU = torch.device("cpu")
 
@@ -48,7 +40,7 @@ def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Backend:
     return use(Backend(), monkeypatch, tmp_path)
 
 
-def use(backend: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Backend:
+def use(backend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     torch.compiler.reset()
     monkeypatch.setenv("TORCH_LOGS", "-dynamo")  # so that the level of torch's own log stays as it is
     monkeypatch.setattr(compiled, "BACKEND", backend)
@@ -70,23 +62,22 @@ class Net(nn.Module):
 def test_calls_are_compiled_once_a_shape_and_type(backend: Backend) -> None:
     plain, net = Net(), Net()
     net.load_state_dict(plain.state_dict())
-    names, hooked = list(net.state_dict()), []
-    compile_calls(net, CPU)
+    call = compiled.compiled(net, CPU)
     assert backend.asked == 0  # not before it is called
-    net.register_forward_hook(lambda *_: hooked.append(1))
     with torch.inference_mode():
         for shape, asked in (((2, 4), 1), ((2, 4), 1), ((3, 4), 2), ((2, 4), 2)):
             x = torch.randn(shape)
-            assert net(x).equal(plain(x))
+            assert call(x).equal(plain(x))
             assert backend.asked == asked
         net.double()
         x = torch.randn(2, 4, dtype=torch.float64)
-        assert net(x).equal(plain.double()(x))
+        assert call(x).equal(plain.double()(x))
         assert backend.asked == 3
         net.linear.weight.data = torch.zeros(4, 4, dtype=torch.float64)  # weights that move are followed
-        assert net(x).equal(net.linear.bias.relu().expand(2, 4))
-    assert list(net.state_dict()) == names
-    assert len(hooked) == 6
+        assert call(x).equal(net.linear.bias.relu().expand(2, 4))
+        net(x)
+    assert "forward" not in vars(net)
+    assert backend.asked == 3
 
 
 @pytest.mark.parametrize("cause", [RuntimeError("no C++ compiler\nhint: install one"), ImportError("no triton")])
@@ -99,10 +90,10 @@ def test_where_it_cannot_be_compiled(
     net = Net()
     x = torch.randn(2, 4)
     wanted = net(x)
-    compile_calls(net, CPU)
+    call = compiled.compiled(net, CPU)
     with caplog.at_level(logging.INFO, "ldmcli"):
-        assert net(x).equal(wanted)
-        assert net(torch.cat([x, x])).shape == (4, 4)
+        assert call(x).equal(wanted)
+        assert call(torch.cat([x, x])).shape == (4, 4)
     assert backend.asked == 1
     (message,) = (
         record.message
@@ -115,53 +106,45 @@ def test_where_it_cannot_be_compiled(
 
 def test_out_of_memory_while_compiling_is_no_reason_to_give_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The batch is halved then, and compiled anew."""
-    use(Backend(torch.OutOfMemoryError("CUDA out of memory.")), monkeypatch, tmp_path)
-    net = Net()
-    compile_calls(net, CPU)
-    with pytest.raises(torch.OutOfMemoryError):
-        net(torch.randn(2, 4))
-    backend = use(Backend(), monkeypatch, tmp_path)
-    compile_calls(net, CPU)
-    net(torch.randn(1, 4))
-    assert backend.asked == 1
+    failing = Backend(torch.OutOfMemoryError("CUDA out of memory."))
+    call = compiled.compiled(Net(), CPU)
+    use(failing, monkeypatch, tmp_path)
+    for asked in (1, 2):
+        with pytest.raises(torch.OutOfMemoryError):
+            call(torch.randn(2, 4))
+        assert failing.asked == asked
 
 
-def test_a_lost_device_is_not_mistaken_for_a_compiler(backend: Backend) -> None:
-    net = Net()
-    compile_calls(net, CPU)
-    net.forward._compiled = _raise(torch.AcceleratorError("CUDA error: an illegal memory access"))  # type: ignore[attr-defined]
+def test_a_lost_device_is_not_mistaken_for_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lost(_module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        def fail(*_: Any) -> Any:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access")
+
+        return fail
+
+    use(lost, monkeypatch, tmp_path)
     with pytest.raises(torch.AcceleratorError):
-        net(torch.randn(2, 4))
-
-
-def _raise(error: Exception) -> Callable[..., Any]:
-    def fail(*_: Any) -> Any:
-        raise error
-
-    return fail
-
-
-def pipeline_of(path: Path, *, compiled: bool) -> "Pipeline":
-    runtime = choose_runtime("cpu", "fp32")
-    return load_pipeline(
-        open_model(path), dataclasses.replace(runtime, tuning=dataclasses.replace(PLAIN, compiled=compiled))
-    )
+        compiled.compiled(Net(), CPU)(torch.randn(2, 4))
 
 
 def test_pictures_through_the_tracer(one_thread: None, backend: Backend) -> None:
     """With the compiler left out: what is traced is what is drawn."""
     asked = [GenerationRequest("a star", seed=seed, steps=2, width=16, height=16) for seed in range(2)]
-    plain, traced = (pipeline_of(tiny_model(), compiled=each) for each in (False, True))
-    wanted = plain.draw(asked)
-    found = traced.draw(asked)
+    plain, traced = (
+        Session(ModelSpec(str(tiny_model())), RuntimeSpec(device="cpu", dtype="fp32", compile=each))
+        for each in (False, True)
+    )
+
+    def draw(session: Session) -> list[np.ndarray]:
+        return [picture.pixels() for picture in session.draw(asked, batch_size=2)]
+
+    wanted = draw(plain)
+    found = draw(traced)
     assert backend.asked > 0
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(found, wanted, strict=True))
-    assert list(traced.model.unet.state_dict()) == list(plain.model.unet.state_dict())
     count = backend.asked
-    traced.draw(asked)
+    draw(traced)
     assert backend.asked == count
-    with traced.in_float32():
-        traced.draw(asked)
 
 
 # ---- where it is kept ----

@@ -7,44 +7,44 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ldmcli.checkpoints.identity import part_sha256
-from ldmcli.checkpoints.source import open_model, with_prediction_type
-from ldmcli.checkpoints.stored_text import remembered
-from ldmcli.config import UNDECIDED
+from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
 from ldmcli.errors import LdmError
-from ldmcli.networks.unet import UNet
-from ldmcli.pipeline import load_pipeline, settled
-from ldmcli.spec import GenerationRequest
+from ldmcli.pipeline import Pipeline
 from ldmcli.speed import offload
-from ldmcli.speed.cuda.fused import joined
 from ldmcli.speed.offload import HOST, Stage
-from ldmcli.speed.policy import PLAIN, choose_runtime
-
-if TYPE_CHECKING:
-    from ldmcli.pipeline import Pipeline
 
 REQUESTS = [
     GenerationRequest(prompt, negative_prompt="fog", seed=seed, steps=3, width=64, height=64)
     for seed, prompt in enumerate(("a red apple", "a whale"))
 ]
-NARROW = dataclasses.replace(PLAIN, low_vram=True)
 
 
-def load(path: Path, dtype: str = "fp32", *, low_vram: bool = True, device: str = "cpu", **more: Any) -> "Pipeline":
-    runtime = choose_runtime(device, dtype)
-    runtime = dataclasses.replace(runtime, tuning=NARROW if low_vram else PLAIN)
-    return load_pipeline(dataclasses.replace(open_model(path), half=runtime.half), runtime, **more)
+def load(path: Path, dtype: str = "fp32", *, low_vram: bool = True, device: str = "cpu", **more: Any) -> Session:
+    session = Session(ModelSpec(str(path), **more), RuntimeSpec(device, dtype, low_vram=low_vram and device != "cpu"))
+    session.load()
+    if low_vram and device == "cpu":
+        pipeline_of(session).offload()
+    return session
+
+
+def pipeline_of(session: Session) -> Pipeline:
+    assert session._drawer is not None
+    return session._drawer.pipeline
+
+
+def draw(session: Session, requests: Sequence[GenerationRequest] = REQUESTS) -> list[np.ndarray]:
+    return [picture.pixels() for picture in session.draw(requests, batch_size=len(requests))]
 
 
 def same(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
-    return len(one) == len(other) and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) > 0 and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.fixture
@@ -69,134 +69,85 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_same_pictures(one_thread: None, model_folder: Path, moves: list[str], dtype: str) -> None:
     """And each part comes when it is its turn: encoders only for prompts that were not seen."""
     plain, narrow = load(model_folder, dtype, low_vram=False), load(model_folder, dtype)
-    moves.clear()
-    for asked, brought in (
-        (REQUESTS[:1], ["UNet", "AutoencoderKL"]),
-        (REQUESTS[:1], ["UNet", "AutoencoderKL"]),
-        (REQUESTS, ["TextTransformer", "UNet", "AutoencoderKL"]),
-    ):
-        before = [] if asked is REQUESTS or moves else ["TextTransformer"]
+    other = [dataclasses.replace(request, prompt="another") for request in REQUESTS]
+    for asked, brought in ((REQUESTS, ["TextTransformer"]), (REQUESTS, []), (other, ["TextTransformer"])):
         moves.clear()
-        assert same(narrow.draw(asked), plain.draw(asked))
-        assert moves == before + brought
-
-
-def test_the_same_pictures_from_one_file(model_file: Path) -> None:
-    assert same(load(model_file).draw(REQUESTS), load(model_file, low_vram=False).draw(REQUESTS))
+        assert same(draw(narrow, asked), draw(plain, asked))
+        assert moves == [*brought, "UNet", "AutoencoderKL"]
 
 
 def test_a_refiner_and_two_encoders(family_models: Any, moves: list[str]) -> None:
-    model, refiner = family_models.path("sdxl"), family_models.path("refiner")
+    model, refiner = family_models.path("sdxl"), str(family_models.path("refiner"))
     asked = [dataclasses.replace(r, refiner_start=0.4, steps=4) for r in REQUESTS]
-    plain = load(model, low_vram=False, refiner=open_model(refiner))
-    narrow = load(model, refiner=open_model(refiner))
+    plain, narrow = (load(model, low_vram=low_vram, refiner=refiner) for low_vram in (False, True))
     moves.clear()
-    assert same(narrow.draw(asked), plain.draw(asked))
+    assert same(draw(narrow, asked), draw(plain, asked))
     assert [name for name in moves if name != "TextTransformer"] == ["UNet", "UNet", "AutoencoderKL"]
     assert moves.count("TextTransformer") == 3
     assert moves[-1] == "AutoencoderKL"
 
 
 def test_only_the_part_at_work_is_there(model_folder: Path) -> None:
-    pipeline = load(model_folder)
-    (encoder,) = pipeline.model.prompts.encoders
-    parts = [pipeline.model.unet, pipeline.vae, encoder.load().model]  # type: ignore[attr-defined]
-    there: list[set[str]] = []
+    session = load(model_folder)
+    pipeline = pipeline_of(session)
+    stage, there = pipeline.stage, []
 
     def note(*_: Any) -> None:
-        packed = pipeline.stage._packed
-        found = {type(part).__name__ for part in parts if part in packed and packed[part].away}
+        found = {type(part).__name__ for part, packed in stage._parts.items() if packed and packed.away}
         if there[-1:] != [found]:  # encoders are called once a prompt
             there.append(found)
-        for part in parts:
-            if part in packed:
-                away = packed[part].away
-                places = [place.within(away or packed[part].pieces).data_ptr() for place in packed[part]._places]
-                assert [tensor.data_ptr() for tensor in part.parameters()] == places
+        for part, packed in stage._parts.items():
+            assert packed is not None
+            assert packed.holds(part, packed.away or packed.pieces)
 
-    handles = [part.register_forward_pre_hook(note) for part in (parts[0], pipeline.vae.decoder, parts[2])]
-    pipeline.draw([dataclasses.replace(REQUESTS[0], steps=1)])
+    parts = [part.decoder if part is pipeline.vae else part for part in stage._parts]
+    handles = [part.register_forward_pre_hook(note) for part in parts]  # type: ignore[union-attr]
+    draw(session, [dataclasses.replace(REQUESTS[0], steps=1)])
     for handle in handles:
         handle.remove()
     assert there == [{"TextTransformer"}, {"UNet"}, {"AutoencoderKL"}]
-    pipeline.stage.clear()
+    stage.clear()
     note()
     assert there[-1] == set()
 
 
 def test_float32_for_a_while(model_folder: Path) -> None:
     plain, narrow = load(model_folder, "bf16", low_vram=False), load(model_folder, "bf16")
-    before = plain.draw(REQUESTS)
-    assert same(narrow.draw(REQUESTS), before)
-    with plain.in_float32(), narrow.in_float32():
-        assert {p.dtype for p in narrow.model.unet.parameters()} == {torch.float32}
-        assert same(narrow.draw(REQUESTS), plain.draw(REQUESTS))
-    assert {p.dtype for p in narrow.model.unet.parameters()} == {torch.bfloat16}
-    assert same(narrow.draw(REQUESTS), before)
+    before = draw(plain)
+    assert same(draw(narrow), before)
+    pipeline = pipeline_of(narrow)
+    with pipeline_of(plain).in_float32(), pipeline.in_float32():
+        assert {p.dtype for p in pipeline.model.unet.parameters()} == {torch.float32}
+        assert same(draw(narrow), draw(plain))
+    assert {p.dtype for p in pipeline.model.unet.parameters()} == {torch.bfloat16}
+    assert same(draw(narrow), before)
 
 
-def test_a_vae_that_overflows_16_bits(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vae_that_overflows_16_bits(model_folder: Path) -> None:
     def overflow(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output if output.dtype == torch.float32 else output * float("inf")
 
     found = []
     for low_vram in (False, True):
-        pipeline = load(model_folder, "bf16", low_vram=low_vram)
-        handle = pipeline.vae.decoder.up_blocks[-1].register_forward_hook(overflow)
-        found.append([pipeline.draw(REQUESTS), pipeline.draw(REQUESTS[:1])])
+        session = load(model_folder, "bf16", low_vram=low_vram)
+        vae: Any = pipeline_of(session).vae
+        handle = vae.decoder.up_blocks[-1].register_forward_hook(overflow)
+        found.append([*draw(session), *draw(session, REQUESTS[:1])])
         handle.remove()
-        assert next(pipeline.vae.parameters()).dtype == torch.float32
-    assert same(found[0][0], found[1][0])
-    assert same(found[0][1], found[1][1])
+        assert next(vae.parameters()).dtype == torch.float32
+    assert same(*found)
 
 
-def test_prompts_seen_before_need_no_encoder(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: list[str]
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    memory = remembered(enabled=True)
-    wanted = load(model_folder, first=REQUESTS, memory=memory).draw(REQUESTS)
-    memory.prompts.flush()
-    moves.clear()
-    monkeypatch.setattr("ldmcli.pipeline.load_text_encoder", lambda *_: pytest.fail("read"))
-    memory = remembered(enabled=True)
-    part_sha256(open_model(model_folder), "text_encoder", memory.hashes).result()
-    assert same(load(model_folder, first=REQUESTS, memory=memory).draw(REQUESTS), wanted)
-    assert "TextTransformer" not in moves
-
-
-def test_a_prediction_type_found_out(model_folder: Path, moves: list[str]) -> None:
-    source = with_prediction_type(open_model(model_folder), UNDECIDED)
-    runtime = dataclasses.replace(choose_runtime("cpu", "fp32"), tuning=NARROW)
-    found, unet = settled(source, runtime)
-    assert moves == ["UNet"]
-    wanted, plain = settled(source, choose_runtime("cpu", "fp32"))
-    assert found.config.schedule.prediction_type == wanted.config.schedule.prediction_type
-    narrow = load_pipeline(found, runtime, unet=unet)
-    assert same(narrow.draw(REQUESTS), load_pipeline(wanted, choose_runtime("cpu", "fp32"), unet=plain).draw(REQUESTS))
-
-
-# ---- in the middle of a run ----
-
-
-def test_parts_leave_in_the_middle_of_a_run(
-    model_folder: Path, moves: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pipeline = load(model_folder, low_vram=False)
-    wanted = pipeline.draw(REQUESTS)
+def test_parts_leave_in_the_middle_of_a_run(model_folder: Path, moves: list[str]) -> None:
+    session = load(model_folder, low_vram=False)
+    wanted = draw(session)
     assert moves == []
-    model = pipeline.model
+    pipeline = pipeline_of(session)
     assert not pipeline.stage.may_narrow  # on a CPU nothing is gained
-    pipeline.offload()
-    assert pipeline.model is not model  # whose graphs would hold where the weights were
-    assert pipeline.runtime.tuning == pipeline.model.runtime.tuning == NARROW
-    # As many at once as before: layers laid out anew for another batch may round otherwise.
-    other = [dataclasses.replace(request, prompt="another") for request in REQUESTS]
-    assert same(pipeline.draw(REQUESTS), wanted)
-    pipeline.draw(other)
-    assert moves == ["UNet", "AutoencoderKL", "TextTransformer", "UNet", "AutoencoderKL"]
-    pipeline.offload()
-    assert same(pipeline.draw(REQUESTS), wanted)
+    for _ in range(2):
+        pipeline.offload()
+        assert same(draw(session), wanted)
+    assert moves == ["UNet", "AutoencoderKL"] * 2
 
 
 # ---- the stage itself ----
@@ -246,7 +197,7 @@ def test_weights_of_all_kinds_come_and_go(piece: int, monkeypatch: pytest.Monkey
     assert not any(parameter.is_inference() for parameter in one.parameters())
     assert one.convolution.weight.is_contiguous(memory_format=torch.channels_last)
     assert one.turned.stride() == (1, 6)
-    packed = stage._packed[one]
+    packed = stage._parts[one]
     assert len(packed.pieces) == {1: 8, 600: 6}.get(piece, 1)
     assert all(place.start % offload.ALIGNED == 0 for place in packed._places)
     # What leaves goes nowhere: its memory at home was there all the time.
@@ -271,40 +222,17 @@ def test_what_was_converted_meanwhile_is_not_lost(at_work: bool) -> None:
         assert equal(part, wanted)
         stage.bring(part)
         assert equal(part, wanted)
-    assert stage._packed[part].holds(part, stage._packed[part].away)
-
-
-def test_layers_joined_in_memory_stay_so() -> None:
-    """Queries, keys and values are computed as one where they lie side by side; they are joined once, not each time."""
-    layers = nn.ModuleList(nn.Linear(3, 5) for _ in range(3)).requires_grad_(False)  # of 60 bytes: nothing is aligned
-    part = nn.ModuleList([nn.Linear(3, 1, bias=False), layers, nn.Linear(3, 1)]).requires_grad_(False)
-    wanted = state(part)
-    stage = Stage(HOST, narrow=True)
-    wholes = []
-    for _ in range(3):
-        stage.bring(part)
-        packed = stage._packed[part]
-        wholes.append([joined(list(layers), name) for name in ("weight", "bias")])
-        assert equal(part, wanted)
-        stage.clear()
-        assert equal(part, wanted)
-    assert packed is stage._packed[part]  # made anew but once
-    in_pieces = {piece.data_ptr(): piece.nbytes for piece in packed.pieces}
-    (first, last), *_ = [(start, start + size) for start, size in in_pieces.items()]
-    assert all(not first <= whole.data_ptr() < last for whole in wholes[-1])
-    assert wholes[-1][0].untyped_storage().nbytes() == packed.pieces[0].nbytes  # at work they are in the piece itself
-    assert all(a.equal(b) for a, b in zip(wholes[0], wholes[-1], strict=True))
+    assert stage._parts[part].holds(part, stage._parts[part].away)
 
 
 def test_a_wide_stage_moves_nothing(moves: list[str]) -> None:
     part = nn.Linear(4, 4)
     weight = part.weight.data_ptr()
     stage = Stage(HOST)
-    stage.add(part, part, "forward")
+    stage.add(part)
     stage.bring(part)
     stage.clear()
     assert part.weight.data_ptr() == weight
-    assert "forward" not in vars(part)
     assert moves == []
 
 
@@ -365,22 +293,25 @@ cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reas
 def test_the_same_pictures_on_a_gpu(embedded_folder: Path, model_file: Path, dtype: str) -> None:
     for path in (embedded_folder, model_file):
         plain, narrow = (load(path, dtype, low_vram=low_vram, device="cuda") for low_vram in (False, True))
-        wanted = plain.draw(REQUESTS)
-        assert same(narrow.draw(REQUESTS), wanted)
-        assert same(narrow.draw(REQUESTS), wanted)
-        plain.offload()
-        assert same(plain.draw(REQUESTS), wanted)
+        wanted = draw(plain)
+        assert same(draw(narrow), wanted)
+        assert same(draw(narrow), wanted)
+        pipeline_of(plain).offload()
+        assert same(draw(plain), wanted)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=cuda)])
 def test_what_is_on_the_gpu(embedded_folder: Path, dtype: str) -> None:
-    pipeline = load(embedded_folder, dtype, device="cuda")
-    assert {p.device.type for part in (pipeline.model.unet, pipeline.vae) for p in part.parameters()} == {"cpu"}
+    session = load(embedded_folder, dtype, device="cuda")
+    pipeline = pipeline_of(session)
+    unet, vae, stage = pipeline.model.unet, pipeline.vae, pipeline.stage
+    assert {p.device.type for part in (unet, vae) for p in part.parameters()} == {"cpu"}
     before = torch.cuda.memory_allocated()
-    pipeline.draw(REQUESTS)
-    assert {p.device.type for p in pipeline.vae.parameters()} == {"cuda"}
-    assert {p.device.type for p in pipeline.model.unet.parameters()} == {"cpu"}
-    assert all(piece.is_pinned() for piece in pipeline.stage._packed[pipeline.model.unet].pieces)
-    pipeline.stage.clear()
-    unet = sum(p.nbytes for p in UNet.parameters(pipeline.model.unet))
-    assert torch.cuda.memory_allocated() - before < max(unet, 8 << 20)
+    draw(session)
+    assert {p.device.type for p in vae.parameters()} == {"cuda"}
+    assert {p.device.type for p in unet.parameters()} == {"cpu"}
+    packed = stage._parts[unet]
+    assert packed is not None
+    assert all(piece.is_pinned() for piece in packed.pieces)
+    stage.clear()
+    assert torch.cuda.memory_allocated() - before < max(sum(p.nbytes for p in unet.parameters()), 8 << 20)

@@ -17,6 +17,7 @@ from ldmcli.networks.layers import Upsample
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.cpu import onednn
 from ldmcli.speed.cpu.onednn import PackedConv2d, PackedLinear, lay_out
 from ldmcli.speed.policy import choose_runtime
@@ -37,10 +38,7 @@ def twins(module: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Any, A
     """A module with random weights as it is built, and the same laid out."""
     randomise(module, torch.Generator().manual_seed(0))
     plain = module.requires_grad_(False).eval().to(dtype, memory_format=CHANNELS_LAST)
-    fast = copy.deepcopy(plain)
-    holder = nn.ModuleList([fast])
-    lay_out(holder, fold=True)
-    return plain, holder[0]
+    return plain, lay_out(copy.deepcopy(plain), fold=True)
 
 
 def is_packed(layer: Any) -> bool:
@@ -101,27 +99,26 @@ def test_a_layer_that_is_sure_to_be_called_again_is_laid_out_at_once(reorders: C
     """The numbers are those of a layer that waits, the weight is laid out once, and inputs of other shapes in turn find
     it plain: laying it out for each would cost more than it saves."""
     plain, waiting = twins(nn.Conv2d(32, 64, 3, padding=1))
-    holder = nn.ModuleList([copy.deepcopy(plain)])
-    lay_out(holder, fold=False, at_once=True)
+    fast = lay_out(copy.deepcopy(plain), fold=False, at_once=True)
     x, other = normal(2, 32, 9, 7), normal(1, 32, 9, 7)
     with torch.inference_mode():
-        first = holder[0](x)
-        assert is_packed(holder[0])
+        first = fast(x)
+        assert is_packed(fast)
         assert reorders["_reorder_convolution_weight"] == 1
         assert torch.equal(first, waiting(x))
-        assert torch.equal(holder[0](x), first)
+        assert torch.equal(fast(x), first)
         assert reorders["_reorder_convolution_weight"] == 1
         for one in (other, x, other):
-            assert torch.equal(holder[0](one), waiting(one))
-            assert not is_packed(holder[0])
+            assert torch.equal(fast(one), waiting(one))
+            assert not is_packed(fast)
 
 
 def test_a_unet_is_laid_out_at_its_first_step_and_a_vae_is_not() -> None:
     unet, vae = UNet(UNET).requires_grad_(False).eval(), AutoencoderKL(VAE).requires_grad_(False).eval()
-    runtime = choose_runtime("cpu", "fp32")
+    runtime = choose_runtime(RuntimeSpec(device="cpu", dtype="fp32"))
     for module in (unet, vae):
         randomise(module, torch.Generator().manual_seed(0))
-        runtime.prepare(module)
+        assert runtime.prepare(module) is module
     with torch.inference_mode():
         latents = normal(2, 4, 8, 8)
         unet(latents, unet.embed_time(torch.tensor([500.0])), unet.project_context(normal(2, 7, 16)))
@@ -137,8 +134,8 @@ def test_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(onednn, "MUCH", 100_000)
     monkeypatch.setattr(onednn, "_left", 0)
     monkeypatch.setattr(onednn, "give_back_free_memory", trims.append)
-    layers = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(9))  # of 36,864 bytes each
-    lay_out(layers, fold=False, at_once=True)
+    layers: Any = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(9))  # of 36,864 bytes each
+    layers = lay_out(layers, fold=False, at_once=True)
     with torch.inference_mode():
         for layer in layers.requires_grad_(False).to(memory_format=CHANNELS_LAST):
             layer(normal(1, 32, 5, 5))
@@ -241,28 +238,30 @@ def used(module: nn.Module) -> Any:
     return module
 
 
-def test_saved_copied_and_converted_weights_are_plain() -> None:
+def test_converted_weights_are_plain() -> None:
+    """There and back, as when a picture is drawn again in float32."""
     plain, fast = twins(UNet(UNET))
     names = [name for name, _ in plain.named_parameters()]
     assert [name for name, _ in used(fast).named_parameters()] == names
-    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in used(fast).state_dict().items())
     right = unet_call(plain.double(), normal(2, 4, 8, 8, dtype=torch.float64))
-    for converted in (copy.deepcopy(used(fast)).double(), used(fast).double()):
-        assert relative(unet_call(converted, normal(2, 4, 8, 8, dtype=torch.float64)), right) < 1e-12
+    converted = used(fast).double()
+    assert all(torch.equal(*pair) for pair in zip(converted.parameters(), plain.parameters(), strict=True))
+    assert relative(unet_call(converted, normal(2, 4, 8, 8, dtype=torch.float64)), right) < 1e-12
     again = used(fast.float())
     with torch.inference_mode():
         assert relative(unet_call(again, normal(2, 4, 8, 8)), right) < 1e-5
 
 
-def test_loaded_weights_are_used() -> None:
-    plain, fast = twins(UNet(UNET))
-    used(fast)
-    state = {name: tensor.flip(0).clone() for name, tensor in plain.state_dict().items()}
-    for module in (plain, fast):
-        module.load_state_dict(state)
-    with torch.inference_mode():
-        x = normal(2, 4, 8, 8)
-        assert relative(unet_call(fast, x), unet_call(plain, x)) < 1e-5
+def test_the_plain_module_keeps_its_layers() -> None:
+    """Layers are replaced on their parent, by others with the same parameters."""
+    layer = nn.Conv2d(3, 3, 3)
+    parent = nn.ModuleList([layer, layer])
+    fast: Any = lay_out(parent, fold=True)
+    assert fast is parent
+    assert type(layer) is nn.Conv2d
+    assert isinstance(fast[0], PackedConv2d)
+    assert fast[0] is fast[1]
+    assert fast[0].weight is layer.weight
 
 
 def test_gradients_still_flow() -> None:
@@ -300,9 +299,8 @@ def test_taesd() -> None:
 def test_without_the_operators_all_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "_operators", dict)
     unet = UNet(UNET)
-    before = [type(part) for part in unet.modules()]
-    lay_out(unet, fold=True)
-    assert [type(part) for part in unet.modules()] == before
+    before = list(unet.modules())
+    assert list(lay_out(unet, fold=True).modules()) == before
 
 
 @pytest.mark.parametrize("refused", ["_reorder_convolution_weight", "_convolution_pointwise"])

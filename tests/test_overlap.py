@@ -16,9 +16,10 @@ import torch
 from batch_support import batches, item, items, lines_of, pictures, setup_in, statuses
 from cli_support import tiny_model
 from conftest import load
+from ldmcli.batch.drawing import DeviceLostError
+from ldmcli.speed.handover import Delivery, Sideline
 from torch import Tensor, nn
 
-from ldmcli.batch.drawing import DeviceLostError
 from ldmcli.batch.feed import Feed, Stop
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.worker import Worker
@@ -26,7 +27,6 @@ from ldmcli.cli import run
 from ldmcli.errors import LdmError, NotFiniteError, StorageError
 from ldmcli.pipeline import Begun, Pipeline
 from ldmcli.spec import GenerationRequest
-from ldmcli.speed.handover import Delivery, Sideline
 from ldmcli.stopwatch import Stopwatch
 
 REQUESTS = [GenerationRequest(prompt, seed=seed, steps=2, width=16, height=16) for seed, prompt in enumerate("abc")]

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from ldmcli.conditioning.encoder import ClipTextEncoder
 from oracle.family_models import FamilyModels
 from safetensors.torch import load_file, save_file
 
 from ldmcli.checkpoints.buildable import _ACTIVATIONS
 from ldmcli.checkpoints.load import load_text_encoder, on_meta
 from ldmcli.checkpoints.source import open_model
-from ldmcli.conditioning.encoder import ClipTextEncoder
 from ldmcli.config import TextEncoderConfig
 from ldmcli.networks.clip import ACTIVATIONS, TextTransformer, quick_gelu
 

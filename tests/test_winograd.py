@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from ldmcli.speed.tuning import Tuning
 from oracle.comparing import relative
 from oracle.random_model import randomise
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.speed.cpu import winograd
 from ldmcli.speed.cpu.onednn import lay_out
 from ldmcli.speed.policy import choose_runtime
-from ldmcli.speed.tuning import Tuning
 
 CHANNELS_LAST = torch.channels_last
 TOLERANCE = 1.5e-6  # about 1e-6 is seen, and 5e-7 of the plain convolution

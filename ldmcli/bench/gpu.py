@@ -64,7 +64,6 @@ PARTS = (
     Part("memory", "SDXL 2048², decoded in strips", family="sdxl", steps=4, size=2048, against=("ldm-low-vram",),
          words=("--clock", "image", "--runs", "2", "--vae-tiling")),
     Part("profile", "SD1.5, a step by kinds of work", family="sd15", words=("--clock", "step", "--profile")),
-    Part("attention", "attention by shapes", "attention"),
 )  # fmt: skip
 
 
@@ -187,9 +186,6 @@ def command_of(setting: Setting, part: Part, model: Path | None) -> list[str]:
     if part.program == "tests":
         return [*python, "pytest", "-m", "cuda", "-rs", "--color=no", str(_ROOT / "tests")]
     common = ["--device", setting.device]
-    if part.program == "attention":
-        more = ["--quick"] if setting.device == "cpu" else ["--table", str(setting.out / "attention_table.py")]
-        return [*python, "ldmcli.bench.attention_shapes", *common, "--json", str(json_file), *more]
     steps, size = setting.steps or part.steps, setting.size or part.size
     common += ["--model", str(model), "--steps", str(steps)]
     if part.program == "throughput":

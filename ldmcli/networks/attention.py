@@ -6,17 +6,23 @@ outside. torch's CUDA kernels are called as operators: its way to choose among t
 sets flags of the whole process, which other threads meet too, and costs more than a small call.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmcli.errors import printable
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 KeysValues = tuple[Tensor, ...]  # a key and its value; then more such pairs, whose results are added
 
 CHUNK = 512  # queries of one head whose scores chunked_attention holds at a time
 SCORES = 1 << 22  # scores of all heads of an image up to which it computes them together
+_CUDNN_RIGHT = 91501  # cuDNN 9.15.1: before, sequences of lengths that 128 does not divide came out wrong
+_log = logging.getLogger(__name__)
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -24,20 +30,50 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
+def or_sdpa(attend: Attend) -> Attend:
+    """`attend`, and sdpa_attention for the sizes of heads and number types that it refuses: each is tried once, which
+    is before a CUDA graph records it, where a refusal would spoil the recording."""
+    refused: set[tuple[int, torch.dtype]] = set()
+
+    @functools.wraps(attend)
+    def choose(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        kind = (query.shape[-1], query.dtype)
+        if kind not in refused:
+            try:
+                return attend(query, key, value)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                refused.add(kind)
+                _log.info(
+                    "%s refused heads of %d numbers (%s); torch picks the kernel there",
+                    attend.__name__,
+                    kind[0],
+                    printable(str(error).strip().partition("\n")[0]),
+                )
+        return sdpa_attention(query, key, value)
+
+    return choose
+
+
+@or_sdpa
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's flash kernels (Dao 2023); CUDA only. RuntimeError for what `takes` says they do not take."""
+    """torch's flash kernels (Dao 2023); CUDA only, in 16 bits, heads of up to 256 numbers."""
     return torch.ops.aten._scaled_dot_product_flash_attention.default(query, key, value)[0]
 
 
+@or_sdpa
 def cudnn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """cuDNN's kernels, which torch prefers on Hopper; CUDA only. RuntimeError as for flash. The first call with a shape
-    plans it, which takes long."""
+    """cuDNN's kernels, which torch prefers on Hopper; CUDA only, in 16 bits, heads of up to 128 numbers or 256. The
+    first call with a shape plans it, which takes long."""
+    if key.shape[2] == 1 or (query.is_cuda and (torch.backends.cudnn.version() or 0) < _CUDNN_RIGHT):
+        raise RuntimeError("before 9.15.1 it is wrong where 128 does not divide a length, and it takes no single key")
     return torch.ops.aten._scaled_dot_product_cudnn_attention.default(query, key, value, None, False)[0]
 
 
+@or_sdpa
 def efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's memory-efficient kernels, in float32 too and for heads of any size; CUDA only. RuntimeError as for
-    flash."""
+    """torch's memory-efficient kernels, in float32 too and for heads of any size; CUDA only."""
     return torch.ops.aten._scaled_dot_product_efficient_attention.default(query, key, value, None, False)[0]
 
 
@@ -94,54 +130,10 @@ ATTENTIONS: dict[str, Attend] = {
     "chunked": chunked_attention,
     "math": math_attention,
 }
-ANYWHERE = ("sdpa", "chunked", "math")  # run on any device, for any shape and number type
-TORCH_KERNELS = ("flash", "cudnn", "efficient")  # among which sdpa_attention picks on a GPU
-
-_OLDEST, _NEWEST = (8, 0), (12, 1)  # compute capabilities that torch's fused kernels are built for
-_CUDNN_RIGHT = 91501  # cuDNN 9.15.1: before, sequences of lengths that 128 does not divide came out wrong
-_CUDNN_WIDE = 92201  # from here on Hopper's and Blackwell's kernels take heads of up to 256, not 128
-
-
-def takes(
-    name: str,
-    head_dim: int,
-    keys: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int] | None,
-    cudnn: int | None = None,
-) -> bool:
-    """Whether ATTENTIONS[name] computes heads of `head_dim` numbers of `dtype` over so many keys, on a card of a
-    compute capability, or on a CPU (None). `cudnn` is the version, by default of the one at work (9.24.0: 92400).
-
-    Where it says no, the kernel refuses or is known to be wrong; a yes may still be refused by a torch built otherwise.
-    Sources: torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_head_dim_size_flash,
-    check_head_dim_size_mem_efficient, minimum_gemm_alignment, check_cudnn_tensor_shapes, check_prefer_cudnn_attention);
-    xformers/ops/fmha/{flash,cutlass}.py, whose kernels are torch's flash and memory-efficient ones.
-    """
-    if name in ANYWHERE or capability is None:
-        return name in ANYWHERE
-    if name == "efficient":
-        return capability <= _NEWEST and _fits_cutlass(head_dim, dtype, capability)
-    sixteen = dtype in (torch.float16, torch.bfloat16)
-    by_flash = capability >= _OLDEST and sixteen and head_dim % 8 == 0 and head_dim <= 256
-    if name == "xformers":
-        return by_flash or (capability <= (9, 0) and _fits_cutlass(head_dim, dtype, capability))
-    if capability > _NEWEST or not by_flash:
-        return False
-    if name == "flash":
-        return True
-    version = cudnn or torch.backends.cudnn.version() or 0
-    wide = version >= _CUDNN_WIDE and (capability == (9, 0) or capability[0] == 10)
-    return version >= _CUDNN_RIGHT and keys != 1 and (head_dim <= 128 or wide)
-
-
-def _fits_cutlass(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether the memory-efficient kernels take the type, and heads of this size are aligned for its tensor cores."""
-    if dtype == torch.float32:
-        return head_dim % (4 if capability >= (8, 0) else 1) == 0
-    if dtype == torch.float16:
-        return head_dim % (8 if capability >= (7, 0) else 1) == 0
-    return dtype == torch.bfloat16 and capability >= (8, 0) and head_dim % 8 == 0
+NEED_CUDA = ("flash", "cudnn", "efficient", "xformers")  # the others run on any device, for any shape and number type
+REMOVED = {
+    "measured": "attention measured is no more: torch's own pick, --attention sdpa, was what its empty table came to."
+}
 
 
 class Attention(nn.Module):

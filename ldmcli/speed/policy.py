@@ -12,12 +12,11 @@ from torch import nn
 
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.errors import UsageError, printable
-from ldmcli.networks.attention import check_xformers, set_attention
+from ldmcli.networks.attention import ATTENTIONS, NEED_CUDA, REMOVED, check_xformers, set_attention
 from ldmcli.networks.unet import UNet
 from ldmcli.spec import RuntimeSpec
-from ldmcli.speed.attention_choice import MEASURED, NEED_CUDA, attend_by_name, automatic
 from ldmcli.speed.cpu.onednn import lay_out
-from ldmcli.speed.cuda.fused import fuse, kernels_work
+from ldmcli.speed.cuda.fused import fuse, in_planes, kernels_work
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 USUAL = RuntimeSpec()
@@ -63,11 +62,13 @@ class Runtime:
         """A U-Net or VAE laid out for speed: channels last in memory, this runtime's attention; on a GPU this program's
         own kernels, on a CPU weights as oneDNN wants them. Raises UsageError."""
         module.to(memory_format=torch.channels_last)
-        set_attention(module, attend_by_name(self.attention, self.device))
+        set_attention(module, ATTENTIONS[self.attention])
         if self.compile and isinstance(module, UNet):
             return module  # torch.compile lays out and fuses by itself, and does not see through what is below
         if self.device.type == "cuda" and self._kernels_work(next(module.parameters()).dtype):
             return cast(_Module, fuse(module))
+        if self.device.type == "cuda" and isinstance(module, UNet):
+            return cast(_Module, in_planes(module))
         if self.device.type == "cpu":
             # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory. Its
             # layers are called at every step, a VAE's in most runs once.
@@ -153,8 +154,10 @@ def _choose_device(name: str) -> torch.device:
 
 
 def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    if name in ("auto", MEASURED) and device.type == "cuda":
-        return automatic(device)
+    if name in REMOVED:
+        raise UsageError(REMOVED[name])
+    if name == "auto" and device.type == "cuda":
+        return "sdpa"
     if name == "auto":
         # torch's fused kernel gains nothing from a CPU's own bfloat16 products; in float32, and where bfloat16 is
         # emulated, it is the faster by far.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load
+from ldmcli.diffusion import conditions
 from oracle.comparing import draw, pixels_apart, relative
 from oracle.family_models import FamilyModels, draw_theirs, their_negative, their_prompts
 from oracle.original_layout import original_state, write
@@ -19,7 +20,6 @@ from ldmcli.checkpoints.families import LCM_DEFAULTS
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import open_model
 from ldmcli.config import VAEConfig
-from ldmcli.diffusion import conditions
 from ldmcli.errors import BadDataError
 from ldmcli.pipeline import Pipeline, probed_prediction_type
 from ldmcli.spec import GenerationRequest
