@@ -79,7 +79,8 @@ def measure(
             for name, more in variants.items():
                 record = contenders.setdefault(name, new_record())
                 cold_start([*more, *words], record if i >= 0 else None)  # the first warms the page cache
-                _log.info("cold, round %d of %d: %s", i + 1, runs, name)
+                if i >= 0:
+                    _log.info("cold, round %d of %d: %s", i + 1, runs, name)
     found_floor = None
     if {"image", "step"} & set(clocks):
         warm(session, request, contenders["ldm"], clocks, runs, batch_size)
@@ -121,7 +122,9 @@ def warm(
 ) -> None:  # fmt: skip
     """Note the times of images, each a batch from prompt to PNG data, and of their steps, in this process."""
     from ldmcli.images.png import encode_png
+    from ldmcli.speed.cpu.heap import keep_freed_memory
 
+    keep_freed_memory()  # as the commands that draw do
     device, image = str(session.runtime.device), "image" in clocks
     steps = request.steps if image else min(request.steps, _TIMED_STEPS) + 1
     for i in range(-1, runs):

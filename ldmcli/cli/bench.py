@@ -10,14 +10,17 @@ from ldmcli.cli.options import (
     expanded,
     json_option,
     model_options,
+    model_spec,
     option,
     request_options,
     request_settings,
     runtime_options,
+    runtime_spec,
     verbosity_options,
 )
 from ldmcli.cli.txt2img import txt2img
 from ldmcli.errors import CannotCreateError, UsageError, printable
+from ldmcli.spec import GenerationRequest
 
 _CLOCKS = ("cold", "image", "step")
 _STEPS = 20

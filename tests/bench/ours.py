@@ -13,6 +13,7 @@ from bench.parity import keep
 from ldmcli.bench import StepClock, drawn, memory
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.speed.cpu.heap import keep_freed_memory
 from ldmcli.speed.cpu.threads import choose_threads
 
 
@@ -21,6 +22,7 @@ class Ours:
 
     def __init__(self, job: Job) -> None:
         runtime = RuntimeSpec(device=job.device, dtype=job.dtype, threads=job.threads, **job.settings)
+        keep_freed_memory()  # as the commands that draw do
         self.job = job
         self.session = Session(ModelSpec(job.model), runtime)
         self.device = str(self.session.runtime.device)
