@@ -42,84 +42,82 @@ _TIMED_STEPS = 4  # where pictures are not asked for
 _SECONDS = 1.0  # for which each product of the floor is repeated
 
 
+def measure(
+    session: "Session", request: "FittedRequest", words: Sequence[str], clocks: Sequence[str], runs: int, batch: int
+) -> dict[str, Any]:
+    """Every sample of the clocks, as plain JSON values; `batch` pictures are drawn at once, but by a cold start one.
+
+    `words` make `ldm txt2img` draw the same request. Its cold start with --no-cache counts apart, and alone where the
+    session keeps nothing. Raises LdmError as drawing does.
+    """
+    contenders, floor_ = {"ldm": new_record()}, None
+    if "cold" in clocks:  # before anything heavy is imported here
+        contenders |= time_cold(words, runs, cached=session.runtime_spec.cache)
+    if {"image", "step"} & set(clocks):
+        time_warm(session, request, contenders["ldm"], clocks, runs, batch)
+        floor_ = floor(session.config, request, batch, session.runtime.dtype, session.runtime.device)
+    task = {**request.to_dict(), "batch_size": batch, **session.runtime.to_dict()}
+    about = {"model": session.name, "ldmcli": ldmcli.__version__, "task": task, "machine": machine()}
+    return {**about, "floor": floor_, "contenders": contenders}
+
+
 def new_record() -> dict[str, Any]:
     """What is measured of one program: seconds by clock, each cold start's phases, bytes of memory by where."""
     return {"samples": {}, "phases": [], "peaks": {}}
 
 
-def add(record: dict[str, Any], group: str, name: str, *values: float) -> None:
+def add(group: dict[str, list[float]], name: str, *values: float) -> None:
     """Note values under a name of a record's `samples` or `peaks`."""
-    record[group].setdefault(name, []).extend(values)
+    group.setdefault(name, []).extend(values)
+
+
+def time_cold(words: Sequence[str], runs: int, *, cached: bool) -> dict[str, dict[str, Any]]:
+    """Records of `ldm txt2img WORDS` in new processes, with --no-cache and, if `cached`, without."""
+    variants = {"ldm": [], "ldm --no-cache": ["--no-cache"]} if cached else {"ldm --no-cache": ["--no-cache"]}
+    records = {name: new_record() for name in variants}
+    for i in range(-1, runs):  # the first warms the page cache
+        for name, more in variants.items():
+            seconds, reported = _cold_start([*more, *words])
+            if i >= 0:
+                peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+                note_cold(records[name], seconds, peak, reported)
+                _log.info("cold, round %d of %d: %s %.2f s", i + 1, runs, name, seconds)
+    return records
 
 
 def note_cold(record: dict[str, Any], seconds: float, peak: int, reported: dict[str, Any]) -> None:
     """Note a cold start: its wall time, its peak in bytes, and the phases, marks and peaks of its JSON line."""
-    add(record, "samples", "cold", seconds)
-    add(record, "samples", "first_step", reported["marks"]["first_step"])
-    add(record, "peaks", "cold", peak)
-    add(record, "peaks", "first_step", reported["peaks"]["first_step"])
+    for name, time_, size in (
+        ("cold", seconds, peak),
+        ("first_step", reported["marks"]["first_step"], reported["peaks"]["first_step"]),
+    ):
+        add(record["samples"], name, time_)
+        add(record["peaks"], name, size)
     record["phases"].append({**reported["phases"], "rest": seconds - sum(reported["phases"].values())})
 
 
-def measure(
-    session: "Session", request: "FittedRequest", words: Sequence[str], *, clocks: Sequence[str], runs: int,
-    batch_size: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Every sample of the clocks, as plain JSON values. `words` make `ldm txt2img` draw the same request.
-
-    Raises LdmError as drawing does. A cold start with nothing kept on disk counts apart, and alone where the session
-    keeps nothing.
-    """
-    contenders: dict[str, dict[str, Any]] = {"ldm": new_record()}
-    if "cold" in clocks:  # before anything heavy is imported here
-        variants = {"ldm": [], "ldm --no-cache": ["--no-cache"]}
-        if not session.runtime_spec.cache:
-            del variants["ldm"]
-        for i in range(-1, runs):
-            for name, more in variants.items():
-                record = contenders.setdefault(name, new_record())
-                cold_start([*more, *words], record if i >= 0 else None)  # the first warms the page cache
-                if i >= 0:
-                    _log.info("cold, round %d of %d: %s", i + 1, runs, name)
-    found_floor = None
-    if {"image", "step"} & set(clocks):
-        warm(session, request, contenders["ldm"], clocks, runs, batch_size)
-        found_floor = floor(
-            session.config, request.width, request.height, steps=request.steps, guided=request.guidance_scale != 1,
-            batch_size=batch_size, dtype=session.runtime.dtype, device=session.runtime.device,
-        )  # fmt: skip
-    task = {**request.to_dict(), "batch_size": batch_size, **session.runtime.to_dict()}
-    return {
-        "model": session.name, "ldmcli": ldmcli.__version__, "task": task, "machine": machine(), "floor": found_floor,
-        "contenders": contenders,
-    }  # fmt: skip
-
-
-def cold_start(words: Sequence[str], record: dict[str, Any] | None) -> None:
-    """Run `ldm txt2img WORDS` in a new process, timed from just before it starts until it has ended. Raises LdmError
-    with its own words and exit code where it fails."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LDM_", "_LDM_"))}
+def _cold_start(words: Sequence[str]) -> tuple[float, dict[str, Any]]:
+    """Seconds from just before a new process starts until it has ended, and its JSON line. Raises LdmError with its own
+    words and exit code where it fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LDM_", "_LDM_"))}
     root = str(Path(ldmcli.__file__).parent.parent)
     code = f"import sys; sys.path.append({root!r}); from ldmcli.cli import main; main()"
     with tempfile.TemporaryDirectory(prefix="ldm-bench-") as folder:
         command = [sys.executable, "-P", "-c", code, "txt2img", "--json", f"--output={folder}/picture.png", *words]
         started = time.monotonic()
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=kept, check=False)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, check=False)
         seconds = time.monotonic() - started
     if done.returncode:
         lines = done.stderr.decode(errors="backslashreplace").strip().splitlines() or ["ldm txt2img failed."]
         error = LdmError(printable(lines[-1]).removeprefix("ldm: error: "))
         error.exit_code = max(done.returncode, 1)
         raise error
-    if record is not None:
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        note_cold(record, seconds, peak, json.loads(done.stdout.splitlines()[-1]))
+    return seconds, json.loads(done.stdout.splitlines()[-1])
 
 
-def warm(
-    session: "Session", request: "FittedRequest", record: dict[str, Any], clocks: Sequence[str], runs: int,
-    batch_size: int,
-) -> None:  # fmt: skip
+def time_warm(
+    session: "Session", request: "FittedRequest", record: dict[str, Any], clocks: Sequence[str], runs: int, batch: int
+) -> None:
     """Note the times of images, each a batch from prompt to PNG data, and of their steps, in this process."""
     from ldmcli.images.png import encode_png
     from ldmcli.speed.cpu.heap import keep_freed_memory
@@ -131,27 +129,32 @@ def warm(
         # Another prompt each time: one that was seen before need not be encoded.
         prompt, count = (f"{i + 1} {request.prompt}", steps) if i >= 0 else (request.prompt, _WARM_UP)
         alike = dataclasses.replace(request.recorded, prompt=prompt, steps=count)
-        requests = [dataclasses.replace(alike, seed=request.seed + k) for k in range(batch_size)]
         clock, started = StepClock(device), time.perf_counter()
+        requests = [dataclasses.replace(alike, seed=request.seed + k) for k in range(batch)]
         for picture in drawn(session, requests, clock.on_step, decode=image):
             encode_png(picture.pixels(), {})
         seconds = time.perf_counter() - started
         if i >= 0:
-            if image:
-                add(record, "samples", "image", seconds)
-            if "step" in clocks:
-                add(record, "samples", "step", *clock.seconds())
+            add(record["samples"], "image", *[seconds] * image)
+            add(record["samples"], "step", *clock.seconds() * ("step" in clocks))
             _log.info("warm, round %d of %d: %.2f s", i + 1, runs, seconds)
+    record["samples"] = {clock: seconds for clock, seconds in record["samples"].items() if seconds}
     for where, size in memory(device).items():
-        add(record, "peaks", where, size)
+        add(record["peaks"], where, size)
+
+
+class _Enough(Exception):
+    """All steps are done."""
 
 
 def drawn(
-    session: "Session", requests: "Sequence[GenerationRequest]", on_step: "Callable[[Progress], object]", *,
+    session: "Session",
+    requests: "Sequence[GenerationRequest]",
+    on_step: "Callable[[Progress], object]",
+    *,
     decode: bool,
-) -> "Iterator[Picture]":  # fmt: skip
-    """The pictures of requests that are drawn at once; without `decode` the steps alone are taken, and there are none.
-    """
+) -> "Iterator[Picture]":
+    """Pictures that are drawn at once; without `decode` the steps alone are taken, and there are none."""
 
     def step(progress: "Progress") -> None:
         on_step(progress)
@@ -162,13 +165,8 @@ def drawn(
         yield from session.draw(requests, batch_size=len(requests), on_step=step)
 
 
-class _Enough(Exception):
-    """All steps are done."""
-
-
 class StepClock:
-    """When each step ended; on a GPU by events in the stream of the job's device, so that the loop waits for nothing.
-    """
+    """When each step ended; on a GPU by events in its current stream, so that the loop waits for nothing."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -176,7 +174,7 @@ class StepClock:
         self._marks: list[Any] = []
 
     def on_step(self, progress: "Progress") -> None:
-        """Note that a step has ended; for `Session.draw`, which also tells of the beginning."""
+        """Note that a step has ended, for `Session.draw`, which also tells of the beginning."""
         if progress.done:
             self.tick()
 
@@ -193,11 +191,9 @@ class StepClock:
 
     def seconds(self) -> list[float]:
         """The time of each step but the first, whose begin is not known and which has more to do."""
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        if not self._cuda:
-            return [after - before for before, after in pairs]
         wait(self._device)
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return [before.elapsed_time(after) / 1000 if self._cuda else after - before for before, after in pairs]
 
 
 def wait(device: str) -> None:
@@ -223,23 +219,21 @@ def memory(device: str) -> dict[str, int]:
 
 
 def floor(
-    config: "ModelConfig", width: int, height: int, *, steps: int, guided: bool, batch_size: int, dtype: "torch.dtype",
-    device: "torch.device",
-) -> dict[str, Any]:  # fmt: skip
+    config: "ModelConfig", request: "FittedRequest", batch: int, dtype: "torch.dtype", device: "torch.device"
+) -> dict[str, Any]:
     """The least seconds of a `step` and of an `image` (a batch of them) if convolutions, matrix products and attention
     of U-Net and VAE all ran at the best rate that is measured now; of a step also by `kinds` of work.
 
     Convolutions count as they are written: by fewer multiplications (speed/cpu/winograd.py) they may come out below.
     """
-    samples, factor = (1 + guided) * batch_size, config.vae.factor
-    kinds, decoding = work(config, width, height, samples)
-    size, rows = 8192 if device.type == "cuda" else 2048, (width // factor) * (height // factor)
+    samples = batch * (2 if request.guidance_scale != 1 else 1)
+    kinds, decoding = work(config, request.width, request.height, samples)
+    size = 8192 if device.type == "cuda" else 2048
     rates = {f"linear {size}→{size}, {size} rows": rate((size, size), (size,), dtype, device)}
-    for i, c in enumerate(config.unet.block_channels[:2]):  # the products that most of a step's work is in
-        side = height // factor >> i, width // factor >> i
-        rates[f"conv 3×3 {c}→{c}, {samples}×{side[0]}×{side[1]}"] = rate((c, c, 3, 3), (samples, *side), dtype, device)
-        tokens = samples * (rows >> 2 * i)
-        rates[f"linear {c}→{8 * c}, {tokens} rows"] = rate((8 * c, c), (tokens,), dtype, device)
+    for i, c in enumerate(config.unet.block_channels[:2]):  # where most of a step's work is
+        h, w = (max(1, side // config.vae.factor >> i) for side in (request.height, request.width))
+        rates[f"conv 3×3 {c}→{c}, {samples}×{h}×{w}"] = rate((c, c, 3, 3), (samples, h, w), dtype, device)
+        rates[f"linear {c}→{8 * c}, {samples * h * w} rows"] = rate((8 * c, c), (samples * h * w,), dtype, device)
     best = max(rates, key=rates.__getitem__)
     step = sum(kinds.values())
     return {
@@ -248,7 +242,7 @@ def floor(
         "product": best,
         "all": rates,
         "step": step / rates[best],
-        "image": (steps * step + batch_size * decoding) / rates[best],
+        "image": (request.steps * step + batch * decoding) / rates[best],
         "kinds": {kind: flops / rates[best] for kind, flops in kinds.items()},
     }
 
@@ -284,9 +278,7 @@ def work(config: "ModelConfig", width: int, height: int, samples: int) -> tuple[
     return kinds, decoding.get_total_flops()
 
 
-def rate(
-    weight: tuple[int, ...], rows: tuple[int, ...], dtype: "torch.dtype", device: "torch.device"
-) -> float:
+def rate(weight: tuple[int, ...], rows: tuple[int, ...], dtype: "torch.dtype", device: "torch.device") -> float:
     """Operations per second of a linear layer (out, in) over `rows`, or of a convolution (out, in, 3, 3) over (batch,
     height, width): the best of the calls of about a second, so that the work of other programs hardly shows."""
     import torch
@@ -339,38 +331,37 @@ def shown_size(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def spread(samples: Sequence[float]) -> tuple[str, str]:
-    """The median, and the smallest and largest."""
-    return shown_seconds(statistics.median(samples)), f"{shown_seconds(min(samples))}–{shown_seconds(max(samples))}"
-
-
 def report(found: dict[str, Any]) -> str:
-    """What was measured, for a terminal."""
-    task, machine_, floor_ = found["task"], found["machine"], found["floor"] or {}
+    """What `measure` found, for a terminal."""
+    task, where, floor_ = found["task"], found["machine"], found["floor"] or {}
     at_once = f", {task['batch_size']} at once" if task["batch_size"] > 1 else ""
     lines = [
         f"{found['model']}: {task['width']}×{task['height']}, {task['steps']} steps of {task['sampler']}, guidance "
         f"{task['guidance_scale']:g}{at_once}, {task['dtype']} on {task['device']}",
-        f"ldm {found['ldmcli']}, torch {task['torch']}; {machine_['cpu']}, {machine_['cpus']} CPUs",
+        f"ldm {found['ldmcli']}, torch {task['torch']}; {where['cpu']}, {where['cpus']} CPUs",
     ]
     for name, record in found["contenders"].items():
-        samples, peaks = record["samples"], {where: shown_size(max(sizes)) for where, sizes in record["peaks"].items()}
-        for clock in [clock for clock in ("cold", "image", "step") if clock in samples]:
-            median = statistics.median(samples[clock])
-            median_text, ends = spread(samples[clock])
-            notes = [ends, f"{len(samples[clock])} runs"]
+        peaks = {where: shown_size(max(sizes)) for where, sizes in record["peaks"].items()}
+        for clock in ("cold", "image", "step"):
+            samples = record["samples"].get(clock)
+            if not samples:
+                continue
+            median = statistics.median(samples)
+            notes = [f"{len(samples)} × {shown_seconds(min(samples))}–{shown_seconds(max(samples))}"]
             if clock == "cold":
-                notes += [f"first step after {spread(samples['first_step'])[0]}", f"peak {peaks['cold']}"]
-                phases = [(phase, [each.get(phase, 0.0) for each in record["phases"]]) for phase in PHASES]
-                notes.append(", ".join(f"{phase} {statistics.median(each):.2f}" for phase, each in phases if any(each)))
+                first = statistics.median(record["samples"]["first_step"])
+                phases = {phase: statistics.median(p.get(phase, 0.0) for p in record["phases"]) for phase in PHASES}
+                notes += [f"first step after {shown_seconds(first)}, peak {peaks['cold']}"]
+                notes += [", ".join(f"{phase} {seconds:.2f}" for phase, seconds in phases.items())]
             else:
-                notes.append(f"{task['batch_size'] / median:.3g} a second")
-                notes.append(f"{median / floor_[clock]:.2f} × floor" if clock in floor_ else "")
-            lines.append(f"{f'{clock}, {name}':22} {median_text:>8}  ({'; '.join(filter(None, notes))})")
+                notes += [f"{task['batch_size'] / median:.3g} a second, {median / floor_[clock]:.2f} × floor"]
+            lines.append(f"{f'{clock}, {name}':22} {shown_seconds(median):>8}  {'; '.join(notes)}")
         if "host" in peaks:
-            held = {"host": "memory", "gpu_allocated": "GPU", "gpu_reserved": "GPU, reserved"}
-            lines.append("peaks, warm: " + ", ".join(f"{held[w]} {peaks[w]}" for w in held if w in peaks))
+            names = {"host": "memory", "gpu_allocated": "GPU", "gpu_reserved": "GPU, reserved"}
+            lines.append("peak, warm: " + ", ".join(f"{names[w]} {peaks[w]}" for w in names if w in peaks))
     if floor_:
-        rate_ = f"{floor_['flops_per_second'] / 1e9:,.0f} GFLOP/s ({floor_['product']})"
-        lines.append(f"floor: {shown_seconds(floor_['step'])} a step, {shown_seconds(floor_['image'])} an image, at {rate_}")
+        best = f"{floor_['flops_per_second'] / 1e9:,.0f} GFLOP/s ({floor_['product']})"
+        lines.append(
+            f"floor: {shown_seconds(floor_['step'])} a step, {shown_seconds(floor_['image'])} an image; {best}"
+        )
     return "\n".join(lines)

@@ -115,10 +115,7 @@ def bench(context: click.Context, **options: Any) -> None:
         request = session.fit(GenerationRequest(options["prompt"], seed=options["seed"], **request_settings(options)))
         last = request.seed + options["batch_size"] - 1
         GenerationRequest(request.prompt, seed=last)  # refused where it is out of range
-        found = measure(
-            session, request, _words(context), clocks=options["clocks"], runs=options["runs"],
-            batch_size=options["batch_size"],
-        )  # fmt: skip
+        found = measure(session, request, _words(context), options["clocks"], options["runs"], options["batch_size"])
     if json_file is not None:
         _write_json(json_file, found)
     click.echo(json.dumps(found) if options["as_json"] else report(found))

@@ -16,6 +16,7 @@ from bench.contenders import CONTENDERS, chosen
 from bench.measuring import Plan, measure
 from bench.processes import environment, python, run
 from bench.report import passed, to_markdown
+
 from ldmcli.errors import LdmError
 
 CLOCKS = ("cold", "image", "step")

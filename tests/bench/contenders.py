@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.job import Job
+
 from ldmcli.errors import UsageError, printable
 
 
@@ -74,9 +75,7 @@ def chosen(names: str) -> list[Contender]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in CONTENDERS:
-            raise UsageError(
-                f"contender {printable(repr(name))} is not known; choose from {', '.join(CONTENDERS)}."
-            )
+            raise UsageError(f"contender {printable(repr(name))} is not known; choose from {', '.join(CONTENDERS)}.")
     return [CONTENDERS[name] for name in dict.fromkeys(wanted)]
 
 

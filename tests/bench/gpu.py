@@ -33,7 +33,10 @@ class Part:
     module: str = "bench"
 
 
-_SD15, _SDXL = "--steps 50 --clock image,step --width 512 --height 512", "--clock image,step --width 1024 --height 1024"
+_SD15, _SDXL = (
+    "--steps 50 --clock image,step --width 512 --height 512",
+    "--steps 30 --clock image,step --width 1024 --height 1024",
+)
 _OWN = "ldm-eager,ldm-torch-kernels,ldm-plain,ldm-sdpa,ldm-xformers"
 PARTS = {
     "card": Part("a guided step, technique by technique", "--seconds 120", module="bench.card_check"),
@@ -45,9 +48,9 @@ PARTS = {
     "batch16": Part("SD1.5, 16 pictures at once", f"{_SD15} --batch-size 16 --profile --against diffusers", "sd15"),
     "batch64": Part("SD1.5, 64 pictures at once", f"{_SD15} --batch-size 64 --against diffusers", "sd15"),
     "throughput": Part("SD1.5, `ldm batch` under way", "--steps 50", "sd15", "bench.throughput"),
-    "sdxl": Part("SDXL, warm", f"{_SDXL} --steps 30 --runs 5 --profile --against diffusers,ldm-eager,ldm-low-vram", "sdxl"),
-    "memory": Part("SDXL 2048², decoded in strips or not", "--steps 4 --width 2048 --height 2048 --clock image --runs 2 "
-                   "--against ldm-tiled,ldm-low-vram", "sdxl"),
+    "sdxl": Part("SDXL, warm", f"{_SDXL} --runs 5 --profile --against diffusers,ldm-eager,ldm-low-vram", "sdxl"),
+    "memory": Part("SDXL 2048², decoded in strips or not", "--steps 4 --width 2048 --height 2048 --clock image "
+                   "--runs 2 --against ldm-tiled,ldm-low-vram", "sdxl"),
     "profile": Part("SD1.5, a step by kinds of work", f"{_SD15} --clock step --profile --against ldm-eager", "sd15"),
 }  # fmt: skip
 

@@ -12,7 +12,8 @@ PROMPT = "a red apple on a blue background"
 class Job:
     """A picture by DDIM, or `batch_size` pictures at once whose seeds count up from `seed`; sizes in pixels.
 
-    `model` is a path. `dtype` is fp32, fp16 or bf16; `ldm` alone resolves "auto" for it and for `device`. `settings`
+    `model` is a path; it gives sizes and guidance where they are None, and `ldm` resolves "auto", before any other is
+    asked. `settings`
     are the contender's own (contenders.py), `prepared` is the folder of the model that it converted.
     """
 
@@ -22,9 +23,9 @@ class Job:
     negative_prompt: str = ""
     seed: int = 0
     steps: int = 20
-    width: int = 512
-    height: int = 512
-    guidance_scale: float = 7.5
+    width: int | None = None
+    height: int | None = None
+    guidance_scale: float | None = None
     batch_size: int = 1
     device: str = "auto"
     dtype: str = "auto"

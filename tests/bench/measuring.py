@@ -15,7 +15,8 @@ from bench.job import Job
 from bench.ours import cold_words
 from bench.processes import ContenderError, Worker, environment, python, run
 from bench.step_profile import ENVIRONMENT as PROFILED
-from ldmcli.bench import machine, new_record, note_cold
+
+from ldmcli.bench import add, machine, new_record, note_cold
 
 NO_CACHE = "ldm --no-cache"  # its cold start keeps nothing on disk and finds nothing compiled
 _log = logging.getLogger("ldmcli.bench")
@@ -76,13 +77,10 @@ class _Run:
         self._job = Job(OURS.name, str(self._plan.model), **given)
         own = self._worker(OURS, self._job)
         facts = own.ask("greet")
-        names = ("width", "height", "guidance_scale")
-        fitted = own.ask("fit", **{name: given[name] for name in names if name in given})
         own.kill()
         del self._workers[OURS.name]
-        self._job = dataclasses.replace(
-            self._job, device=facts["device"], threads=facts["threads"], **{name: fitted[name] for name in names}
-        )
+        found = {name: facts[name] for name in ("device", "threads")} | facts["fitted"]
+        self._job = dataclasses.replace(self._job, **found)
         self._facts, self._free = facts, facts["free"] or _available_memory()
         left_out = {each.name: why for each in self._plan.against if (why := obstacle(each, self._job))}
         for name, why in left_out.items():
@@ -140,6 +138,7 @@ class _Run:
             for name, contender, job, record in self._alive(NO_CACHE):
                 with self._noting_failure(name):
                     self._cold(name, contender, job, record if i >= 0 else None)
+                if i >= 0:
                     _log.info("cold, round %d of %d: %s", i + 1, self._plan.runs, name)
 
     def time_warm(self) -> None:
@@ -156,11 +155,11 @@ class _Run:
                     # Another prompt each time: one that was seen before need not be encoded.
                     answer = worker.ask("draw", steps=steps, prompt=f"{i + 1} {job.prompt}", decode=image)
                     if image:
-                        record["samples"].setdefault("image", []).append(answer["seconds"])
+                        add(record["samples"], "image", answer["seconds"])
                     if "step" in self._plan.clocks:
-                        record["samples"].setdefault("step", []).extend(answer["steps"])
+                        add(record["samples"], "step", *answer["steps"])
                     for where, size in worker.ask("memory").items():
-                        record["peaks"].setdefault(where, []).append(size)
+                        add(record["peaks"], where, size)
                     self._release(name)
                     _log.info("warm, round %d of %d: %s %.2f s", i + 1, self._plan.runs, name, answer["seconds"])
 

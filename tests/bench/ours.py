@@ -1,33 +1,38 @@
 """This program as a contender: a Session, warm, in a process of its own."""
 
 import dataclasses
-import io
 import sys
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench import serving
 from bench.job import Job
-from bench.parity import keep
-from ldmcli.bench import StepClock, drawn, memory
+
+from ldmcli.bench import drawn
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.cpu.heap import keep_freed_memory
 from ldmcli.speed.cpu.threads import choose_threads
 
+_TYPED = (
+    "model", "negative_prompt", "seed", "steps", "width", "height", "guidance_scale", "dtype", "device", "threads",
+)  # fmt: skip
 
-class Ours:
-    """The warm session of a job: see serving.Drawing."""
+
+class Ours(serving.Serving):
+    """The warm session of a job."""
 
     def __init__(self, job: Job) -> None:
-        runtime = RuntimeSpec(device=job.device, dtype=job.dtype, threads=job.threads, **job.settings)
         keep_freed_memory()  # as the commands that draw do
-        self.job = job
+        runtime = RuntimeSpec(device=job.device, dtype=job.dtype, threads=job.threads, **job.settings)
         self.session = Session(ModelSpec(job.model), runtime)
         self.device = str(self.session.runtime.device)
+        self.threads = choose_threads(job.threads, self.session.config.unet, pictures=job.batch_size)
+        self.job = dataclasses.replace(job, device=self.device)
 
     def greet(self) -> dict[str, Any]:
+        """As others do; and what the others are given: the size and guidance of the model, if the job has none."""
         import torch
 
         import ldmcli
@@ -36,47 +41,27 @@ class Ours:
         from ldmcli.speed.policy import cpu_has_bf16
 
         tokenizers = open_model(Path(self.job.model)).tokenizers
-        config, cuda = self.session.config, self.device.startswith("cuda")
+        fitted, cuda = self.session.fit(self.requests(self.job.steps, self.job.prompt)[-1]), self.job.on_gpu
         return {
             "versions": {"ldmcli": ldmcli.__version__, "torch": torch.__version__, "python": sys.version.split()[0]},
             **self.session.runtime.to_dict(),
-            "threads": choose_threads(self.job.threads, config.unet, pictures=self.job.batch_size),
+            "threads": self.threads,
             "tokens": [list(tokenize(each, self.job.prompt).chunks[0].ids) for each in tokenizers],
             "bf16_native": cpu_has_bf16(),
+            "fitted": {name: getattr(fitted, name) for name in ("width", "height", "guidance_scale")},
             "gpu": torch.cuda.get_device_name(self.device) if cuda else None,
             "free": torch.cuda.mem_get_info(self.device)[0] if cuda else None,
         }
 
-    def fit(self, **given: Any) -> dict[str, Any]:
-        """Size and guidance of a request in which they may be left open, by the model."""
-        fitted = self.session.fit(GenerationRequest(self.job.prompt, sampler="ddim", **given))
-        return {name: getattr(fitted, name) for name in ("width", "height", "guidance_scale", "steps")}
-
-    def draw(self, steps: int, *, prompt: str, decode: bool = True) -> dict[str, Any]:
+    def pictures(self, steps: int, prompt: str, on_step: serving.OnStep, *, decode: bool) -> Iterable[Any]:
         from PIL import Image
 
-        clock, data = StepClock(self.device), io.BytesIO()
-        started = time.perf_counter()
-        for picture in drawn(self.session, self.requests(steps, prompt), clock.on_step, decode=decode):
-            Image.fromarray(picture.pixels()).save(data, "PNG")
-        return {"seconds": time.perf_counter() - started, "steps": clock.seconds(), "png": len(data.getvalue())}
+        def step(progress: Any) -> None:
+            if progress.done:
+                on_step(progress.latents)
 
-    def compare(self, steps: int, file: str, *, decode: bool = True) -> dict[str, Any]:
-        import numpy as np
-
-        latents: list[Any] = []
-
-        def on_step(progress: Any) -> None:
-            if progress.done == progress.steps:
-                latents.append(progress.latents.float().cpu().numpy().copy())
-
-        pictures = drawn(self.session, self.requests(steps, self.job.prompt), on_step, decode=decode)
-        pixels = [picture.pixels() for picture in pictures]
-        keep(file, np.concatenate(latents), np.stack(pixels) if decode else None)
-        return {}
-
-    def memory(self) -> dict[str, int]:
-        return memory(self.device)
+        found = drawn(self.session, self.requests(steps, prompt), step, decode=decode)
+        return (Image.fromarray(picture.pixels()) for picture in found) if decode else list(found)
 
     def floor(self) -> dict[str, Any]:
         """The floor under the job's times (ldmcli.bench)."""
@@ -84,10 +69,9 @@ class Ours:
 
         from ldmcli.bench import floor
 
-        job, runtime = self.job, self.session.runtime
-        torch.set_num_threads(choose_threads(job.threads, self.session.config.unet, pictures=job.batch_size))
-        return floor(self.session.config, job.width, job.height, steps=job.steps, guided=job.guided,
-                     batch_size=job.batch_size, dtype=runtime.dtype, device=runtime.device)  # fmt: skip
+        torch.set_num_threads(self.threads)
+        session, fitted = self.session, self.session.fit(self.requests(self.job.steps, self.job.prompt)[0])
+        return floor(session.config, fitted, self.job.batch_size, session.runtime.dtype, session.runtime.device)
 
     def profile(self) -> dict[str, Any]:
         """What a step spends its time on (step_profile.py)."""
@@ -107,18 +91,12 @@ class Ours:
 
 def cold_words(job: Job, output: str, *more: str) -> list[str]:
     """What is typed after `ldm` to draw the job's picture into a file, its times told."""
-    words = [f"--{name.replace('_', '-')}={getattr(job, name)}" for name in
-             ("model", "negative_prompt", "seed", "steps", "width", "height", "guidance_scale", "dtype", "device")]  # fmt: skip
-    if job.threads:
-        words.append(f"--threads={job.threads}")
-    for name, value in job.settings.items():
-        if not isinstance(value, bool):
-            words.append(f"--{name.replace('_', '-')}={value}")
-        elif name == "cuda_graph":
-            words += [] if value else ["--no-cuda-graph"]
-        else:
-            words += [f"--{name.replace('_', '-')}"] if value else []
-    return ["txt2img", *words, "--sampler=ddim", f"--output={output}", "--json", *more, "--", job.prompt]
+    fields = dataclasses.asdict(job)
+    words = {name: fields[name] for name in _TYPED} | dict(job.settings) | {"sampler": "ddim", "output": output}
+    words["no_cuda_graph"] = not words.pop("cuda_graph", True)
+    typed = {f"--{n.replace('_', '-')}": v for n, v in words.items() if v is not None and v is not False}
+    given = [name if value is True else f"{name}={value}" for name, value in typed.items()]
+    return ["txt2img", "--json", *given, *more, "--", job.prompt]
 
 
 if __name__ == "__main__":

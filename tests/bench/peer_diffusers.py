@@ -1,16 +1,15 @@
 """diffusers as a contender: the pipeline as its documentation has it, with DDIM."""
 
-import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench import serving
 from bench.job import Job
-from bench.parity import keep
-from ldmcli.bench import StepClock, memory, wait
+
+from ldmcli.bench import wait
 from ldmcli.stopwatch import Stopwatch, process_age
 
 
@@ -84,8 +83,8 @@ def tokens(pipe: Any, prompt: str) -> list[list[int]]:
     ]
 
 
-class Diffusers:
-    """The warm pipeline of a job: see serving.Drawing."""
+class Diffusers(serving.Serving):
+    """The warm pipeline of a job."""
 
     def __init__(self, job: Job) -> None:
         import torch
@@ -97,45 +96,22 @@ class Diffusers:
     def greet(self) -> dict[str, Any]:
         import importlib.metadata
 
-        import torch
-
-        modules = [each for each in self.pipe.components.values() if isinstance(each, torch.nn.Module)]
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "torch")},
             "device": self.job.device,
             "dtype": self.job.dtype,
-            "threads": torch.get_num_threads(),
-            "weights": sum(p.nbytes for module in modules for p in module.parameters()),
+            "threads": self.job.threads,
             "tokens": tokens(self.pipe, self.job.prompt),
         }
 
-    def draw(self, steps: int, *, prompt: str, decode: bool = True) -> dict[str, Any]:
-        clock = StepClock(self.job.device)
-        data = io.BytesIO()
-        started = time.perf_counter()
-        for image in self._drawn(steps, decode, lambda _: clock.tick(), prompt):
-            if decode:
-                image.save(data, "PNG")
-        return {"seconds": time.perf_counter() - started, "steps": clock.seconds(), "png": len(data.getvalue())}
-
-    def compare(self, steps: int, file: str, *, decode: bool = True) -> dict[str, Any]:
-        import numpy as np
-
-        latents: list[Any] = []
-        images = self._drawn(steps, decode, latents.append, self.job.prompt)
-        keep(file, latents[-1].float().cpu().numpy(), np.stack(images) if decode else None)
-        return {}
-
-    def memory(self) -> dict[str, int]:
-        return memory(self.job.device)
-
-    def _drawn(self, steps: int, decode: bool, on_step: Callable[[Any], object], prompt: str) -> Any:
+    def pictures(self, steps: int, prompt: str, on_step: serving.OnStep, *, decode: bool) -> Iterable[Any]:
         def after(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(tensors["latents"])
             return tensors
 
-        call = arguments(self.pipe, self.job, steps) | {"prompt": prompt}
-        return self.pipe(**call, output_type="pil" if decode else "latent", callback_on_step_end=after).images
+        call = arguments(self.pipe, self.job, steps) | {"prompt": prompt, "callback_on_step_end": after}
+        images = self.pipe(**call, output_type="pil" if decode else "latent").images
+        return images if decode else ()
 
 
 def cold(job: Job, output: str) -> dict[str, Any]:

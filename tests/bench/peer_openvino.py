@@ -4,19 +4,17 @@
 process that draws imports neither torch nor diffusers: OpenVINO at its best.
 """
 
-import io
 import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from bench import serving
 from bench.job import Job
-from bench.parity import STEPS, keep
-from ldmcli.bench import StepClock
-from ldmcli.stopwatch import Stopwatch, process_age, process_peak
+from bench.parity import STEPS
+
+from ldmcli.stopwatch import Stopwatch, process_age
 
 
 def prepare(job: Job) -> None:
@@ -75,8 +73,8 @@ def _convert(
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-class OpenVINO:
-    """The compiled networks of a job: see serving.Drawing. Whatever the prompt, the tokens are those written down."""
+class OpenVINO(serving.Serving):
+    """The compiled networks of a job. Whatever the prompt, the tokens are those written down: they take as long."""
 
     def __init__(self, job: Job) -> None:
         import numpy as np
@@ -98,40 +96,23 @@ class OpenVINO:
     def greet(self) -> dict[str, Any]:
         import openvino
 
-        size = sum(path.stat().st_size for path in Path(self.job.prepared).glob("*.bin"))
         return {
             "versions": {"openvino": openvino.__version__},
             "device": "cpu",
             "dtype": self.job.dtype,
             "threads": self.job.threads,
-            "weights": size // 2 if self.job.dtype == "bf16" else size,
             "tokens": [self.constants["ids"][-1].tolist()],
         }
 
-    def draw(self, steps: int, *, prompt: str, decode: bool = True) -> dict[str, Any]:
-        clock = StepClock("cpu")
-        data = io.BytesIO()
-        started = time.perf_counter()
-        latents = self.denoised(self.encoded(), steps, clock.tick)
-        if decode:
-            self.image(latents).save(data, "PNG")
-        return {"seconds": time.perf_counter() - started, "steps": clock.seconds(), "png": len(data.getvalue())}
-
-    def compare(self, steps: int, file: str, *, decode: bool = True) -> dict[str, Any]:
-        import numpy as np
-
-        latents = self.denoised(self.encoded(), steps, lambda: None)
-        keep(file, latents, np.asarray(self.image(latents))[None] if decode else None)
-        return {}
-
-    def memory(self) -> dict[str, int]:
-        return {"host": process_peak()}
+    def pictures(self, steps: int, prompt: str, on_step: serving.OnStep, *, decode: bool) -> Iterable[Any]:
+        latents = self.denoised(self.encoded(), steps, on_step)
+        return [self.image(latents)] if decode else []
 
     def encoded(self) -> Any:
         """What the U-Net reads of the prompts."""
         return self._run("text", self.constants["ids"])
 
-    def denoised(self, context: Any, steps: int, on_step: Callable[[], object]) -> Any:
+    def denoised(self, context: Any, steps: int, on_step: serving.OnStep) -> Any:
         """The latents after so many steps of DDIM with guidance, eta 0 (Song, Meng & Ermon 2020)."""
         import numpy as np
 
@@ -146,7 +127,7 @@ class OpenVINO:
             previous = float(levels[timestep - stride]) if timestep >= stride else float(self.constants["last"])
             denoised, noise = self._split(latents, output, level)
             latents = np.asarray(previous**0.5 * denoised + (1 - previous) ** 0.5 * noise, np.float32)
-            on_step()
+            on_step(latents)
         return latents
 
     def image(self, latents: Any) -> Any:
@@ -182,7 +163,7 @@ def cold(job: Job, output: str) -> dict[str, Any]:
     with watch.phase("text"):
         context = contender.encoded()
     with watch.phase("denoise"):
-        latents = contender.denoised(context, job.steps, lambda: watch.mark("first_step"))
+        latents = contender.denoised(context, job.steps, lambda _: watch.mark("first_step"))
     with watch.phase("vae"):
         image = contender.image(latents)
     with watch.phase("png"):

@@ -112,7 +112,9 @@ def _start(command: list[str], env: Mapping[str, str], **streams: Any) -> "subpr
 
 
 @contextlib.contextmanager
-def _killed_after(limit: float, process: "subprocess.Popen[bytes]", *, always: bool = True) -> Iterator[threading.Event]:
+def _killed_after(
+    limit: float, process: "subprocess.Popen[bytes]", *, always: bool = True
+) -> Iterator[threading.Event]:
     """Kill the process and all that it started after so many seconds; `always`: at the end of the block in any case.
     Tells whether it was overdue."""
     overdue = threading.Event()

@@ -108,7 +108,9 @@ def write_configurations(recipe: Recipe, folder: Path) -> None:
         _write_json(tokenizer / "tokenizer_config.json", about | marks)
 
 
-def _drawn(part: str, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+def _drawn(
+    part: str, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
     """Each tensor, with the mean and deviation that hand a signal of size one on as such."""
     for name, shape in shapes.items():
         numbers = torch.randn(shape, generator=generator, device=generator.device)

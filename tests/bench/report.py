@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bench import parity
-from ldmcli.bench import PHASES, shown_seconds, shown_size, spread
+
+from ldmcli.bench import PHASES, shown_seconds, shown_size
 
 Record = Mapping[str, Any]
 
@@ -62,13 +63,12 @@ def to_markdown(results: Mapping[str, Any]) -> str:
 
 def _cells(clock: str, name: str, record: Record, results: Mapping[str, Any]) -> dict[str, str]:
     samples, peaks = record["samples"], {where: max(sizes) for where, sizes in record["peaks"].items()}
-    median, ends = spread(samples[clock])
-    other = base(results)
-    cells = {"median": median, "min–max": ends, f"× {other}": ratio(results, name, other, clock)}
-    seconds = statistics.median(samples[clock])
+    seconds, other = statistics.median(samples[clock]), base(results)
+    ends = f"{shown_seconds(min(samples[clock]))}–{shown_seconds(max(samples[clock]))}"
+    cells = {"median": shown_seconds(seconds), "min–max": ends, f"× {other}": ratio(results, name, other, clock)}
     if clock == "cold":
         first = ratio(results, name, other, "first_step")
-        cells |= {"first step": spread(samples["first_step"])[0], f"first step × {other}": first}
+        cells |= {"first step": shown_seconds(statistics.median(samples["first_step"])), f"first step × {other}": first}
         cells |= {phase: f"{statistics.median(p.get(phase, 0.0) for p in record['phases']):.2f}" for phase in PHASES}
         kept = {"first step peak": "first_step", "peak": "cold"}
     else:
@@ -100,7 +100,11 @@ def _profile(profile: Mapping[str, Any], floors: Mapping[str, float]) -> Iterato
     rows = [(kind, of_kind["seconds"], f"{of_kind['calls']:.0f}") for kind, of_kind in profile["kinds"].items()]
     for kind, seconds, calls in [*rows, ("none of these", profile["idle"], ""), ("the step", profile["step"], "")]:
         share = f"{seconds / profile['step']:.1%}"
-        floor = {"floor ms": f"{floors[kind] * 1e3:.3f}", "× floor": f"{seconds / floors[kind]:.2f}"} if floors.get(kind) else {}
+        floor = (
+            {"floor ms": f"{floors[kind] * 1e3:.3f}", "× floor": f"{seconds / floors[kind]:.2f}"}
+            if floors.get(kind)
+            else {}
+        )
         yield {"work": kind, "ms": f"{seconds * 1e3:.3f}", "share": share, "calls": calls, **floor}
 
 

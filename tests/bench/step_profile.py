@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from bench.job import PROMPT
+
 from ldmcli.bench import drawn, wait
 
 if TYPE_CHECKING:
