@@ -12,7 +12,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 OUT ?= runs/bench-gpu
 SCRATCH ?= runs/bench-gpu-scratch
 
-.PHONY: help demo train evaluate bench-gpu install install-test test test-slow lint format clean
+.PHONY: help demo train evaluate bench bench-gpu install install-test test test-slow lint format clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,9 +27,13 @@ train: install ## train the embedded model again, into RUN=runs/recipe; PRESET=c
 evaluate: install ## score MODEL=weights/tiny-emoji: accuracies, Fréchet distance, diversity, into runs/evaluation
 	$(BIN)/python weights/recipe/evaluate.py $(MODEL) --out runs/evaluation $(EVALUATE)
 
-# SCRATCH keeps random weights (9 GB) and compiled code for the next call. More options: BENCH="--help".
+# More options of either: BENCH="--help".
+bench: install-test ## measure ldm beside diffusers; BENCH="--against openvino --random-weights sd15" and the like
+	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
+
+# SCRATCH keeps random weights (9 GB) and compiled code for the next call.
 bench-gpu: install-test ## measure all, or PARTS="tests sd15", on an NVIDIA GPU; tables and summary into OUT=runs/bench-gpu
-	$(BIN)/python -m ldmcli.bench.gpu --out $(OUT) --scratch $(SCRATCH) --parts "$(PARTS)" $(BENCH)
+	PYTHONPATH=tests $(BIN)/python -m bench.gpu --out $(OUT) --scratch $(SCRATCH) --parts "$(PARTS)" $(BENCH)
 
 install: $(VENV)/.installed ## make the virtual environment and install ldmcli into it
 

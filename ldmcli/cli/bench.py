@@ -1,19 +1,35 @@
-"""`ldm bench`: how long pictures take, here and by other programs."""
+"""`ldm bench`: how long pictures take here."""
 
-import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ldmcli.cli.options import expanded, json_option, option, runtime_options, verbosity_options
-from ldmcli.errors import CannotCreateError, LdmError, UsageError, printable
-from ldmcli.speed.tuning import Tuning
+from ldmcli.cli.options import (
+    expanded,
+    json_option,
+    model_options,
+    model_spec,
+    option,
+    request_options,
+    request_settings,
+    runtime_options,
+    runtime_spec,
+    verbosity_options,
+)
+from ldmcli.cli.txt2img import txt2img
+from ldmcli.errors import CannotCreateError, UsageError, printable
+from ldmcli.spec import GenerationRequest
 
 _CLOCKS = ("cold", "image", "step")
-_FAMILIES = ("sd15", "sd21", "sdxl")
+_STEPS = 20
+_PROMPT = "a red apple on a blue background"
+# Options that make bench has now, by how its argument is typed.
+_MOVED = {
+    "--against": "--against diffusers", "--random-weights": "--random-weights sd15", "--profile": "--profile",
+    "--compile-cache": "--compile-cache DIR", "--markdown": "",
+}  # fmt: skip
 
 
 class _Clocks(click.ParamType):
@@ -31,38 +47,43 @@ class _Clocks(click.ParamType):
         return tuple(name for name in _CLOCKS if name in names)
 
 
+def _moved(_context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value:
+        name = parameter.opts[0]
+        argument = f' BENCH="{_MOVED[name]}"' if _MOVED[name] else ", which prints Markdown"
+        raise UsageError(f"{name} has left `ldm bench`; in a clone of the project run make bench{argument}.")
+
+
+def _moved_options(command: click.Command) -> click.Command:
+    """Refuse what the command had, naming where it is."""
+    for name in _MOVED:
+        flag = name in ("--profile", "--markdown")
+        option(name, is_flag=flag, hidden=True, expose_value=False, is_eager=True, callback=_moved)(command)
+    for parameter in command.params:
+        if parameter.name == "steps":
+            parameter.default, parameter.help = _STEPS, "Sampling steps."
+            parameter.show_default = True
+    return command
+
+
+@_moved_options
 @click.command(short_help="Measure how long pictures take.")
-@option("-m", "--model", metavar="MODEL", help="As for `ldm txt2img`.  [default: the embedded model]")
-@option("--random-weights", type=click.Choice(_FAMILIES),
-        help="In place of a model, weights drawn at random: speed needs no download. They take 2 to 7 GB of the "
-        "temporary folder's disk (TMPDIR) until the end.")  # fmt: skip
-@option("--against", metavar="LIST", default="",
-        help="What to compare with, with commas between: diffusers, diffusers-channels-last, diffusers-bf16, "
-        "diffusers-compile, openvino; or ldm itself with one setting changed: ldm-eager (no CUDA graph), "
-        "ldm-torch-kernels, ldm-plain (neither), ldm-sdpa, ldm-xformers, ldm-compile, ldm-low-vram.")  # fmt: skip
+@model_options
+@option("--prompt", metavar="TEXT", default=_PROMPT, help="What to draw.  [default: an apple]")
+@request_options
+@option("-s", "--seed", type=int, default=0, show_default=True, help="Seed of the picture.")
 @option("--clock", "clocks", envvar="LDM_CLOCK", type=_Clocks(), metavar="LIST", default="cold,image,step",
         show_default=True, help="What to measure.")  # fmt: skip
-@option("--runs", type=click.IntRange(1, 1000), help="Rounds.  [default: 3; 5 for small models beside others]")
+@option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Rounds.")
 @option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
         help="Pictures drawn at once, by the clocks image and step.")  # fmt: skip
-@option("--profile", is_flag=True, help="Tell what one step spends its time on, by kinds of work.")
-@option("--prompt", metavar="TEXT", help="What to draw.  [default: an apple]")
-@option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show.")
-@option("-s", "--seed", type=int, default=0, show_default=True, help="Seed of the picture.")
-@option("--steps", type=int, default=20, show_default=True, help="Sampling steps, of DDIM.")
-@option("-W", "--width", type=int, help="Pixels.  [default: the model's own]")
-@option("-H", "--height", type=int, help="Pixels.  [default: the model's own]")
-@option("-g", "--guidance-scale", "--cfg-scale", type=float, help="1 is unguided.  [default: the model's own]")
 @runtime_options
 @json_option("Print one JSON object with every sample.")
 @option("--json-file", metavar="FILE", help="Write that object to FILE as well, whatever is printed.")
-@option("--markdown", is_flag=True, help="Print the tables as Markdown.")
-@option("--compile-cache", metavar="DIR",
-        help="Keep what programs compile in DIR for the next time.  [default: an empty folder, removed at the "
-        "end]")  # fmt: skip
 @verbosity_options
-def bench(**options: Any) -> None:
-    """Measure a model: pictures from a cold start and warm, single steps, memory; beside other programs with --against.
+@click.pass_context
+def bench(context: click.Context, **options: Any) -> None:
+    """Measure how long pictures take: from a cold start and warm, by phases and steps, and how much memory.
 
     \b
     cold    a new process to the PNG on disk, the page cache warm; split into phases
@@ -71,69 +92,54 @@ def bench(**options: Any) -> None:
     floor   what a step or image would take if all its convolutions and matrix products ran at
             the best rate measured in the same run
 
-    All programs draw the same picture: same weights, tokens, noise, steps and number of threads,
-    in turn, each in its own process. Each must first come near ldm's own picture in fp32; if one does
-    not, or fails, the exit code is 1.
+    Comparisons with other programs, and with this one's own techniques turned off, are run by
+    `make bench` in a clone of the project.
 
     \b
     Examples:
     ldm bench
-    ldm bench --against diffusers,diffusers-bf16
-    ldm bench --random-weights sd15 --against diffusers --clock step --dtype bf16
-    ldm bench --random-weights sd15 --against diffusers,ldm-eager --clock image,step -b 16 --profile
+    ldm bench --clock step --dtype fp32
+    ldm bench -m sd15.safetensors --clock image,step -b 4
     """
-    if options["as_json"] and options["markdown"]:
-        raise UsageError("--json and --markdown both say what to print; give one of them.")
-    if options["model"] is not None and options["random_weights"]:
-        raise UsageError("--model and --random-weights both say what to measure; give one of them.")
     if options["batch_size"] > 1 and "cold" in options["clocks"]:
         raise UsageError("a cold start draws one picture; with --batch-size give --clock image,step.")
+    if options["prompt"] == "-":
+        raise UsageError("--prompt takes the text itself, not - for standard input.")
     json_file = expanded(options["json_file"]) if options["json_file"] is not None else None
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise CannotCreateError(f"there is no folder for '{printable(str(json_file))}'; make it first.")
-    from ldmcli.bench.report import to_dict, to_markdown, to_text
-    from ldmcli.bench.run import run_bench
-
-    results = run_bench(_plan(options))
     if json_file is not None:
-        _write_json(json_file, to_dict(results))
-    if options["as_json"]:
-        click.echo(json.dumps(to_dict(results)))
-    else:
-        click.echo(to_markdown(results) if options["markdown"] else to_text(results))
-    if results.flawed:
-        sys.stdout.flush()
-        raise LdmError("a contender failed or draws something else; its times do not count.")
+        _check_json_file(json_file)
+    from ldmcli.bench import measure, report
+    from ldmcli.session import Session
+
+    with Session(model_spec(options), runtime_spec(options)) as session:
+        request = session.fit(GenerationRequest(options["prompt"], seed=options["seed"], **request_settings(options)))
+        last = request.seed + options["batch_size"] - 1
+        GenerationRequest(request.prompt, seed=last)  # refused where it is out of range
+        found = measure(session, request, _words(context), options["clocks"], options["runs"], options["batch_size"])
+    if json_file is not None:
+        _write_json(json_file, found)
+    click.echo(json.dumps(found) if options["as_json"] else report(found))
 
 
-def _plan(options: dict[str, Any]) -> Any:
-    """What the options ask for. Raises UsageError."""
-    from ldmcli.bench.contenders import chosen_peers
-    from ldmcli.bench.plan import Plan
+def _words(context: click.Context) -> list[str]:
+    """The words after `ldm txt2img` that ask for the same picture, computed in the same way."""
+    shared = {parameter.name for parameter in txt2img.params} - {"as_json", "batch_size", "no_cache"}
+    words = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name not in shared or value is None or value is False:
+            continue
+        name = max(parameter.opts, key=len)
+        text = ":".join(map(str, value)) if isinstance(value, tuple) else value
+        words.append(name if value is True else f"{name}={text}")
+    return [*words, "--", context.params["prompt"]]
 
-    peers = chosen_peers(options["against"])
-    names = (
-        "negative_prompt", "seed", "steps", "width", "height", "guidance_scale", "dtype", "device", "attention",
-        "threads", "batch_size",
-    )  # fmt: skip
-    settings = {name: options[name] for name in names} | {"tile_vae": options["vae_tiling"]}
-    settings |= dataclasses.asdict(Tuning.of(options))
-    if options["prompt"] is not None:
-        settings["prompt"] = options["prompt"]
-    family = options["random_weights"]
-    model = None if family else _located(options)
-    compile_cache = options["compile_cache"]
-    return Plan(
-        model,
-        family,
-        settings,
-        tuple(peers),
-        options["clocks"],
-        options["runs"],
-        cached=not options["no_cache"],
-        profiled=options["profile"],
-        compile_cache=expanded(compile_cache).absolute() if compile_cache is not None else None,
-    )
+
+def _check_json_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before anything is measured. Raises CannotCreateError."""
+    if not path.absolute().parent.is_dir():
+        raise CannotCreateError(f"there is no folder for '{printable(str(path))}'; make it first.")
+    # TODO: the check that the file is ours
 
 
 def _write_json(path: Path, found: dict[str, Any]) -> None:
@@ -141,9 +147,3 @@ def _write_json(path: Path, found: dict[str, Any]) -> None:
 
     with named_errors(path, "write the results"):
         path.write_text(json.dumps(found) + "\n")
-
-
-def _located(options: dict[str, Any]) -> Path:
-    from ldmcli.sources import located
-
-    return located(options["model"], options).absolute()

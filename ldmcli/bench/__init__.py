@@ -1,1 +1,0 @@
-"""What `ldm bench` measures: clocks, peers, and the floor under them."""

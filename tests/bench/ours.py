@@ -1,0 +1,103 @@
+"""This program as a contender: a Session, warm, in a process of its own."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench import serving
+from bench.job import Job
+
+from ldmcli.bench import drawn
+from ldmcli.session import Session
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.speed.cpu.heap import keep_freed_memory
+from ldmcli.speed.cpu.threads import choose_threads
+
+_TYPED = (
+    "model", "negative_prompt", "seed", "steps", "width", "height", "guidance_scale", "dtype", "device", "threads",
+)  # fmt: skip
+
+
+class Ours(serving.Serving):
+    """The warm session of a job."""
+
+    def __init__(self, job: Job) -> None:
+        keep_freed_memory()  # as the commands that draw do
+        runtime = RuntimeSpec(device=job.device, dtype=job.dtype, threads=job.threads, **job.settings)
+        self.session = Session(ModelSpec(job.model), runtime)
+        self.device = str(self.session.runtime.device)
+        self.threads = choose_threads(job.threads, self.session.config.unet, pictures=job.batch_size)
+        self.job = dataclasses.replace(job, device=self.device)
+
+    def greet(self) -> dict[str, Any]:
+        """As others do; and what the others are given: the size and guidance of the model, if the job has none."""
+        import torch
+
+        import ldmcli
+        from ldmcli.checkpoints.source import open_model
+        from ldmcli.conditioning.chunks import tokenize
+        from ldmcli.speed.policy import cpu_has_bf16
+
+        tokenizers = open_model(Path(self.job.model)).tokenizers
+        fitted, cuda = self.session.fit(self.requests(self.job.steps, self.job.prompt)[-1]), self.job.on_gpu
+        return {
+            "versions": {"ldmcli": ldmcli.__version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+            **self.session.runtime.to_dict(),
+            "threads": self.threads,
+            "tokens": [list(tokenize(each, self.job.prompt).chunks[0].ids) for each in tokenizers],
+            "bf16_native": cpu_has_bf16(),
+            "fitted": {name: getattr(fitted, name) for name in ("width", "height", "guidance_scale")},
+            "gpu": torch.cuda.get_device_name(self.device) if cuda else None,
+            "free": torch.cuda.mem_get_info(self.device)[0] if cuda else None,
+        }
+
+    def pictures(self, steps: int, prompt: str, on_step: serving.OnStep, *, decode: bool) -> Iterable[Any]:
+        from PIL import Image
+
+        def step(progress: Any) -> None:
+            if progress.done:
+                on_step(progress.latents)
+
+        found = drawn(self.session, self.requests(steps, prompt), step, decode=decode)
+        return (Image.fromarray(picture.pixels()) for picture in found) if decode else list(found)
+
+    def floor(self) -> dict[str, Any]:
+        """The floor under the job's times (ldmcli.bench)."""
+        import torch
+
+        from ldmcli.bench import floor
+
+        torch.set_num_threads(self.threads)
+        session, fitted = self.session, self.session.fit(self.requests(self.job.steps, self.job.prompt)[0])
+        return floor(session.config, fitted, self.job.batch_size, session.runtime.dtype, session.runtime.device)
+
+    def profile(self) -> dict[str, Any]:
+        """What a step spends its time on (step_profile.py)."""
+        from bench.step_profile import profile
+
+        return profile(self)
+
+    def requests(self, steps: int, prompt: str) -> list[GenerationRequest]:
+        """One request for each picture that is drawn at once."""
+        job = self.job
+        first = GenerationRequest(
+            prompt, job.negative_prompt, seed=job.seed, steps=steps, width=job.width, height=job.height,
+            guidance_scale=job.guidance_scale, sampler="ddim",
+        )  # fmt: skip
+        return [dataclasses.replace(first, seed=job.seed + i) for i in range(job.batch_size)]
+
+
+def cold_words(job: Job, output: str, *more: str) -> list[str]:
+    """What is typed after `ldm` to draw the job's picture into a file, its times told."""
+    fields = dataclasses.asdict(job)
+    words = {name: fields[name] for name in _TYPED} | dict(job.settings) | {"sampler": "ddim", "output": output}
+    words["no_cuda_graph"] = not words.pop("cuda_graph", True)
+    typed = {f"--{n.replace('_', '-')}": v for n, v in words.items() if v is not None and v is not False}
+    given = [name if value is True else f"{name}={value}" for name, value in typed.items()]
+    return ["txt2img", "--json", *given, *more, "--", job.prompt]
+
+
+if __name__ == "__main__":
+    serving.main(Ours)
