@@ -61,6 +61,12 @@ class Result:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
+def status_of(process: "subprocess.Popen[bytes]") -> int:
+    """How a process ended, as a shell tells it: 128 and the signal's number where it died of one."""
+    code = process.returncode
+    return 128 - code if code < 0 else code
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without ldm's own variables, and with `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.lstrip("_").startswith("LDM_")}

@@ -11,7 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_support import LDM, assert_refused, environment, error_sentence, ldm, pixels, start, tiny_model, until
+from cli_support import (
+    LDM,
+    assert_refused,
+    environment,
+    error_sentence,
+    ldm,
+    pixels,
+    start,
+    status_of,
+    tiny_model,
+    until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -53,7 +64,7 @@ def ended(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
     """Exit code and stderr, with no traceback in it."""
     _, err = process.communicate(timeout=60)
     assert b"Traceback" not in err
-    return process.returncode, err.decode()
+    return status_of(process), err.decode()
 
 
 # ---- signals ----
@@ -131,7 +142,7 @@ ldmcli.cli._invoke = swallow
 ldmcli.cli.main()
 """
     done = subprocess.run([sys.executable, "-c", script, str(int(number))], capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stderr
+    assert done.returncode == -number, (code, done.stderr)
     assert done.stderr.count("\n") == 1
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -167,12 +168,13 @@ class Session:
             from ldmcli.session.loading import load
             from ldmcli.speed.policy import threads
 
-            runtime = self.runtime
+            runtime, started = self.runtime, time.perf_counter()
             opened = self._settled()
             with threads(threads_for(self.runtime_spec, opened.model.config, len(first))):
                 pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
             self._unet = None
             self._drawer = Drawer(pipeline, self.runtime_spec, self._lock)
+            _log.debug("%s loaded in %.2f s: %s", self.name, time.perf_counter() - started, runtime.to_dict())
 
     def close(self) -> None:
         """Give the memory back. What was drawn stays; drawing again reads the model again."""
