@@ -109,7 +109,7 @@ class Drawer:
         return pictures
 
     def _picture(self, request: FittedRequest, arrival: Arrival, place: int) -> Picture:
-        return Picture(request, self.pipeline.runtime, arrival=arrival, place=place, redraw=self._again)
+        return Picture(request, self.pipeline.runtime, arrival, place, self._again)
 
     def _drawn(self, requests: Sequence[FittedRequest], on_step: Callable[[Progress], object]) -> Arrival:
         started, steps = time.perf_counter(), requests[0].steps
@@ -151,7 +151,7 @@ class Drawer:
             failure = LdmError("out of memory, even alone and decoded in strips; ask for a smaller picture.")
         elif not isinstance(failure, LdmError):
             failure = LdmError(f"{_told(failure)}.")
-        return Picture(request, self.pipeline.runtime, failure=failure)
+        return Picture(request, self.pipeline.runtime, failure)
 
     def _other_ways(
         self, request: FittedRequest, failure: Exception, on_step: Callable[[Progress], object]
@@ -177,7 +177,7 @@ class Drawer:
             if isinstance(found, Arrival):
                 wide = dataclasses.replace(self.pipeline.runtime, dtype=torch.float32)
                 runtime = self.pipeline.runtime if latents_finite else wide
-                return Picture(picture.request, runtime, arrival=found)
+                return Picture(picture.request, runtime, found)
             return self._rescued(picture.request, found, lambda progress: None)
 
     def _in_float32(self, picture: Picture, latents_finite: bool) -> Arrival:

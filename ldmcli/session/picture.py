@@ -61,26 +61,21 @@ class Arrival:
 
 
 class Picture:
-    """One picture, which may still be on its way.
-
-    `request` is what it was drawn from. `runtime` says how it was computed, in the words of the command line;
-    `failure` is what kept it from being drawn, if anything did.
-    """
+    """One picture, which may still be on its way. `request` is what it is drawn from."""
 
     def __init__(
         self,
         request: FittedRequest,
         runtime: "Runtime",
-        *,
-        arrival: Arrival | None = None,
+        source: Arrival | Exception,
         place: int = 0,
         redraw: "Callable[[Picture, bool], Picture] | None" = None,
-        failure: Exception | None = None,
     ) -> None:
+        """`source` brings it, at `place`, or is what kept it from being drawn. `redraw` draws it once more where its
+        numbers are not finite; it hears whether the latents' were."""
         self.request = request
-        self.failure = failure
         self._runtime = runtime
-        self._arrival, self._place = arrival, place
+        self._source, self._place = source, place
         self._redraw = redraw
         self._found: np.ndarray | None = None
         self._lock = threading.Lock()
@@ -89,36 +84,36 @@ class Picture:
         """(height, width, 3) uint8. Waits for the device; repeats in float32 what was not finite. Raises LdmError where
         the picture cannot be drawn, DeviceLostError where none can be any more."""
         with self._lock:
-            if self.failure is not None:
-                raise self.failure
             if self._found is None:
-                assert self._arrival is not None
-                found, latents_finite, image_finite = self._arrival.picture(self._place)
-                if not (latents_finite and image_finite) and self._redraw:
-                    again = self._redraw(self, latents_finite)
-                    self._runtime, self._arrival, self._place = again._runtime, again._arrival, again._place
-                    self.failure = again.failure
-                    if self.failure is not None:
-                        raise self.failure
-                    assert self._arrival is not None
-                    found, _, _ = self._arrival.picture(self._place)
-                self._found = found
+                self._found = self._finished()
             return self._found
 
     @property
     def latents(self) -> "Tensor":
-        """The latents (1, channels, height, width) that were decoded, on the device."""
-        if self._arrival is None:
-            self.pixels()
-        assert self._arrival is not None
+        """The latents (1, channels, height, width) that are decoded, on the device. Raises LdmError where there are
+        none."""
         return self._arrival.latents[self._place : self._place + 1]
 
     @property
     def seconds(self) -> float:
         """What it took; pictures that were drawn together share alike. 0 for one that failed."""
-        return self._arrival.seconds() if self._arrival else 0.0
+        return 0.0 if isinstance(self._source, Exception) else self._source.seconds()
 
     @property
     def runtime(self) -> dict[str, str]:
-        """Where and how it was computed."""
+        """Where and how it was computed, in the words of the command line."""
         return self._runtime.to_dict()
+
+    @property
+    def _arrival(self) -> Arrival:
+        if isinstance(self._source, Exception):
+            raise self._source
+        return self._source
+
+    def _finished(self) -> "np.ndarray":
+        pixels, latents_finite, image_finite = self._arrival.picture(self._place)
+        if (latents_finite and image_finite) or self._redraw is None:
+            return pixels
+        again = self._redraw(self, latents_finite)
+        self._runtime, self._source, self._place, self._redraw = again._runtime, again._source, again._place, None
+        return self._finished()

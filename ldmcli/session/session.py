@@ -118,17 +118,16 @@ class Session:
 
     def identity(self) -> dict[str, str]:
         """Name, path and SHA-256 of the weights, and what else a picture's record says of them. Waits for the hash."""
-        self.begin_hashing()
-        assert self._sha256 is not None
-        return self._opened.identity(self._sha256.result())
+        return self._opened.identity(self.begin_hashing().result())
 
-    def begin_hashing(self) -> None:
+    def begin_hashing(self) -> "Future[str]":
         """Find the weights' SHA-256 in a thread, beside whatever else is done."""
         if self._sha256 is None:
             from ldmcli.checkpoints.identity import FileHashes, model_sha256
 
             hashes = FileHashes(open_cache(enabled=self.runtime_spec.cache).hashes)
             self._sha256 = model_sha256(self._opened.model, hashes)
+        return self._sha256
 
     def draw(
         self,
@@ -161,20 +160,7 @@ class Session:
 
     def load(self, first: Sequence[FittedRequest] = ()) -> None:
         """Read the model now, unless it is there; the prompts of `first` are encoded meanwhile."""
-        with self._lock:
-            if self._drawer is not None:
-                return
-            from ldmcli.session.drawing import Drawer, threads_for
-            from ldmcli.session.loading import load
-            from ldmcli.speed.policy import threads
-
-            runtime, started = self.runtime, time.perf_counter()
-            opened = self._settled()
-            with threads(threads_for(self.runtime_spec, opened.model.config, len(first))):
-                pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
-            self._unet = None
-            self._drawer = Drawer(pipeline, self.runtime_spec, self._lock)
-            _log.debug("%s loaded in %.2f s: %s", self.name, time.perf_counter() - started, runtime.to_dict())
+        self._loaded(first)
 
     def close(self) -> None:
         """Give the memory back. What was drawn stays; drawing again reads the model again."""
@@ -191,11 +177,26 @@ class Session:
     ) -> None:
         self.close()
 
+    def _loaded(self, first: Sequence[FittedRequest]) -> "Drawer":
+        with self._lock:
+            if self._drawer is not None:
+                return self._drawer
+            from ldmcli.session.drawing import Drawer, threads_for
+            from ldmcli.session.loading import load
+            from ldmcli.speed.policy import threads
+
+            runtime, started = self.runtime, time.perf_counter()
+            opened = self._settled()
+            with threads(threads_for(self.runtime_spec, opened.model.config, len(first))):
+                pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
+            self._unet = None
+            self._drawer = Drawer(pipeline, self.runtime_spec, self._lock)
+            _log.debug("%s loaded in %.2f s: %s", self.name, time.perf_counter() - started, runtime.to_dict())
+            return self._drawer
+
     def _draw(self, batch: Sequence[FittedRequest], on_step: Callable[[Progress], object] | None) -> "list[Picture]":
         with self._lock:
-            self.load(batch)
-            assert self._drawer is not None
-            return self._drawer.draw(batch, lambda progress: self._step(progress, on_step))
+            return self._loaded(batch).draw(batch, lambda progress: self._step(progress, on_step))
 
     def _step(self, progress: Progress, on_step: Callable[[Progress], object] | None) -> None:
         if self._cancelled.is_set():

@@ -133,24 +133,23 @@ class _Deferred(types.ModuleType):
     def load(self) -> None:
         """Import it now, into this same module object."""
         with _loading:
-            if type(self) is not _Deferred:
-                return
-            self.__class__ = types.ModuleType  # type: ignore[assignment]  # from here on it is like any other
             spec = self.__spec__
-            assert spec is not None
-            assert isinstance(spec.loader, _Loader)
+            if spec is None or not isinstance(spec.loader, _Loader):
+                return  # it is
             self.__loader__ = spec.loader = spec.loader.real
             spec.loader.exec_module(self)
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__") and name != "__all__":  # what Python itself and `inspect` look for in every module
-            raise AttributeError(name)
+        pending = self.__spec__ is not None and isinstance(self.__spec__.loader, _Loader)
+        # Names of this form are what Python itself and `inspect` look for in every module.
+        if not pending or (name.startswith("__") and name != "__all__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         self.load()
         return getattr(self, name)
 
     def __dir__(self) -> list[str]:
         self.load()
-        return dir(self)
+        return list(super().__dir__())
 
 
 _loading = threading.RLock()
