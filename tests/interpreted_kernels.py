@@ -23,9 +23,15 @@ from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.speed.cuda import choice, group_norm, trial
 from ldmcli.speed.cuda.fused import fuse, kernels_work
-from ldmcli.speed.cuda.geglu import geglu, plain_geglu
-from ldmcli.speed.cuda.group_norm import group_norm_silu, part_pixels, plain_group_norm_silu
-from ldmcli.speed.cuda.residual import add_bias_residual, plain_add_bias_residual
+from ldmcli.speed.cuda.group_norm import group_norm_silu, groups_together, part_pixels, plain_group_norm_silu
+from ldmcli.speed.cuda.rows import (
+    add_and_norm,
+    add_bias_residual,
+    geglu,
+    plain_add_and_norm,
+    plain_add_bias_residual,
+    plain_geglu,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
@@ -56,7 +62,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     code = choice.code()
     assert code is not None
-    for name in ("norm_group", "channel_moments", "group_moments", "norm_map", "gate", "add_rows"):
+    for name in ("part_moments", "norm_parts", "gate", "add_rows", "add_and_norm_rows"):
         kernel = getattr(code, name)
 
         class Noted:
@@ -96,22 +102,19 @@ def check_norm(x: Tensor, groups: int, shift: Tensor | None, *, activate: bool =
     [(width, dtype) for i, width in enumerate(WIDTHS) for dtype in (DTYPES if width in (10, 40) else [DTYPES[i % 3]])],
     ids=str,
 )
-@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared"])
-def test_group_norm(
-    width: int, dtype: torch.dtype, shared: bool, monkeypatch: pytest.MonkeyPatch, launches: list[str]
-) -> None:
-    monkeypatch.setattr(group_norm, "WHOLE", 0 if shared else group_norm.WHOLE)
+def test_group_norm(width: int, dtype: torch.dtype, launches: list[str]) -> None:
     batch = 1 + width % 3 % 2
-    size = (17, 19) if width < 20 else (5, 7)  # more pixels than a block has rows, and fewer
-    x = normal(batch, 2 * width, *size, dtype=dtype) * 2 + 3
-    check_norm(x, 2, normal(batch, 2 * width, dtype=dtype, seed=4) if width % 4 else None, activate=width != 30)
-    assert launches == (["channel_moments", "group_moments", "norm_map"] if shared else ["norm_group"])
+    size = (17, 19) if width < 20 else (5, 7)  # more pixels than a block has rows, and few
+    x = normal(batch, 4 * width, *size, dtype=dtype) * 2 + 3
+    check_norm(x, 4, normal(batch, 4 * width, dtype=dtype, seed=4) if width % 4 else None, activate=width != 30)
+    assert launches == ["part_moments", "norm_parts"]
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared"])
-@pytest.mark.parametrize("kind", ["row for all", "rows apart", "one pixel", "one group", "many parts"])
-def test_odd_maps(kind: str, shared: bool, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
-    monkeypatch.setattr(group_norm, "WHOLE", 0 if shared else group_norm.WHOLE)
+@pytest.mark.parametrize(
+    "kind",
+    ["row for all", "rows apart", "one pixel", "one group", "wide groups", "odd groups", "many parts", "few parts"],
+)
+def test_odd_maps(kind: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     if kind == "row for all":
         check_norm(normal(2, 20, 3, 5), 2, normal(1, 20))
     elif kind == "rows apart":
@@ -119,17 +122,21 @@ def test_odd_maps(kind: str, shared: bool, monkeypatch: pytest.MonkeyPatch, laun
     elif kind == "one pixel":
         check_norm(normal(2, 40, 1, 1), 2, None)
     elif kind == "one group":
-        check_norm(normal(1, 70, 3, 3), 1, normal(1, 70))  # more channels than a block has columns
+        check_norm(normal(1, 70, 3, 3), 1, normal(1, 70))
+    elif kind == "wide groups":
+        check_norm(normal(1, 600, 3, 11), 2, None)  # wider than a block is meant to be
+    elif kind == "odd groups":
+        check_norm(normal(2, 3 * 100, 3, 13), 3, normal(2, 300))  # the last block has room for one more
+    elif kind == "many parts":
+        check_norm(normal(1, 12, 41, 53), 2, normal(1, 12))  # 2,173 pixels: 64 parts and more blocks, the last short
     else:
-        monkeypatch.setattr(group_norm, "_PARTS_BLOCK", group_norm._PARTS_BLOCK | {"ROWS": 2})
-        check_norm(normal(1, 12, 41, 17), 2, normal(1, 12))  # 697 pixels: 11 parts, the last of them short
+        monkeypatch.setattr(group_norm, "PROGRAMS", 3)
+        check_norm(normal(1, 12, 41, 17), 2, normal(1, 12))  # 697 pixels in 3 parts of 8 blocks, the last short
     assert launches
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared"])
-def test_a_large_mean_cancels_nothing(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_mean_cancels_nothing() -> None:
     """Sums of squares would lose all digits here; torch's own group norm of such maps does lose some."""
-    monkeypatch.setattr(group_norm, "WHOLE", 0 if shared else group_norm.WHOLE)
     x = normal(1, 20, 24, 24) + 1000
     weight, bias = torch.ones(20), torch.zeros(20)
     ours = group_norm_silu(x, 2, weight, bias, 1e-5, activate=False)
@@ -141,8 +148,28 @@ def test_parts_cover_a_map() -> None:
     for pixels in (1, 64, 65, 4096, 4097, 262144, 1 << 20):
         for others in (1, 10, 160, 5000):
             part = part_pixels(pixels, others)
-            assert part % 64 == 0
-            assert 1 <= -(-pixels // part) <= 256
+            assert part % group_norm.ROWS == 0
+            assert 1 <= -(-pixels // part) <= group_norm.PARTS
+
+
+@pytest.mark.parametrize(
+    ("width", "together"), [(4, 32), (8, 32), (10, 16), (16, 16), (20, 8), (30, 8), (80, 2), (300, 1)]
+)
+def test_a_block_has_whole_groups(width: int, together: int) -> None:
+    assert groups_together(32, width) == together
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 320), (3, 7, 40), (1, 3, 1280)], ids=str)
+def test_sum_with_its_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, launches: list[str]) -> None:
+    h, residual = (normal(*shape, dtype=dtype, seed=seed) * 2 + 1 for seed in (1, 2))
+    vectors = [normal(shape[-1], dtype=dtype, seed=seed) for seed in (3, 4, 5)]
+    values = h, vectors[0], residual, *vectors[1:]
+    plain = plain_add_and_norm(*values, 1e-5)
+    right = plain_add_and_norm(*(value.double() for value in values), 1e-5)
+    for found in zip(add_and_norm(*values, 1e-5), plain, right, strict=True):
+        no_farther(*found)
+    assert launches == ["add_and_norm_rows"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,8 +242,10 @@ def test_fused_models(kind: str, dtype: torch.dtype, launches: list[str]) -> Non
     assert not launches
     ours = run(fused, dtype)
     kinds = Counter(type(part).__name__ for part in (fused.decoder if kind == "vae" else fused).modules())
-    assert launches.count("norm_group") == kinds["FusedGroupNorm"]
+    norms = kinds["FusedGroupNorm"]
+    assert launches.count("part_moments") == launches.count("norm_parts") == norms
     assert launches.count("add_rows") == kinds["FusedResnetBlock"] + kinds["FusedSpatialTransformer"]
+    assert launches.count("add_and_norm_rows") == 2 * kinds["FusedTransformerBlock"]
     assert launches.count("gate") == kinds["FusedGEGLU"]
     right = run(plain.double(), dtype)
     bound = {torch.float32: 5e-6, torch.float16: 1.0, torch.bfloat16: 1.0}[dtype]
@@ -229,12 +258,17 @@ def test_a_check_passes() -> None:
     assert kernels_work(torch.device("cpu"), torch.float16)
 
 
-@pytest.mark.parametrize("lie", ["geglu", "add_bias_residual", "group_norm_silu"])
+@pytest.mark.parametrize("lie", ["geglu", "add_bias_residual", "group_norm_silu", "add_and_norm"])
 def test_a_kernel_that_lies_is_found(
     lie: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     true = getattr(trial, lie)
-    monkeypatch.setattr(trial, lie, lambda *values, **settings: true(*values, **settings) * 1.01)
+
+    def lying(*values: Any, **settings: Any) -> Any:
+        found = true(*values, **settings)
+        return (found[0], found[1] * 1.01) if isinstance(found, tuple) else found * 1.01
+
+    monkeypatch.setattr(trial, lie, lying)
     with caplog.at_level(logging.WARNING):
         assert not kernels_work(torch.device("cpu"), torch.float16)
     assert len(caplog.messages) == 1

@@ -23,9 +23,15 @@ from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.speed.cuda import choice
 from ldmcli.speed.cuda.fused import fuse, kernels_work
-from ldmcli.speed.cuda.geglu import geglu, plain_geglu
 from ldmcli.speed.cuda.group_norm import group_norm_silu, plain_group_norm_silu
-from ldmcli.speed.cuda.residual import add_bias_residual, plain_add_bias_residual
+from ldmcli.speed.cuda.rows import (
+    add_and_norm,
+    add_bias_residual,
+    geglu,
+    plain_add_and_norm,
+    plain_add_bias_residual,
+    plain_geglu,
+)
 
 TESTS = Path(__file__).parent
 CHANNELS_LAST = torch.channels_last
@@ -89,22 +95,32 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     code: Any = choice.code()
-    pointers = ["x", "out", "weight", "bias", "shift", "h", "residual", "residual_bias"]
-    blocks = {"norm_group": (256, 16, 16), "group_moments": (128, 32, 8), "gate": (8, 256, 4), "add_rows": (32, 64, 4)}
-    for name in ("norm_group", "channel_moments", "group_moments", "norm_map", "gate", "add_rows"):
+    pointers = ["x", "out", "weight", "bias", "shift", "h", "residual", "residual_bias", "norm_bias", "normed"]
+    norm = {"ROWS": 32, "GROUPS": 16, "COLUMNS": 256}
+    blocks = {
+        "part_moments": norm,
+        "norm_parts": norm | {"PARTS": 64},
+        "gate": {"ROWS": 8, "COLUMNS": 256},
+        "add_rows": {"ROWS": 32, "COLUMNS": 64},
+        "add_and_norm_rows": {"ROWS": 1, "COLUMNS": 2048},
+    }
+    for name, constants in blocks.items():
         kernel = getattr(code, name)
-        rows, columns, warps = blocks.get(name, (64, 64, 8))
-        constants = {"ROWS": rows, "COLUMNS": columns}
         types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32"} | dict.fromkeys(pointers, "*fp16")
-        types |= dict.fromkeys(("means", "squares", "centres", "scales"), "*fp32") | dict.fromkeys(
-            constants, "constexpr"
-        )
+        types |= dict.fromkeys(("means", "squares"), "*fp32") | dict.fromkeys(constants, "constexpr")
         signature = {argument: types[argument] for argument in kernel.arg_names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+        whole = ("channels", "block", "inner")  # multiples of 16 in real models
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, (argument, kind) in enumerate(signature.items())
+            if kind[0] == "*" or argument in whole
+        }
         source = ASTSource(kernel, signature, constants, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
         assert len(compiled.asm["cubin"]) > 1000
         assert compiled.metadata.shared < 48 << 10
+        if name in ("part_moments", "norm_parts", "add_and_norm_rows"):
+            assert "ld.global.v4.b32" in compiled.asm["ptx"] or "ld.global.v2.b32" in compiled.asm["ptx"], name
 
 
 def test_a_run_on_a_cpu_imports_no_triton() -> None:
@@ -148,6 +164,12 @@ def test_twins_are_the_plain_formulas() -> None:
     both = torch.cat([value, gate], -1).contiguous()
     assert relative(geglu(both), value * gate * 0.5 * (1 + torch.erf(gate / 2**0.5))) < 1e-6
     assert relative(add_bias_residual(x, weight, shifted, bias), x + (weight + bias)[:, None, None] + shifted) < 1e-6
+    tokens = normal(2, 5, 8)
+    total, normed = add_and_norm(tokens, weight, tokens, weight, bias, 1e-5)
+    assert relative(total, 2 * tokens + weight) < 1e-6
+    apart = total - total.mean(-1, keepdim=True)
+    variance = total.var(-1, unbiased=False, keepdim=True)
+    assert relative(normed, apart / (variance + 1e-5).sqrt() * weight + bias) < 1e-6
 
 
 @torch.inference_mode()
@@ -229,6 +251,21 @@ def test_real_maps_on_a_card(shape: tuple[int, int, int, int], dtype: torch.dtyp
 def test_real_gates_on_a_card(tokens: int, inner: int, dtype: torch.dtype) -> None:
     x = normal(2, tokens, 2 * inner, dtype=dtype, device="cuda") * 3
     no_farther(geglu(x), plain_geglu(x), plain_geglu(x.double()))
+
+
+@pytest.mark.cuda
+@needs_card
+@pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 4096, 320), (2, 1024, 640), (32, 256, 1280), (1, 3055, 320)], ids=str)
+def test_real_layer_norms_on_a_card(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    on: Any = {"dtype": dtype, "device": "cuda"}
+    h, residual = (normal(*shape, **on, seed=seed) * 2 + 1 for seed in (1, 2))
+    vectors = [normal(shape[-1], **on, seed=seed) for seed in (3, 4, 5)]
+    values = h, vectors[0], residual, *vectors[1:]
+    plain = plain_add_and_norm(*values, 1e-5)
+    right = plain_add_and_norm(*(value.double() for value in values), 1e-5)
+    for found in zip(add_and_norm(*values, 1e-5), plain, right, strict=True):
+        no_farther(*found)
 
 
 @pytest.mark.cuda

@@ -160,12 +160,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         """Attend from x (batch, tokens, channels) to what `project` gave; returns x's shape. What other pairs of keys
         and values give is added to that (Ye et al. 2023, IP-Adapter)."""
+        return self.to_out[0](self.attended(x, keys_values))
+
+    def attended(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+        """The same before the last layer."""
         query = self._split(self.to_q(x))
         key, value, *more = keys_values
         out = self.attend(query, key, value)
         for other_key, other_value in zip(more[::2], more[1::2], strict=True):
             out = out + self.attend(query, other_key, other_value)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

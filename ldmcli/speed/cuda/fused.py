@@ -1,13 +1,14 @@
 """A U-Net or VAE that computes with this program's own GPU kernels. Same numbers, but for rounding, of which there is
 less: what is fused is rounded once.
 
-Norms, SiLU and gates are one kernel each. The bias of a convolution goes into what follows it, since cuDNN adds it in a
-pass of its own. Queries, keys and values of self-attention are one product. What a kernel does not take (on a CPU, not
-channels last), torch computes by the same formula.
+Group norms with SiLU, sums with their layer norm and gates are kernels of their own. The bias of a convolution goes
+into what follows it, since cuDNN adds it in a pass of its own. Queries, keys and values of self-attention are one
+product. What a kernel does not take (on a CPU, not channels last), torch computes by the same formula.
 """
 
 import functools
 import logging
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,8 @@ from ldmcli.networks.attention import Attention, KeysValues
 from ldmcli.networks.layers import ResnetBlock
 from ldmcli.networks.transformer import GEGLU, SpatialTransformer, TransformerBlock
 from ldmcli.networks.unet import UNet
-from ldmcli.speed.cuda.geglu import geglu
 from ldmcli.speed.cuda.group_norm import group_norm_silu
-from ldmcli.speed.cuda.residual import add_bias_residual
+from ldmcli.speed.cuda.rows import add_and_norm, add_bias_residual, geglu
 from ldmcli.speed.cuda.trial import fault
 from ldmcli.speed.modules import recast, replaced
 
@@ -107,9 +107,10 @@ class JoinedAttention(Attention):
 
     to_qkv: nn.Linear
 
-    def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
+    def to_itself(self, x: Tensor) -> Tensor:
+        """What `attended` gives, for the keys and values of x."""
         query, key, value = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.to_out[0](self.attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.attend(query, key, value).transpose(1, 2).flatten(2)
 
 
 def _joined(attention: Attention) -> JoinedAttention:
@@ -127,12 +128,14 @@ def _joined(attention: Attention) -> JoinedAttention:
 
 
 class FusedTransformerBlock(TransformerBlock):
-    """A transformer block whose self-attention has one product for queries, keys and values."""
+    """A transformer block whose sums are one kernel with the layer norms that follow."""
+
+    attn1: JoinedAttention
 
     def forward(self, x: Tensor, context: KeysValues) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x, normed = _added(self.attn1, self.attn1.to_itself(self.norm1(x)), x, self.norm2)
+        x, normed = _added(self.attn2, self.attn2.attended(normed, context), x, self.norm3)
+        return x + self.ff(normed)
 
 
 class FusedSpatialTransformer(SpatialTransformer):
@@ -151,6 +154,12 @@ class FusedSpatialTransformer(SpatialTransformer):
 def _activated(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
     """SiLU of the norm of x + shift."""
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift=shift)
+
+
+def _added(attention: Attention, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x with what attention's last layer makes of h, and its norm."""
+    last = cast(nn.Linear, attention.to_out[0])
+    return add_and_norm(F.linear(h, last.weight), last.bias, x, norm.weight, norm.bias, norm.eps)
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
