@@ -88,7 +88,7 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("capability", [75, 90])
 def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a card that is not there, down to machine code, without spilling registers."""
+    """For a card that is not there, down to machine code, reading 16 bytes at a time."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -116,11 +116,11 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pyt
             if kind[0] == "*" or argument in whole
         }
         source = ASTSource(kernel, signature, constants, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        options = {"num_warps": 8 if "GROUPS" in constants else 4}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(compiled.asm["cubin"]) > 1000
         assert compiled.metadata.shared < 48 << 10
-        if name in ("part_moments", "norm_parts", "add_and_norm_rows"):
-            assert "ld.global.v4.b32" in compiled.asm["ptx"] or "ld.global.v2.b32" in compiled.asm["ptx"], name
+        assert "ld.global.v4.b32" in compiled.asm["ptx"], name
 
 
 def test_a_run_on_a_cpu_imports_no_triton() -> None:

@@ -8,7 +8,7 @@ from ldmcli.speed.cuda.choice import code, is_map, on_device_of, takes
 
 # Fixed, not tuned at run time: no process pays for trying. Pixels that a program works on at a time, and channels:
 # whole groups, as many as fit.
-ROWS, CHANNELS, WARPS = 32, 256, 4
+ROWS, CHANNELS, WARPS = 32, 256, 8
 PROGRAMS, PARTS = 1024, 64  # how many share a map, and how many parts of an image's pixels at most; a power of two
 
 
