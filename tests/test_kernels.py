@@ -22,7 +22,7 @@ from ldmcli.networks.tiling import decode_tiled
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.speed.cuda import choice
-from ldmcli.speed.cuda.fused import fuse, kernels_work
+from ldmcli.speed.cuda.fused import fuse
 from ldmcli.speed.cuda.group_norm import group_norm_silu, plain_group_norm_silu
 from ldmcli.speed.cuda.rows import (
     add_and_norm,
@@ -32,6 +32,7 @@ from ldmcli.speed.cuda.rows import (
     plain_add_bias_residual,
     plain_geglu,
 )
+from ldmcli.speed.cuda.trial import kernels_work
 
 TESTS = Path(__file__).parent
 CHANNELS_LAST = torch.channels_last
@@ -125,7 +126,8 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pyt
 
 def test_a_run_on_a_cpu_imports_no_triton() -> None:
     code = (
-        "import sys, torch; from ldmcli.speed.cuda.fused import fuse, kernels_work\n"
+        "import sys, torch; from ldmcli.speed.cuda.fused import fuse\n"
+        "from ldmcli.speed.cuda.trial import kernels_work\n"
         "from ldmcli.config import UNetConfig; from ldmcli.networks.unet import UNet\n"
         "unet = UNet(UNetConfig(block_channels=(32, 32), attention=(1, 0), heads=(1, 1), context_dim=8)).eval()\n"
         "fuse(unet); context = unet.project_context(torch.zeros(1, 3, 8))\n"

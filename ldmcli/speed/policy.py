@@ -16,7 +16,8 @@ from ldmcli.networks.attention import ATTENTIONS, NEED_CUDA, REMOVED, check_xfor
 from ldmcli.networks.unet import UNet
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.cpu.onednn import lay_out
-from ldmcli.speed.cuda.fused import fuse, in_planes, kernels_work
+from ldmcli.speed.cuda.fused import fuse, in_planes
+from ldmcli.speed.cuda.trial import kernels_work
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 USUAL = RuntimeSpec()

@@ -25,7 +25,8 @@ from ldmcli.checkpoints.load import on_meta
 from ldmcli.config import UNetConfig
 from ldmcli.networks.attention import ATTENTIONS, set_attention
 from ldmcli.networks.unet import UNet
-from ldmcli.speed.cuda.fused import fuse, kernels_work
+from ldmcli.speed.cuda.fused import fuse
+from ldmcli.speed.cuda.trial import kernels_work
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 PARTS = ("env", "kernels", "steps", "profile", "gn", "batch", "compile")

@@ -6,25 +6,19 @@ into what follows it, since cuDNN adds it in a pass of its own. Queries, keys an
 product. What a kernel does not take (on a CPU, not channels last), torch computes by the same formula.
 """
 
-import functools
-import logging
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmcli.errors import printable
 from ldmcli.networks.attention import Attention, KeysValues
 from ldmcli.networks.layers import ResnetBlock
 from ldmcli.networks.transformer import GEGLU, SpatialTransformer, TransformerBlock
 from ldmcli.networks.unet import UNet
 from ldmcli.speed.cuda.group_norm import group_norm_silu
 from ldmcli.speed.cuda.rows import add_and_norm, add_bias_residual, geglu
-from ldmcli.speed.cuda.trial import fault
 from ldmcli.speed.modules import recast, replaced
-
-_log = logging.getLogger(__name__)
 
 
 def fuse(module: nn.Module) -> nn.Module:
@@ -51,19 +45,6 @@ def in_planes(unet: UNet) -> nn.Module:
     unet.to(memory_format=torch.contiguous_format)
     first = unet.conv_in
     return replaced(unet, lambda part: recast(PlanesConv2d, part) if part is first else None)
-
-
-@functools.cache
-def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels give torch's numbers on `device` in `dtype`, tried on small tensors; if not, one logged
-    sentence says why. What it compiles, Triton keeps on disk for all later runs."""
-    try:
-        reason = fault(device, dtype)
-    except Exception as error:  # whatever a compiler or driver may raise: torch's kernels are there in any case
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    if reason:
-        _log.warning("this program's own GPU kernels cannot be used (%s); torch's are", printable(reason))
-    return not reason
 
 
 class PlanesConv2d(nn.Conv2d):

@@ -1,26 +1,42 @@
 """Whether the kernels give what torch gives, tried on small random tensors."""
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldmcli.errors import printable
+from ldmcli.speed.cuda import group_norm, rows
 from ldmcli.speed.cuda.choice import DEVICES, DTYPES, code
-from ldmcli.speed.cuda.group_norm import group_norm_silu, plain_group_norm_silu
-from ldmcli.speed.cuda.rows import (
-    add_and_norm,
-    add_bias_residual,
-    geglu,
-    plain_add_and_norm,
-    plain_add_bias_residual,
-    plain_geglu,
-)
+
+_log = logging.getLogger(__name__)
+# The kernel in its module, whose name with plain_ before it is its twin's, and what it is called with.
+TRIALS: dict[str, tuple[Any, str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]]] = {
+    "group norm": (group_norm, "group_norm_silu", lambda n: (n(2, 32, 45, 7), 2, n(32), n(32), 1e-5)),
+    "gate": (rows, "geglu", lambda n: (n(2, 9, 512),)),
+    "sum": (rows, "add_bias_residual", lambda n: (n(2, 32, 9, 8), n(32), n(2, 32, 9, 8), n(32))),
+    "layer norm": (rows, "add_and_norm", lambda n: (n(2, 9, 32), n(32), n(2, 9, 32), n(32), n(32), 1e-5)),
+}
 
 
-def fault(device: torch.device, dtype: torch.dtype) -> str:
-    """What keeps the kernels from being used on `device` in `dtype`; empty if nothing. Compiles each of them, in the
-    form that real models use, and raises whatever compiler or driver do."""
+@functools.cache
+def kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels give torch's numbers on `device` in `dtype`; if not, one logged sentence says why. What it
+    compiles, in the form that real models use, Triton keeps on disk for all later runs."""
+    try:
+        reason = _fault(device, dtype)
+    except Exception as error:  # whatever a compiler or driver may raise: torch's kernels are there in any case
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if reason:
+        _log.warning("this program's own GPU kernels cannot be used (%s); torch's are", printable(reason))
+    return not reason
+
+
+def _fault(device: torch.device, dtype: torch.dtype) -> str:
+    """What keeps the kernels from being used; empty if nothing."""
     if device.type not in DEVICES or dtype not in DTYPES:
         return f"they are not for {dtype} on {device.type}"
     if code() is None:
@@ -31,37 +47,16 @@ def fault(device: torch.device, dtype: torch.dtype) -> str:
         drawn = torch.randn(shape, generator=generator).to(device, dtype)
         return drawn.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else drawn
 
-    x, weight, bias, shift, residual = normal(2, 32, 45, 7), normal(32), normal(32), normal(2, 32), normal(2, 32, 45, 7)
-    tokens, other = normal(2, 9, 32), normal(2, 9, 32)
-    trials: dict[str, tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = {
-        "group norm": (group_norm_silu, plain_group_norm_silu, (x, 2, weight, bias, 1e-5), {"shift": shift}),
-        "gate": (geglu, plain_geglu, (normal(2, 9, 512),), {}),
-        "sum": (add_bias_residual, plain_add_bias_residual, (x, weight, residual, bias), {}),
-        "layer norm": (add_and_norm, plain_add_and_norm, (tokens, bias, other, weight, bias, 1e-5), {}),
-    }
-    for name, (kernel, twin, values, settings) in trials.items():
-        if not _agree(kernel, twin, values, settings, dtype):
+    tolerance = 2 * max(torch.finfo(dtype).eps, 1e-5)
+    for name, (module, kernel, inputs) in TRIALS.items():
+        values = inputs(normal)
+        wide = [value.float() if isinstance(value, Tensor) else value for value in values]
+        right = _all(getattr(module, f"plain_{kernel}")(*wide))
+        found = _all(getattr(module, kernel)(*values))  # may be written over the values
+        if not all(torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in zip(found, right, strict=True)):
             return f"the {name} comes out wrong in {dtype}"
     return ""
 
 
-def _agree(
-    kernel: Callable[..., Any],
-    twin: Callable[..., Any],
-    values: tuple[Any, ...],
-    settings: dict[str, Any],
-    dtype: torch.dtype,
-) -> bool:
-    """Whether the kernel gives what its twin gives in float32, but for rounding once to `dtype`."""
-    right = _all(twin(*map(_wide, values), **{name: _wide(value) for name, value in settings.items()}))
-    tolerance = 2 * max(torch.finfo(dtype).eps, 1e-5)
-    found = _all(kernel(*values, **settings))  # may be written over the values
-    return all(torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in zip(found, right, strict=True))
-
-
 def _all(results: Any) -> list[Tensor]:
     return [result.float() for result in (results if isinstance(results, tuple) else [results])]
-
-
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) else value
