@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 WIDTHS = [4, 8, 10, 16, 20, 30, 40, 60, 80]  # channels of a group: of Stable Diffusion's VAE and U-Net
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # How much farther than the plain way from what float64 gives a kernel may be: no farther, but for chance.
-SLACK = {torch.float32: 1.1, torch.float16: 1.02, torch.bfloat16: 2.1}
+SLACK = {torch.float32: 1.1, torch.float16: 1.1, torch.bfloat16: 2.1}
 ROUNDING = {torch.float32: 5e-7, torch.float16: 3e-4, torch.bfloat16: 4e-3}
 UNET = UNetConfig(
     block_channels=(20, 40), layers_per_block=1, attention=(1, 0), heads=(2, 2), context_dim=16, norm_groups=2

@@ -73,7 +73,7 @@ def _strips(height: int, per_row: int) -> list[tuple[int, int, slice, slice]]:
     that hold these and one more on either side, for a 3×3 convolution; where in those the strip is.
 
     Beyond the edges of the map there are no rows: there the convolution's own zeros are right. The rows are as many for
-    each strip: a layer laid out for one shape (runtime/onednn.py) is then laid out once.
+    each strip: a layer laid out for one shape (speed/cpu/onednn.py) is then laid out once.
     """
     most = max(ROWS, STRIP // per_row)
     count = math.ceil(height / most)

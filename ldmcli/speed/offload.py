@@ -50,9 +50,10 @@ class Stage:
 
     def add(self, part: nn.Module) -> None:
         """Know of a part that is at `home`. Raises LdmError for one that is larger than a narrow device."""
-        size = sum(tensor.nbytes for tensor in [*part.parameters(), *part.buffers()])
-        if self.narrow and self._room is not None and size > self._room:
-            raise self._too_large(part, size, f"has {_gib(self._room)}")
+        if self.narrow and self._room is not None:
+            size = sum(tensor.nbytes for tensor in [*part.parameters(), *part.buffers()])
+            if size > self._room:
+                raise self._too_large(part, size, f"has {_gib(self._room)}")
         self._parts[part] = None
 
     def make_narrow(self) -> None:
@@ -81,9 +82,10 @@ class Stage:
     def clear(self) -> None:
         """Send home the part on a narrow device. Number types are to be changed there."""
         part, self.present = self.present, None
-        packed = self._parts[part] if part is not None else None
-        if part is None or packed is None:
+        if part is None:
             return
+        packed = self._parts[part]
+        assert packed is not None
         if packed.holds(part, packed.away):
             packed.place(part, packed.pieces)
         else:  # it was converted meanwhile
@@ -167,7 +169,12 @@ def _replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 def _tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers in the order of `_replace`. Layers are made plain by this."""
     found: list[Tensor] = []
-    _replace(module, lambda tensor: (found.append(tensor.detach()), tensor)[1])  # type: ignore[func-returns-value]
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor.detach())
+        return tensor
+
+    _replace(module, note)
     return found
 
 

@@ -183,7 +183,7 @@ def test_other_dimensions(name: str, settings: dict[str, Any], tmp_path: Path, o
 def test_layers_wide_enough_for_fewer_multiplications(
     tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """runtime/winograd.py computes what large maps of many channels go through, doubled or not."""
+    """speed/cpu/winograd.py computes what large maps of many channels go through, doubled or not."""
     reference = random_pipeline(
         unet={
             "block_out_channels": (96, 128),

@@ -45,12 +45,11 @@ _log = logging.getLogger(__name__)
 
 
 class Recording(Protocol):
-    """What was recorded. `output` holds the result of the last replay, until the next."""
+    """What was recorded; `replay` does it again with what is now in the tensors that it read, into `output`."""
 
     output: Tensor
 
-    def replay(self) -> None:
-        """Do it again, with what is now in the tensors that it read."""
+    def replay(self) -> None: ...
 
 
 class Recorder(Protocol):
