@@ -21,8 +21,8 @@ from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import ManifestWriter
 from ldmcli.batch.pictures import picture_path
 from ldmcli.gallery.html import MARK, visible
+from ldmcli.images.encode import encode_png
 from ldmcli.images.metadata import text_chunks
-from ldmcli.images.png import encode_png
 from ldmcli.spec import GenerationRequest
 
 OWNED = "document.title='owned'"

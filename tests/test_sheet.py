@@ -8,9 +8,9 @@ import pytest
 from cli_support import pixels
 
 from ldmcli.errors import CannotCreateError, UsageError
-from ldmcli.gallery.pages import sheet
+from ldmcli.gallery import sheet
 from ldmcli.gallery.sheet import Sheet, SheetPicture, wrapped, write_sheet
-from ldmcli.images.png import encode_png
+from ldmcli.images.encode import encode_png
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 160, 60), (30, 60, 220)
 

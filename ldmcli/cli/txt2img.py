@@ -147,7 +147,7 @@ class _Written:
 
     def _write(self, picture: "Picture") -> None:
         from ldmcli.images.metadata import text_chunks
-        from ldmcli.images.png import encode_png
+        from ldmcli.images.encode import encode_png
 
         pixels = picture.pixels()
         identity = self._session.identity()
