@@ -268,14 +268,13 @@ def test_folders_that_cannot_take_a_picture_are_found_before_the_model_loads(tmp
 
 
 def test_the_output_folder_goes_away_while_drawing(tmp_path: Path) -> None:
+    """What is drawn is not lost."""
     folder = tmp_path / "out"
     process = drawing(folder, "--steps", "1")
     shutil.rmtree(folder)
     feed(process, 1)
-    status, err = ended(process)
-    assert status == 73
-    assert "No such file" in error_sentence(err)
-    assert not folder.exists()
+    assert ended(process) == (0, "")
+    pixels(folder / "ldm-1.png")
 
 
 def test_two_runs_in_one_folder_keep_each_others_pictures(tmp_path: Path) -> None:

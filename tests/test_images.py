@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from ldmcli.disk.writing import prepare_folder, write_exact, write_new
+from ldmcli.disk.writing import check_may_write, prepare_folder, write_exact, write_new
 from ldmcli.errors import BadDataError, CannotCreateError, LdmError, MissingInputError, StorageError
 from ldmcli.images.encode import encode_png
 from ldmcli.images.metadata import infotext, read_parameters, read_record, text_chunks
@@ -555,12 +555,35 @@ def test_folders_that_cannot_be(tmp_path: Path, end: str) -> None:
         prepare_folder(tmp_path / end)
 
 
-def test_folders_in_proc_and_missing_folders_are_refused(tmp_path: Path) -> None:
+def test_folders_in_proc_are_refused() -> None:
     if Path("/proc/self").exists():
         with pytest.raises(CannotCreateError):
             prepare_folder(Path("/proc/pictures"))
-    with pytest.raises(CannotCreateError, match="No such file"):
-        write_new(tmp_path / "gone", "a", b"x", overwrite=False)
+
+
+def test_a_folder_that_has_gone_is_made_anew(tmp_path: Path) -> None:
+    assert write_new(tmp_path / "gone" / "too", "a", b"x", overwrite=False).read_bytes() == b"x"
+    assert write_exact(tmp_path / "gone" / "a.png", b"x", overwrite=True).read_bytes() == b"x"
+
+
+def test_only_new_and_own_files_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "sheet.png"
+    check_may_write(path, b"our mark", "sheet")
+    assert os.listdir(path.parent) == []
+    path.write_bytes(b"by our mark known")
+    check_may_write(path, b"our mark", "sheet")
+    path.write_bytes(b" " * 5000 + b"our mark")
+    others = [path, tmp_path / "prompts.txt", tmp_path / "folder", tmp_path / "fifo", tmp_path / "dangling"]
+    others[1].write_text("a prompt")
+    others[2].mkdir()
+    os.mkfifo(others[3])
+    os.symlink("nowhere", others[4])
+    for other in others:
+        with pytest.raises(CannotCreateError, match="is there already and is no sheet"):
+            check_may_write(other, b"our mark", "sheet")
+    for never in (path / "below.png", tmp_path / ("n" * 300)):
+        with pytest.raises(CannotCreateError):
+            check_may_write(never, b"our mark", "sheet")
 
 
 Write = Callable[..., Path]
@@ -572,7 +595,6 @@ WRITERS: list[Write] = [
 
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("call", ["write", "fsync"])
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
@@ -588,7 +610,6 @@ def test_a_fault_leaves_the_folder_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     write: Write,
     overwrite: bool,
-    call: str,
     fault: BaseException,
     expected: type[BaseException],
 ) -> None:
@@ -600,7 +621,7 @@ def test_a_fault_leaves_the_folder_as_it_was(
     def fail(*_: object) -> int:
         raise fault
 
-    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(expected):
         write(tmp_path, overwrite)
     monkeypatch.undo()
@@ -608,7 +629,7 @@ def test_a_fault_leaves_the_folder_as_it_was(
     assert all((tmp_path / name).read_bytes() == b"old" for name in before)
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES, errno.EIO])
 def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def no_link(*_: object) -> None:
         raise OSError(number, "no hard links here")
@@ -706,7 +727,7 @@ def test_a_read_only_folder_cannot_be_prepared(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from ldmcli.errors import CannotCreateError
-        from ldmcli.disk.writing import prepare_folder, write_new
+        from ldmcli.disk.writing import check_may_write, prepare_folder, write_new
         for act in (prepare_folder, lambda folder: write_new(folder, "a", b"x", overwrite=True)):
             try:
                 act(Path(sys.argv[1]))
