@@ -480,6 +480,18 @@ def test_info_of_models(tmp_path: Path) -> None:
     )
 
 
+def test_info_of_several_files_tells_all_that_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    files = [tiny_model(), tmp_path / "broken.png", tmp_path / "gone.png", tiny_single_file()]
+    result = ldm("info", *files)
+    assert result.code == 65
+    told = result.out.decode().splitlines()
+    assert [line for line in told if not line.startswith("  ")] == [f"{files[0]}:", f"{files[3]}:"]
+    assert [line[: len("ldm: error: ")] for line in result.err.splitlines()] == ["ldm: error: "] * 2
+    facts = ldm("info", "--json", *files).records
+    assert [(one["path"], one["kind"]) for one in facts] == [(str(files[0]), "model"), (str(files[3]), "model")]
+
+
 @pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded model is not in this checkout")
 def test_the_embedded_model_by_default(tmp_path: Path) -> None:
     result = ldm("txt2img", "a red apple", "-s", "1", "--steps", "5", cwd=tmp_path)

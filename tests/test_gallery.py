@@ -246,6 +246,12 @@ def test_nothing_to_show(tmp_path: Path) -> None:
     assert "0 pictures" in Reader(tmp_path / "run" / "index.html").text
 
 
+def test_the_variable_for_where_pictures_go_is_not_for_pages(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ["a"])
+    assert ldm("gallery", run, env={"LDM_OUTPUT": str(tmp_path / "pictures")}).out == os.fsencode(run / "index.html\n")
+    assert not (tmp_path / "pictures").exists()
+
+
 def test_help_and_pages_need_no_torch(tmp_path: Path) -> None:
     import sys
 

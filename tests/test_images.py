@@ -567,11 +567,10 @@ def test_a_folder_that_has_gone_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_only_new_and_own_files_are_written(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "sheet.png"
-    check_may_write(path, b"our mark", "sheet")
-    assert os.listdir(path.parent) == []
+    path = tmp_path / "sheet.png"
+    check_may_write(path, b"our mark", "sheet", "--sheet")
     path.write_bytes(b"by our mark known")
-    check_may_write(path, b"our mark", "sheet")
+    check_may_write(path, b"our mark", "sheet", "--sheet")
     path.write_bytes(b" " * 5000 + b"our mark")
     others = [path, tmp_path / "prompts.txt", tmp_path / "folder", tmp_path / "fifo", tmp_path / "dangling"]
     others[1].write_text("a prompt")
@@ -580,10 +579,10 @@ def test_only_new_and_own_files_are_written(tmp_path: Path) -> None:
     os.symlink("nowhere", others[4])
     for other in others:
         with pytest.raises(CannotCreateError, match="is there already and is no sheet"):
-            check_may_write(other, b"our mark", "sheet")
+            check_may_write(other, b"our mark", "sheet", "--sheet")
     for never in (path / "below.png", tmp_path / ("n" * 300)):
         with pytest.raises(CannotCreateError):
-            check_may_write(never, b"our mark", "sheet")
+            check_may_write(never, b"our mark", "sheet", "--sheet")
 
 
 Write = Callable[..., Path]

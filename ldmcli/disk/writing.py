@@ -61,17 +61,15 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
         raise CannotCreateError(f"{shown(path)} is not a regular file and is not replaced.")
 
 
-def check_may_write(path: Path, marker: bytes, what: str) -> None:
-    """Raise CannotCreateError unless `path` can be written and is new or ours: has `marker` near its start, as each
-    `what` that this program writes. Makes the folder. To be called before hours of drawing, and again before writing.
-    """
-    prepare_folder(path.parent)
+def check_may_write(path: Path, marker: bytes, what: str, option: str) -> None:
+    """Raise CannotCreateError unless `path` is new or ours: has `marker` near its start, as each `what` that this
+    program writes. `option` names the file. To be called before hours of drawing, and again before writing."""
     try:
         check_replaceable(path, overwrite=False)
     except CannotCreateError:
         if not is_marked(path, marker):
             raise CannotCreateError(
-                f"{shown(path)} is there already and is no {what} of ldm's; move it away or choose another name."
+                f"{shown(path)} is there already and is no {what} of ldm's; move it away or choose another {option}."
             ) from None
 
 
