@@ -5,7 +5,6 @@ once. A folder that others own or can write to is left alone.
 """
 
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
@@ -67,18 +66,14 @@ class EntryStore:
         self._folder = folder
         self._max_entries = max_entries
 
-    @property
-    def enabled(self) -> bool:
-        """Whether it may hold or keep anything, as far as is known."""
-        return self._folder is not None
-
     def read(self, name: str) -> bytes | None:
         """The entry `name`; None where there is none."""
-        if self._folder is None:
+        folder = self._folder
+        if folder is None:
             return None
-        path = self._folder / name
+        path = folder / name
         try:
-            check_private(self._folder)
+            check_private(folder)
             return path.read_bytes() if path.is_file() and path.stat().st_size <= _MAX_BYTES else None
         except FileNotFoundError:
             return None
@@ -88,20 +83,15 @@ class EntryStore:
 
     def write(self, name: str, payload: bytes) -> None:
         """Keep `payload`, a few kilobytes, as the entry `name`, in place of what it was."""
-        if self._folder is None:
+        folder = self._folder
+        if folder is None:
             return
         try:
-            make_private(self._folder)
-            write_exact(self._folder / name, payload, overwrite=True)
-            self._drop_oldest(self._folder)
+            make_private(folder)
+            write_exact(folder / name, payload, overwrite=True)
+            self._drop_oldest(folder)
         except (OSError, LdmError) as error:
             self._give_up(error)
-
-    def remove(self, name: str) -> None:
-        """Forget the entry `name`, which is not what it should be."""
-        if self._folder is not None:
-            with contextlib.suppress(OSError):
-                (self._folder / name).unlink()
 
     def _drop_oldest(self, folder: Path) -> None:
         """Remove what was written first beyond the limit, what killed processes left half written among it."""
@@ -125,16 +115,3 @@ def hash_store(*, enabled: bool = True) -> EntryStore:
     keeps nothing."""
     folder = cache_folder() if enabled else None
     return EntryStore(folder and folder / "hashes")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """The stores of the cache: hashes of weight files; `prompts` holds nothing."""
-
-    prompts: EntryStore
-    hashes: EntryStore
-
-
-def open_cache(*, enabled: bool = True) -> Cache:
-    """As `hash_store`, for those who look for encoded prompts too."""
-    return Cache(EntryStore(None), hash_store(enabled=enabled))
