@@ -267,6 +267,28 @@ def test_folders_that_cannot_take_a_picture_are_found_before_the_model_loads(tmp
         assert_refused(ldm(*common, frozen / "one.png"), 73, "frozen", seconds=10)
 
 
+def test_without_a_home_or_an_account(tmp_path: Path) -> None:
+    code = """
+import os, pwd
+def unknown(_):
+    raise KeyError
+pwd.getpwuid = unknown
+os.environ.pop("HOME", None)
+os.environ.pop("XDG_CACHE_HOME", None)
+from ldmcli.cli import main
+main()
+"""
+    program = [sys.executable, "-c", code]
+    pixels(*ldm("txt2img", "-m", tiny_model(), "x", "-s", "1", "--steps", "1", "-o", tmp_path, program=program).paths)
+
+
+def test_a_name_that_ends_in_a_slash_is_a_folder(tmp_path: Path) -> None:
+    common = ("txt2img", "-m", tiny_model(), "x", "-s", "1", "--steps", "1", "-o")
+    assert ldm(*common, f"{tmp_path}/x.png/").paths == [tmp_path / "x.png" / "ldm-1.png"]
+    (tmp_path / "y.png").touch()
+    assert_refused(ldm(*common, f"{tmp_path}/y.png/"), 73, "not a folder")
+
+
 def test_the_output_folder_goes_away_while_drawing(tmp_path: Path) -> None:
     """What is drawn is not lost."""
     folder = tmp_path / "out"
