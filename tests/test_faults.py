@@ -282,6 +282,14 @@ main()
     pixels(*ldm("txt2img", "-m", tiny_model(), "x", "-s", "1", "--steps", "1", "-o", tmp_path, program=program).paths)
 
 
+def test_a_working_folder_that_is_gone_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    program = ["/bin/sh", "-c", 'rmdir "$PWD" && exec "$@"', "-", *LDM]
+    result = ldm("txt2img", "-m", tiny_model(), "x", "-o", tmp_path / "out", program=program, cwd=tmp_path / "gone")
+    assert_refused(result, 66, "working folder is gone")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_name_that_ends_in_a_slash_is_a_folder(tmp_path: Path) -> None:
     common = ("txt2img", "-m", tiny_model(), "x", "-s", "1", "--steps", "1", "-o")
     assert ldm(*common, f"{tmp_path}/x.png/").paths == [tmp_path / "x.png" / "ldm-1.png"]
