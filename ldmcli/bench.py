@@ -119,7 +119,7 @@ def time_warm(
     session: "Session", request: "FittedRequest", record: dict[str, Any], clocks: Sequence[str], runs: int, batch: int
 ) -> None:
     """Note the times of images, each a batch from prompt to PNG data, and of their steps, in this process."""
-    from ldmcli.images.png import encode_png
+    from ldmcli.images.encode import encode_png
     from ldmcli.speed.cpu.heap import keep_freed_memory
 
     keep_freed_memory()  # as the commands that draw do

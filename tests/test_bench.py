@@ -82,6 +82,15 @@ def test_a_report_for_a_terminal(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["task"]["width"] == 16
 
 
+def test_a_report_replaces_reports_alone(tmp_path: Path) -> None:
+    common = ("--runs", "1", "--steps", "1", "--clock", "step", "-m", tiny_model(), "--json-file")
+    for _ in range(2):
+        assert bench(*common, tmp_path / "found.json").code == 0
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a pear"}\n')
+    assert_refused(bench(*common, tmp_path / "prompts.jsonl"), 73, "no result of ldm bench", "--json-file")
+    assert (tmp_path / "prompts.jsonl").read_text() == '{"prompt": "a pear"}\n'
+
+
 def test_a_steps_decoder_is_left_alone() -> None:
     with Session(ModelSpec(str(tiny_model())), RuntimeSpec(device="cpu", dtype="fp32", threads=1)) as session:
         requests = [GenerationRequest("a pear", steps=3, seed=seed) for seed in (1, 2)]

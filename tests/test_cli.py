@@ -292,7 +292,8 @@ def test_every_option_has_its_variable() -> None:
         command = cli.get_command(context, name)
         assert command
         for parameter in command.params:
-            if isinstance(parameter, click.Option) and parameter.name != "help":
+            of_pages = (name, parameter.name) == ("gallery", "output")  # LDM_OUTPUT is where pictures go
+            if isinstance(parameter, click.Option) and parameter.name != "help" and not of_pages:
                 plain = max(parameter.opts, key=len).lstrip("-").replace("-", "_").upper()
                 wanted = "LDM_GUIDANCE_SCALE" if plain == "CFG_SCALE" else f"LDM_{plain}"
                 assert parameter.envvar in (wanted, "LDM_GUIDANCE_SCALE"), f"{name} {parameter.name}"
@@ -478,6 +479,18 @@ def test_info_of_models(tmp_path: Path) -> None:
     assert ldm("info", "--json", tiny_model() / "vae" / "diffusion_pytorch_model.safetensors").records[0]["is"] == (
         "VAE only"
     )
+
+
+def test_info_of_several_files_tells_all_that_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    files = [tiny_model(), tmp_path / "broken.png", tmp_path / "gone.png", tiny_single_file()]
+    result = ldm("info", *files)
+    assert result.code == 65
+    told = result.out.decode().splitlines()
+    assert [line for line in told if not line.startswith("  ")] == [f"{files[0]}:", f"{files[3]}:"]
+    assert [line[: len("ldm: error: ")] for line in result.err.splitlines()] == ["ldm: error: "] * 2
+    facts = ldm("info", "--json", *files).records
+    assert [(one["path"], one["kind"]) for one in facts] == [(str(files[0]), "model"), (str(files[3]), "model")]
 
 
 @pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded model is not in this checkout")

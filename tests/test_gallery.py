@@ -21,8 +21,8 @@ from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import ManifestWriter
 from ldmcli.batch.pictures import picture_path
 from ldmcli.gallery.html import MARK, visible
+from ldmcli.images.encode import encode_png
 from ldmcli.images.metadata import text_chunks
-from ldmcli.images.png import encode_png
 from ldmcli.spec import GenerationRequest
 
 OWNED = "document.title='owned'"
@@ -244,6 +244,12 @@ def test_nothing_to_show(tmp_path: Path) -> None:
     result = ldm("gallery", tmp_path / "run")
     assert (result.code, result.err) == (0, "ldm: pictures: 0; failed: 0; pages: 1\n")
     assert "0 pictures" in Reader(tmp_path / "run" / "index.html").text
+
+
+def test_the_variable_for_where_pictures_go_is_not_for_pages(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ["a"])
+    assert ldm("gallery", run, env={"LDM_OUTPUT": str(tmp_path / "pictures")}).out == os.fsencode(run / "index.html\n")
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_help_and_pages_need_no_torch(tmp_path: Path) -> None:

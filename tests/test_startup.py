@@ -287,38 +287,6 @@ def test_the_command_line_sets_the_threads(tmp_path: Path) -> None:
     assert python(code, *DRAW, "-o", picture, "--overwrite", OMP_NUM_THREADS="4") == 1
 
 
-def test_a_prompt_seen_before_needs_no_text_encoder(tmp_path: Path) -> None:
-    """Not even its file is read; the picture is the same. --no-cache reads it, and leaves nothing behind."""
-    code = """
-        import json, sys
-        import ldmcli.pipeline
-        from ldmcli.cli import run
-        calls = []
-        load = ldmcli.pipeline.load_text_encoder
-        ldmcli.pipeline.load_text_encoder = lambda *a: (calls.append(1), load(*a))[1]
-        assert run(sys.argv[1:]) == 0
-        print(json.dumps(len(calls)))
-    """
-
-    def reads(name: str, *more: str, prompt: str = "a star") -> int:
-        arguments = ("txt2img", prompt, "--seed", "3", "--steps", "2", "-o", str(tmp_path / name), *more)
-        return python(code, *arguments, XDG_CACHE_HOME=str(tmp_path / "cache"))
-
-    assert reads("none.png", "--no-cache") == 1
-    assert not (tmp_path / "cache").exists()
-    assert reads("first.png") == 1
-    assert reads("again.png") == 0
-    assert reads("other.png", prompt="a moon") == 1  # its negative prompt alone was seen
-    assert reads("cut.png", "-n", "a moon") == 0
-    pictures = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("none", "first", "again", "other", "cut")}
-    assert pictures["none"] == pictures["first"] == pictures["again"]
-    assert len(set(pictures.values())) == 3
-    for entry in (tmp_path / "cache" / "ldmcli" / "prompts").iterdir():
-        entry.write_bytes(b"damaged")
-    assert reads("damaged.png") == 1
-    assert (tmp_path / "damaged.png").read_bytes() == pictures["first"]
-
-
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """Pieces as a U-Net's step asks for: the kernel gives them once. Larger ones, a VAE's, go back at once."""
     code = """

@@ -10,8 +10,8 @@ from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
 from ldmcli.errors import LdmError, TryAgainError, printable
+from ldmcli.images.encode import encode_png
 from ldmcli.images.metadata import text_chunks
-from ldmcli.images.png import encode_png
 from ldmcli.session import Session
 from ldmcli.session.picture import Picture
 

@@ -13,7 +13,7 @@ from typing import TextIO
 import click
 
 from ldmcli import __version__
-from ldmcli.errors import LdmError, StorageError, printable
+from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.speed.cpu.threads import yield_cores
 from ldmcli.speed.memory import is_out_of_memory
 
@@ -62,6 +62,10 @@ def cli() -> None:
 
     Results go to standard output, everything else to standard error.
     """
+    try:
+        os.getcwd()
+    except OSError:  # without it MKL ends the process at its first product, in the middle of a picture
+        raise MissingInputError("the working folder is gone; change to one that is there and run again.") from None
 
 
 def main() -> None:

@@ -136,14 +136,15 @@ def _words(context: click.Context) -> list[str]:
 
 
 def _check_json_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before anything is measured. Raises CannotCreateError."""
+    """Refuse a file that may not be written, before anything is measured. Raises CannotCreateError."""
+    from ldmcli.disk.writing import check_may_write
+
     if not path.absolute().parent.is_dir():
         raise CannotCreateError(f"there is no folder for '{printable(str(path))}'; make it first.")
-    # TODO: the check that the file is ours
+    check_may_write(path, b'"ldmcli": "', "result of ldm bench", "--json-file")
 
 
 def _write_json(path: Path, found: dict[str, Any]) -> None:
-    from ldmcli.disk.writing import named_errors
+    from ldmcli.disk.writing import write_exact
 
-    with named_errors(path, "write the results"):
-        path.write_text(json.dumps(found) + "\n")
+    write_exact(path, json.dumps(found).encode("ascii") + b"\n", overwrite=True)

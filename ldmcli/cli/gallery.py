@@ -13,7 +13,9 @@ _log = logging.getLogger(__name__)
 
 @click.command(short_help="Write HTML pages that show a folder of pictures.")
 @click.argument("folder", metavar="DIR")
-@option("-o", "--output", metavar="FILE", help="The first page; the others stand beside it.  [default: DIR/index.html]")
+@click.option(
+    "-o", "--output", metavar="FILE", help="The first page; the others stand beside it.  [default: DIR/index.html]"
+)
 @option("--page-size", type=click.IntRange(1, 5000), default=200, show_default=True, help="Pictures on a page.")
 @json_option("Report a JSON object instead of the path.")
 @verbosity_options

@@ -1,37 +1,53 @@
-"""`ldm info`: what a picture or a weight file holds, from its headers."""
+"""`ldm info`: what pictures and weight files hold, from their headers."""
 
 import json
+import logging
 from typing import Any
 
 import click
 
 from ldmcli.cli.options import expanded, json_option, option, verbosity_options
+from ldmcli.errors import LdmError, printable
+
+_log = logging.getLogger(__name__)
 
 
-@click.command(short_help="Tell what a picture or a model file is.")
-@click.argument("file", metavar="FILE")
+@click.command(short_help="Tell what pictures and model files are.")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @option("--allow-pickle", is_flag=True, help="Look into .ckpt, .pt and .bin files too, for plain tensors alone.")
-@json_option("Print one JSON object.")
+@json_option("Print one JSON object a file.")
 @verbosity_options
-def info(file: str, allow_pickle: bool, as_json: bool) -> None:
-    """Tell what FILE is: the request a PNG holds; or a model's family, parts and dimensions.
+@click.pass_context
+def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
+    """Tell what each FILE is: the request a PNG holds; or a model's family, parts and dimensions.
 
-    Only headers are read, so this is quick for files of any size.
+    Only headers are read, so this is quick for files of any size. Where a file cannot be read, the others are told all
+    the same, and the exit code is that of the first that could not.
     """
     from ldmcli.checkpoints.inspection import inspect
 
-    facts = inspect(expanded(file), allow_pickle=allow_pickle)
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for line in _lines(facts):
-        click.echo(line)
+    codes = []
+    for file in files:
+        try:
+            facts = inspect(expanded(file), allow_pickle=allow_pickle)
+        except LdmError as error:
+            if len(files) == 1:
+                raise
+            _log.error("%s", error)
+            codes.append(error.exit_code)
+            continue
+        if as_json:
+            click.echo(json.dumps({"path": file, **facts} if len(files) > 1 else facts))
+            continue
+        if len(files) > 1:
+            click.echo(f"{printable(file, 4096)}:")
+        for line in _lines(facts, "  " if len(files) > 1 else ""):
+            click.echo(line)
+    context.exit(codes[0] if codes else 0)
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     """Nested facts as aligned `name: value` lines, safe to print."""
-    from ldmcli.errors import printable
-
     lines = []
     for name, value in facts.items():
         if value is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ldmcli.cli.terminal import write_result
 from ldmcli.disk.writing import check_replaceable, prepare_folder, write_exact, write_new
-from ldmcli.errors import CannotCreateError, UsageError, printable
+from ldmcli.errors import UsageError, printable
 
 STDOUT = "-"
 _OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}
@@ -46,7 +46,8 @@ class Output:
 
 
 def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) -> Output:
-    """Check a place before anything is loaded: `-`, a path ending in .png, or a folder, which is made if need be.
+    """Check a place before anything is loaded: `-`, a path ending in .png, or a folder, as anything ending in / is,
+    which is made if need be.
 
     Raises UsageError or CannotCreateError.
     """
@@ -59,7 +60,7 @@ def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) 
                 "-o - writes PNG data, and standard output is a terminal; redirect it to a file or a pipe."
             )
         return Output(None, True, overwrite, as_json)
-    is_folder = os.path.isdir(path)  # unlike Path.is_dir, never raises
+    is_folder = where.endswith(os.sep) or os.path.isdir(path)  # unlike Path.is_dir, never raises
     if path.suffix.lower() in _OTHER_FORMATS and not is_folder:
         raise UsageError(f"{printable(where)}: pictures are written as PNG; name a .png path or a folder.")
     is_file = path.suffix.lower() == ".png" and not is_folder
@@ -69,17 +70,5 @@ def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) 
     if not one_image:
         raise UsageError(f"{printable(where)} is one file, and more than one picture may come; give a folder to -o.")
     prepare_folder(path.parent)
-    if _is_there(path):
-        check_replaceable(path, overwrite=overwrite)
+    check_replaceable(path, overwrite=overwrite)
     return Output(path, True, overwrite, as_json)
-
-
-def _is_there(path: Path) -> bool:
-    """Whether the name is taken. Raises CannotCreateError where it can be no name, such as one too long."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise CannotCreateError(f"cannot write '{printable(str(path))}': {error.strerror}.") from None
-    return True

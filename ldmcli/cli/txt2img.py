@@ -146,8 +146,8 @@ class _Written:
             self._waiting.popleft().result()
 
     def _write(self, picture: "Picture") -> None:
+        from ldmcli.images.encode import encode_png
         from ldmcli.images.metadata import text_chunks
-        from ldmcli.images.png import encode_png
 
         pixels = picture.pixels()
         identity = self._session.identity()

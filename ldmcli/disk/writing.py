@@ -1,7 +1,7 @@
-"""Files that appear whole under their final name or not at all.
+"""Files that appear whole under their final name or not at all, and never in place of what is not ours.
 
-Data goes to a hidden `.part` file in the same folder, is synced, and only then linked to its name. A
-process killed at any instant leaves at most such a `.part` file behind.
+Data goes to a hidden `.part` file in the same folder, is synced, and only then linked to its name. A process killed at
+any instant leaves at most such a `.part` file behind.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from ldmcli.disk.opening import open_regular, shown
 from ldmcli.errors import CannotCreateError, LdmError, StorageError, printable
 
 _CANNOT_CREATE = {
@@ -21,23 +22,7 @@ _CANNOT_CREATE = {
     errno.EROFS,
 }  # fmt: skip
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL, errno.EXDEV}
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EROFS}
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make `folder` with its parents, and create and remove a file there to prove that it can be done.
-
-    Raises CannotCreateError (read-only, no permission, a file in the way, name too long) or StorageError
-    (full).
-    """
-    with named_errors(folder, "create a file in the folder"):
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except FileExistsError:
-            raise CannotCreateError(f"'{printable(str(folder))}' is there already and is not a folder.") from None
-        with _temporary_name(folder) as probe:
-            os.close(_create(probe))
+_MARKED = 4096  # bytes at the start of a file, among which its marker stands
 
 
 def make_folder(folder: Path) -> None:
@@ -50,7 +35,51 @@ def make_folder(folder: Path) -> None:
             folder.mkdir()
         sync_folder(folder.parent)
     if not os.path.isdir(folder):
-        raise CannotCreateError(f"'{printable(str(folder))}' is there already and is not a folder.")
+        raise CannotCreateError(f"{shown(folder)} is there already and is not a folder.")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make `folder` with its parents, and create and remove a file there to prove that it can be done.
+
+    Raises CannotCreateError (read-only, no permission, a file in the way, name too long) or StorageError (full).
+    """
+    make_folder(folder)
+    with named_errors(folder, "create a file in the folder"), _temporary_name(folder) as probe:
+        open(probe, "xb").close()
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raise CannotCreateError where `path` can be no file, or is there and may not be replaced."""
+    with named_errors(path, "write"):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            return
+    if not overwrite:
+        raise CannotCreateError(f"{shown(path)} is there already; choose another name or --overwrite.")
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise CannotCreateError(f"{shown(path)} is not a regular file and is not replaced.")
+
+
+def check_may_write(path: Path, marker: bytes, what: str, option: str) -> None:
+    """Raise CannotCreateError unless `path` is new or ours: has `marker` near its start, as each `what` that this
+    program writes. `option` names the file. To be called before hours of drawing, and again before writing."""
+    try:
+        check_replaceable(path, overwrite=False)
+    except CannotCreateError:
+        if not is_marked(path, marker):
+            raise CannotCreateError(
+                f"{shown(path)} is there already and is no {what} of ldm's; move it away or choose another {option}."
+            ) from None
+
+
+def is_marked(path: Path, marker: bytes) -> bool:
+    """Whether `path` is a file with `marker` near its start."""
+    try:
+        with open_regular(path) as file:
+            return marker in file.read(_MARKED)
+    except LdmError:
+        return False
 
 
 def write_new(folder: Path, stem: str, data: bytes, *, overwrite: bool) -> Path:
@@ -61,42 +90,43 @@ def write_new(folder: Path, stem: str, data: bytes, *, overwrite: bool) -> Path:
     """
     if stem in ("", ".", "..") or "/" in stem:
         raise CannotCreateError(f"'{printable(stem)}' cannot be a file name.")
-    path = folder / f"{stem}.png"
     if overwrite:
-        return write_exact(path, data, overwrite=True)
-    with named_errors(path, "write"), _temporary_name(folder) as temporary:
-        _write_synced(temporary, data)
-        path = _place_at_first_free(temporary, folder, stem)
-        sync_folder(folder)
+        return write_exact(folder / f"{stem}.png", data, overwrite=True)
+    with named_errors(folder / f"{stem}.png", "write"):
+        for number in itertools.count(1):
+            path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            if not os.path.lexists(path):
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    _write(path, data, overwrite=False)
+                    break
     return path
 
 
 def write_exact(path: Path, data: bytes, *, overwrite: bool) -> Path:
-    """Write `data` to `path` and return it; the folder must exist.
+    """Write `data` to `path` and return it; a folder that has gone is made anew.
 
     Replacing follows no symlink: the link itself becomes the file. Raises CannotCreateError when the file
     is there and `overwrite` is not given, when something other than a file is there, or when it cannot be
     created; StorageError when the disk is full or fails. The name then holds what it held before.
     """
+    check_replaceable(path, overwrite=overwrite)
     with named_errors(path, "write"):
-        if os.path.lexists(path):
-            check_replaceable(path, overwrite=overwrite)
-        with _temporary_name(path.parent) as temporary:
-            _write_synced(temporary, data)
-            if overwrite:
-                os.replace(temporary, path)
-            else:
-                _place(temporary, path)
-            sync_folder(path.parent)
+        _write(path, data, overwrite=overwrite)
     return path
 
 
-def check_replaceable(path: Path, *, overwrite: bool) -> None:
-    """Raise CannotCreateError where `path`, which is there, may not be replaced."""
-    if not overwrite:
-        raise CannotCreateError(f"'{printable(str(path))}' is there already; choose another name or --overwrite.")
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise CannotCreateError(f"'{printable(str(path))}' is not a regular file and is not replaced.")
+def _write(path: Path, data: bytes, *, overwrite: bool) -> None:
+    make_folder(path.parent)
+    with _temporary_name(path.parent) as temporary:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            _sync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _place(temporary, path)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -110,22 +140,6 @@ def _temporary_name(folder: Path) -> Iterator[Path]:
             path.unlink()
 
 
-def _create(path: Path) -> int:
-    """A descriptor of the new file `path`, its mode 0o666 less the umask. Raises FileExistsError."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    descriptor = _create(path)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _place(temporary: Path, final: Path) -> None:
     """Give the finished file its name. Raises FileExistsError when the name is taken, by whoever.
 
@@ -134,24 +148,15 @@ def _place(temporary: Path, final: Path) -> None:
     """
     try:
         os.link(temporary, final)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        os.close(_create(final))
+    except FileExistsError:
+        raise
+    except OSError:
+        open(final, "xb").close()
         try:
             os.replace(temporary, final)
         except BaseException:
             final.unlink(missing_ok=True)
             raise
-
-
-def _place_at_first_free(temporary: Path, folder: Path, stem: str) -> Path:
-    for number in itertools.count(1):
-        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
-        with contextlib.suppress(FileExistsError):
-            _place(temporary, path)
-            break
-    return path
 
 
 def sync_folder(folder: Path) -> None:
@@ -161,12 +166,17 @@ def sync_folder(folder: Path) -> None:
     except PermissionError:
         return
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EROFS, *_FULL):  # other errors say that it cannot be done here
+            raise
 
 
 @contextlib.contextmanager
@@ -177,15 +187,14 @@ def named_errors(path: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         raise _translated(error, path, doing) from error
     except ValueError as error:  # a NUL in the path, or one that has no encoding
-        raise CannotCreateError(f"cannot {doing} '{printable(str(path))}': {error}.") from error
+        raise CannotCreateError(f"cannot {doing} {shown(path)}: {error}.") from error
 
 
 def _translated(error: OSError, path: Path, doing: str) -> LdmError:
-    shown = printable(str(path))
     if isinstance(error, FileExistsError):
-        return CannotCreateError(f"'{shown}' is there already; choose another name or --overwrite.")
+        return CannotCreateError(f"{shown(path)} is there already; choose another name or --overwrite.")
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in _FULL:
-        return StorageError(f"cannot {doing} '{shown}': {reason}; free some space and run again.")
+        return StorageError(f"cannot {doing} {shown(path)}: {reason}; free some space and run again.")
     kind = CannotCreateError if error.errno in _CANNOT_CREATE else StorageError
-    return kind(f"cannot {doing} '{shown}': {reason}.")
+    return kind(f"cannot {doing} {shown(path)}: {reason}.")

@@ -5,13 +5,13 @@ and the one script stand in the page; the policy allows these two by their hashe
 """
 
 import base64
-import dataclasses
 import hashlib
 import html
 import os
 import unicodedata
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ldmcli import __version__
 
@@ -96,48 +96,69 @@ SCRIPT = """
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """One picture: its file relative to the page; or none, and a `fault` that says why."""
 
     anchor: str
-    prompt: str
+    prompt: str = ""
     path: str = ""
-    width: int = 0
-    height: int = 0
+    size: tuple[int, int] | None = None
     negative_prompt: str = ""
     settings: str = ""
     fault: str = ""
     page: str = ""  # on which the full card stands
 
 
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """Where a page stands among its like: `names` are the files of all of them, `index` is this one's, from 0.
+class Page(NamedTuple):
+    """A page among its like: `names` are the files of all of them, `here` is this one's place among them, from 0.
 
-    `every` names the first page of the list of all prompts, or nothing where all pictures stand on one page; `at_once`
-    is how many of them one page has, where that is not all.
+    `brief`: it lists prompts to search in, of all pages. `other` is the first page of the other kind, or nothing.
     """
 
     title: str
     summary: str
     names: Sequence[str]
-    index: int
+    here: int = 0
     brief: bool = False
-    home: str = ""
-    every: str = ""
-    at_once: int = 0
+    other: str = ""
 
 
 def render(page: Page, cards: Sequence[Card]) -> bytes:
     """The page as UTF-8. Lone surrogates cannot be in it: `visible` has spelled them out."""
-    return "".join(_lines(page, cards)).encode("utf-8")
-
-
-def href(name: str) -> str:
-    """The file `name` beside the page, or below or above its folder, as a URL. Quoting leaves no colon, so it can be no
-    other scheme; and a path that is not absolute can be no other host."""
-    return html.escape(urllib.parse.quote(os.fsencode(name)))
+    title = _text(page.title)
+    number = f" – {page.here + 1}" if len(page.names) > 1 else ""
+    shown = "".join(_brief(card) if page.brief else _full(card) for card in cards)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+{MARK} {html.escape(__version__)}">
+<title>{title}{number}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1><bdi>{title}</bdi></h1>
+<p class="dim">{html.escape(page.summary)}</p>
+<div class="filter" role="search" hidden>
+<label for="q">Filter by prompt</label>
+<input id="q" type="search" autocomplete="off" spellcheck="false">
+<span id="found" role="status"></span>
+</div>
+{_other(page)}{_paging(page, "Pages")}</header>
+<main>
+<ol class="cards{" brief" if page.brief else ""}">
+{shown}</ol>
+</main>
+<footer>
+{_paging(page, "Pages, again")}</footer>
+<script>{SCRIPT}</script>
+</body>
+</html>
+""".encode()
 
 
 def visible(text: str, limit: int = 2000) -> str:
@@ -155,95 +176,69 @@ def _is_plain(char: str) -> bool:
     return unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp") and ord(char) & 0xFFFE != 0xFFFE
 
 
-def _lines(page: Page, cards: Sequence[Card]) -> Iterator[str]:
-    title = html.escape(visible(page.title))
-    number = f" – {page.index + 1}" if len(page.names) > 1 else ""
-    yield (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY)}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="referrer" content="no-referrer">\n{MARK} {html.escape(__version__)}">\n'
-        f"<title>{title}{number}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<header>\n<h1><bdi>{title}</bdi></h1>\n<p class="dim">{html.escape(page.summary)}</p>\n'
-    )
-    yield from _filter(page)
-    yield from _paging(page, "Pages")
-    yield "</header>\n<main>\n"
-    if cards:
-        yield f'<ol class="cards{" brief" if page.brief else ""}">\n'
-        yield from (_brief(card) if page.brief else _card(card) for card in cards)
-        yield "</ol>\n"
-    yield "</main>\n<footer>\n"
-    yield from _paging(page, "Pages, again")
-    yield f"</footer>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+def _text(text: str, limit: int = 2000) -> str:
+    return html.escape(visible(text, limit))
 
 
-def _filter(page: Page) -> Iterator[str]:
-    """The box to filter with, which the script shows; without scripts the browser's own search has to do."""
-    yield (
-        '<div class="filter" role="search" hidden>\n<label for="q">Filter by prompt</label>\n'
-        '<input id="q" type="search" autocomplete="off" spellcheck="false">\n'
-        '<span id="found" role="status"></span>\n</div>\n'
-    )
+def _href(name: str) -> str:
+    """The file `name` beside the page, or below or above its folder, as a URL. Quoting leaves no colon, so it can be no
+    other scheme; and a path that is not absolute can be no other host."""
+    return html.escape(urllib.parse.quote(os.fsencode(name)))
+
+
+def _other(page: Page) -> str:
+    """The way to the list of all prompts, and back."""
     if page.brief:
-        yield f'<p><a class="along" href="{href(page.home)}">Back to the pictures</a></p>\n'
-        yield f'<p class="dim">Prompts are searched in their first {_BRIEF:,} characters.</p>\n'
-    elif page.every:
-        all_pages = "Search the prompts of all pages" + (f", {page.at_once:,} at a time" if page.at_once else "")
-        yield f'<p><a class="along" id="all" href="{href(page.every)}">{all_pages}</a></p>\n'
+        note = f"Prompts are searched in their first {_BRIEF:,} characters."
+        back = f'<a class="along" href="{_href(page.other)}">Back to the pictures</a>'
+        return f'<p>{back}</p>\n<p class="dim">{note}</p>\n'
+    all_pages = f'<a class="along" id="all" href="{_href(page.other)}">Search the prompts of all pages</a>'
+    return f"<p>{all_pages}</p>\n" if page.other else ""
 
 
-def _paging(page: Page, label: str) -> Iterator[str]:
+def _paging(page: Page, label: str) -> str:
     """Links to the first and the last page, to those around this one, and to the one before and after."""
-    last = len(page.names) - 1
+    here, last = page.here, len(page.names) - 1
     if not last:
-        return
-    yield f'<nav aria-label="{label}">\n<ul>\n'
-    if page.index:
-        yield _link(page.names[page.index - 1], "Previous", ' rel="prev"')
-    near = sorted({0, last, *range(max(0, page.index - 2), min(last, page.index + 2) + 1)})
+        return ""
+    near = sorted({0, last, *range(max(0, here - 2), min(last, here + 2) + 1)})
+    links = [(here - 1, "Previous", ' rel="prev"')] if here else []
     for before, index in zip([-1, *near], near, strict=False):
-        if index > before + 1:
-            yield "<li><span>…</span></li>\n"
-        yield _link(page.names[index], f"{index + 1:,}", ' aria-current="page"' if index == page.index else "")
-    if page.index < last:
-        yield _link(page.names[page.index + 1], "Next", ' rel="next"')
-    yield "</ul>\n</nav>\n"
+        links += [(-1, "…", "")] if index > before + 1 else []
+        links.append((index, f"{index + 1:,}", ' aria-current="page"' if index == here else ""))
+    links += [(here + 1, "Next", ' rel="next"')] if here < last else []
+    items = (
+        f'<a class="along" href="{_href(page.names[index])}"{more}>{text}</a>' if index >= 0 else f"<span>{text}</span>"
+        for index, text, more in links
+    )
+    return f'<nav aria-label="{label}">\n<ul>\n' + "".join(f"<li>{item}</li>\n" for item in items) + "</ul>\n</nav>\n"
 
 
-def _link(name: str, text: str, more: str) -> str:
-    return f'<li><a class="along" href="{href(name)}"{more}>{text}</a></li>\n'
-
-
-def _card(card: Card) -> str:
-    parts = [f'<li id="{card.anchor}">\n']
-    if card.path:
-        parts.append(f'<a href="{href(card.path)}">{_image(card)}</a>\n')
-    if card.fault:
-        parts.append(f'<p class="fault"><bdi>{html.escape(visible(card.fault))}</bdi></p>\n')
-    prompt = html.escape(visible(card.prompt)) or '<span class="dim">(no prompt)</span>'
-    parts.append(f'<p class="prompt" dir="auto"><bdi>{prompt}</bdi></p>\n')
-    if card.negative_prompt:
-        negative = html.escape(visible(card.negative_prompt))
-        parts.append(f'<p class="without">without: <bdi>{negative}</bdi></p>\n')
-    if card.settings:
-        parts.append(f'<p class="settings"><bdi>{html.escape(visible(card.settings))}</bdi></p>\n')
-    return "".join([*parts, "</li>\n"])
+def _full(card: Card) -> str:
+    image = f'<a href="{_href(card.path)}">{_image(card, card.prompt)}</a>\n' if card.path else ""
+    parts = (
+        ('class="fault"', "", _text(card.fault)),
+        ('class="prompt" dir="auto"', "", _text(card.prompt) or '<span class="dim">(no prompt)</span>'),
+        ('class="without"', "without: ", _text(card.negative_prompt)),
+        ('class="settings"', "", _text(card.settings)),
+    )
+    lines = "".join(f"<p {looks}>{before}<bdi>{text}</bdi></p>\n" for looks, before, text in parts if text)
+    return f'<li id="{card.anchor}">\n{image}{lines}</li>\n'
 
 
 def _brief(card: Card) -> str:
     """A card of the list of every prompt: small, and a link to the full one."""
-    prompt = html.escape(visible(card.prompt, _BRIEF)) or "(no prompt)"
     fault = '<span class="fault" role="img" aria-label="failed">✗</span>' if card.fault else ""
-    image = _image(dataclasses.replace(card, prompt="")) if card.path else fault
-    return f'<li><a href="{href(card.page)}#{card.anchor}">{image}<bdi class="prompt">{prompt}</bdi></a></li>\n'
+    image = _image(card, "") if card.path else fault  # the prompt beside it says all
+    prompt = _text(card.prompt, _BRIEF) or "(no prompt)"
+    return f'<li><a href="{_href(card.page)}#{card.anchor}">{image}<bdi class="prompt">{prompt}</bdi></a></li>\n'
 
 
-def _image(card: Card) -> str:
-    """The picture, its place kept free until it has come. In a brief card the prompt beside it says all."""
-    size = f' width="{card.width}" height="{card.height}"' if card.width and card.height else ""
-    alt = html.escape(visible(card.prompt, 200)).replace("\n", " ")
-    return f'<img src="{href(card.path)}" alt="{alt}"{size} loading="lazy" decoding="async">'
+def _image(card: Card, prompt: str) -> str:
+    """The picture, its place kept free until it has come."""
+    size = ' width="{}" height="{}"'.format(*card.size) if card.size else ""
+    alt = _text(prompt, 200).replace("\n", " ")
+    return f'<img src="{_href(card.path)}" alt="{alt}"{size} loading="lazy" decoding="async">'
 
 
 def _hash(text: str) -> str:

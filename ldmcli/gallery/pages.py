@@ -12,20 +12,19 @@ import logging
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldmcli.disk.opening import open_regular, shown
-from ldmcli.disk.writing import prepare_folder, write_exact
-from ldmcli.errors import CannotCreateError, LdmError, MissingInputError, StorageError, printable
+from ldmcli.disk.opening import shown
+from ldmcli.disk.writing import check_may_write, is_marked, prepare_folder, write_exact
+from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.gallery.html import MARK, Card, Page, render
 from ldmcli.images.metadata import read_record
 
 MANIFESTS = "manifest"
 BRIEF_PAGE_SIZE = 10_000  # prompts on a page of the list that searches all: ≈ 5 MB, which a browser filters at once
 _MAX_NUMBER = (1 << 63) - 1  # of SQLite
-_TITLE_BYTES = 4096  # of a page, in which its mark stands
 _SETTINGS = (
     ("seed", "seed {}"), ("steps", "{} steps"), ("sampler", "{}"), ("schedule", "{}"),
     ("guidance_scale", "guidance {}"), ("size", "{}"),
@@ -52,22 +51,19 @@ def write_gallery(folder: Path, index: Path | None = None, *, page_size: int = 2
     """
     index = folder / "index.html" if index is None else index
     with _database() as rows:
-        count, failed = _collect(rows, folder)
-        prepare_folder(index.parent)
+        count, failed = _collect(rows, folder, os.path.relpath(folder.resolve(), index.parent.resolve()))
         pages = _names(index, "page", count, page_size)
         lists = _names(index, "prompts", count, BRIEF_PAGE_SIZE) if len(pages) > 1 else []
+        prepare_folder(index.parent)
         for name in (*pages, *lists):
-            _check_ours(index.parent / name)
+            check_may_write(index.parent / name, MARK.encode(), "gallery page", "--output")
         summary = f"{count - failed:,} pictures" + (f", {failed:,} failed" if failed else "")
-        page = Page(folder.resolve().name, summary, pages, 0, every=lists[0] if lists else "")
-        if len(lists) > 1:
-            page = dataclasses.replace(page, at_once=BRIEF_PAGE_SIZE)
-        brief = dataclasses.replace(page, names=lists, brief=True, home=pages[0])
-        base = os.path.relpath(folder.resolve(), index.parent.resolve())
-        _write_pages(index.parent, brief, _cards(rows, folder, base, pages, page_size), BRIEF_PAGE_SIZE)
-        _write_pages(index.parent, page, _cards(rows, folder, base, pages, page_size), page_size)
-    _remove_left_over(index, "page", len(pages))
-    _remove_left_over(index, "prompts", len(lists))
+        page = Page(folder.resolve().name, summary, pages, other=lists[0] if lists else "")
+        brief = page._replace(names=lists, brief=True, other=pages[0])
+        for these, size in ((brief, BRIEF_PAGE_SIZE), (page, page_size)):
+            _write_pages(index.parent, these, _cards(rows, pages, page_size), size)
+    for kind, names in (("page", pages), ("prompts", lists)):
+        _remove_left_over(index, kind, len(names))
     return Gallery(index, count - failed, failed, len(pages))
 
 
@@ -83,18 +79,18 @@ def _database() -> Iterator[sqlite3.Connection]:
         ) from error
 
 
-def _collect(rows: sqlite3.Connection, folder: Path) -> tuple[int, int]:
+def _collect(rows: sqlite3.Connection, folder: Path, base: str) -> tuple[int, int]:
     """Fill the table with one row per picture, in the order to show them; returns how many, and how many failed."""
-    rows.execute("CREATE TABLE card (row INTEGER, number INTEGER, done INTEGER, facts TEXT, PRIMARY KEY (row, number))")
+    rows.execute("CREATE TABLE card (row INTEGER, number INTEGER, done INTEGER, card TEXT, PRIMARY KEY (row, number))")
     if not folder.is_dir():
         raise MissingInputError(f"{shown(folder)} is no folder; name one that ldm batch or ldm txt2img wrote to.")
     is_batch = (folder / MANIFESTS).is_dir()
-    facts = _from_manifests(folder) if is_batch else _from_pictures(folder)
+    found = _from_manifests(folder, base) if is_batch else _from_pictures(folder, base)
     # A picture can have several lines, of attempts; one that was drawn stays drawn, else the last line counts.
     rows.executemany(
         "INSERT INTO card VALUES (?, ?, ?, ?) ON CONFLICT (row, number) DO UPDATE "
-        "SET done = excluded.done, facts = excluded.facts WHERE excluded.done >= card.done",
-        ((card["row"], card["number"], card["done"], json.dumps(card)) for card in facts),
+        "SET done = excluded.done, card = excluded.card WHERE excluded.done >= card.done",
+        ((row, number, done, json.dumps(card)) for row, number, done, card in found),
     )
     count, done = rows.execute("SELECT count(*), total(done) FROM card").fetchone()
     if not count and not is_batch:
@@ -105,31 +101,26 @@ def _collect(rows: sqlite3.Connection, folder: Path) -> tuple[int, int]:
     return count, count - int(done)
 
 
-def _from_manifests(folder: Path) -> Iterator[dict[str, Any]]:
-    """Row, number (-1: the row could not be read, so it has no picture) and facts of each line."""
+def _from_manifests(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Card]]:
+    """Row, number (-1: the row could not be read and has no picture), whether it was drawn, and card of each line."""
     from ldmcli.batch.manifest import DONE, read_manifests
 
     for line in read_manifests(folder):
-        number, request = line["number"], line.get("request")
-        fields = request if isinstance(request, dict) else {}
-        yield {
-            "row": min(line["row"], _MAX_NUMBER),
-            "number": -1 if number is None else min(number, _MAX_NUMBER),
-            "done": line["status"] == DONE,
-            "path": line.get("path", ""),
-            "error": str(line.get("error") or "It failed, and the manifest does not say why."),
-            "name": " · ".join([f"line {line.get('line')}", line["id"], *_extra(line.get("extra"))]),
-            "request": fields,
-        }
+        row = min(line["row"], _MAX_NUMBER)
+        number = -1 if line["number"] is None else min(line["number"], _MAX_NUMBER)
+        done = line["status"] == DONE
+        path, fault = "", str(line.get("error") or "It failed, and the manifest does not say why.")
+        if done:
+            path, fault = _found(line.get("path", ""), folder, base)
+        extra = line.get("extra")  # the columns of the input that are no field of a request
+        more = [f"{name}: {value}" for name, value in extra.items()] if isinstance(extra, dict) else []
+        name = " · ".join([f"line {line.get('line')}", line["id"], *more])
+        card = Card(f"row{row}" if number < 0 else f"p{number}", path=path, fault=fault)
+        yield row, number, done, _told(card, line.get("request"), name)
 
 
-def _extra(extra: Any) -> list[str]:
-    """The columns of the input that are no field of a request, as text."""
-    return [f"{name}: {value}" for name, value in extra.items()] if isinstance(extra, dict) else []
-
-
-def _from_pictures(folder: Path) -> Iterator[dict[str, Any]]:
-    """What each PNG below `folder` that carries a record says, by folder and name."""
+def _from_pictures(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Card]]:
+    """The same of each PNG below `folder` that carries a record, by folder and name."""
     number = others = 0
     for path in _pngs(folder):
         try:
@@ -138,9 +129,8 @@ def _from_pictures(folder: Path) -> Iterator[dict[str, Any]]:
             _log.debug("%s", error)
             others += 1
             continue
-        relative = path.relative_to(folder).as_posix()
-        facts = {"done": True, "path": relative, "error": "", "name": relative, "request": request}
-        yield {"row": 1, "number": number, **facts}
+        name = path.relative_to(folder).as_posix()
+        yield 1, number, True, _told(Card(f"p{number}", path=os.path.normpath(os.path.join(base, name))), request, name)
         number += 1
     if others:
         _log.warning("%d PNG files carry no readable ldmcli record and are left out", others)
@@ -158,31 +148,18 @@ def _tell_unreadable(error: OSError) -> None:
     _log.warning("%s cannot be read and is left out: %s", shown(Path(str(error.filename))), error.strerror)
 
 
-def _cards(rows: sqlite3.Connection, folder: Path, base: str, pages: list[str], page_size: int) -> Iterator[Card]:
-    """The cards in order, each with the page that has it in full."""
-    for position, (facts,) in enumerate(rows.execute("SELECT facts FROM card ORDER BY row, number")):
-        card = _card(json.loads(facts), folder, base)
-        yield dataclasses.replace(card, page=pages[position // page_size])
-
-
-def _card(facts: Mapping[str, Any], folder: Path, base: str) -> Card:
-    request = facts["request"]
-    sizes = [request.get(name) for name in ("width", "height")]
-    known = all(isinstance(size, int) and size > 0 for size in sizes)
-    values = request | {"size": "{}×{}".format(*sizes) if known else None}
-    settings = [text.format(values[name]) for name, text in _SETTINGS if values.get(name) is not None]
-    path, fault = "", facts["error"]
-    if facts["done"]:
-        path, fault = _found(facts["path"], folder, base)
-    return Card(
-        anchor=f"row{facts['row']}" if facts["number"] < 0 else f"p{facts['number']}",
+def _told(card: Card, request: Any, name: str) -> Card:
+    """The card with what a request says, and where it comes from."""
+    request = request if isinstance(request, dict) else {}
+    width, height = request.get("width"), request.get("height")
+    size = (width, height) if all(isinstance(side, int) and side > 0 for side in (width, height)) else None
+    values = request | {"size": "{}×{}".format(*size) if size else None}
+    settings = [text.format(values[key]) for key, text in _SETTINGS if values.get(key) is not None]
+    return card._replace(
         prompt=str(request.get("prompt", "")),
-        path=path,
-        width=sizes[0] if known else 0,
-        height=sizes[1] if known else 0,
         negative_prompt=str(request.get("negative_prompt") or ""),
-        settings=" · ".join([*settings, facts["name"]] if facts["name"] else settings),
-        fault=fault,
+        size=size,
+        settings=" · ".join([*settings, name]),
     )
 
 
@@ -200,6 +177,12 @@ def _found(path: str, folder: Path, base: str) -> tuple[str, str]:
     return os.path.normpath(os.path.join(base, parts)), ""
 
 
+def _cards(rows: sqlite3.Connection, pages: list[str], page_size: int) -> Iterator[Card]:
+    """The cards in order, each with the page that has it in full."""
+    for position, (card,) in enumerate(rows.execute("SELECT card FROM card ORDER BY row, number")):
+        yield Card(*json.loads(card))._replace(page=pages[position // page_size])
+
+
 def _names(index: Path, kind: str, count: int, size: int) -> list[str]:
     """The files of `count` cards, `size` to a page: index.html, page-2.html …; beside another index, with its name."""
     pages = max(1, -(-count // size))
@@ -214,36 +197,19 @@ def _name(index: Path, kind: str, number: int) -> str:
 
 def _write_pages(folder: Path, page: Page, cards: Iterable[Card], size: int) -> None:
     """Write every page; the first one last, so that it never leads to one that is not there yet."""
-    if not page.names:
-        return
     cards = iter(cards)
     first = list(itertools.islice(cards, size))
-    for index, name in enumerate(page.names[1:], 1):
-        here = dataclasses.replace(page, index=index)
-        write_exact(folder / name, render(here, list(itertools.islice(cards, size))), overwrite=True)
-    write_exact(folder / page.names[0], render(page, first), overwrite=True)
-
-
-def _check_ours(path: Path) -> None:
-    """Raise CannotCreateError where `path` is there and no page of a gallery."""
-    if os.path.lexists(path) and not _is_ours(path):
-        raise CannotCreateError(
-            f"{shown(path)} is there already and is no page of a gallery; move it away or choose another --output."
-        )
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        with open_regular(path) as file:
-            return MARK.encode() in file.read(_TITLE_BYTES)
-    except LdmError:
-        return False
+    for number, name in enumerate(page.names[1:], 1):
+        here = render(page._replace(here=number), list(itertools.islice(cards, size)))
+        write_exact(folder / name, here, overwrite=True)
+    for name in page.names[:1]:
+        write_exact(folder / name, render(page, first), overwrite=True)
 
 
 def _remove_left_over(index: Path, kind: str, pages: int) -> None:
     """Delete the pages of a longer gallery that stood here before."""
     for number in itertools.count(pages + 1):
         path = index.parent / _name(index, kind, number)
-        if not _is_ours(path):
+        if not is_marked(path, MARK.encode()):
             return
         path.unlink()

@@ -1,34 +1,35 @@
 """The contact sheet: many pictures with their captions on one PNG, each read, shrunk and pasted before the next."""
 
-import dataclasses
 import functools
 import io
 import itertools
 import logging
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldmcli.disk.opening import PICTURES, open_regular
-from ldmcli.disk.writing import write_exact
-from ldmcli.errors import BadDataError, LdmError, UsageError, printable
-from ldmcli.images.png import encode_png
+from ldmcli import __version__
+from ldmcli.disk.opening import PICTURES, open_regular, shown
+from ldmcli.disk.writing import check_may_write, prepare_folder, write_exact
+from ldmcli.errors import BadDataError, LdmError, printable
+from ldmcli.images.encode import encode_image
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-MAX_PICTURES = 4000
-MAX_SIDE = 16_384  # pixels; many viewers open nothing longer
-MAX_PIXELS = 64_000_000  # 192 MB, and as much again while it is encoded
-MIN_CELL, MAX_CELL = 96, 1024
+    _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+MAX_PICTURES = 3000  # with the smallest cells they fit
+MAX_PIXELS = 64_000_000  # 256 MB
+_CELLS = range(256, 95, -16)  # pixels: sides of the square that each picture is fitted into
 _MARGIN, _GAP, _ROW_GAP, _UNDER = 20, 16, 24, 6  # pixels: around all, between cells, a picture and its caption
 _MAX_LINES = 3
 _MAX_CAPTION = 400  # characters looked at: more than three lines ever hold
 _SHAPE = 1.4  # width to height that the sheet aims at
-_PAPER, _INK, _EDGE, _FAULT = (255, 255, 255), (28, 28, 30), (208, 208, 212), (244, 240, 240)
+_PAPER, _INK, _EDGE, _FAULT = "#ffffff", "#1c1c1e", "#d0d0d4", "#f4f0f0"
+_KEYWORD = "ldmcli-sheet"
 _UNKNOWN = "\ufffd"  # not in the font either: comes out as its empty box
 _SPELLED = {
     "ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "ı": "i",
@@ -40,152 +41,127 @@ _log = logging.getLogger(__name__)
 
 
 class SheetPicture(NamedTuple):
-    """One cell: a PNG file, or pixels (H, W, 3) uint8 RGB; and the text under it."""
+    """One cell: a PNG file and the text under it."""
 
-    picture: "Path | np.ndarray"
+    path: Path
     caption: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Sheet:
-    """What came of a sheet: how many pictures stand on it, found no room, and could not be read. Nothing shown means
-    that there was nothing to show, and no file."""
-
-    shown: int
-    left_out: int = 0
-    unreadable: int = 0
-
-
 class _Grid(NamedTuple):
-    """Cells of `cell` pixels a side, each with `lines` of caption; the font is made for it."""
+    """Cells of `cell` pixels a side, each with `lines` of caption in `font`."""
 
     columns: int
     rows: int
     cell: int
-    font: "ImageFont.FreeTypeFont | ImageFont.ImageFont"
+    font: "_Font"
     line: int  # pixels from one line of text to the next
     lines: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the sheet."""
+        right, bottom = self.place(self.rows * self.columns - 1)
+        return right + self.cell + _MARGIN, bottom + self.pitch - _ROW_GAP + _MARGIN
 
     @property
     def pitch(self) -> int:
         """From one row of cells to the next."""
         return self.cell + _UNDER + self.lines * self.line + _ROW_GAP
 
-    @property
-    def width(self) -> int:
-        return 2 * _MARGIN + self.columns * (self.cell + _GAP) - _GAP
-
-    @property
-    def height(self) -> int:
-        return 2 * _MARGIN + self.rows * self.pitch - _ROW_GAP
-
-    @property
-    def fits(self) -> bool:
-        return max(self.width, self.height) <= MAX_SIDE and self.width * self.height <= MAX_PIXELS
+    def place(self, number: int) -> tuple[int, int]:
+        """The left upper corner of a cell."""
+        row, column = divmod(number, self.columns)
+        return _MARGIN + column * (self.cell + _GAP), _MARGIN + row * self.pitch
 
 
-def write_sheet(
-    path: Path,
-    pictures: Iterable[SheetPicture],
-    *,
-    columns: int | None = None,
-    cell: int = 256,
-    overwrite: bool = False,
-) -> Sheet:
-    """Write a contact sheet of `pictures` in their order to `path`.
+def check_sheet(path: Path) -> None:
+    """Make the folder of `path`. Raise CannotCreateError unless `path` can be written and is new or a contact sheet by
+    this program."""
+    prepare_folder(path.parent)
+    check_may_write(path, f"tEXt{_KEYWORD}\0".encode(), "contact sheet", "--sheet")
 
-    `cell` is the side of the square that each picture is fitted into; many pictures get smaller ones, so that all
-    find room. What finds none even so, or cannot be read, is counted and said in the log. Memory: the sheet twice, at
-    most MAX_PIXELS, and one picture. Raises UsageError where `columns` or `cell` is out of range, else as
-    `write_exact`.
+
+def write_sheet(path: Path, pictures: Iterable[SheetPicture], *, overwrite: bool = True) -> int:
+    """Write a contact sheet of `pictures` in their order to `path`, and return how many it shows; of none no sheet is
+    written. `overwrite`: in place of an earlier sheet.
+
+    Many pictures get smaller cells. What finds no room even so, or cannot be read, is said in the log. Memory: four
+    bytes a pixel of the sheet, the file, and one picture. Raises as `check_sheet` and `write_exact` do.
     """
-    if not MIN_CELL <= cell <= MAX_CELL:
-        raise UsageError(f"the cell of a contact sheet takes {MIN_CELL} to {MAX_CELL} pixels, not {cell}.")
-    most = (MAX_SIDE - 2 * _MARGIN + _GAP) // (MIN_CELL + _GAP)
-    if columns is not None and not 1 <= columns <= most:
-        raise UsageError(f"a contact sheet has 1 to {most} columns, not {columns}.")
+    check_sheet(path)
     source = iter(pictures)
-    shown = list(itertools.islice(source, MAX_PICTURES))
-    if not shown:
+    shown_ones = list(itertools.islice(source, MAX_PICTURES))
+    if not shown_ones:
         _log.info("there is no picture for a contact sheet; none is written")
-        return Sheet(0)
-    grid = _grid(len(shown), columns, cell)
-    left_out = len(shown[grid.columns * grid.rows :]) + sum(1 for _ in source)
-    del shown[grid.columns * grid.rows :]
-    pixels, unreadable = _drawn(grid, shown)
-    write_exact(path, encode_png(pixels, {}), overwrite=overwrite)
-    name = printable(str(path))
-    if left_out:
-        _log.warning("%s shows the first %d pictures; %d more find no room on it", name, len(shown), left_out)
+        return 0
+    sheet, unreadable = _drawn(shown_ones)
+    write_exact(path, encode_image(sheet, {_KEYWORD: __version__}), overwrite=overwrite)
+    if next(source, None):
+        _log.warning("%s shows only the first %d pictures; more find no room on it", shown(path), MAX_PICTURES)
     if unreadable:
-        _log.warning("%s: %d pictures cannot be read and are shown as empty cells", name, unreadable)
-    return Sheet(len(shown), left_out, unreadable)
+        _log.warning("%s: %d pictures cannot be read and are shown as empty cells", shown(path), unreadable)
+    return len(shown_ones)
 
 
-def _grid(count: int, columns: int | None, cell: int) -> _Grid:
-    """The layout for `count` pictures with the largest cells up to `cell` that let all of them in; with the smallest,
-    as many rows as there is room for."""
-    for side in [*range(cell, MIN_CELL, -16), MIN_CELL]:
-        grid = _layout(count, columns, side)
-        if grid.fits:
-            return grid
-    rows = range(grid.rows, 1, -1)
-    return next((shorter for n in rows if (shorter := grid._replace(rows=n)).fits), grid._replace(rows=1))
-
-
-def _layout(count: int, columns: int | None, cell: int) -> _Grid:
-    from PIL import ImageFont
-
-    size = max(11, min(18, round(cell / 18)))
-    grid = _Grid(1, 1, cell, ImageFont.load_default(size), round(size * 1.3), _MAX_LINES)
-    if columns is None:
-        columns = min(count, max(1, math.ceil(math.sqrt(count * _SHAPE * grid.pitch / (cell + _GAP)))))
-    return grid._replace(columns=columns, rows=math.ceil(count / columns))
-
-
-def _drawn(grid: _Grid, pictures: Sequence[SheetPicture]) -> tuple["np.ndarray", int]:
-    """The sheet, (H, W, 3) uint8, and how many of `pictures` could not be read."""
-    import numpy as np
+def _drawn(pictures: list[SheetPicture]) -> tuple["Image.Image", int]:
+    """The sheet, and how many of `pictures` could not be read."""
     from PIL import Image, ImageDraw
 
+    grid = _grid(len(pictures))
     texts = [wrapped(caption, grid.cell, grid.font) for _, caption in pictures]
-    grid = grid._replace(lines=max(map(len, texts)), columns=min(grid.columns, len(pictures)))
-    sheet = np.full((grid.height, grid.width, 3), _PAPER[0], np.uint8)
+    grid = grid._replace(lines=max(map(len, texts)))
+    sheet = Image.new("RGB", grid.size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
     unreadable = 0
     for number, (entry, text) in enumerate(zip(pictures, texts, strict=True)):
-        row, column = divmod(number, grid.columns)
-        tile = Image.new("RGB", (grid.cell, grid.pitch - _ROW_GAP), _PAPER)
-        draw = ImageDraw.Draw(tile)
+        left, top = grid.place(number)
+        for line, words in enumerate(text):
+            draw.text((left, top + grid.cell + _UNDER + line * grid.line), words, fill=_INK, font=grid.font)
         try:
-            picture = _fitted(entry.picture, grid.cell)
+            _paste(sheet, draw, _fitted(entry.path, grid.cell), (left, top), grid.cell)
         except LdmError as error:
             _log.debug("%s", error)
             unreadable += 1
-            _draw_fault(draw, grid)
-        else:
-            left, top = (grid.cell - picture.width) // 2, (grid.cell - picture.height) // 2
-            tile.paste(picture, (left, top))
-            draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=_EDGE)
-        for line, words in enumerate(text):
-            draw.text((0, grid.cell + _UNDER + line * grid.line), words, fill=_INK, font=grid.font)
-        top, left = _MARGIN + row * grid.pitch, _MARGIN + column * (grid.cell + _GAP)
-        sheet[top : top + tile.height, left : left + tile.width] = np.asarray(tile)
+            draw.rectangle((left, top, left + grid.cell - 1, top + grid.cell - 1), fill=_FAULT, outline=_EDGE)
+            middle = left + grid.cell // 2, top + grid.cell // 2
+            draw.text(middle, "cannot be read", fill=_INK, font=grid.font, anchor="mm")
     return sheet, unreadable
 
 
-def _draw_fault(draw: "ImageDraw.ImageDraw", grid: _Grid) -> None:
-    """An empty cell that says why."""
-    draw.rectangle((0, 0, grid.cell - 1, grid.cell - 1), fill=_FAULT, outline=_EDGE)
-    middle = grid.cell // 2
-    draw.text((middle, middle), "cannot be read", fill=_INK, font=grid.font, anchor="mm")
+def _grid(count: int) -> _Grid:
+    """The layout for `count` pictures with the largest cells that let all of them in."""
+    from PIL import ImageFont
+
+    for cell in _CELLS:
+        size = max(11, min(18, round(cell / 18)))
+        grid = _Grid(1, 1, cell, ImageFont.load_default(size), round(size * 1.3), _MAX_LINES)
+        columns = min(count, math.ceil(math.sqrt(count * _SHAPE * grid.pitch / (cell + _GAP))))
+        grid = grid._replace(columns=columns, rows=math.ceil(count / columns))
+        if math.prod(grid.size) <= MAX_PIXELS:
+            break
+    return grid
 
 
-def _fitted(picture: "Path | np.ndarray", cell: int) -> "Image.Image":
-    """`picture` as RGB within a square of `cell`: shrunk smoothly, or enlarged by a whole factor so that small ones
+def _paste(
+    sheet: "Image.Image", draw: "ImageDraw.ImageDraw", picture: "Image.Image", corner: tuple[int, int], cell: int
+) -> None:
+    """Put `picture` into the middle of its cell, with an edge around it."""
+    left, top = corner[0] + (cell - picture.width) // 2, corner[1] + (cell - picture.height) // 2
+    sheet.paste(picture, (left, top))
+    draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=_EDGE)
+
+
+def _fitted(path: Path, cell: int) -> "Image.Image":
+    """The PNG file as RGB within a square of `cell`: shrunk smoothly, or enlarged by a whole factor so that small ones
     keep their pixels. Raises an LdmError where it cannot be read."""
     from PIL import Image
 
-    image = _read(picture) if isinstance(picture, Path) else Image.fromarray(picture)
+    with open_regular(path, PICTURES) as raw:
+        try:
+            with Image.open(io.BufferedReader(raw), formats=["PNG"]) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise BadDataError(f"{shown(path)} cannot be read: {printable(str(error))}.") from error
     factor = cell // max(image.size)
     if factor > 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -193,25 +169,9 @@ def _fitted(picture: "Path | np.ndarray", cell: int) -> "Image.Image":
     return image
 
 
-def _read(path: Path) -> "Image.Image":
-    """The PNG file `path`, what is transparent laid on paper. Raises an LdmError."""
-    from PIL import Image
-
-    with open_regular(path, PICTURES) as raw:
-        try:
-            with Image.open(io.BufferedReader(raw), formats=["PNG"]) as image:
-                if not image.has_transparency_data:
-                    return image.convert("RGB")
-                layered = image.convert("RGBA")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadDataError(f"'{printable(str(path))}' cannot be read: {printable(str(error))}.") from error
-    return Image.alpha_composite(Image.new("RGBA", layered.size, _PAPER), layered).convert("RGB")
-
-
-def wrapped(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> list[str]:
+def wrapped(text: str, width: int, font: "_Font") -> list[str]:
     """`text` in up to three lines of `width` pixels, long words broken, what is cut off marked by …"""
-    spelled = "".join(_drawable(char) for char in unicodedata.normalize("NFC", text[:_MAX_CAPTION]))
-    words = spelled.split()
+    words = "".join(_drawable(char) for char in unicodedata.normalize("NFC", text[:_MAX_CAPTION])).split()
     lines: list[str] = []
     while words and len(lines) < _MAX_LINES:
         line = words.pop(0)
@@ -227,7 +187,7 @@ def wrapped(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.Ima
     return lines
 
 
-def _longest_start(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> int:
+def _longest_start(text: str, width: int, font: "_Font") -> int:
     """How many characters of `text` fit into `width` pixels: all, or 1 at the least."""
     kept = len(text)
     while kept > 1 and font.getlength(text[:kept]) > width:

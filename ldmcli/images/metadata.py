@@ -5,40 +5,53 @@ request, the model and the versions: enough to run it again.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
 from ldmcli.errors import BadDataError, LdmError, printable
-from ldmcli.images.png import iterate_text
+from ldmcli.images.png_text import iterate_text
 from ldmcli.sampling.catalogue import SAMPLERS
 from ldmcli.spec import GenerationRequest
 
 RECORD_KEYWORD = "ldmcli"
 PARAMETERS_KEYWORD = "parameters"
 _MAX_SHOWN_KEYWORDS = 8
-_SCHEDULE_TITLES = {"karras": "Karras", "leading": "Leading", "trailing": "Trailing", "linspace": "Linspace"}
+# A1111's schedules with the same steps; of "SGM Uniform" they may be off by less than one of 1000 training steps.
+_SCHEDULE_TITLES = {"karras": "Karras", "leading": "DDIM", "trailing": "SGM Uniform", "linspace": "Uniform"}
+_OWN_SCHEDULE = ("ddim", "plms", "unipc", "lcm")  # samplers that draw with the same steps there, whatever is set
+_EMPHASIS = re.compile(r"[()\[\]\\]|\bBREAK\b")  # what A1111 takes for more than text
 
 
-def infotext(request: GenerationRequest, model_name: str, model_hash: str) -> str:
+def infotext(
+    request: GenerationRequest, model_name: str, model_hash: str, *, family: str = "", schedule: str | None = None
+) -> str:
     """The `parameters` text: prompt, negative prompt if there is one, a last line of `Name: value` pairs.
 
-    `model_hash` is the SHA-256 of the weights in hex, of which ten digits are shown. Left out: what the request does
-    not say, Eta when 0, name and hash when empty.
+    `model_hash` is the SHA-256 of the weights in hex, of which ten digits are shown; `family` the model's, as its
+    configuration names it; `schedule` the one it was drawn with where the request leaves that to the model. Left out:
+    what none of them says, Eta when 0, name and hash when empty.
     """
+    # A1111's own schedule is another for some samplers, such as DPM++ 2M.
+    schedule = request.schedule or (schedule if request.sampler not in _OWN_SCHEDULE else None)
+    # There counted from the last layer, which SDXL never reads.
+    clip_skip = request.clip_skip + family.startswith("Stable Diffusion XL")
+    typed = f"{request.prompt}\n{request.negative_prompt}"
     values = {
         "Steps": str(request.steps) if request.steps else "",
         "Sampler": SAMPLERS[request.sampler].title if request.sampler else "",
-        "Schedule type": _SCHEDULE_TITLES.get(request.schedule or "", ""),
+        "Schedule type": _SCHEDULE_TITLES.get(schedule or "", ""),
         "CFG scale": _number(request.guidance_scale) if request.guidance_scale is not None else "",
         "Seed": str(request.seed),
         "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
         "Model hash": model_hash[:10],
         "Model": _quoted(model_name),
-        "Eta": _number(request.eta) if request.eta else "",
+        "Eta DDIM": _number(request.eta) if request.eta else "",
         "CFG Rescale": _number(request.guidance_rescale) if request.guidance_rescale else "",
-        "Clip skip": str(request.clip_skip) if request.clip_skip > 1 else "",
+        "Clip skip": str(clip_skip) if request.clip_skip > 1 else "",
+        "Emphasis": "None" if request.prompt_syntax == "plain" and _EMPHASIS.search(typed) else "",
         "RNG": "CPU",
         "Version": f"ldmcli {__version__}",
     }
@@ -49,8 +62,16 @@ def infotext(request: GenerationRequest, model_name: str, model_hash: str) -> st
     return "\n".join(lines)
 
 
-def text_chunks(request: GenerationRequest, model: Mapping[str, str], runtime: Mapping[str, str]) -> dict[str, str]:
-    """The text for `encode_png`: `model` holds name, path, sha256; `runtime` dtype, device and such.
+def text_chunks(
+    request: GenerationRequest,
+    model: Mapping[str, str],
+    runtime: Mapping[str, str],
+    *,
+    family: str = "",
+    schedule: str | None = None,
+) -> dict[str, str]:
+    """The text for `encode_png`: `model` holds name, path, sha256; `runtime` dtype, device and such; `family` and
+    `schedule` are as for `infotext`.
 
     The record is pure ASCII, so that every reader of PNG text gives it back unchanged.
     """
@@ -61,7 +82,7 @@ def text_chunks(request: GenerationRequest, model: Mapping[str, str], runtime: M
         "runtime": dict(runtime),
     }
     return {
-        PARAMETERS_KEYWORD: infotext(request, model["name"], model["sha256"]),
+        PARAMETERS_KEYWORD: infotext(request, model["name"], model["sha256"], family=family, schedule=schedule),
         RECORD_KEYWORD: json.dumps(record),
     }
 

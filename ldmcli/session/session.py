@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ldmcli.config import UNDECIDED, ModelConfig
-from ldmcli.disk.cache import open_cache
+from ldmcli.disk.cache import hash_store
 from ldmcli.errors import LdmError
 from ldmcli.session.opening import Opened, open_spec
 from ldmcli.spec import FittedRequest, GenerationRequest, ModelSpec, RuntimeSpec
@@ -125,7 +125,7 @@ class Session:
         if self._sha256 is None:
             from ldmcli.checkpoints.identity import FileHashes, model_sha256
 
-            hashes = FileHashes(open_cache(enabled=self.runtime_spec.cache).hashes)
+            hashes = FileHashes(hash_store(enabled=self.runtime_spec.cache))
             self._sha256 = model_sha256(self._opened.model, hashes)
         return self._sha256
 
