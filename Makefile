@@ -29,11 +29,11 @@ evaluate: install ## score MODEL=weights/tiny-emoji: accuracies, Fréchet distan
 
 # More options of either: BENCH="--help".
 bench: install-test ## measure ldm beside diffusers; BENCH="--against openvino --random-weights sd15" and the like
-	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
+	PYTHONPATH=tests:. $(BIN)/python -m bench $(BENCH)
 
 # SCRATCH keeps random weights (9 GB) and compiled code for the next call.
 bench-gpu: install-test ## measure all, or PARTS="tests sd15", on an NVIDIA GPU; tables and summary into OUT=runs/bench-gpu
-	PYTHONPATH=tests $(BIN)/python -m bench.gpu --out $(OUT) --scratch $(SCRATCH) --parts "$(PARTS)" $(BENCH)
+	PYTHONPATH=tests:. $(BIN)/python -m bench.gpu --out $(OUT) --scratch $(SCRATCH) --parts "$(PARTS)" $(BENCH)
 
 install: $(VENV)/.installed ## make the virtual environment and install ldmcli into it
 

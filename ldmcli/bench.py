@@ -87,12 +87,10 @@ def time_cold(words: Sequence[str], runs: int, *, cached: bool) -> dict[str, dic
 
 def note_cold(record: dict[str, Any], seconds: float, peak: int, reported: dict[str, Any]) -> None:
     """Note a cold start: its wall time, its peak in bytes, and the phases, marks and peaks of its JSON line."""
-    for name, time_, size in (
-        ("cold", seconds, peak),
-        ("first_step", reported["marks"]["first_step"], reported["peaks"]["first_step"]),
-    ):
-        add(record["samples"], name, time_)
-        add(record["peaks"], name, size)
+    add(record["samples"], "cold", seconds)
+    add(record["samples"], "first_step", reported["marks"]["first_step"])
+    add(record["peaks"], "cold", peak)
+    add(record["peaks"], "first_step", reported["peaks"]["first_step"])
     record["phases"].append({**reported["phases"], "rest": seconds - sum(reported["phases"].values())})
 
 
@@ -299,15 +297,11 @@ def rate(weight: tuple[int, ...], rows: tuple[int, ...], dtype: "torch.dtype", d
         clock.tick()
         return clock.seconds()[0] / calls
 
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        with torch.inference_mode():
-            seconds()
-            started, best = time.perf_counter(), seconds()
-            while time.perf_counter() - started < _SECONDS:
-                best = min(best, seconds())
-    finally:
-        torch.backends.cudnn.benchmark = before
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        seconds()
+        started, best = time.perf_counter(), seconds()
+        while time.perf_counter() - started < _SECONDS:
+            best = min(best, seconds())
     return 2 * math.prod(rows) * math.prod(weight) / best
 
 

@@ -32,19 +32,11 @@ _MOVED = {
 }  # fmt: skip
 
 
-class _Clocks(click.ParamType):
-    name = "clocks"
-
-    def convert(
-        self, value: str | tuple[str, ...], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = [name.strip() for name in value.split(",") if name.strip()]
-        unknown = [name for name in names if name not in _CLOCKS]
-        if unknown or not names:
-            raise click.BadParameter(f"choose from {', '.join(_CLOCKS)}, with commas between.", ctx, param)
-        return tuple(name for name in _CLOCKS if name in names)
+def _clocks(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names or not set(names) <= set(_CLOCKS):
+        raise click.BadParameter(f"choose from {', '.join(_CLOCKS)}, with commas between.")
+    return tuple(name for name in _CLOCKS if name in names)
 
 
 def _moved(_context: click.Context, parameter: click.Parameter, value: Any) -> None:
@@ -60,9 +52,8 @@ def _moved_options(command: click.Command) -> click.Command:
         flag = name in ("--profile", "--markdown")
         option(name, is_flag=flag, hidden=True, expose_value=False, is_eager=True, callback=_moved)(command)
     for parameter in command.params:
-        if parameter.name == "steps":
-            parameter.default, parameter.help = _STEPS, "Sampling steps."
-            parameter.show_default = True
+        if isinstance(parameter, click.Option) and parameter.name == "steps":
+            parameter.default, parameter.show_default, parameter.help = _STEPS, True, "Sampling steps."
     return command
 
 
@@ -72,7 +63,7 @@ def _moved_options(command: click.Command) -> click.Command:
 @option("--prompt", metavar="TEXT", default=_PROMPT, help="What to draw.  [default: an apple]")
 @request_options
 @option("-s", "--seed", type=int, default=0, show_default=True, help="Seed of the picture.")
-@option("--clock", "clocks", envvar="LDM_CLOCK", type=_Clocks(), metavar="LIST", default="cold,image,step",
+@option("--clock", "clocks", envvar="LDM_CLOCK", callback=_clocks, metavar="LIST", default="cold,image,step",
         show_default=True, help="What to measure.")  # fmt: skip
 @option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Rounds.")
 @option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,

@@ -1,8 +1,8 @@
 """`make bench-gpu`: all that is to be measured on a GPU, in one command.
 
 Each part is a process of its own, with its table (.md), its samples (.json) and what it said meanwhile (.log) in the
-folder. One that fails does not stop the others. The summary sets the targets beside what is in the folder, whichever
-call has put it there.
+folder; one that fails does not stop the others. The summary sets the targets beside all samples that are there,
+whichever call has put them there.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.processes import environment, python
 from bench.targets import to_markdown
@@ -27,32 +26,25 @@ _GRACE = 30.0  # seconds for an interrupted part to end its own processes
 class Part:
     """One thing to measure: a module with its words. `family` is that of the random weights."""
 
-    about: str
     words: str
     family: str = ""
     module: str = "bench"
 
 
-_SD15, _SDXL = (
-    "--steps 50 --clock image,step --width 512 --height 512",
-    "--steps 30 --clock image,step --width 1024 --height 1024",
-)
-_OWN = "ldm-eager,ldm-torch-kernels,ldm-plain,ldm-sdpa,ldm-xformers"
+_SD15 = "--steps 50 --clock image,step --width 512 --height 512 --against"
+_SDXL = "--steps 30 --clock image,step --width 1024 --height 1024 --runs 5 --profile --against"
 PARTS = {
-    "card": Part("a guided step, technique by technique", "--seconds 120", module="bench.card_check"),
-    "tests": Part("the tests that need a GPU", "-m cuda -rs --color=no tests", module="pytest"),
-    "sd15": Part("SD1.5, warm; what each technique is worth", f"{_SD15} --runs 10 --against diffusers,{_OWN}", "sd15"),
-    "cold": Part("SD1.5, from the start of a process", "--steps 20 --clock cold --runs 5 --against diffusers", "sd15"),
-    "compile": Part("SD1.5, beside torch.compile(mode=max-autotune)",
-                    f"{_SD15} --runs 10 --against diffusers-compile,ldm-compile", "sd15"),
-    "batch16": Part("SD1.5, 16 pictures at once", f"{_SD15} --batch-size 16 --profile --against diffusers", "sd15"),
-    "batch64": Part("SD1.5, 64 pictures at once", f"{_SD15} --batch-size 64 --against diffusers", "sd15"),
-    "throughput": Part("SD1.5, `ldm batch` under way", "--steps 50", "sd15", "bench.throughput"),
-    "sdxl": Part("SDXL, warm", f"{_SDXL} --runs 5 --profile --against diffusers,ldm-eager,ldm-low-vram", "sdxl"),
-    "memory": Part("SDXL 2048², decoded in strips or not", "--steps 4 --width 2048 --height 2048 --clock image "
-                   "--runs 2 --against ldm-tiled,ldm-low-vram", "sdxl"),
-    "profile": Part("SD1.5, a step by kinds of work", f"{_SD15} --clock step --profile --against ldm-eager", "sd15"),
-}  # fmt: skip
+    "card": Part("--seconds 120", module="bench.card_check"),
+    "tests": Part("-m cuda -rs --color=no tests", module="pytest"),
+    "sd15": Part(f"{_SD15} diffusers,ldm-eager,ldm-torch-kernels,ldm-plain,ldm-sdpa,ldm-xformers --runs 10", "sd15"),
+    "cold": Part("--steps 20 --clock cold --runs 5 --against diffusers", "sd15"),
+    "compile": Part(f"{_SD15} diffusers-compile,ldm-compile --runs 10", "sd15"),
+    "batch16": Part(f"{_SD15} diffusers --batch-size 16 --profile", "sd15"),
+    "batch64": Part(f"{_SD15} diffusers --batch-size 64", "sd15"),
+    "throughput": Part("--steps 50", "sd15", "bench.throughput"),
+    "sdxl": Part(f"{_SDXL} diffusers,ldm-eager,ldm-low-vram", "sdxl"),
+    "memory": Part("--steps 4 --width 2048 --height 2048 --clock image --against ldm-tiled,ldm-low-vram", "sdxl"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,93 +54,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", default="", help=f"with spaces between: {', '.join(PARTS)}; all unless given")
     parser.add_argument("--scratch", type=Path, help="weights and compiled code for the next call; OUT/scratch")
     parser.add_argument("--limit", type=float, default=570.0, help="seconds for one part")
-    parser.add_argument("--summary", action="store_true", help="only sum up what is in OUT")
+    parser.add_argument("--device", default="cuda")
     o = parser.parse_args(arguments)
     wanted = o.parts.split() or list(PARTS)
     if unknown := [name for name in wanted if name not in PARTS]:
         parser.error(f"part {unknown[0]} is not known; choose from {', '.join(PARTS)}")
     out, scratch = o.out.absolute(), (o.scratch or o.out / "scratch").absolute()
+    out.mkdir(parents=True, exist_ok=True)
     scratch.mkdir(parents=True, exist_ok=True)
-    codes = []
-    if not o.summary:
-        for name in [name for name in PARTS if name in wanted]:
-            codes.append(run_part(name, PARTS[name], out, scratch, o.limit))
-    text = summary(out)
+    lines = ["| part | | seconds |", "|---|---|---:|"]
+    for name in [name for name in PARTS if name in wanted]:
+        print(f"bench-gpu: {name} …", file=sys.stderr, flush=True)
+        started, word = time.monotonic(), run_part(name, out, scratch, o.device, o.limit)
+        lines.append(f"| {name} | {word} | {time.monotonic() - started:.0f} |")
+    found = {name: out / f"{name}.json" for name, part in PARTS.items() if part.module == "bench"}
+    results = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
+    text = "\n".join([*lines, "", to_markdown(results)])
     (out / "summary.md").write_text(text + "\n")
     print(text)
-    return int(any(codes))
+    return int(any(" | ok | " not in line for line in lines[2:]))
 
 
-def run_part(name: str, part: Part, out: Path, scratch: Path, limit: float) -> int | None:
-    """Run one part to its end, or to the limit (None), and note what became of it."""
-    print(f"bench-gpu: {name}: {part.about} …", file=sys.stderr, flush=True)
-    for ending in ("md", "json", "log", "part.json"):
+def run_part(name: str, out: Path, scratch: Path, device: str, limit: float) -> str:
+    """Run one part to its end, or to the limit, in place of what an earlier call left of it; returns what became of it
+    in a word or two."""
+    for ending in ("md", "json", "log"):
         (out / f"{name}.{ending}").unlink(missing_ok=True)
-    started, code = time.monotonic(), 0
-    log, table = out / f"{name}.log", out / f"{name}.md"
-    for command in commands(name, part, out, scratch):
-        code = _ended(command, table, log, limit, scratch)
-        if code:
-            break
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    lost = [line for line in lines if "left out" in line or "no further part" in line] or lines[-1:] if code else []
-    done = {"code": code, "seconds": round(time.monotonic() - started), "note": "; ".join(lost).replace("|", "∣")[:500]}
-    (out / f"{name}.part.json").write_text(json.dumps(done))
-    return code
+    with (out / f"{name}.md").open("wb") as table, (out / f"{name}.log").open("wb") as log:
+        for command in commands(name, out, scratch, device):
+            env = environment(scratch, None, scratch / "compiled")
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=table, stderr=log, cwd=_ROOT, env=env)
+            try:
+                if code := process.wait(limit):
+                    return f"failed ({code})"
+            except subprocess.TimeoutExpired:
+                return "took too long"
+            finally:
+                _stop(process)
+    return "ok"
 
 
-def commands(name: str, part: Part, out: Path, scratch: Path) -> list[list[str]]:
+def commands(name: str, out: Path, scratch: Path, device: str) -> list[list[str]]:
     """What a part runs: its random weights are written first, where they are not there yet."""
-    words, before, json_file = part.words.split(), [], str(out / f"{name}.json")
+    part, before = PARTS[name], []
+    words = part.words.split()
     if part.family:
         model = scratch / part.family
         if not (model / "model_index.json").is_file():  # it is written last
             before = [python("bench.random_weights", part.family, str(model))]
-        words += ["--model", str(model), "--device", "cuda", "--json", json_file]
+        words += ["--model", str(model), "--device", device, "--json", str(out / f"{name}.json")]
     if part.module == "bench":
         words += ["--compile-cache", str(scratch / "compiled")]
     if part.module == "bench.card_check":
-        words = [str(out / "card"), *words]
+        words += [str(out / "card"), *(["--cpu"] if device == "cpu" else [])]
     return [*before, python(part.module, *words)]
 
 
-def summary(out: Path) -> str:
-    """The parts that were run, and the targets beside what was seen, by what is in the folder."""
-    lines, results = ["| part | | seconds | |", "|---|---|---:|---|"], {}
-    for name, part in PARTS.items():
-        done = _read_json(out / f"{name}.part.json")
-        if done is None:
-            lines.append(f"| {name}: {part.about} | not run | | |")
-            continue
-        word = {None: "took too long", 0: "ok"}.get(done["code"], f"failed ({done['code']})")
-        lines.append(f"| {name}: {part.about} | {word} | {done['seconds']} | {done['note']} |")
-        found = _read_json(out / f"{name}.json")
-        if found is not None and part.module == "bench":
-            results[name] = found
-    return "\n".join([*lines, "", to_markdown(results)])
-
-
-def _ended(command: Sequence[str], table: Path, log: Path, limit: float, scratch: Path) -> int | None:
-    """The exit code of a command; None where it took longer than `limit` seconds and was interrupted."""
-    env = environment(scratch, None, scratch / "compiled")
-    with table.open("ab") as out, log.open("ab") as errors:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, cwd=_ROOT, env=env)
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a process that is running still: interrupted, it ends those that it started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
         try:
-            return process.wait(limit)
+            process.wait(_GRACE)
         except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(_GRACE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+            process.kill()
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ def _value(target: Target, record: Mapping[str, Any], floor: Mapping[str, Any] |
     if not samples or (target.measure == "floor" and not floor):
         return None
     median = statistics.median(samples)
-    return {"rate": 1 / median, "floor": floor[target.clock] / median if floor else None}.get(target.measure, median)
+    if target.measure == "floor":
+        return floor[target.clock] / median
+    return 1 / median if target.measure == "rate" else median
 
 
 def to_markdown(parts: Mapping[str, Mapping[str, Any]], targets: Sequence[Target] = TARGETS) -> str:

@@ -1,0 +1,556 @@
+"""`make bench` and `make bench-gpu`: contenders in their processes, parity, random weights, targets. All on the CPU; no
+test looks at how long anything took."""
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bench import __main__ as make_bench
+from bench import (
+    card_check,
+    contenders,
+    gpu,
+    measuring,
+    ours,
+    parity,
+    peer_diffusers,
+    processes,
+    random_weights,
+    report,
+    step_profile,
+)
+from bench.contenders import CONTENDERS, OURS, REFERENCE, Contender, chosen, job_for, obstacle
+from bench.job import PROMPT, Job
+from bench.measuring import Plan
+from bench.ours import cold_words
+from bench.processes import ContenderError, Worker, environment, python
+from bench.targets import TARGETS, Target, judged, to_markdown
+from cli_support import tiny_model, until
+from oracle.random_families import Recipe
+
+from ldmcli.checkpoints.files import open_weights, read_tensors
+from ldmcli.checkpoints.source import open_model
+from ldmcli.conditioning.chunks import tokenize
+from ldmcli.errors import UsageError
+
+pytestmark = pytest.mark.timeout(300)
+JOB = Job("ldm", "models/some", width=64, height=64, guidance_scale=7.5, steps=3, device="cpu", dtype="fp32", threads=1)
+FACTS = {"device": "cpu", "dtype": "bf16", "bf16_native": True}
+
+# A contender of any kind, by its job's name. It draws what the reference draws, whose file is beside the one asked for.
+FAKE = """
+import json, os, shutil, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+from bench import serving
+
+class Fake(serving.Serving):
+    def __init__(self, job):
+        self.job = job
+    def greet(self):
+        return {"versions": {"fake": "1"}, "dtype": "fp32", "tokens": json.loads(os.environ["TOKENS"])}
+    def compare(self, steps, file, decode=True):
+        with np.load(Path(file).with_name("reference.npz")) as right:
+            np.savez(file, latents=right["latents"] * (1.01 if self.job.name == "forger" else 1))
+        return {}
+    def draw(self, steps, prompt, decode=True):
+        print("not an answer")
+        if self.job.name == "dying":
+            raise RuntimeError("no more " + "paint")
+        return {"seconds": 1.0, "steps": [0.25] * (steps - 1), "png": 1}
+    def sleep(self):
+        time.sleep(1000)
+    def leave(self):
+        return {"pid": subprocess.Popen(["sleep", "1000"]).pid}
+
+def cold(job, output):
+    Path(output).write_bytes(b"png")
+    return {"phases": {"imports": 0.0}, "marks": {"first_step": 0.5}, "peaks": {"first_step": 7}}
+
+if __name__ == "__main__":
+    serving.main(Fake, cold)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment in which the module `fake_contender` can be run."""
+    (tmp_path / "fake_contender.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TOKENS", json.dumps([list(t) for t in tokens_of(tiny_model())]))
+    return environment(tmp_path, 1)
+
+
+def tokens_of(model: Path) -> list[Any]:
+    return [tokenize(each, PROMPT).chunks[0].ids for each in open_model(model).tokenizers]
+
+
+def fake_worker(fake: dict[str, str], name: str = "one") -> Worker:
+    return Worker(python("fake_contender", "serve", dataclasses.replace(JOB, name=name).to_json()), fake)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ---- processes ----
+
+
+def test_a_worker_answers_and_leaves_nothing_behind(fake: dict[str, str]) -> None:
+    worker = fake_worker(fake)
+    assert worker.ask("draw", steps=3, prompt="x")["steps"] == [0.25, 0.25]
+    grandchild = worker.ask("leave")["pid"]
+    assert is_alive(grandchild)
+    worker.kill()
+    until(lambda: not is_alive(grandchild), "the end of a worker's child")
+
+
+def test_a_dead_worker_is_told_of_by_its_last_words(fake: dict[str, str]) -> None:
+    worker = fake_worker(fake, "dying")
+    for _ in range(2):
+        with pytest.raises(ContenderError, match=r"^ended with code 1: RuntimeError: no more paint$"):
+            worker.ask("draw", steps=3, prompt="x")
+    worker.kill()
+
+
+def test_answers_do_not_take_for_ever(fake: dict[str, str]) -> None:
+    worker = fake_worker(fake)
+    worker.ask("greet")
+    with pytest.raises(ContenderError, match=r"no answer within 0\.2 s"):
+        worker.ask("sleep", limit=0.2)
+    worker.kill()
+    with pytest.raises(ContenderError, match=r"no answer within 0\.2 s"):
+        processes.run([sys.executable, "-c", "import time; time.sleep(1000)"], fake, limit=0.2)
+    with pytest.raises(ContenderError, match=r"^ended with code 3: out of ink$"):
+        processes.run([sys.executable, "-c", "import sys; print('out of ink', file=sys.stderr); sys.exit(3)"], fake)
+
+
+def test_contenders_environment_is_not_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LDM_STEPS", "3")
+    found = environment(tmp_path / "own", 7, tmp_path / "kept")
+    assert "LDM_STEPS" not in found
+    assert found["OMP_NUM_THREADS"] == "7"
+    assert Path(found["XDG_CACHE_HOME"]).parent == tmp_path / "own"
+    assert Path(found["TRITON_CACHE_DIR"]).parent == Path(found["CUDA_CACHE_PATH"]).parent == tmp_path / "kept"
+
+
+# ---- contenders ----
+
+
+def test_a_job_survives_json() -> None:
+    job = dataclasses.replace(JOB, prompt='ä "q"\n', settings={"cuda_graph": False})
+    assert Job.from_json(job.to_json()) == job
+    with pytest.raises(TypeError):
+        Job.from_json('{"name": "n", "model": "m", "stepz": 3}')
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "native", "dtype"),
+    [
+        ("diffusers", "cpu", True, "fp32"),
+        ("diffusers", "cuda:0", False, "fp16"),
+        ("diffusers-channels-last", "cpu", False, "bf16"),
+        ("diffusers-compile", "cpu", False, "fp32"),
+        ("diffusers-compile", "cpu", True, "bf16"),
+        ("openvino", "cpu", True, "bf16"),
+        ("ldm-eager", "cpu", True, "bf16"),
+    ],
+)
+def test_number_types(name: str, device: str, native: bool, dtype: str) -> None:
+    job = dataclasses.replace(JOB, device=device)
+    assert job_for(CONTENDERS[name], job, FACTS | {"bf16_native": native}).dtype == dtype
+
+
+def test_the_reference_has_nothing_that_makes_it_fast() -> None:
+    job = job_for(REFERENCE, dataclasses.replace(JOB, settings={"kernels": "triton", "vae_tiling": True}), FACTS)
+    assert job.dtype == "fp32"
+    assert job.settings == {"attention": "sdpa", "kernels": "torch", "cuda_graph": False, "vae_tiling": True}
+    assert REFERENCE.environment == {"NVIDIA_TF32_OVERRIDE": "0"}
+
+
+def test_a_missing_package_leaves_out_its_contender_alone(tmp_path: Path) -> None:
+    here = dataclasses.replace(JOB, model=str(tmp_path))
+    lost = obstacle(CONTENDERS["openvino"], here, {"diffusers": True}.get)
+    assert lost == "needs openvino, which this Python does not have (pip install openvino)"
+    assert obstacle(CONTENDERS["diffusers"], here, {"diffusers": True}.get) == ""
+    assert "cuda alone" in obstacle(CONTENDERS["ldm-xformers"], here, lambda _: True)
+    assert "2 at once" in obstacle(CONTENDERS["openvino"], dataclasses.replace(here, batch_size=2), lambda _: True)
+    assert "single file" in obstacle(CONTENDERS["diffusers"], JOB, lambda _: True)
+    assert obstacle(CONTENDERS["ldm-eager"], JOB, lambda _: True) == ""
+    with pytest.raises(UsageError, match="'photoshop' is not known; choose from diffusers"):
+        chosen("diffusers, photoshop")
+
+
+def test_settings_reach_the_program_that_starts_cold() -> None:
+    settings = {"kernels": "torch", "cuda_graph": False, "compile": True, "vae_tiling": False}
+    words = cold_words(dataclasses.replace(JOB, settings=settings), "p.png", "--no-cache")
+    assert {"--kernels=torch", "--no-cuda-graph", "--compile", "--no-cache", "--steps=3", "--seed=0"} < set(words)
+    assert not {"--vae-tiling", "--no-cuda-graph"} & set(cold_words(JOB, "p.png"))
+    assert words[-2:] == ["--", PROMPT]
+
+
+# ---- parity ----
+
+
+@pytest.mark.parametrize(("factor", "dtype", "passed"), [(1.0005, "fp32", True), (1.01, "fp32", False),
+                                                         (1.1, "bf16", True), (1.3, "bf16", False)])  # fmt: skip
+def test_parity_is_that_of_the_worst_picture(tmp_path: Path, factor: float, dtype: str, passed: bool) -> None:
+    latents, pixels = np.full((3, 4, 2, 2), 3.0, np.float32), np.full((3, 4, 4, 3), 100, np.uint8)
+    other, changed = latents.copy(), pixels.copy()
+    other[1] *= factor
+    changed[2] += 7
+    parity.keep(str(tmp_path / "a.npz"), latents, pixels)
+    parity.keep(str(tmp_path / "b.npz"), other, changed)
+    found = parity.compare(tmp_path / "a.npz", tmp_path / "b.npz", dtype)
+    assert found["passed"] is passed
+    assert found["latents"] == pytest.approx(factor - 1, rel=1e-3)
+    assert (found["max_level"], found["mean_level"]) == (7, 7.0)
+    parity.keep(str(tmp_path / "c.npz"), latents[:, :, :1], None)
+    assert parity.compare(tmp_path / "a.npz", tmp_path / "c.npz", dtype)["passed"] is False
+
+
+# ---- runs ----
+
+
+def run_with(*names: str, clocks: tuple[str, ...] = ("image", "step"), **given: Any) -> dict[str, Any]:
+    """A run of the tiny model in float32 against fakes of these names, without the floor."""
+    peers = tuple(Contender(name, "fake_contender", dtype="fp32") for name in names)
+    given = {"steps": 3, "threads": 1, "device": "cpu", "dtype": "fp32"} | given
+    return measuring.measure(Plan(tiny_model(), peers, given, clocks, 2))
+
+
+@pytest.fixture
+def no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring._Run, "apart", lambda *_: None)
+
+
+@pytest.mark.usefixtures("fake", "no_floor")
+def test_a_contender_that_fails_does_not_take_the_others_along() -> None:
+    found = run_with("dying", "forger", "good")
+    records = found["contenders"]
+    assert not report.passed(found)
+    assert records["dying"]["failure"] == "ended with code 1: RuntimeError: no more paint"
+    assert records["dying"]["samples"] == {}
+    assert records["forger"]["parity"]["latents"] == pytest.approx(0.01, rel=1e-3)
+    assert [name for name in records if report.flawed(records[name])] == ["dying", "forger"]
+    assert records["good"]["samples"] == {"image": [1.0] * 2, "step": [0.25] * 4}
+    own = records["ldm"]["samples"]
+    assert (len(own["image"]), len(own["step"])) == (2, 4)
+    assert records["ldm"]["parity"]["max_level"] == 0
+    text = report.to_markdown(found)
+    assert "| forger (FAILED) | ~~1 s~~ |" in text
+    assert "failed: dying: ended with code 1: RuntimeError: no more paint" in text
+    assert str(tiny_model()) not in json.dumps(found)
+
+
+@pytest.mark.usefixtures("fake", "no_floor")
+def test_one_after_the_other_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_available_memory", lambda: 1 << 20)
+    monkeypatch.setenv("TOKENS", "[[0]]")
+    found = run_with("good", clocks=("step",))
+    assert found["together"] is False
+    assert found["contenders"]["good"]["parity"]["reason"] == "other token ids"
+    assert len(found["contenders"]["ldm"]["samples"]["step"]) == 4
+
+
+@pytest.mark.usefixtures("fake", "no_floor")
+def test_cold_starts_beside_another() -> None:
+    found = run_with("good", clocks=("cold",), steps=1)
+    assert list(found["contenders"]) == ["ldm", "ldm --no-cache", "good"]
+    for record in found["contenders"].values():
+        assert (len(record["samples"]["cold"]), len(record["phases"])) == (2, 2)
+        assert sum(record["phases"][0].values()) == pytest.approx(record["samples"]["cold"][0])
+    assert report.base(found) == "good"
+    assert "× good" in report.to_markdown(found)
+
+
+def test_beside_diffusers_and_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--clock image,step --runs 1 --steps 2 --batch-size 2 --device cpu --dtype fp32 --threads 1 --profile"
+    file = tmp_path / "found.json"
+    assert make_bench.main([*words.split(), "--against", "diffusers,ldm-plain,ldm-xformers", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    records, text = found["contenders"], capsys.readouterr().out
+    assert set(records) == {"ldm", "diffusers", "ldm-plain"}
+    assert records["diffusers"]["parity"]["latents"] < 1e-4
+    assert records["diffusers"]["parity"]["max_level"] <= 1
+    assert records["diffusers"]["greeting"]["tokens"] == records["ldm"]["greeting"]["tokens"]
+    assert records["ldm-plain"]["parity"]["latents"] < 1e-4
+    assert found["floor"]["step"] > 0
+    assert found["profile"]["kinds"]["convolution"]["seconds"] > 0
+    assert (found["task"]["width"], found["task"]["batch_size"]) == (64, 2)
+    assert "left out: ldm-xformers runs on cuda alone" in text
+    assert text.index("image: warm") < text.index("step: one") < text.index("profile: ") < text.index("parity: ")
+
+
+# What is asked of OpenVINO, played by torch: a network is kept whole, and called as it is.
+PLAYED = """
+import pickle, torch
+__version__ = "played"
+def convert_model(module, example_input, input):
+    assert [tuple(i.shape) for i in example_input][0][0] == input[0][0]
+    return module
+def save_model(module, path, compress_to_fp16):
+    torch.save(module.network, str(path) + ".network")
+    name = path.stem
+    open(path, "w").write(name)
+class Core:
+    def compile_model(self, path, device, options):
+        assert options["INFERENCE_PRECISION_HINT"] == "f32"
+        network = torch.load(str(path) + ".network", weights_only=False)
+        calls = {
+            "text": lambda ids: network(ids)[0],
+            "unet": lambda *inputs: network(*inputs).sample,
+            "vae": lambda latents: network.decode(latents / network.config.scaling_factor).sample,
+        }
+        def run(inputs):
+            with torch.no_grad():
+                return [calls[path.stem](*map(torch.as_tensor, inputs)).numpy()]
+        return run
+"""
+
+
+@pytest.mark.usefixtures("no_floor")
+def test_openvino_draws_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "openvino.py").write_text(PLAYED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda _: True)
+    peer = dataclasses.replace(CONTENDERS["openvino"], dtype="fp32", packages=())
+    given = {"steps": 2, "threads": 1, "device": "cpu", "dtype": "fp32"}
+    found = measuring.measure(Plan(make_bench.parser().get_default("model"), (peer,), given, ("cold", "step"), 1))
+    record = found["contenders"]["openvino"]
+    assert record["failure"] is None
+    assert record["parity"]["latents"] < 1e-4
+    assert record["parity"]["max_level"] <= 1
+    assert {"text", "denoise", "vae", "png"} <= set(record["phases"][0])
+
+
+# ---- random weights ----
+
+SMALL_PARTS = {"block_out_channels": (32, 32, 64, 64)}
+PARAMETERS = {  # of the published models: U-Net and VAE, then all text encoders
+    "sd15": (859_520_964, 83_653_863, 123_060_480),
+    "sd21": (865_910_724, 83_653_863, 340_387_840),
+    "sdxl": (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840),
+}
+
+
+def small(family: str) -> Recipe:
+    """A family's recipe, only narrower; all that makes the family stays."""
+    recipe = random_weights.FAMILIES[family]
+    texts = {part: {**text, **recipe.small_texts[part]} for part, text in recipe.texts.items()}
+    unet = {**recipe.unet, **recipe.small_unet} | {"sample_size": 8}
+    unet.pop("time_cond_proj_dim", None)
+    return dataclasses.replace(recipe, unet=unet, vae={**recipe.vae, **SMALL_PARTS}, texts=texts)
+
+
+@pytest.mark.parametrize("family", random_weights.FAMILIES)
+def test_true_shapes(family: str, tmp_path: Path) -> None:
+    recipe = random_weights.FAMILIES[family]
+    random_weights.write_configurations(recipe, tmp_path)
+    shapes = random_weights.model_shapes(recipe, tmp_path)
+    count = {part: sum(int(np.prod(shape)) for shape in of_part.values()) for part, of_part in shapes.items()}
+    texts = sum(size for part, size in count.items() if part.startswith("text_encoder"))
+    assert (count["unet"], count["vae"], texts) == PARAMETERS[family]
+
+
+@pytest.mark.parametrize("family", random_weights.FAMILIES)
+def test_diffusers_reads_and_draws_the_same(family: str, tmp_path: Path, one_thread: None) -> None:
+    folder = random_weights.write_recipe(small(family), tmp_path)
+    job = dataclasses.replace(JOB, model=str(folder), prompt="a pear", batch_size=2)
+    greetings = []
+    for name, contender in (("ours", ours.Ours(job)), ("theirs", peer_diffusers.Diffusers(job))):
+        contender.compare(3, str(tmp_path / f"{name}.npz"))
+        greetings.append(contender.greet())
+    found = parity.compare(tmp_path / "ours.npz", tmp_path / "theirs.npz", "fp32")
+    assert found["latents"] < 1e-4
+    assert found["max_level"] <= 1
+    assert greetings[0]["tokens"] == greetings[1]["tokens"]
+    assert greetings[0]["fitted"] == {"width": 64, "height": 64, "guidance_scale": 7.5}
+
+
+def test_weights_keep_signals_of_size_one(tmp_path: Path) -> None:
+    folder = random_weights.write_recipe(small("sd15"), tmp_path)
+    file = open_weights(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {info.dtype for info in file.tensors.values()} == {"F16"}
+    for name, tensor in read_tensors(file, file.tensors, "cpu", torch.float32):
+        if tensor.numel() > 500 and tensor.ndim > 1:
+            gain = 1 / 0.596 if name == "conv_out.weight" else 1
+            assert float(tensor.std()) == pytest.approx(gain * tensor[0].numel() ** -0.5, rel=0.15), name
+    before = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    random_weights.write_recipe(small("sd15"), folder)
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    with pytest.raises(UsageError, match="'sd3'; choose sd15, sd21, sdxl"):
+        random_weights.write_random_model("sd3", tmp_path / "model")
+
+
+# ---- the campaign ----
+
+
+def record(step: float = 1.0, **more: Any) -> dict[str, Any]:
+    """A contender's part of the results."""
+    samples = {clock: [more.pop(clock, step)] for clock in ("image", "step", "cold")}
+    plain = {"failure": None, "parity": {"passed": True, "latents": 1e-3}, "samples": samples, "peaks": {}}
+    return plain | more
+
+
+@pytest.mark.parametrize(
+    ("target", "ours", "other", "seen", "word"),
+    [
+        (Target("t", "p", "rate", 200), record(1 / 250), None, 250, "PASS"),
+        (Target("t", "p", "rate", 200), record(1 / 160), None, 160, "MISS"),
+        (Target("t", "p", "floor", 0.5), record(0.4), None, 0.625, "PASS"),
+        (Target("t", "p", "ratio", 0.5, "image", "peer"), record(image=1.0), record(image=2.0), 0.5, "PASS"),
+        (Target("t", "p", "ratio", 0.5, "image", "peer"), record(image=3.0), record(image=2.0), 1.5, "MISS"),
+        (Target("t", "p", "peak", 1, "g", "peer"), record(peaks={"g": [4, 3]}), record(peaks={"g": [8]}), 0.5, "PASS"),
+        (Target("t", "p", "error", 1, against="peer"), record(), record(parity={"latents": 5e-4}), 2, "MISS"),
+        (Target("t", "p", "ratio", 1, against="peer"), record(), None, None, "not run: peer took no part"),
+        (Target("t", "p", "ratio", 1, against="peer"), record(), record(failure="ink"), None, "not run: peer failed"),
+        (Target("t", "p", "ratio", 1, against="peer"), record(parity={"passed": False}), record(), None,
+         "not run: ldm failed"),
+        (Target("t", "p", "ratio", 1, against="peer"), record(), record(samples={}), None, "not run: not measured"),
+    ],
+)  # fmt: skip
+def test_a_target_is_met_or_missed(target: Target, ours: Any, other: Any, seen: float | None, word: str) -> None:
+    found = {"contenders": {"ldm": ours, **({"peer": other} if other else {})}, "floor": {"step": 0.25}}
+    number, told = judged(target, found)
+    assert told == word
+    assert number == (seen if seen is None else pytest.approx(seen))
+    assert "| t | " in to_markdown({"p": found}, [target])
+
+
+def test_every_target_is_of_something_that_is_measured() -> None:
+    for target in TARGETS:
+        words = gpu.PARTS[target.part].words
+        assert target.measure in ("rate", "floor") or target.against in words
+        assert target.measure in ("peak", "error") or target.clock in words
+    assert to_markdown({}).count("not run") == len(TARGETS)
+
+
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_what_a_part_runs_is_understood(name: str, tmp_path: Path) -> None:
+    *before, (python_, *flags, module, _) = [[*c[:4], c[4:]] for c in gpu.commands(name, tmp_path, tmp_path, "cuda")]
+    assert (python_, flags) == (sys.executable, ["-P", "-m"])
+    assert module == gpu.PARTS[name].module
+    assert bool(before) == bool(gpu.PARTS[name].family)
+    if module == "bench":
+        o = make_bench.parser().parse_args(gpu.commands(name, tmp_path, tmp_path, "cuda")[-1][4:])
+        assert chosen(o.against)
+        assert o.batch_size is None or "cold" not in o.clock
+
+
+def test_a_part_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"contenders": {"ldm": record(0.004), "diffusers": record(0.02)}, "floor": None}
+    code = {
+        "sd15": f"import json; json.dump({found!r}, open({str(tmp_path / 'sd15.json')!r}, 'w')); print('a table')",
+        "cold": "import sys; sys.exit(3)",
+        "compile": "import time; time.sleep(1000)",
+    }
+    monkeypatch.setattr(gpu, "commands", lambda name, *_: [[sys.executable, "-c", code[name]]])
+    assert gpu.main(["--out", str(tmp_path), "--parts", "compile sd15 cold", "--limit", "3"]) == 1
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "summary.md").read_text()
+    assert "| sd15 | ok |" in text
+    assert "| cold | failed (3) |" in text
+    assert "| compile | took too long |" in text
+    assert "guided steps a second | ≥ 200 it/s | 250 | PASS |" in text
+    assert "a step | ≤ 0.45 × diffusers | 0.2 | PASS |" in text
+    assert (tmp_path / "sd15.md").read_text() == "a table\n"
+
+
+def test_the_cards_check_runs_as_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert card_check.main([str(tmp_path), "--cpu", "--parts", "env,kernels,steps,profile,gn,batch"]) == 0
+    found = json.loads((tmp_path / "card.json").read_text())
+    assert {"nchw eager", "fused graph bench", "fused graph bench math", "profile", "gn 2560 8"} < set(found)
+    assert all(values["error"] < 1e-4 for values in found.values() if "its" in values)
+    assert "aten::" in (tmp_path / "kernels.txt").read_text()
+    assert "it/s  error" in capsys.readouterr().out
+
+
+def test_a_line_that_fails_is_noted_and_a_late_one_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card_check.Card, "error", lambda *_: 1 / 0)
+    notes = card_check.Notes(tmp_path, 1000)
+    card_check.Card(notes, torch.device("cpu")).variant("a step")
+    late = card_check.Card(card_check.Notes(tmp_path, 0), torch.device("cpu"))
+    late.variant("another")
+    assert json.loads((tmp_path / "card.json").read_text()) == notes.found
+    assert "ZeroDivisionError" in notes.found["a step"]["failed"]
+    assert late.notes.found == {}
+
+
+def test_throughput_of_a_small_model(tmp_path: Path) -> None:
+    words = f"--model {tiny_model()} --device cpu --steps 2 --batch-sizes 2 --pictures 4 --runs 1 --json {tmp_path}/f"
+    command = [*python("bench.throughput"), *shlex.split(words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path, 1), check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| 2 | " in done.stdout
+    assert len(json.loads((tmp_path / "f").read_text())["2"][0]) == 2
+
+
+# ---- the profile ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
+        ("_5x_cudnn::Kernel<cutlass_tensorop_f16_s16816fprop_optimized_f16_128x128_32x4_nhwc>", "convolution"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix product"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_f16_s16816gemm_relu_f16_128x64_64x4_tn_align8>", "matrix product"),
+        ("aten::addmm", "matrix product"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "attention"),
+        ("void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::Half, float, float>", "norm"),
+        ("channel_moments", "norm"),
+        ("triton_poi_fused_add_convolution_silu_3", "elementwise"),
+        ("add_rows", "elementwise"),
+        ("void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>", "copy, layout"),
+        ("Memcpy DtoD (Device -> Device)", "copy, layout"),
+        ("some_kernel_nobody_knows", "other"),
+    ],
+)
+def test_kinds_of_kernels(name: str, kind: str) -> None:
+    assert step_profile.kind_of(name) == kind
+
+
+def test_a_profile_adds_up() -> None:
+    rows = [("aten::mm", 0.5, 10), ("aten::conv2d", 2.0, 4), ("aten::addmm", 0.25, 2)]
+    found = step_profile.summed(rows, steps=2, seconds=4.0)
+    assert found["step"] == 2.0
+    assert found["kinds"]["matrix product"] == {"seconds": 0.375, "calls": 6.0}
+    assert found["idle"] == 2.0 - 1.375
+    assert found["longest"][0] == ["aten::conv2d", 1.0, 2.0]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_step_on_the_gpu_is_told_apart(embedded_folder: Path, tmp_path: Path, graph: bool) -> None:
+    """In a process of its own: kernels inside a graph must show."""
+    job = dataclasses.replace(JOB, model=str(embedded_folder), device="cuda:0", dtype="fp16",
+                              settings={"cuda_graph": graph})  # fmt: skip
+    env = environment(tmp_path, None) | step_profile.ENVIRONMENT
+    worker = Worker(python(OURS.module, "serve", job.to_json()), env)
+    found = worker.ask("profile")
+    worker.kill()
+    assert found["kinds"]["convolution"]["calls"] >= 10
+    assert found["kinds"]["attention"]["calls"] >= 2
+    assert 0 < found["idle"] < found["step"]
+
+
+def test_nothing_of_it_is_taken_for_a_test() -> None:
+    names = [name for name in os.listdir(Path(gpu.__file__).parent) if name.endswith(".py")]
+    assert "card_check.py" in names
+    assert not [name for name in names if name.startswith("test_") or name.endswith("_test.py")]
