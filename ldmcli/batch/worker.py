@@ -11,7 +11,6 @@ from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
 from ldmcli.errors import LdmError, TryAgainError, printable
 from ldmcli.images.encode import encode_png
-from ldmcli.images.metadata import text_chunks
 from ldmcli.session import Session
 from ldmcli.session.picture import Picture
 
@@ -85,18 +84,13 @@ class Worker:
             raise
         except LdmError as error:
             return Outcome(item, FAILED, error=str(error), code=error.exit_code)
-        text = self._text(picture) if self._setup.metadata else {}
+        text = self._session.text(picture) if self._setup.metadata else {}
         try:
             data = encode_png(pixels, text)
         except ValueError as error:  # no picture, or text that PNG cannot hold: the row's fault, not the disk's
             return Outcome(item, FAILED, error=printable(str(error)), code=LdmError.exit_code)
         path = picture_path(item)
         return Outcome(item, DONE, path, write_picture(self._setup.folder, path, data))
-
-    def _text(self, picture: Picture) -> dict[str, str]:
-        # Which of several GPUs it was is the manifest's to say; the file is the same from each.
-        runtime = picture.runtime | {"device": picture.runtime["device"].partition(":")[0]}
-        return text_chunks(picture.request.recorded, self._session.identity(), runtime)
 
 
 def results(futures: "Iterable[Future[Outcome]]") -> Iterator[Outcome]:

@@ -186,8 +186,10 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
 
     folder = Path(options["output"])
     prepare_folder(folder)
-    if options["sheet"]:
-        prepare_folder(Path(options["sheet"]).parent)  # not after hours of drawing
+    if options["sheet"]:  # not after hours of drawing
+        from ldmcli.gallery.sheet import check_sheet
+
+        check_sheet(Path(options["sheet"]), folder)
     with folder_lock(folder):
         job.open_run(folder, found, extend=options["extend"])
         clean_temporaries(folder)
@@ -201,7 +203,7 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
         if run.rows is not None and not found:
             record_rows(folder, run.rows)
         if options["sheet"]:
-            _write_sheet(folder, Path(options["sheet"]))
+            _write_sheet(folder, Path(options["sheet"]), as_json=options["as_json"])
         return _account(run, stop, options)
 
 
@@ -336,7 +338,7 @@ def _print_totals(found: "Survey", *, as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' ')}: {value:,}")
 
 
-def _write_sheet(folder: Path, path: Path) -> None:
+def _write_sheet(folder: Path, path: Path, *, as_json: bool) -> None:
     """The run's first pictures, in the order of its rows."""
     import heapq
 
@@ -346,7 +348,10 @@ def _write_sheet(folder: Path, path: Path) -> None:
     done = (record for record in read_manifests(folder) if record["status"] == "done")
     first = heapq.nsmallest(MAX_PICTURES + 1, done, key=lambda record: record["number"])
     distinct = {record["number"]: record for record in first}.values()
-    write_sheet(path, (SheetPicture(folder / r["path"], r["request"]["prompt"]) for r in distinct), overwrite=True)
+    pictures = (SheetPicture(folder / r["path"], r["request"]["prompt"]) for r in distinct)
+    if write_sheet(path, pictures, folder):
+        line = json.dumps({"sheet": str(path)}).encode("ascii") if as_json else os.fsencode(path)
+        write_result(line + b"\n")
 
 
 def _named(file: str) -> str:

@@ -127,6 +127,10 @@ class _Written:
         self._compared = record is None or options["model_given"]
         self._threads = None if options["as_json"] else ThreadPoolExecutor(1, "write")
         self._waiting: deque[Future[None]] = deque()
+        if self._threads is not None:
+            from ldmcli.images.encode import prepare
+
+            self._threads.submit(prepare)
 
     def put(self, picture: "Picture") -> None:
         if self._threads is None:
@@ -147,14 +151,12 @@ class _Written:
 
     def _write(self, picture: "Picture") -> None:
         from ldmcli.images.encode import encode_png
-        from ldmcli.images.metadata import text_chunks
 
         pixels = picture.pixels()
         identity = self._session.identity()
         self._compare(identity)
         started = time.perf_counter()
-        chunks = text_chunks(picture.request.recorded, identity, picture.runtime) if self._metadata else {}
-        data = encode_png(pixels, chunks)
+        data = encode_png(pixels, self._session.text(picture) if self._metadata else {})
         self._session.stopwatch.add("png", time.perf_counter() - started)
         report = {**picture.request.to_dict(), "model": identity["name"], "seconds": round(picture.seconds, 3)}
         times = self._session.stopwatch.report()

@@ -29,6 +29,7 @@ _MAX_LINES = 3
 _MAX_CAPTION = 400  # characters looked at: more than three lines ever hold
 _SHAPE = 1.4  # width to height that the sheet aims at
 _PAPER, _INK, _EDGE, _FAULT = "#ffffff", "#1c1c1e", "#d0d0d4", "#f4f0f0"
+_PNG = b"\x89PNG\r\n\x1a\n"
 _KEYWORD = "ldmcli-sheet"
 _UNKNOWN = "\ufffd"  # not in the font either: comes out as its empty box
 _SPELLED = {
@@ -74,21 +75,25 @@ class _Grid(NamedTuple):
         return _MARGIN + column * (self.cell + _GAP), _MARGIN + row * self.pitch
 
 
-def check_sheet(path: Path) -> None:
-    """Make the folder of `path`. Raise CannotCreateError unless `path` can be written and is new or a contact sheet by
-    this program."""
+def check_sheet(path: Path, run: Path | None = None) -> None:
+    """Make the folder of `path`. Raise CannotCreateError unless `path` can be written and is new, a contact sheet by
+    this program, or a PNG in the folder of the `run` itself, where earlier versions wrote sheets without a mark."""
     prepare_folder(path.parent)
-    check_may_write(path, f"tEXt{_KEYWORD}\0".encode(), "contact sheet", "--sheet")
+    unmarked = run is not None and path.suffix.lower() == ".png" and path.resolve().parent == run.resolve()
+    marker = _PNG if unmarked else f"tEXt{_KEYWORD}\0".encode()
+    check_may_write(path, marker, "contact sheet", "--sheet")
 
 
-def write_sheet(path: Path, pictures: Iterable[SheetPicture], *, overwrite: bool = True) -> int:
+def write_sheet(
+    path: Path, pictures: Iterable[SheetPicture], run: Path | None = None, *, overwrite: bool = True
+) -> int:
     """Write a contact sheet of `pictures` in their order to `path`, and return how many it shows; of none no sheet is
     written. `overwrite`: in place of an earlier sheet.
 
     Many pictures get smaller cells. What finds no room even so, or cannot be read, is said in the log. Memory: four
     bytes a pixel of the sheet, the file, and one picture. Raises as `check_sheet` and `write_exact` do.
     """
-    check_sheet(path)
+    check_sheet(path, run)
     source = iter(pictures)
     shown_ones = list(itertools.islice(source, MAX_PICTURES))
     if not shown_ones:
