@@ -203,7 +203,7 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
         if run.rows is not None and not found:
             record_rows(folder, run.rows)
         if options["sheet"]:
-            _write_sheet(folder, Path(options["sheet"]), as_json=options["as_json"])
+            _write_sheet(folder, Path(options["sheet"]))
         return _account(run, stop, options)
 
 
@@ -338,7 +338,7 @@ def _print_totals(found: "Survey", *, as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' ')}: {value:,}")
 
 
-def _write_sheet(folder: Path, path: Path, *, as_json: bool) -> None:
+def _write_sheet(folder: Path, path: Path) -> None:
     """The run's first pictures, in the order of its rows."""
     import heapq
 
@@ -350,8 +350,7 @@ def _write_sheet(folder: Path, path: Path, *, as_json: bool) -> None:
     distinct = {record["number"]: record for record in first}.values()
     pictures = (SheetPicture(folder / r["path"], r["request"]["prompt"]) for r in distinct)
     if write_sheet(path, pictures, folder):
-        line = json.dumps({"sheet": str(path)}).encode("ascii") if as_json else os.fsencode(path)
-        write_result(line + b"\n")
+        _log.info("contact sheet: %s", printable(str(path), 4096))
 
 
 def _named(file: str) -> str:
