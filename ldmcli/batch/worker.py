@@ -10,7 +10,6 @@ from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
 from ldmcli.errors import LdmError, TryAgainError, printable
-from ldmcli.images.encode import encode_png
 from ldmcli.session import Session
 from ldmcli.session.picture import Picture
 
@@ -79,14 +78,13 @@ class Worker:
 
     def _written(self, item: Item, picture: Picture) -> Outcome:
         try:
-            pixels = picture.pixels()
+            picture.pixels()
         except TryAgainError:  # of the device
             raise
         except LdmError as error:
             return Outcome(item, FAILED, error=str(error), code=error.exit_code)
-        text = self._session.text(picture) if self._setup.metadata else {}
         try:
-            data = encode_png(pixels, text)
+            data = self._session.png(picture, metadata=self._setup.metadata)
         except ValueError as error:  # no picture, or text that PNG cannot hold: the row's fault, not the disk's
             return Outcome(item, FAILED, error=printable(str(error)), code=LdmError.exit_code)
         path = picture_path(item)

@@ -150,13 +150,11 @@ class _Written:
             self._waiting.popleft().result()
 
     def _write(self, picture: "Picture") -> None:
-        from ldmcli.images.encode import encode_png
-
-        pixels = picture.pixels()
+        picture.pixels()  # waits for the device, which is no time of the encoder's
         identity = self._session.identity()
         self._compare(identity)
         started = time.perf_counter()
-        data = encode_png(pixels, self._session.text(picture) if self._metadata else {})
+        data = self._session.png(picture, metadata=self._metadata)
         self._session.stopwatch.add("png", time.perf_counter() - started)
         report = {**picture.request.to_dict(), "model": identity["name"], "seconds": round(picture.seconds, 3)}
         times = self._session.stopwatch.report()

@@ -120,15 +120,20 @@ class Session:
         """Name, path and SHA-256 of the weights, and what else a picture's record says of them. Waits for the hash."""
         return self._opened.identity(self.begin_hashing().result())
 
-    def text(self, picture: "Picture") -> dict[str, str]:
-        """What a PNG says of a picture's making, for `images.encode.encode_png`: A1111's text, and our record, from
-        which it can be drawn again. Waits for the weights' hash."""
+    def png(self, picture: "Picture", *, metadata: bool = True) -> bytes:
+        """A picture as the bytes of a PNG file. Its `metadata` says how it was made: A1111's text, and our record, from
+        which it can be drawn again; for that it waits for the weights' hash. Raises as `Picture.pixels` does."""
+        from ldmcli.images.encode import encode_png
         from ldmcli.images.metadata import text_chunks
 
+        pixels = picture.pixels()
+        if not metadata:
+            return encode_png(pixels, {})
         # Which of several GPUs it was makes no difference.
         runtime = picture.runtime | {"device": picture.runtime["device"].partition(":")[0]}
         request, family = picture.request, self._opened.model.config.family
-        return text_chunks(request.recorded, self.identity(), runtime, family=family, schedule=request.schedule)
+        text = text_chunks(request.recorded, self.identity(), runtime, family=family, schedule=request.schedule)
+        return encode_png(pixels, text)
 
     def begin_hashing(self) -> "Future[str]":
         """Find the weights' SHA-256 in a thread, beside whatever else is done."""
