@@ -1,9 +1,10 @@
 """Steps that are recorded once and replayed: the same bits as without, whatever is asked for next, and nothing that a
 replay writes over or reads where it no longer is."""
 
+import contextlib
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -395,6 +396,35 @@ def test_memory_that_torch_cannot_give_back_is_no_error(monkeypatch: pytest.Monk
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_is_broken_off_leaves_no_pool_open(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch may have ended it, and refuses to do so twice: then the graph gives up its share by itself."""
+    closed: list[tuple[str, int, tuple[int, int]]] = []
+
+    @contextlib.contextmanager
+    def capture(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device: int, pool: tuple[int, int]) -> None:
+        if ended:
+            raise RuntimeError("not currently recording to this pool")
+        closed.append(("end", device, pool))
+
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    release = lambda *share: closed.append(("release", *share))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    with pytest.raises(RuntimeError, match="during capture"):
+        CudaRecorder(torch.device("cuda", 1)).record(lambda: torch.ones(1))
+    assert closed == ([] if ended else [("end", 1, (0, 7)), ("release", 1, (0, 7))])
 
 
 # ---- real graphs ----

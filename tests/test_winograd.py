@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from ldmcli.speed.tuning import Tuning
 from oracle.comparing import relative
 from oracle.random_model import randomise
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from ldmcli.config import VAEConfig
 from ldmcli.networks.layers import Upsample
 from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.cpu import winograd
 from ldmcli.speed.cpu.onednn import lay_out
 from ldmcli.speed.policy import choose_runtime
@@ -186,7 +186,7 @@ def test_upsampling(fold: bool, calls: list[tuple[int, ...]]) -> None:
 @pytest.mark.parametrize(("kernels", "served"), [("auto", True), ("torch", False)])
 def test_the_user_may_do_without(kernels: str, served: bool, calls: list[tuple[int, ...]]) -> None:
     layers = nn.ModuleList([nn.Conv2d(WIDE, WIDE, 3, padding=1), Upsample(WIDE)]).requires_grad_(False)
-    choose_runtime("cpu", "fp32", tuning=Tuning(kernels)).prepare(layers)
+    choose_runtime(RuntimeSpec(device="cpu", dtype="fp32", kernels=kernels)).prepare(layers)
     x = normal(1, WIDE, LARGE, LARGE)
     with torch.inference_mode():
         for layer in layers:
