@@ -147,6 +147,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(first, 4 * first, config.guidance_dim)
         added = config.pooled_dim + config.added_numbers * config.added_number_dim
         self.add_embedding = TimeEmbedding(added, 4 * first) if added else None
+        self.time_activation: nn.Module = nn.SiLU()  # every resnet starts with this: once is enough
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
@@ -209,7 +210,7 @@ class UNet(nn.Module):
         `time_embedding` is (batch, …) or (1, …) from `embed_time`; `context` comes from `project_context`. `residuals`
         are added to every skip, from the finest on, and to the middle (Zhang et al. 2023, ControlNet).
         """
-        time = F.silu(time_embedding)  # every resnet starts with this activation: once is enough
+        time = self.time_activation(time_embedding)
         contexts = iter(context)
         x = self.conv_in(latents)
         skips = [x]

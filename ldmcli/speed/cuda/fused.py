@@ -6,6 +6,7 @@ into what follows it, since cuDNN adds it in a pass of its own. Queries, keys an
 product. What a kernel does not take (on a CPU, not channels last), torch computes by the same formula.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -35,6 +36,8 @@ def fuse(module: nn.Module) -> nn.Module:
             block = recast(FusedTransformerBlock, part)
             block.attn1 = _joined(part.attn1)
             return block
+        if isinstance(part, UNet):
+            _join_time(part)
         return recast(kinds[type(part)], part) if type(part) in kinds else None
 
     return replaced(module, make)
@@ -66,9 +69,8 @@ class FusedResnetBlock(ResnetBlock):
     first one's bias too, goes into the second norm; the last one's bias goes into the sum."""
 
     def forward(self, x: Tensor, activated_time: Tensor | None = None) -> Tensor:
-        shift = _bias(self.conv1)[None]
-        if self.time_emb_proj is not None:
-            shift = self.time_emb_proj(activated_time) + shift
+        bias = _bias(self.conv1)[None]
+        shift = bias if self.time_emb_proj is None else self.time_emb_proj(activated_time)  # which has the bias in it
         h = _convolved(self.conv1, _activated(self.norm1, x))
         h = _convolved(self.conv2, _activated(self.norm2, h, shift))
         if self.conv_shortcut is None:
@@ -99,13 +101,42 @@ def _joined(attention: Attention) -> JoinedAttention:
     layers = (attention.to_q, attention.to_k, attention.to_v)
     joined = recast(JoinedAttention, attention)
     del joined.to_q, joined.to_k, joined.to_v
-    with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside inference mode too
-        width, channels = layers[0].weight.shape
-        joined.to_qkv = nn.Linear(channels, 3 * width, bias=layers[0].bias is not None, device="meta")
-        for name, _ in list(joined.to_qkv.named_parameters()):
-            whole = torch.cat([layer.get_parameter(name).detach() for layer in layers])
-            joined.to_qkv.register_parameter(name, nn.Parameter(whole, requires_grad=False))
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    joined.to_qkv = _product([layer.weight for layer in layers], biases)
     return joined
+
+
+def _product(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> nn.Linear:
+    """One layer that gives what several give of one input, one after the other."""
+    with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside inference mode too
+        product = nn.Linear(weights[0].shape[1], sum(map(len, weights)), bias=bool(biases), device="meta")
+        product.weight = nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=False)
+        if biases:
+            product.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
+    return product
+
+
+class Rows(nn.Module):
+    """Some of the last axis."""
+
+    def __init__(self, start: int, count: int) -> None:
+        super().__init__()
+        self.start, self.count = start, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.narrow(-1, self.start, self.count)
+
+
+def _join_time(unet: UNet) -> None:
+    """Have what all resnets are told of the time, first biases of theirs included, computed by one product."""
+    resnets = [part for part in unet.modules() if isinstance(part, FusedResnetBlock)]
+    layers = [cast(nn.Linear, resnet.time_emb_proj) for resnet in resnets]
+    biases = [_bias(layer) + _bias(resnet.conv1) for layer, resnet in zip(layers, resnets, strict=True)]
+    unet.time_activation = nn.Sequential(unet.time_activation, _product([layer.weight for layer in layers], biases))
+    start = 0
+    for resnet, layer in zip(resnets, layers, strict=True):
+        resnet.time_emb_proj = Rows(start, layer.out_features)
+        start += layer.out_features
 
 
 class FusedTransformerBlock(TransformerBlock):
