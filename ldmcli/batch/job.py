@@ -55,6 +55,7 @@ class Job:
             quicken()
         self.model = self.session.spec  # asked for its prediction type once, not by every worker
         self.session.close()
+        self.runtime = spec.runtime
         self.digest: Digest | None = None
         self._cuts = 0
 

@@ -151,6 +151,9 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         options["batch_size"] = _SMALL_BATCH if small and found else 1
     if devices is None and small and found:
         devices = ("cpu",) * max(1, min(available_cores(), found.images // _WORTH_A_PROCESS))
+    if found:
+        steps = found.images * job.session.fit(job.spec.common).steps
+        job.runtime = dataclasses.replace(job.spec.runtime, expected_steps=steps)
     engine = _engine(options, devices)
     context.exit(_run(job, found, engine, options))
 
@@ -227,7 +230,7 @@ def _setup(job: "Job", options: dict[str, Any]) -> "Setup":
     from ldmcli.batch.items import Setup
 
     folder = Path(options["output"]).resolve()
-    return Setup(folder, job.model, job.spec.runtime, options["batch_size"], job.spec.metadata)
+    return Setup(folder, job.model, job.runtime, options["batch_size"], job.spec.metadata)
 
 
 def _engine(options: dict[str, Any], devices: tuple[str, ...] | None) -> "Callable[[Setup], Engine]":

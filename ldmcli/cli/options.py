@@ -145,7 +145,14 @@ _MODEL = (
            help="Read .ckpt and .bin files too, by torch's restricted unpickler alone."),
 )  # fmt: skip
 
-_ATTENTIONS = ("auto", "sdpa", "chunked", "math", "measured", "flash", "cudnn", "efficient", "xformers")
+_ATTENTIONS = ("auto", "sdpa", "chunked", "math", "flash", "cudnn", "efficient", "xformers")
+
+
+class _Attention(click.Choice[str]):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        # What there was once passes: whoever chooses the runtime says why it is gone.
+        return value if value == "measured" else super().convert(value, param, ctx)
+
 
 # Where and how to compute.
 _RUNTIME = (
@@ -153,7 +160,7 @@ _RUNTIME = (
            help="Numbers to compute with; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32."),
     option("--device", type=_Device(), metavar="[auto|cpu|cuda|cuda:N]", default="auto", show_default=True,
            help="Where to compute; auto: the GPU if there is one."),
-    option("--attention", type=click.Choice(_ATTENTIONS), default="auto", show_default=True,
+    option("--attention", type=_Attention(_ATTENTIONS), default="auto", show_default=True,
            help="How attention is computed: as suits device and shapes, by torch's choice (sdpa), by chunks (best for "
            "bf16 on a CPU), plainly (math), or by one kernel for GPUs."),
     option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,

@@ -19,6 +19,7 @@ from ldmcli.session.picture import Arrival, Picture
 from ldmcli.session.session import Progress
 from ldmcli.spec import FittedRequest, RuntimeSpec
 from ldmcli.speed.cpu.threads import choose_threads
+from ldmcli.speed.cuda.convolutions import chosen_for
 from ldmcli.speed.memory import is_out_of_memory
 from ldmcli.speed.policy import threads
 
@@ -59,7 +60,8 @@ class Drawer:
         raises."""
         drawn: dict[int, Picture] = {}
         try:
-            with threads(threads_for(self._spec, self.pipeline.config, len(requests))):
+            suitable = threads_for(self._spec, self.pipeline.config, len(requests))
+            with threads(suitable), chosen_for(self.pipeline.runtime.device, self._spec.expected_steps):
                 for group in self._alike(requests):
                     some = self._group([requests[i] for i in group], on_step)
                     drawn |= zip(group, some, strict=True)

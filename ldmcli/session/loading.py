@@ -49,6 +49,7 @@ def load(
     with _sharing_the_processor():
         sources = [(opened.model, unet), (opened.refiner, None)]
         reading = [(source, _read_unet(source, own, runtime, stage)) for source, own in sources if source]
+        kernels = in_background(runtime.try_kernels, "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
         prompts = []
         for source, _ in reading:
@@ -60,6 +61,7 @@ def load(
                         pairs(source.config, encoder, [request])
             prompts.append(encoder)
         with stopwatch.phase("weights"):
+            kernels.result()
             models = [
                 _model(source, runtime, stage, future.result(), encoder)
                 for (source, future), encoder in zip(reading, prompts, strict=True)

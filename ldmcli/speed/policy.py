@@ -78,6 +78,11 @@ class Runtime:
             return cast(_Module, laid_out)
         return module
 
+    def try_kernels(self) -> None:
+        """Compile and try this program's own GPU kernels, where they are to compute, beside the reading of weights."""
+        if self.device.type == "cuda" and self.kernels != "torch" and not self.compile:
+            kernels_work(self.device, self.dtype)
+
     def _kernels_work(self, dtype: torch.dtype) -> bool:
         """Whether this program's own kernels are to compute. Raises UsageError where they were asked for and do not
         work."""
