@@ -87,7 +87,8 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
         raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
     requests = _requests(prompts, options)
     # 2. What the model is, from its headers; then every check that needs no weights.
-    session = _open(options, record)
+    pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
+    session = _open(options, record, pictures)
     link_ahead()
     fitted = _checked(requests, session, eager=STDIN not in prompts)
     first = next(fitted, None)
@@ -201,10 +202,11 @@ def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[Gener
     return (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
 
 
-def _open(options: dict[str, Any], record: dict[str, Any] | None) -> "Session":
+def _open(options: dict[str, Any], record: dict[str, Any] | None, pictures: int) -> "Session":
     from ldmcli.session import Session
 
-    session = Session(model_spec(options), runtime_spec(options), exact=options["as_json"])
+    runtime = dataclasses.replace(runtime_spec(options), expected_steps=pictures * (options["steps"] or 1))
+    session = Session(model_spec(options), runtime, exact=options["as_json"])
     if not session.undecided:
         return session
     quicken()
