@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldmcli.checkpoints.header import (
-    DTYPE_BYTES,
+    DTYPES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     HeaderError,
@@ -48,28 +48,8 @@ __all__ = [
 
 _AGAIN = "download or convert it again"
 _MAX_SHARDS = 1000
-_TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-}
-
-
 _NUMBERS = {"F16": "e", "F32": "f", "F64": "d"}  # struct's letters
+_FP8 = {"F8_E4M3": (3, 7), "F8_E5M2": (2, 15), "F8_E4M3FNUZ": (3, 8), "F8_E5M2FNUZ": (2, 16)}  # mantissa bits, bias
 
 
 @dataclass(frozen=True)
@@ -172,13 +152,14 @@ def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[fl
     if info is None:
         raise bad_file(weights.path, f"has no tensor “{name}”", "check that it is the right file")
     size = info.end - info.start
-    plain = len(info.shape) <= 1 and size == math.prod(info.shape) * DTYPE_BYTES[info.dtype]
-    if not plain or math.prod(info.shape) > limit or info.dtype not in (*_NUMBERS, "BF16"):
+    if len(info.shape) > 1 or math.prod(info.shape) > limit or info.dtype not in (*_NUMBERS, *_FP8, "BF16"):
         cause = f"holds tensor “{name}” as {info.dtype} {list(info.shape)}, not as a list of up to {limit} numbers"
         raise bad_file(weights.path, cause, _AGAIN)
     raw = bytearray(size)
     with open_regular(weights.path) as file:
         _read_into(raw, weights, file, info)
+    if info.dtype in _FP8:
+        return [_from_fp8(code, *_FP8[info.dtype]) for code in raw]
     letter = _NUMBERS.get(info.dtype, "f")
     if info.dtype == "BF16":  # the upper half of a float32
         raw = bytearray(b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, size, 2)))
@@ -186,6 +167,13 @@ def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[fl
     if not all(map(math.isfinite, numbers)):
         raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
     return numbers
+
+
+def _from_fp8(code: int, mantissa_bits: int, bias: int) -> float:
+    """The number of a float8; codes of NaN and infinity give numbers that are too large for any list read here."""
+    exponent, mantissa = divmod(code & 127, 1 << mantissa_bits)
+    units = mantissa + (1 << mantissa_bits if exponent else 0)
+    return (-1 if code & 128 else 1) * units * 2.0 ** (max(exponent, 1) - bias - mantissa_bits)
 
 
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
@@ -223,10 +211,7 @@ def file_sha256(path: Path) -> str:
 def _open_pickled(path: Path, file: io.FileIO, status: os.stat_result) -> WeightFile:
     from ldmcli.checkpoints import pickled  # seldom needed, and zipfile takes time to import
 
-    try:
-        tensors = pickled.parse_pickled(file, status.st_size)
-    except HeaderError as error:
-        raise bad_file(path, str(error), pickled.CURE) from None
+    tensors = pickled.parse_pickled(path, file, status.st_size)
     return WeightFile(path, tensors, {}, _stamp(status), pickled.Loader(path))
 
 
@@ -279,7 +264,7 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 def _torch_dtype(path: Path, name: str, info: TensorInfo) -> "torch.dtype":
     import torch
 
-    dtype = getattr(torch, _TORCH_NAMES[info.dtype], None)
+    dtype = getattr(torch, DTYPES[info.dtype][0], None)
     if dtype is None:
         cause = f"holds tensor “{name}” as {info.dtype}, which torch {torch.__version__} does not know"
         raise bad_file(path, cause, "update torch, or convert the file to F16")
