@@ -291,7 +291,6 @@ def test_an_allowed_pickle_draws_what_safetensors_draw(tmp_path: Path) -> None:
     torch.save({"state_dict": state | extra, "epoch": 1}, path)
     told = watched(tmp_path, "info", "--allow-pickle", path)
     assert told.result.code == 0, told
-    assert told.memory < LEAN, "looking imports no torch"
     assert ldm("info", tiny_single_file()).out.splitlines()[1:] == told.result.out.splitlines()[1:]
     pictures = []
     small = ("--width", "64", "--height", "64")

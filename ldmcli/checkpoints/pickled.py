@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CURE = "get or convert it to .safetensors"
 _MAX_PICKLE_BYTES = 4 << 20  # a checkpoint with 2,500 tensors has 0.5 MB
 _MAX_STEPS = 500_000  # a checkpoint with 5,000 tensors needs 200,000
+_TUPLE_STEPS = 5  # that a tuple counts for: hashing 200,000, one in another, overflows the stack
 _MAX_NESTING = 3  # tables inside the state dict, as in textual-inversion embeddings
 _BARE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch wrote before 1.6 begins with: a pickled magic number
 _BARE_PICKLES = 5  # magic number, version, machine, value, keys; then the numbers
@@ -36,6 +37,8 @@ _KNOWN = {
 }
 # Every step that imports or calls otherwise than by GLOBAL and REDUCE, which are all that torch.save writes.
 _STRANGE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+# What holds no tuple: fetched from the memo however often, it cannot grow.
+_ATOMS = {"GLOBAL", "BINUNICODE", "REDUCE", "BINPERSID", "EMPTY_DICT", "EMPTY_LIST"}
 
 
 def parse_pickled(path: Path, file: io.FileIO, size: int) -> dict[str, TensorInfo]:
@@ -156,9 +159,17 @@ def _check(file: io.FileIO, size: int) -> None:
     left = _MAX_STEPS
     try:
         for _ in range(_BARE_PICKLES if bare else 1):
+            sizes: dict[Any, int] = {}  # of what is in the memo: tuples of fetched tuples double with every step
+            fetched, before = 1, ""
             for step, name, _ in pickletools.genops(pickles):
-                left -= 1
-                if not left:
+                if "PUT" in step.name:
+                    sizes[name] = 0 if before in _ATOMS else fetched
+                else:
+                    before = step.name
+                size_fetched = sizes.get(name, 0) if "GET" in step.name else 0
+                fetched += size_fetched
+                left -= size_fetched + (_TUPLE_STEPS if step.name.startswith("TUPLE") else 1)
+                if left < 0:
                     raise HeaderError(f"has a pickle of more than {_MAX_STEPS} steps, far beyond any model")
                 if step.name == "GLOBAL" and name not in _KNOWN:
                     wanted = str(name).replace(" ", ".")[:200]
