@@ -34,6 +34,7 @@ DTYPES = {
     "U64": ("uint64", 8),
     "F64": ("float64", 8),
 }
+FLOATING = {name for name, (torch_name, _) in DTYPES.items() if "float" in torch_name}
 
 
 class HeaderError(ValueError):

@@ -155,9 +155,12 @@ def _open_file(path: Path, usual: VAEConfig, allow_pickle: bool) -> VAESource:
 def _kl_config(path: Path, shapes: Shapes, prefix: str, usual: VAEConfig) -> VAEConfig:
     """A KL autoencoder's dimensions from its tensors; what shapes do not tell is as in `usual`."""
     bare = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    # The two layouts differ in few of the names that tell dimensions.
-    resnets = re.compile(r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.")
-    bare = {resnets.sub(r"encoder.down.\1.block.\2.", key): shape for key, shape in bare.items()}
+    # Of the names that tell dimensions the layouts differ in one, where diffusers counts from the coarsest level.
+    resnets = re.compile(r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.")
+    found = {key: match for key in bare if (match := resnets.match(key))}
+    last = max((int(match[1]) for match in found.values()), default=0)
+    for key, match in found.items():
+        bare[f"decoder.up.{last - int(match[1])}.block.{match[2]}.{key[match.end() :]}"] = bare[key]
     try:
         channels = bare["decoder.conv_in.weight"][1]
         if channels != usual.latent_channels:  # said before what else such a VAE has or lacks
