@@ -143,7 +143,7 @@ def read_tensors(
 
 
 def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[float]:
-    """The values of a small list of floating numbers, without torch.
+    """The values of a small list of floating numbers; without torch, unless the file is a pickle.
 
     Raises BadDataError where there is none of that name, it has another shape or type or more than `limit` numbers,
     holds NaN or infinity, or the file changed.
@@ -151,18 +151,19 @@ def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[fl
     info = weights.tensors.get(name)
     if info is None:
         raise bad_file(weights.path, f"has no tensor “{name}”", "check that it is the right file")
-    size = info.end - info.start
     if len(info.shape) > 1 or math.prod(info.shape) > limit or info.dtype not in (*_NUMBERS, *_FP8, "BF16"):
         cause = f"holds tensor “{name}” as {info.dtype} {list(info.shape)}, not as a list of up to {limit} numbers"
         raise bad_file(weights.path, cause, _AGAIN)
-    raw = bytearray(size)
+    if weights.loader:
+        return [number for _, read in read_tensors(weights, [name], "cpu", None) for number in read.flatten().tolist()]
+    raw = bytearray(info.end - info.start)
     with open_regular(weights.path) as file:
         _read_into(raw, weights, file, info)
     if info.dtype in _FP8:
         return [_from_fp8(code, *_FP8[info.dtype]) for code in raw]
     letter = _NUMBERS.get(info.dtype, "f")
     if info.dtype == "BF16":  # the upper half of a float32
-        raw = bytearray(b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, size, 2)))
+        raw = bytearray(b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, len(raw), 2)))
     numbers = [number for (number,) in struct.iter_unpack(f"<{letter}", raw)]
     if not all(map(math.isfinite, numbers)):
         raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
