@@ -1,14 +1,20 @@
-"""Small lists of numbers, such as a model's own noise levels, come out of weight files without torch."""
+"""Number types: small lists come out of weight files without torch, and weights that are none are refused by name."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cli_support import assert_refused, ldm, tiny_single_file
+from safetensors.torch import load_file
 
+from ldmcli.checkpoints import load as loading
 from ldmcli.checkpoints.files import open_weights, read_numbers, write_tensors
 from ldmcli.checkpoints.header import DTYPES, FLOATING
+from ldmcli.checkpoints.source import model_of_file
 from ldmcli.errors import BadDataError
 
 
@@ -70,3 +76,56 @@ def test_numbers_of_a_file_that_changed(tmp_path: Path) -> None:
     os.truncate(path, 80)
     with pytest.raises(BadDataError, match="changed"):
         read_numbers(weights, "a")
+
+
+# ---- every tensor of a model, in every type and shape ----
+
+SHAPES = [(), (0,), (1, 1), (0, 0, 0, 0), (1,) * 5, (1 << 30, 1)]
+
+
+class Accepted(Exception):
+    """Raised in place of reading what headers do not speak against."""
+
+
+def accept(*_: object) -> None:
+    raise Accepted
+
+
+def test_any_type_and_shape_of_any_tensor_is_read_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From headers alone, by its name; no other error comes of it."""
+    file = open_weights(tiny_single_file())
+    monkeypatch.setattr(loading, "_read", accept)
+    build, built = loading.on_meta, {}  # building a network takes longer than all else
+
+    def build_once(make: Any) -> Any:
+        key = part + repr(source.config)
+        built[key] = built.get(key) or build(make)
+        return built[key]
+
+    monkeypatch.setattr(loading, "on_meta", build_once)
+    loaders = {"unet": loading.load_unet, "vae": loading.load_vae}
+    dtypes = list(DTYPES)
+    for number, (name, info) in enumerate(file.tensors.items()):
+        shape = SHAPES[number % len(SHAPES)]
+        other = dataclasses.replace(info, dtype=dtypes[number % len(dtypes)])
+        for changed in (other, dataclasses.replace(info, shape=shape)):
+            try:
+                source = model_of_file(dataclasses.replace(file, tensors=file.tensors | {name: changed}))
+                part = next(part for part, prefix in source.prefixes.items() if name.startswith(prefix))
+                loaders.get(part, loading.load_text_encoders)(source, torch.device("cpu"), torch.float32)
+            except Accepted:
+                assert changed.dtype in FLOATING, (name, changed)
+                assert changed.shape == info.shape, (name, changed)
+            except BadDataError:
+                sound = changed.dtype in FLOATING and changed.shape == info.shape
+                if sound:
+                    raise
+
+
+@pytest.mark.parametrize("beginning", ["cond_stage_model.", "first_stage_model.", "model.diffusion_model."])
+def test_whole_numbers_are_refused_in_one_sentence(tmp_path: Path, beginning: str) -> None:
+    state = load_file(tiny_single_file())
+    key = next(key for key, tensor in state.items() if key.startswith(beginning) and tensor.ndim >= 2)
+    write_tensors(tmp_path / "a.safetensors", state | {key: state[key].int()})
+    drawn = ldm("txt2img", "x", "-m", tmp_path / "a.safetensors", "-s", "1", "-o", tmp_path / "out")
+    assert_refused(drawn, 65, f"no floating numbers ({key}: I32)")
