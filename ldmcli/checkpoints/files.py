@@ -35,17 +35,6 @@ if TYPE_CHECKING:
 
     from ldmcli.checkpoints.pickled import Loader
 
-__all__ = [
-    "TensorInfo",
-    "WeightFile",
-    "file_sha256",
-    "open_sharded",
-    "open_weights",
-    "read_numbers",
-    "read_tensors",
-    "write_tensors",
-]
-
 _AGAIN = "download or convert it again"
 _MAX_SHARDS = 1000
 _NUMBERS = {"F16": "e", "F32": "f", "F64": "d"}  # struct's letters

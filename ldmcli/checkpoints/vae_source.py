@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import vae_from_shapes
-from ldmcli.checkpoints.families import describe_single_file, require_family
+from ldmcli.checkpoints.families import describe_single_file, require_family, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.key_map import VAE_PREFIX, of_vae_encoder, old_diffusers_vae_key, original_vae_keys
 from ldmcli.checkpoints.source import list_keys, open_part
@@ -147,7 +147,9 @@ def _open_file(path: Path, usual: VAEConfig, allow_pickle: bool) -> VAESource:
     if kind == "TAESD":
         raise bad_file(path, "has only TAESD's encoder", "pictures need its decoder: name taesd_decoder.safetensors")
     what = (
-        list_keys("is no VAE that this version knows", list(shapes)) if kind == "unknown" else f"is {_a(kind)}, no VAE"
+        list_keys("is no VAE that this version knows", list(shapes))
+        if kind == "unknown"
+        else f"is {with_article(kind)}, no VAE"
     )
     raise bad_file(path, what, _CURE)
 
@@ -228,7 +230,3 @@ def _check_fit(source: VAESource, model: ModelConfig) -> None:
 
 def _unfit(path: Path, has: str, needs: str) -> BadDataError:
     return bad_file(path, f"{has}, the model's VAE {needs}", "name a VAE of the model's family")
-
-
-def _a(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "AEIO" or kind.startswith("SDXL") else f"a {kind}"
