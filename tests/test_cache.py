@@ -433,6 +433,20 @@ def test_a_folders_identity_is_the_same_with_and_without_memory(
     assert again.result() == first.result()
 
 
+def test_hashing_leaves_the_processor_to_others(copied_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "setpriority", lambda *arguments: asked.append(arguments))
+    model_sha256(open_model(copied_model)).result()
+    assert [(which, nice) for which, _, nice in asked] == [(os.PRIO_PROCESS, 19)]
+    assert asked[0][1] not in (0, threading.get_native_id()), "the main thread keeps its own"
+
+    def refused(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refused)
+    assert model_sha256(open_model(copied_model)).result()
+
+
 def test_a_single_files_identity_is_the_files(model_file: Path, tmp_path: Path) -> None:
     source = open_model(model_file)
     expected = hashlib.sha256(model_file.read_bytes()).hexdigest()

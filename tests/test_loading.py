@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
 from ldmcli.checkpoints.source import open_model
+from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError
 from ldmcli.pipeline import Pipeline
@@ -236,11 +237,91 @@ def test_missing_tensors(folder: Path, part: str) -> None:
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
-def test_tensors_of_no_use(folder: Path, part: str) -> None:
-    rewrite(folder / WEIGHTS[part], lambda state: state | {f"extra.{i}\n": torch.zeros(2) for i in range(6)})
-    message = refusal(folder, part)
+def test_more_of_a_network_than_is_built(folder: Path, part: str) -> None:
+    """Another network, which drawn as this one would draw something else."""
+    key = max(load_file(folder / WEIGHTS[part]), key=len)
+    rewrite(folder / WEIGHTS[part], lambda state: state | {f"{key}.{i}\n": torch.zeros(2) for i in range(6)})
+    listed = ", ".join(rf"{key}.{i}\n" for i in range(5))
+    assert f"it has tensors of no use here ({listed} and 1 more)." in refusal(folder, part)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_stray_tensors_are_told_and_ignored(
+    folder: Path, pipeline: Pipeline, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(folder / WEIGHTS[part], lambda state: state | {f"extra.{i}\n": torch.zeros(2).int() for i in range(6)})
+    assert_same_weights(load(folder), pipeline)
     listed = ", ".join(rf"extra.{i}\n" for i in range(5))
-    assert f"it has tensors of no use here ({listed} and 1 more)." in message
+    assert caplog.messages == [f"{folder}/{part} has tensors that are ignored ({listed} and 1 more)"]
+
+
+def test_stray_tensors_of_a_single_file(
+    model_file: Path, pipeline: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(model_file) | {"trainer.step": torch.tensor(5)}, path)
+    assert_same_weights(load(path), pipeline)
+    assert caplog.messages == [f"{path} has tensors of no known part, which are ignored (trainer.step)"]
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool, torch.int64], ids=str)
+def test_whole_numbers_are_no_weights(folder: Path, part: str, dtype: torch.dtype) -> None:
+    key = next(key for key, tensor in load_file(folder / WEIGHTS[part]).items() if tensor.ndim == 2)
+    rewrite(folder / WEIGHTS[part], lambda state: state | {key: state[key].to(dtype)})
+    message = refusal(folder, part)
+    assert re.search(rf"it has tensors that hold no floating numbers \({re.escape(key)}: \w+\)", message)
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale", "weight.absmax", "weight_scale_inv"])
+def test_scaled_weights_are_refused_by_name(folder: Path, model_file: Path, tmp_path: Path, scale: str) -> None:
+    rewrite(folder / WEIGHTS["unet"], lambda state: state | {f"conv_in.{scale}": torch.ones(1)})
+    assert f"whose scales this version does not apply (conv_in.{scale})" in refusal(folder, "unet")
+    key = f"model.diffusion_model.out.2.{scale}"
+    save_file(load_file(model_file) | {key: torch.ones(1)}, tmp_path / "a.safetensors")
+    assert f"whose scales this version does not apply ({key})" in refusal(tmp_path / "a.safetensors", "unet")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64], ids=str)
+def test_any_floating_type_is_read(model_file: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The usual noise schedule, rounded to that type, is still the usual one."""
+    levels = {"alphas_cumprod": Schedule(ScheduleConfig()).alphas_cumprod}
+    state = {key: tensor.to(dtype) for key, tensor in (load_file(model_file) | levels).items()}
+    save_file(state, tmp_path / "a.safetensors")
+    widened = {key: tensor.float() for key, tensor in state.items() if key not in levels}
+    save_file(widened, tmp_path / "b.safetensors")
+    assert_same_weights(load(tmp_path / "a.safetensors"), load(tmp_path / "b.safetensors"))
+    assert open_model(tmp_path / "a.safetensors").config == open_model(model_file).config
+
+
+def test_no_metadata_is_said_by_null_too(model_file: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    raw = model_file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length]) | {"__metadata__": None}
+    text = json.dumps(header).encode()
+    path = tmp_path / "null.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    assert_same_weights(load(path), pipeline)
+
+
+def test_a_vae_without_an_encoder_draws(folder: Path, model_file: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    def decoder(state: State, prefix: str = "") -> State:
+        beginnings = (f"{prefix}encoder.", f"{prefix}quant_conv.")
+        return {key: tensor for key, tensor in state.items() if not key.startswith(beginnings)}
+
+    rewrite(folder / WEIGHTS["vae"], decoder)
+    single = tmp_path / "single.safetensors"
+    save_file(decoder(load_file(model_file), "first_stage_model."), single)
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(folder / WEIGHTS["vae"]), bare)
+    for path in (folder, single):
+        assert_same_weights(load(path), pipeline)
+    config = open_model(model_file).config
+    assert open_model(single).config == config
+    for path in (single, bare):
+        assert open_vae(path, config).config == config.vae
+    with pytest.raises(BadDataError, match=r"lacks tensors .*encoder\.conv_in"):
+        load_vae(open_model(single), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("part", WEIGHTS)

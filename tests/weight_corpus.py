@@ -275,8 +275,8 @@ OTHER_KINDS = [
          ("no model", "some\\x1b[31m.0", "4 more"), told="unknown"),
     Case("inpainting model", _changed(lambda _: {_MODEL: [32, 9, 3, 3]}), ("inpainting",), told="inpainting"),
     Case("odd widths", _changed(_wider), ("33 channels", "32 norm groups"), told="Stable Diffusion 1"),
-    Case("stranger inside", _changed(lambda _: {"nonsense.weight": [1]}), ("no known part", "nonsense.weight"),
-         told="Stable Diffusion 1"),
+    Case("endless width", _changed(lambda _: {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight":
+         [1 << 50, 0]}), ("dimension of 1125899906842624",), told="Stable Diffusion 1"),
     Case("one token", _changed(lambda _: {_POSITIONS: [1, 64]}), ("1 tokens",), told="Stable Diffusion 1"),
     Case("20000 blocks", _changed(lambda _: _BLOCKS), ("fit no Stable Diffusion",), told="Stable Diffusion 1"),
     Case("tensor missing", _changed(_without(f"first_stage_model.{_POST}")), (_POST, "missing"),

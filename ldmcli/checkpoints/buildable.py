@@ -3,6 +3,7 @@
 It comes from a file of any origin: what passes here divides evenly, builds in bounded time and gives finite numbers.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +12,7 @@ from ldmcli.errors import BadDataError
 from ldmcli.spec import MAX_SIZE
 
 _MAX_LAYERS = 128  # of one kind in one place; the deepest known models have 32
+_MAX_DIMENSION = 1 << 24
 _MAX_VAE_LEVELS = 8
 _TOKENS = range(3, 4097)  # begin and end marks and something between them; CLIP reads 77
 _ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
@@ -22,6 +24,9 @@ _MAX_DECAY = 80.0  # -log ᾱ at the noisiest step, which float32 still holds; S
 def check_buildable(config: ModelConfig, shown: str) -> None:
     """Raise BadDataError saying what is wrong with the model that `shown` names, if anything is."""
     faults = (
+        *_size_faults("U-Net", config.unet),
+        *_size_faults("VAE", config.vae),
+        *(fault for text in config.text_encoders for fault in _size_faults("text encoder", text)),
         *_unet_faults(config.unet),
         *_vae_faults(config.vae),
         *(fault for text in config.text_encoders for fault in _text_faults(text)),
@@ -30,6 +35,14 @@ def check_buildable(config: ModelConfig, shown: str) -> None:
     )
     if faults:
         raise BadDataError(f"{shown}: {faults[0]}.")
+
+
+def _size_faults(part: str, config: UNetConfig | VAEConfig | TextEncoderConfig) -> Iterator[str]:
+    """Shapes with a 0 among them may say anything else without a byte of data; torch's sizes have 64 bits."""
+    values = (value if isinstance(value, tuple) else (value,) for value in dataclasses.astuple(config))
+    largest = max(number for numbers in values for number in numbers if isinstance(number, int))
+    if largest > _MAX_DIMENSION:
+        yield f"the {part} has a dimension of {largest}, more than {_MAX_DIMENSION}"
 
 
 def _unet_faults(unet: UNetConfig) -> Iterator[str]:

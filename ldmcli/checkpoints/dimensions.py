@@ -13,14 +13,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 _VAE_WIDTHS = (128, 256, 512, 512)  # of the autoencoder that Stable Diffusion 1, 2 and XL share
 # Its tensors that tell dimensions, to stand for those of a checkpoint without its VAE.
 USUAL_VAE: Shapes = {
-    f"{VAE_PREFIX}encoder.conv_in.weight": (128, 3, 3, 3),
     f"{VAE_PREFIX}decoder.conv_in.weight": (512, 4, 3, 3),
     f"{VAE_PREFIX}decoder.conv_out.weight": (3, 128, 3, 3),
     f"{VAE_PREFIX}post_quant_conv.weight": (4, 4, 1, 1),
     **{
-        f"{VAE_PREFIX}encoder.down.{level}.block.{block}.conv1.weight": (width, width, 3, 3)
+        f"{VAE_PREFIX}decoder.up.{level}.block.{block}.conv1.weight": (width, width, 3, 3)
         for level, width in enumerate(_VAE_WIDTHS)
-        for block in range(2)
+        for block in range(3)
     },
 }
 _NUMBER_DIM = 256  # sinusoids for each of SDXL's added numbers
@@ -111,15 +110,15 @@ def _unet(shapes: Shapes, family: Family) -> UNetConfig:
 def vae_from_shapes(
     shapes: Shapes, norm_groups: int, scaling_factor: float, *, force_upcast: bool = False
 ) -> VAEConfig:
-    """An autoencoder's dimensions from its tensors in the original layout, without prefix. Raises KeyError, IndexError,
-    ValueError or ZeroDivisionError where they are none of one."""
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    """An autoencoder's dimensions from its decoder's tensors in the original layout, without prefix: an encoder may be
+    missing. Raises KeyError, IndexError, ValueError or ZeroDivisionError where they are none of one."""
+    levels = _count(shapes, r"decoder\.up\.(\d+)\.")
     return VAEConfig(
-        in_channels=shapes["encoder.conv_in.weight"][1],
+        in_channels=shapes["encoder.conv_in.weight"][1] if "encoder.conv_in.weight" in shapes else 3,
         out_channels=shapes["decoder.conv_out.weight"][0],
         latent_channels=shapes["post_quant_conv.weight"][0],
-        block_channels=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
-        layers_per_block=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        block_channels=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+        layers_per_block=_count(shapes, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
         norm_groups=norm_groups,
         scaling_factor=scaling_factor,
         force_upcast=force_upcast,

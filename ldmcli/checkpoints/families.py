@@ -352,8 +352,12 @@ def require_family(shapes: SHAPES, path: Path) -> Family:
         raise BadDataError(f"{shown} is no model this version knows ({_found(shapes)}); it reads {READ}.")
     if kind.whole:
         raise BadDataError(f"{shown} looks like {kind.name}; this version reads {READ} with 4 input channels.")
-    article = "an" if kind.name[0] in "AEIO" or kind.name.startswith("SDXL") else "a"
-    raise BadDataError(f"{shown} is {article} {kind.name}, not a whole model; {kind.cure}.")
+    raise BadDataError(f"{shown} is {with_article(kind.name)}, not a whole model; {kind.cure}.")
+
+
+def with_article(kind: str) -> str:
+    """`kind` after "a" or "an"."""
+    return f"an {kind}" if kind[0] in "AEIO" or kind.startswith("SDXL") else f"a {kind}"
 
 
 def _found(shapes: SHAPES) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldmcli.checkpoints.header import (
-    DTYPE_BYTES,
+    DTYPES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     HeaderError,
@@ -35,41 +35,10 @@ if TYPE_CHECKING:
 
     from ldmcli.checkpoints.pickled import Loader
 
-__all__ = [
-    "TensorInfo",
-    "WeightFile",
-    "file_sha256",
-    "open_sharded",
-    "open_weights",
-    "read_numbers",
-    "read_tensors",
-    "write_tensors",
-]
-
 _AGAIN = "download or convert it again"
 _MAX_SHARDS = 1000
-_TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-}
-
-
 _NUMBERS = {"F16": "e", "F32": "f", "F64": "d"}  # struct's letters
+_FP8 = {"F8_E4M3": (3, 7), "F8_E5M2": (2, 15), "F8_E4M3FNUZ": (3, 8), "F8_E5M2FNUZ": (2, 16)}  # mantissa bits, bias
 
 
 @dataclass(frozen=True)
@@ -163,7 +132,7 @@ def read_tensors(
 
 
 def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[float]:
-    """The values of a small list of floating numbers, without torch.
+    """The values of a small list of floating numbers; without torch, unless the file is a pickle.
 
     Raises BadDataError where there is none of that name, it has another shape or type or more than `limit` numbers,
     holds NaN or infinity, or the file changed.
@@ -171,21 +140,30 @@ def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[fl
     info = weights.tensors.get(name)
     if info is None:
         raise bad_file(weights.path, f"has no tensor “{name}”", "check that it is the right file")
-    size = info.end - info.start
-    plain = len(info.shape) <= 1 and size == math.prod(info.shape) * DTYPE_BYTES[info.dtype]
-    if not plain or math.prod(info.shape) > limit or info.dtype not in (*_NUMBERS, "BF16"):
+    if len(info.shape) > 1 or math.prod(info.shape) > limit or info.dtype not in (*_NUMBERS, *_FP8, "BF16"):
         cause = f"holds tensor “{name}” as {info.dtype} {list(info.shape)}, not as a list of up to {limit} numbers"
         raise bad_file(weights.path, cause, _AGAIN)
-    raw = bytearray(size)
+    if weights.loader:
+        return [number for _, read in read_tensors(weights, [name], "cpu", None) for number in read.flatten().tolist()]
+    raw = bytearray(info.end - info.start)
     with open_regular(weights.path) as file:
         _read_into(raw, weights, file, info)
+    if info.dtype in _FP8:
+        return [_from_fp8(code, *_FP8[info.dtype]) for code in raw]
     letter = _NUMBERS.get(info.dtype, "f")
     if info.dtype == "BF16":  # the upper half of a float32
-        raw = bytearray(b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, size, 2)))
+        raw = bytearray(b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, len(raw), 2)))
     numbers = [number for (number,) in struct.iter_unpack(f"<{letter}", raw)]
     if not all(map(math.isfinite, numbers)):
         raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
     return numbers
+
+
+def _from_fp8(code: int, mantissa_bits: int, bias: int) -> float:
+    """The number of a float8; codes of NaN and infinity give numbers that are too large for any list read here."""
+    exponent, mantissa = divmod(code & 127, 1 << mantissa_bits)
+    units = mantissa + (1 << mantissa_bits if exponent else 0)
+    return (-1 if code & 128 else 1) * units * 2.0 ** (max(exponent, 1) - bias - mantissa_bits)
 
 
 def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
@@ -223,10 +201,7 @@ def file_sha256(path: Path) -> str:
 def _open_pickled(path: Path, file: io.FileIO, status: os.stat_result) -> WeightFile:
     from ldmcli.checkpoints import pickled  # seldom needed, and zipfile takes time to import
 
-    try:
-        tensors = pickled.parse_pickled(file, status.st_size)
-    except HeaderError as error:
-        raise bad_file(path, str(error), pickled.CURE) from None
+    tensors = pickled.parse_pickled(path, file, status.st_size)
     return WeightFile(path, tensors, {}, _stamp(status), pickled.Loader(path))
 
 
@@ -279,7 +254,7 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 def _torch_dtype(path: Path, name: str, info: TensorInfo) -> "torch.dtype":
     import torch
 
-    dtype = getattr(torch, _TORCH_NAMES[info.dtype], None)
+    dtype = getattr(torch, DTYPES[info.dtype][0], None)
     if dtype is None:
         cause = f"holds tensor “{name}” as {info.dtype}, which torch {torch.__version__} does not know"
         raise bad_file(path, cause, "update torch, or convert the file to F16")

@@ -6,7 +6,6 @@ Pure: bytes in, descriptions out, no file and no torch. Format: https://github.c
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
 MAX_HEADER_BYTES = 32 << 20  # real checkpoints stay below 1 MB
@@ -15,25 +14,27 @@ _MAX_COMMAS = 500_000  # 50,000 four-dimensional tensors need 350,000: bounds wh
 _MAX_RANK = 32
 _MAX_ELEMENTS = 1 << 60  # so that strides and byte counts fit in 64 bits, even where another dimension is 0
 
-DTYPE_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2FNUZ": 1,
-    "F8_E4M3FNUZ": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "I64": 8,
-    "U64": 8,
-    "F64": 8,
+# By safetensors' name of a type: torch's name, and bytes for one number.
+DTYPES = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "I16": ("int16", 2),
+    "U16": ("uint16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4),
+    "U32": ("uint32", 4),
+    "F32": ("float32", 4),
+    "I64": ("int64", 8),
+    "U64": ("uint64", 8),
+    "F64": ("float64", 8),
 }
+FLOATING = {name for name, (torch_name, _) in DTYPES.items() if "float" in torch_name}
 
 
 class HeaderError(ValueError):
@@ -106,6 +107,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(value: object) -> dict[str, str]:
+    if value is None:  # some writers say so that there is none
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise HeaderError("has a __metadata__ that is not a table of texts")
     if not all(_is_unicode(key) and _is_unicode(text) for key, text in value.items()):
@@ -121,27 +124,21 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise HeaderError(f"describes {quoted} without dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    size = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
-    if size is None:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise HeaderError(f"gives {quoted} the unknown type {_cut(repr(dtype))}")
     if not isinstance(shape, list):
         raise HeaderError(f"gives {quoted} the impossible shape {_cut(repr(shape))}")
-    check_shape(quoted, shape)
+    if len(shape) > _MAX_RANK or not all(_is_count(dim) for dim in shape):
+        raise HeaderError(f"gives {quoted} the impossible shape {_cut(repr(shape))}")
+    if math.prod(max(dim, 1) for dim in shape) > _MAX_ELEMENTS:
+        raise HeaderError(f"gives {quoted} the impossibly large shape {_cut(repr(shape))}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(at) for at in offsets):
         raise HeaderError(f"gives {quoted} the impossible offsets {_cut(repr(offsets))}")
     start, end = offsets
-    needed = math.prod(shape) * size
+    needed = math.prod(shape) * DTYPES[dtype][1]
     if end - start != needed:
         raise HeaderError(f"gives {quoted} {end - start} bytes where {dtype} {_cut(repr(shape))} needs {needed}")
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
-
-
-def check_shape(quoted: str, shape: Sequence[object]) -> None:
-    """Raise HeaderError unless `shape` is one that a tensor, which the message calls `quoted`, can have."""
-    if len(shape) > _MAX_RANK or not all(_is_count(dim) for dim in shape):
-        raise HeaderError(f"gives {quoted} the impossible shape {_cut(repr(shape))}")
-    if math.prod(max(dim, 1) for dim in shape if isinstance(dim, int)) > _MAX_ELEMENTS:
-        raise HeaderError(f"gives {quoted} the impossibly large shape {_cut(repr(shape))}")
 
 
 def _check_cover(tensors: dict[str, TensorInfo], data_start: int, file_size: int) -> None:

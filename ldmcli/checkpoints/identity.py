@@ -1,5 +1,6 @@
 """What identifies a model: the SHA-256 of its weights. Reads them all, unless remembered, without torch."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -86,7 +87,7 @@ def model_sha256(source: ModelSource, hashes: FileHashes | None = None) -> "Futu
     """The model's identity, found in a thread beside the sampling: the SHA-256 of its file; for a folder, that of the
     list of its weight files' hashes."""
     known_hashes = hashes or FileHashes()
-    return in_background(lambda: _known(_sha256(source, source.weight_paths(), known_hashes.sha256)), "sha256")
+    return _when_free(source, source.weight_paths(), known_hashes)
 
 
 def part_sha256(source: ModelSource, part: str, hashes: FileHashes) -> "Future[str]":
@@ -98,7 +99,7 @@ def part_sha256(source: ModelSource, part: str, hashes: FileHashes) -> "Future[s
     paths = sorted({file.path for file in source.files(part)})
     known = _sha256(source, paths, hashes.remembered)
     if known is None:
-        return in_background(lambda: _known(_sha256(source, paths, hashes.sha256)), "sha256")
+        return _when_free(source, paths, hashes)
     future: Future[str] = Future()
     future.set_result(known)
     return future
@@ -115,9 +116,17 @@ def _sha256(source: ModelSource, paths: Sequence[Path], sha256: Callable[[Path],
     return hashlib.sha256("".join(f"{one}  {name}\n" for one, name in named).encode()).hexdigest()
 
 
-def _known(found: str | None) -> str:
-    assert found is not None
-    return found
+def _when_free(source: ModelSource, paths: Sequence[Path], hashes: FileHashes) -> "Future[str]":
+    """The identity of weight files, hashed in a thread that takes the processor only where nothing else wants it."""
+
+    def work() -> str:
+        with contextlib.suppress(OSError):  # a thread of Linux has a priority of its own; a sandbox may refuse
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        found = _sha256(source, paths, hashes.sha256)
+        assert found is not None
+        return found
+
+    return in_background(work, "sha256")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:

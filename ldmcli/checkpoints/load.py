@@ -1,5 +1,7 @@
 """From a model source to modules on a device: built on the meta device, then filled strictly, file by file."""
 
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldmcli.checkpoints.files import WeightFile, read_tensors
+from ldmcli.checkpoints.header import FLOATING
 from ldmcli.checkpoints.key_map import (
     IGNORED_ORIGINAL,
     clip_text_names,
@@ -28,9 +31,14 @@ from ldmcli.networks.clip import TextTransformer
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 
+_log = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)
 _READERS = 4  # threads that read a part: reading, checking and converting numbers take more time than the disk
 _SHARE = 64 << 20  # bytes that a thread reads before another may take over
+# What quantizers keep beside weights, without which those mean nothing.
+_SCALES = re.compile(
+    r"(scale_weight|weight_scale\w*|scale_input|input_scale|scaled_fp8|absmax|quant_map|comfy_quant|SCB)$|quant_state\."
+)
 
 # For each canonical key the names it may have on disk, the likeliest first. What has its name in common with others is
 # stacked there, in the module's order.
@@ -179,17 +187,35 @@ def _match(wanted: Shapes, names: DiskNames, on_disk: dict[str, WeightFile], whe
         elif names[key][0] not in (lacking := faults.setdefault("lacks tensors", [])):
             lacking.append(names[key][0])
     for found, keys in canonical.items():
-        shape, right = on_disk[found].tensors[found].shape, _stored_shape(found, (wanted[key] for key in keys))
-        if not _same_shape(shape, right):
-            told = f"{found}: {list(shape)} for {list(right)}"
+        info, right = on_disk[found].tensors[found], _stored_shape(found, (wanted[key] for key in keys))
+        if not _same_shape(info.shape, right):
+            told = f"{found}: {list(info.shape)} for {list(right)}"
             faults.setdefault("has tensors of the wrong shape", []).append(told)
+        if info.dtype not in FLOATING:
+            faults.setdefault("has tensors that hold no floating numbers", []).append(f"{found}: {info.dtype}")
     left = [key for key in on_disk if key not in canonical and not _may_be_left(key)]
+    scales = [key for key in left if _SCALES.search(key)]
+    if scales:
+        faults["has quantized weights, whose scales this version does not apply"] = scales
+    strays = _strays(left, list(canonical))
+    left = [key for key in left if key not in scales and (faults or key not in strays)]
     if left:
         faults["has tensors of no use here"] = left
     if faults:
         told = "; it ".join(list_keys(what, keys) for what, keys in faults.items())
         raise BadDataError(f"{where}: it {told}.")
+    if strays:
+        _log.warning("%s", list_keys(f"{where.partition(' is not ')[0]} has tensors that are ignored", strays))
     return canonical
+
+
+def _strays(left: list[str], known: list[str]) -> list[str]:
+    """Those of the tensors that are `left` which are of none of the network's own blocks. Other programs pass over
+    them; more of a block than is built, or other than that, would be another network."""
+    paths = [key.split(".") for key in known]
+    depth = next((i for i, names in enumerate(zip(*paths, strict=False)) if len(set(names)) > 1), 0)
+    blocks = {tuple(path[: depth + 1]) for path in paths}
+    return [key for key in left if tuple(key.split(".")[: depth + 1]) not in blocks]
 
 
 def _stored_shape(disk_key: str, shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -1,21 +1,20 @@
 """Pickled checkpoints (.ckpt, .pt, .bin of torch.save), for those who allow them. The only place that calls torch.load.
 
-First the file is checked as safetensors are, without torch: its archive and the outline of its pickle, which must hold
-plain tensors, each inside its own stored bytes. Only then torch.load reads it, with weights_only=True and nothing else.
+A pickle is a program that may import anything. Its steps are listed first, and none is run: a file that names more than
+plain tensors need is refused before torch sees it. Then torch.load reads it, with weights_only=True and nothing else.
 """
 
 import io
-import struct
+import pickletools
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from ldmcli.checkpoints.header import DTYPE_BYTES, MAX_TENSORS, HeaderError, TensorInfo
+from ldmcli.checkpoints.header import DTYPES, MAX_TENSORS, HeaderError, TensorInfo
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL
-from ldmcli.checkpoints.outline import Outline, Storage, StoredTensor, state_dict
 from ldmcli.disk.opening import bad_file, open_regular
 
 if TYPE_CHECKING:
@@ -23,37 +22,36 @@ if TYPE_CHECKING:
 
 CURE = "get or convert it to .safetensors"
 _MAX_PICKLE_BYTES = 4 << 20  # a checkpoint with 2,500 tensors has 0.5 MB
-_MAX_DIRECTORY_BYTES = 4 << 20  # of a zip: 100 bytes for each tensor
-_END = struct.Struct("<4s4H2LH")  # a zip's last record
-_END64 = struct.Struct("<4sQ2H2L4Q")  # and, in large archives, two more before it
-_LOCATOR = struct.Struct("<4sLQL")
-_MEMBER = struct.Struct("<4s5H3L2H")  # what precedes each member
-_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch wrote before 1.6
-_PROTOCOL = 1001
+_MAX_STEPS = 500_000  # a checkpoint with 5,000 tensors needs 200,000
+_TUPLE_STEPS = 5  # that a tuple counts for: hashing 200,000, one in another, overflows the stack
+_MAX_NESTING = 3  # tables inside the state dict, as in textual-inversion embeddings
+_BARE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch wrote before 1.6 begins with: a pickled magic number
+_BARE_PICKLES = 5  # magic number, version, machine, value, keys; then the numbers
+_NUMBERS = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
+_KNOWN = {
+    *(f"torch {number}Storage" for number in _NUMBERS),
+    "collections OrderedDict",
+    "torch Size",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+}
+# Every step that imports or calls otherwise than by GLOBAL and REDUCE, which are all that torch.save writes.
+_STRANGE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+# What holds no tuple: fetched from the memo however often, it cannot grow.
+_ATOMS = {"GLOBAL", "BINUNICODE", "REDUCE", "BINPERSID", "EMPTY_DICT", "EMPTY_LIST"}
 
 
-class _Extent(NamedTuple):
-    """Where a storage's bytes are in the file."""
-
-    start: int
-    end: int
-
-
-def parse_pickled(file: io.FileIO, size: int) -> dict[str, TensorInfo]:
-    """The tensors of the state dict in `file`, of `size` bytes; where a tensor is no plain run of numbers, `start` and
-    `end` are those of all that it sees. Reads no tensor data and imports no torch. Raises HeaderError.
-    """
-    file.seek(0)
-    value, extents = (_from_zip if file.read(2) == b"PK" else _from_bare)(file, size)
+def parse_pickled(path: Path, file: io.FileIO, size: int) -> dict[str, TensorInfo]:
+    """The tensors of the state dict in `file`, of `size` bytes, whose numbers are not read; the places given count
+    from the first to the last. Raises BadDataError."""
     tensors: dict[str, TensorInfo] = {}
-    total = 0
-    for name, tensor in state_dict(value, StoredTensor).items():
-        width = DTYPE_BYTES[tensor.storage.dtype]
-        start = extents[tensor.storage.key].start + tensor.offset * width
-        tensors[name] = TensorInfo(tensor.storage.dtype, tensor.shape, start, start + tensor.extent * width)
-        total += tensor.extent * width
-    if total > 2 * size:  # some share their numbers, but not so many: a small file must not make a large model
-        raise HeaderError(f"has tensors of {total} bytes in all, which share {size} bytes of file")
+    at = 0
+    for name, tensor in _load(path, file, size, "meta").items():
+        dtype = next(name for name, (known, _) in DTYPES.items() if f"torch.{known}" == str(tensor.dtype))
+        tensors[name] = TensorInfo(dtype, tuple(tensor.shape), at, at + tensor.nbytes)
+        at += tensor.nbytes
+    if at > 2 * size:  # some share their numbers, but not so many: a small file must not make a large model
+        raise bad_file(path, f"has tensors of {at} bytes in all, which share {size} bytes of file", CURE)
     return tensors
 
 
@@ -71,7 +69,8 @@ class Loader:
         wanted = set(names)
         with self._lock:
             if not wanted <= self._tensors.keys():
-                loaded = _load(self._path)
+                with open_regular(self._path) as file:  # it is checked again: it may have changed
+                    loaded = _load(self._path, file, file.seek(0, io.SEEK_END), "cpu")
                 kept = {name for name in loaded if not IGNORED_ORIGINAL.match(name)} | wanted
                 self._tensors = _apart({name: loaded[name] for name in loaded if name in kept})
             if not wanted <= self._tensors.keys():
@@ -79,28 +78,59 @@ class Loader:
             return {name: self._tensors.pop(name) for name in wanted}
 
 
-def _load(path: Path) -> "dict[str, torch.Tensor]":
-    """The state dict in `path` by torch.load, after the check that opening it made: it may have changed since."""
+def _load(path: Path, file: io.FileIO, size: int, device: str) -> "dict[str, torch.Tensor]":
+    """The state dict in `file`, by torch.load on `device`, once the check has passed."""
+    try:
+        _check(file, size)
+        import torch
+
+        file.seek(0)
+        buffered = io.BufferedReader(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = torch.load(buffered, map_location=device, weights_only=True, mmap=False)
+        buffered.detach()
+        return _state_dict(value)
+    except HeaderError as error:
+        raise bad_file(path, str(error), CURE) from None
+    except OSError:
+        raise  # a fault of the disk, which open_regular words
+    except Exception as error:  # of whatever kind torch finds; there is no second way
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise bad_file(path, f"cannot be read by torch.load with weights_only=True ({told[:200]})", CURE) from None
+
+
+def _state_dict(value: object) -> "dict[str, torch.Tensor]":
+    """The tensors in what a checkpoint holds, by name; the rest (numbers, texts) is passed over.
+
+    Training programs keep the state dict under `state_dict`; inner tables give names with dots. Raises HeaderError.
+    """
     import torch
 
-    with open_regular(path) as file:
-        try:
-            parse_pickled(file, file.seek(0, io.SEEK_END))
-        except HeaderError as error:
-            raise bad_file(path, str(error), CURE) from None
-        file.seek(0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                buffered = io.BufferedReader(file)
-                value = torch.load(buffered, map_location="cpu", weights_only=True, mmap=False)
-                buffered.detach()
-            return state_dict(value, torch.Tensor)
-        except OSError:
-            raise  # a fault of the disk, which open_regular words
-        except Exception as error:  # of whatever kind torch finds; there is no second way
-            told = next(iter(str(error).splitlines()), type(error).__name__)
-            raise bad_file(path, f"cannot be read by torch.load with weights_only=True ({told[:200]})", CURE) from None
+    if not isinstance(value, dict):
+        raise HeaderError("holds no table of tensors")
+    inner = value.get("state_dict")
+    table = inner if isinstance(inner, dict) else value
+    found: dict[str, torch.Tensor] = {}
+    for name, item in _entries(table, "", set(), _MAX_NESTING):
+        if isinstance(item, torch.Tensor):
+            if name in found:
+                raise HeaderError(f"names “{name[:120]}” twice")
+            found[name] = item
+            if len(found) > MAX_TENSORS:
+                raise HeaderError(f"lists more than {MAX_TENSORS} tensors")
+    return found
+
+
+def _entries(table: dict[Any, Any], prefix: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
+    """Names and values, inner tables opened to `depth`, each table once: it may hold itself."""
+    seen.add(id(table))
+    for key, item in dict.items(table):  # a pickle may put something else where the table has its own method
+        name = f"{prefix}{key}" if isinstance(key, str | int | float) else ""
+        if isinstance(item, dict) and depth and id(item) not in seen:
+            yield from _entries(item, f"{name}.", seen, depth - 1)
+        elif name:
+            yield name, item
 
 
 def _apart(tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -120,119 +150,54 @@ def _apart(tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     return tensors
 
 
-# ---- what torch writes since 1.6: a zip, nothing compressed ----
+def _check(file: io.FileIO, size: int) -> None:
+    """Raise HeaderError unless every pickle in `file` names no more than plain tensors need. Imports no torch."""
+    file.seek(0)
+    head = file.read(min(size, _MAX_PICKLE_BYTES))
+    zipped, bare = head.startswith(b"PK"), head.startswith(_BARE)
+    pickles = io.BytesIO(_pickle_in_zip(file, size) if zipped else head)
+    left = _MAX_STEPS
+    try:
+        for _ in range(_BARE_PICKLES if bare else 1):
+            sizes: dict[Any, int] = {}  # of what is in the memo: tuples of fetched tuples double with every step
+            fetched, before = 1, ""
+            for step, name, _ in pickletools.genops(pickles):
+                if "PUT" in step.name:
+                    sizes[name] = 0 if before in _ATOMS else fetched
+                else:
+                    before = step.name
+                size_fetched = sizes.get(name, 0) if "GET" in step.name else 0
+                fetched += size_fetched
+                left -= size_fetched + (_TUPLE_STEPS if step.name.startswith("TUPLE") else 1)
+                if left < 0:
+                    raise HeaderError(f"has a pickle of more than {_MAX_STEPS} steps, far beyond any model")
+                if step.name == "GLOBAL" and name not in _KNOWN:
+                    wanted = str(name).replace(" ", ".")[:200]
+                    raise HeaderError(f"wants “{wanted}”, which is more than plain tensors and may be code")
+                if step.name in _STRANGE:
+                    raise HeaderError(f"has a pickle with the step {step.name}, which no plain table of tensors needs")
+    except (ValueError, IndexError, OverflowError) as error:
+        if isinstance(error, HeaderError):
+            raise
+        raise HeaderError("has a broken pickle") from None
+    if not zipped and not bare:
+        raise HeaderError("is a pickle that torch.save did not write")
 
 
-def _from_zip(file: io.FileIO, size: int) -> tuple[object, dict[str, _Extent]]:
-    """The outline of the pickle in a zip, and where its storages are."""
-    members = _members(file, _check_ends(file, size))
-    roots = {name.split("/", 1)[0] for name in members}
-    root = min(roots, default="")
-    if len(roots) != 1 or f"{root}/data.pkl" not in members:
-        raise HeaderError("is a zip archive that torch.save did not write")
-    if f"{root}/constants.pkl" in members:
-        raise HeaderError("is a TorchScript program, not weights")
-    order = members.get(f"{root}/byteorder")
-    if order and _read(file, order, 6) != b"little":
-        raise HeaderError("was written on a machine with another byte order")
-    machine = Outline(io.BytesIO(_read(file, members[f"{root}/data.pkl"], _MAX_PICKLE_BYTES)))
-    value = machine.run()
-    extents = {}
-    for key, storage in machine.storages.items():
-        extent = members.get(f"{root}/data/{key}")
-        if extent is None or extent.end - extent.start != _bytes(storage):
-            raise HeaderError(f"is damaged: the data of storage “{key}” are missing or of another size")
-        extents[key] = extent
-    return value, extents
-
-
-def _check_ends(file: io.FileIO, size: int) -> int:
-    """Where the directory of a zip begins. Only what torch itself writes will do, so that every reader sees the same
-    archive: nothing before, nothing after, and no directory too large to read."""
-    tail = _read(file, _Extent(max(0, size - 98), size), 98).rjust(98, b"\0")
-    magic, *_, length, start, comment = _END.unpack(tail[76:])
-    if magic != b"PK\x05\x06" or comment:
-        raise HeaderError("is cut short: the end of its zip archive is missing")
-    end = size - 22
-    if tail[56:60] == b"PK\x06\x07":
-        magic, *_, length, start = _END64.unpack(tail[:56])
-        end = size - 98
-        if magic != b"PK\x06\x06" or _LOCATOR.unpack(tail[56:76])[2] != end:
-            raise HeaderError("has a damaged zip directory")
-    if length > _MAX_DIRECTORY_BYTES:
-        raise HeaderError(f"has a zip directory of {length} bytes, far beyond any model")
-    if start + length != end:
-        raise HeaderError("has a damaged zip directory")
-    return start
-
-
-def _members(file: io.FileIO, directory: int) -> dict[str, _Extent]:
-    """Where each file of the archive is: stored as it is, all before `directory`, none inside another."""
+def _pickle_in_zip(file: io.FileIO, size: int) -> bytes:
+    """The one pickle of a zip by torch.save, which stores all as it is: nothing may unpack to more than `size`."""
     try:
         with zipfile.ZipFile(file) as archive:
-            listed = sorted(archive.infolist(), key=lambda member: member.header_offset)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise HeaderError(f"has a damaged zip directory ({error})") from None
-    if len({member.filename.lower() for member in listed}) != len(listed):
-        raise HeaderError("has a zip directory that names a file twice")
-    members: dict[str, _Extent] = {}
-    at = 0
-    for member in listed:
-        if (
-            member.compress_type != zipfile.ZIP_STORED
-            or member.flag_bits & 1
-            or member.file_size != member.compress_size
-        ):
-            raise HeaderError(f"is a zip archive with compressed or locked files (“{member.filename[:100]}”)")
-        head = _MEMBER.unpack(_read(file, _Extent(member.header_offset, member.header_offset + 30), 30))
-        start = member.header_offset + 30 + head[-2] + head[-1]
-        if head[0] != b"PK\x03\x04" or member.header_offset < at or start + member.file_size > directory:
-            raise HeaderError(f"has a damaged zip archive at “{member.filename[:100]}”")
-        at = start + member.file_size
-        members[member.filename] = _Extent(start, at)
-    return members
-
-
-# ---- what torch wrote before: five pickles, then the storages ----
-
-
-def _from_bare(file: io.FileIO, size: int) -> tuple[object, dict[str, _Extent]]:
-    """The outline of the fourth pickle (magic number, version, machine, value, keys), and where its storages are."""
-    head = io.BytesIO(_read(file, _Extent(0, min(size, _MAX_PICKLE_BYTES)), _MAX_PICKLE_BYTES))
-    machine = Outline(head)
-    if machine.run() != _MAGIC or machine.run() != _PROTOCOL:
-        raise HeaderError("is a pickle that torch.save did not write")
-    system = machine.run()
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise HeaderError("was written on a machine with another byte order")
-    value, keys = machine.run(), machine.run()
-    if not isinstance(keys, list) or len(keys) > MAX_TENSORS or sorted(map(str, keys)) != sorted(machine.storages):
-        raise HeaderError("is damaged: it does not list the data that its tensors need")
-    at = head.tell()
-    extents: dict[str, _Extent] = {}
-    for key in map(str, keys):
-        storage = machine.storages[key]
-        (count,) = struct.unpack("<Q", _read(file, _Extent(at, at + 8), 8))
-        extents[key] = _Extent(at + 8, at + 8 + _bytes(storage))
-        at = extents[key].end
-        if count != storage.count or at > size:
-            raise HeaderError(f"is cut short or damaged: the data of storage “{key}” are missing or of another size")
-    if at != size:
-        raise HeaderError(f"has {size - at} bytes after its last tensor")
-    return value, extents
-
-
-def _bytes(storage: Storage) -> int:
-    return storage.count * DTYPE_BYTES[storage.dtype]
-
-
-def _read(file: io.FileIO, extent: _Extent, most: int) -> bytes:
-    """The bytes of `extent`. Raises HeaderError where there are more than `most`, or the file has fewer."""
-    length = extent.end - extent.start
-    if length > most:
-        raise HeaderError(f"has a pickle of {length} bytes, far beyond any model")
-    file.seek(extent.start)
-    raw = file.read(length)
-    if len(raw) < length:
-        raise HeaderError("is cut short or damaged")
-    return raw
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise HeaderError("is a zip archive with compressed files, which torch.save does not write")
+            names = [member.filename for member in members if member.filename.endswith("data.pkl")]
+            if len(names) != 1 or sum(member.file_size for member in members) > size:
+                raise HeaderError("is a zip archive that torch.save did not write")
+            if archive.getinfo(names[0]).file_size > _MAX_PICKLE_BYTES:
+                raise HeaderError(f"has a pickle of more than {_MAX_PICKLE_BYTES} bytes, far beyond any model")
+            return archive.read(names[0])
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
+        if isinstance(error, HeaderError):
+            raise
+        raise HeaderError(f"is a cut or damaged zip archive ({error})") from None

@@ -1,6 +1,7 @@
 """What a model path holds, from headers and config.json alone: no weight is read and torch is not imported."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from ldmcli.disk.opening import read_json
 from ldmcli.errors import BadDataError, MissingInputError, printable
 from ldmcli.hub.names import snapshot_name
 
+_log = logging.getLogger(__name__)
 EMBEDDED_NAME = "tiny-emoji"
 _DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 _OPENCLIP_PAD = "!"  # whose id, 0, OpenCLIP fills short prompts up with
@@ -132,9 +134,11 @@ def model_of_file(file: WeightFile, *, own_vae: bool = True) -> ModelSource:
     family = require_family(shapes, path)
     prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.part: text.prefix for text in family.texts}}
     known = tuple(prefixes.values())
-    strangers = [k for k in shapes if not k.startswith(known) and not IGNORED_ORIGINAL.match(k)]
-    if strangers:
-        raise BadDataError(f"{printable(str(path))} {list_keys('holds tensors of no known part', strangers)}.")
+    strays = [key for key in file.tensors if not key.startswith(known) and not IGNORED_ORIGINAL.match(key)]
+    if strays:
+        _log.warning(
+            "%s %s", printable(str(path)), list_keys("has tensors of no known part, which are ignored", strays)
+        )
     schedule = schedule_of_file(file, family)
     config = config_from_shapes(shapes, family, schedule, path)
     check_buildable(config, printable(str(path)))

@@ -17,9 +17,10 @@ _MAX_YAML_BYTES = 1 << 20
 _PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?(\w+)""", re.MULTILINE)
 _YAML_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _LEVELS = "alphas_cumprod"
-# How far from the usual schedule levels stored in a type may lie and still be it, rounded.
-_ROUNDING = {"F16": 2e-3, "BF16": 1e-2}
-_SAME = 1e-5
+# How far from the usual schedule levels stored in a type may lie and still be it, rounded: a share, and at least.
+_ROUNDING = {"F16": (2e-3, 0.0), "BF16": (1e-2, 0.0)}
+_ROUNDING |= {"F8_E4M3": (0.07, 1e-3), "F8_E4M3FNUZ": (0.07, 1e-3), "F8_E5M2": (0.13, 0.0), "F8_E5M2FNUZ": (0.13, 0.0)}
+_SAME = (1e-5, 0.0)
 
 
 def schedule_of_file(file: WeightFile, family: Family) -> ScheduleConfig:
@@ -42,8 +43,10 @@ def schedule_of_file(file: WeightFile, family: Family) -> ScheduleConfig:
 def _with_levels(usual: ScheduleConfig, file: WeightFile) -> ScheduleConfig:
     levels = read_numbers(file, _LEVELS)
     expected = list(itertools.accumulate((1 - beta for beta in betas_of(usual)), operator.mul))
-    rounding = _ROUNDING.get(file.tensors[_LEVELS].dtype, _SAME)
-    if len(levels) == len(expected) and all(abs(a - b) <= rounding * b for a, b in zip(levels, expected, strict=True)):
+    share, least = _ROUNDING.get(file.tensors[_LEVELS].dtype, _SAME)
+    if len(levels) == len(expected) and all(
+        abs(a - b) <= max(share * b, least) for a, b in zip(levels, expected, strict=True)
+    ):
         return usual
     falling = all(a > b for a, b in itertools.pairwise(levels))
     if len(levels) < 2 or not falling or not 0 <= levels[-1] <= levels[0] < 1:

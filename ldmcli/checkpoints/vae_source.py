@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import vae_from_shapes
-from ldmcli.checkpoints.families import describe_single_file, require_family
+from ldmcli.checkpoints.families import describe_single_file, require_family, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.key_map import VAE_PREFIX, of_vae_encoder, old_diffusers_vae_key, original_vae_keys
 from ldmcli.checkpoints.source import list_keys, open_part
@@ -147,7 +147,9 @@ def _open_file(path: Path, usual: VAEConfig, allow_pickle: bool) -> VAESource:
     if kind == "TAESD":
         raise bad_file(path, "has only TAESD's encoder", "pictures need its decoder: name taesd_decoder.safetensors")
     what = (
-        list_keys("is no VAE that this version knows", list(shapes)) if kind == "unknown" else f"is {_a(kind)}, no VAE"
+        list_keys("is no VAE that this version knows", list(shapes))
+        if kind == "unknown"
+        else f"is {with_article(kind)}, no VAE"
     )
     raise bad_file(path, what, _CURE)
 
@@ -155,9 +157,12 @@ def _open_file(path: Path, usual: VAEConfig, allow_pickle: bool) -> VAESource:
 def _kl_config(path: Path, shapes: Shapes, prefix: str, usual: VAEConfig) -> VAEConfig:
     """A KL autoencoder's dimensions from its tensors; what shapes do not tell is as in `usual`."""
     bare = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
-    # The two layouts differ in few of the names that tell dimensions.
-    resnets = re.compile(r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.")
-    bare = {resnets.sub(r"encoder.down.\1.block.\2.", key): shape for key, shape in bare.items()}
+    # Of the names that tell dimensions the layouts differ in one, where diffusers counts from the coarsest level.
+    resnets = re.compile(r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.")
+    found = {key: match for key in bare if (match := resnets.match(key))}
+    last = max((int(match[1]) for match in found.values()), default=0)
+    for key, match in found.items():
+        bare[f"decoder.up.{last - int(match[1])}.block.{match[2]}.{key[match.end() :]}"] = bare[key]
     try:
         channels = bare["decoder.conv_in.weight"][1]
         if channels != usual.latent_channels:  # said before what else such a VAE has or lacks
@@ -225,7 +230,3 @@ def _check_fit(source: VAESource, model: ModelConfig) -> None:
 
 def _unfit(path: Path, has: str, needs: str) -> BadDataError:
     return bad_file(path, f"{has}, the model's VAE {needs}", "name a VAE of the model's family")
-
-
-def _a(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "AEIO" or kind.startswith("SDXL") else f"a {kind}"

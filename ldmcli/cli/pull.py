@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 def pull(model: str, fp16: bool) -> None:
     """Fetch a model from the Hugging Face hub, and print the folder it is in.
 
-    Only what is needed to draw is fetched, and only safetensors. It goes to the cache that all tools of the hub share;
-    what a cut leaves undone, the next pull does. ORG/NAME/FILE.safetensors fetches one file.
+    Only what is needed to draw is fetched, and only safetensors. It goes to the cache that all tools of the hub share.
+    Interrupted downloads resume. ORG/NAME/FILE.safetensors fetches one file.
 
     \b
     Examples:

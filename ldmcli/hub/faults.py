@@ -21,8 +21,10 @@ def reworded(error: Exception, repository: str, revision: str | None, endpoint: 
         return _answered(kinds, response, repository, revision, endpoint)
     if "LocalEntryNotFoundError" in kinds and isinstance(error.__cause__, Exception):
         return reworded(error.__cause__, repository, revision, endpoint, cache)
-    if is_broken_connection(error) or kinds & {"LocalEntryNotFoundError", "InvalidURL", "RequestError"}:
+    if _is_broken_connection(error) or kinds & {"LocalEntryNotFoundError", "InvalidURL", "RequestError"}:
         return unreachable(error, repository, endpoint)
+    if "Consistency check failed" in str(error):  # other than the size that the hub lists has come
+        return unreachable("other than the whole file came", repository, endpoint)
     if isinstance(error, OSError):
         return _disk(error, cache)
     if isinstance(error, (ValueError, TypeError, KeyError, AttributeError)):
@@ -30,7 +32,7 @@ def reworded(error: Exception, repository: str, revision: str | None, endpoint: 
     return None
 
 
-def is_broken_connection(error: Exception) -> bool:
+def _is_broken_connection(error: Exception) -> bool:
     """Whether the connection failed, or the server said to come back later: what another try may mend."""
     if isinstance(error, ConnectionError) or any(kind.__name__ == "TransportError" for kind in type(error).__mro__):
         return True

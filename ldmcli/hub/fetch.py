@@ -1,18 +1,18 @@
 """Models of the Hugging Face hub, from the cache that its tools share, or fetched. The only huggingface_hub import.
 
-The library writes the cache. Only large weight files are received here, since it begins them anew after a cut.
+The library writes the cache, but for large weight files, whose interrupted downloads resume.
 """
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ldmcli import __version__
@@ -22,7 +22,9 @@ from ldmcli.disk.opening import read_json
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.hub.faults import reworded
 from ldmcli.hub.names import HubModel, parse
-from ldmcli.hub.transfer import receive
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -215,39 +217,52 @@ def _announce(wanted: HubModel, listing: _Listing, lacking: list[str]) -> None:
 
 def _receive_blob(wanted: HubModel, file: str, listing: _Listing) -> None:
     """Receive a large file into the cache's `blobs`, where the library will find it; what came before a cut is kept
-    under the name that the library itself uses for it."""
+    beside it. The library resumes within one process only, and begins a file anew in the next:
+    https://github.com/huggingface/huggingface_hub/issues/4196
+    """
     from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock
 
-    sha256 = listing.hashes[file]
+    sha256, size = listing.hashes[file], listing.sizes[file]
     blob, part = _blob(wanted, sha256), _blob(wanted, sha256, ".incomplete")
     lock = Path(_cache()) / ".locks" / blob.parent.parent.name / f"{sha256}.lock"
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
     url = hf_hub_url(wanted.repository, file, revision=listing.commit)
+    show = _log.isEnabledFor(logging.INFO) and not constants.HF_HUB_DISABLE_PROGRESS_BARS
     with WeakFileLock(lock):
         if blob.exists():
             return
-        show = _log.isEnabledFor(logging.INFO) and not constants.HF_HUB_DISABLE_PROGRESS_BARS
-        receive(functools.partial(_open_at, url), part, listing.sizes[file], label=file, show=show)
+        with open(part, "ab") as out:
+            if out.tell() > size:
+                out.truncate(0)
+            http_get(
+                url,
+                out,
+                resume_size=out.seek(0, os.SEEK_END),
+                headers=_headers() | {"Accept-Encoding": "identity"},
+                expected_size=size,
+                displayed_filename=file,
+                tqdm_class=_bar(show=show),
+            )
+            out.flush()
+            os.fsync(out.fileno())
         if file_sha256(part) != sha256:
             part.unlink()
             raise StorageError(f"{wanted}: {printable(file)} arrived damaged and was removed; run the same again.")
         os.replace(part, blob)
 
 
-@contextlib.contextmanager
-def _open_at(url: str, begin: int) -> Iterator[Any]:
-    """A response with the bytes of `url` from `begin` on; a redirect to another host gets no token, by httpx's rule."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session, hf_raise_for_status
+def _bar(*, show: bool) -> "type[tqdm[Any]]":
+    """A bar for the terminal; none where stderr is no terminal or it is not to `show`."""
+    from tqdm import tqdm
 
-    headers = _headers() | {"Accept-Encoding": "identity"}
-    if begin:
-        headers["Range"] = f"bytes={begin}-"
-    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
-        hf_raise_for_status(response)
-        yield response
+    class Bar(tqdm):
+        def __init__(self, *args: Any, name: str = "", **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": None if show else True, "file": sys.stderr})
+
+    return Bar
 
 
 def _headers() -> dict[str, str]:
