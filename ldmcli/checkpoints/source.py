@@ -96,7 +96,7 @@ class ModelSource:
         else:
             vocabulary = vocabulary_from_folder(self.path / text.part.replace("text_encoder", "tokenizer"))
         _check_vocabulary(vocabulary, text.vocab_size, printable(str(self.path)))
-        return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip)
+        return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip, rows=text.vocab_size)
 
     def weight_paths(self) -> list[Path]:
         """All weight files, sorted: what identifies the model."""

@@ -166,6 +166,9 @@ class Schedule:
         """Timesteps and ᾱ of `count` noise levels from the highest to the lowest, of a `kind` of ScheduleConfig.sigmas:
         Karras's are even in σ^(1/7) (Karras et al. 2022, equation 5). `whole`: the model is told whole timesteps."""
         logs = [math.log(sigma) for sigma in self.sigmas]
+        rounds = kind in ("karras", "lu")
+        if whole and not rounds:  # diffusers cuts them off instead, in float32: the highest may lie below itself
+            logs = torch.tensor(logs, dtype=torch.float32).tolist()
         rho = 7.0
         high, low = highest ** (1 / rho), lowest ** (1 / rho)
         points = []
@@ -178,8 +181,7 @@ class Schedule:
             else:
                 sigma = highest ** (1 - done) * lowest**done
             timestep = _position(math.log(sigma), logs)
-            # diffusers rounds some and cuts off others.
-            told = timestep if not whole else round(timestep) if kind in ("karras", "lu") else int(timestep)
+            told = timestep if not whole else round(timestep) if rounds else int(timestep)
             points.append((told, _level_of(sigma)))
         return points
 
