@@ -141,7 +141,8 @@ class ScheduleConfig:
     `sigmas` respaces the noise levels between those of `spacing`'s first and last step ("karras", "exponential", "lu",
     "beta"; "log" takes the whole schedule's, evenly in the logarithm), `sigma_min` and `sigma_max` being other ends; a
     run ends without noise, or at the first training step's level where not `ends_clean`. `lower_order_final` and
-    `euler_at_final` lower a multistep solver's order in the last steps. Where `refused` says why, no run can be made.
+    `euler_at_final` lower a multistep solver's order in the last steps. Where `refused` says why, no run can be made;
+    `note` is what a user should know of one.
     `variants` are the schedules of the samplers, by name, that read the model's configuration otherwise.
     """
 
@@ -165,6 +166,7 @@ class ScheduleConfig:
     distilled_steps: int = 50
     walk: Walk = Walk()
     refused: str = ""
+    note: str = ""
     variants: "tuple[tuple[str, ScheduleConfig], ...]" = ()
 
     @property

@@ -104,6 +104,10 @@ _SIGMAS = {
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
 }
+_CLIPS = (
+    "as the model's scheduler_config.json has clip_sample true or leaves it out, this sampler clips the latents, which "
+    "spoils pictures; set it to false there."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +241,7 @@ def _walked(fields: Fields, sampler: str, schedule: ScheduleConfig) -> ScheduleC
         euler_at_final=fields.flag("euler_at_final"),
         distilled_steps=fields.whole("original_inference_steps", 50, high=schedule.training_steps),
         walk=_walk(fields, sampler, schedule.prediction_type),
+        note=_CLIPS if fields.flag("clip_sample") else "",
     )
 
 
