@@ -42,11 +42,11 @@ _SAME = 1e-5
 def schedule_of_file(file: WeightFile, family: Family) -> ScheduleConfig:
     """The schedule of a checkpoint in the original layout: the usual one, but for what the file says otherwise.
 
-    Marks named `v_pred` and `ztsnr` tell v-prediction and zero terminal SNR (Lin et al. 2023); so do words of the header's
-    metadata (ModelSpec's and trainers'), and a .yaml of the same name beside the file, as the original code has it. Where
-    nothing does and the family has both kinds, the type is UNDECIDED. Levels stored under `alphas_cumprod` are used as
-    they are, unless they are the usual ones but for rounding. Raises BadDataError where the levels are none, or the .yaml
-    cannot be read.
+    Marks named `v_pred` and `ztsnr` tell v-prediction and zero terminal SNR (Lin et al. 2023); so do words in the
+    header's metadata (ModelSpec's and trainers'), and a .yaml of the same name beside the file, as the original code
+    has it. Where nothing does and the family has both kinds, the type is UNDECIDED. Levels stored under
+    `alphas_cumprod` are used as they are, unless they are the usual ones but for rounding. Raises BadDataError where
+    the levels are none, or the .yaml cannot be read.
     """
     marked = "v_prediction" if "v_pred" in file.tensors else None
     written = _from_metadata(file.metadata, file.path)
