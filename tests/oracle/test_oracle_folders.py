@@ -1,4 +1,4 @@
-"""A folder is drawn as diffusers' `from_pretrained` draws it, defaults and all: `ldm`'s own session against it, untouched.
+"""A folder is drawn as diffusers' `from_pretrained` draws it, untouched, defaults and all.
 
 The pictures of a small random model differ by a level of 255 at most, where a scheduler's word dropped moves them by 40
 and more.
