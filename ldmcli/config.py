@@ -114,11 +114,36 @@ class TextEncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Walk:
+    """How a sampler computes on the steps it is given, where it can in more than one way; the usual is the default.
+
+    `order` and `solver` are those of multistep solvers ("" is "midpoint", UniPC's "bh2"; "heun", "bh1"). `clip` bounds
+    the predicted image; `threshold` is a quantile and a bound for dynamic thresholding (Saharia et al. 2022, section
+    2.3). UniPC leaves the steps in `uncorrected` as they are. PLMS combines raw outputs where `mixes_velocities`. The
+    boundary conditions of LCM multiply the timestep with `timestep_scaling`.
+    """
+
+    order: int = 2
+    solver: str = ""
+    clip: float | None = None
+    threshold: tuple[float, float] | None = None
+    uncorrected: tuple[int, ...] = ()
+    mixes_velocities: bool = False
+    timestep_scaling: float = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """The training noise schedule and where sampling steps sit on it.
 
     `alphas_cumprod`, one level per training step, is a file's own schedule and stands in place of any betas.
     `zero_terminal_snr` rescales whichever there is so that the last training step is pure noise (Lin et al. 2023).
+    `sigmas` respaces the noise levels between those of `spacing`'s first and last step ("karras", "exponential", "lu",
+    "beta"; "log" takes the whole schedule's, evenly in the logarithm), `sigma_min` and `sigma_max` being other ends; a
+    run ends without noise, or at the first training step's level where not `ends_clean`. `lower_order_final` and
+    `euler_at_final` lower a multistep solver's order in the last steps. Where `refused` says why, no run can be made;
+    `note` is what a user should know of one.
+    `variants` are the schedules of the samplers, by name, that read the model's configuration otherwise.
     """
 
     training_steps: int = 1000
@@ -132,11 +157,27 @@ class ScheduleConfig:
     set_alpha_to_one: bool = False
     spacing: str = "leading"
     prediction_type: str = "epsilon"
+    sigmas: str = ""
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    ends_clean: bool = True
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    distilled_steps: int = 50
+    walk: Walk = Walk()
+    refused: str = ""
+    note: str = ""
+    variants: "tuple[tuple[str, ScheduleConfig], ...]" = ()
 
     @property
     def starts_without_signal(self) -> bool:
         """Whether the noisiest level is pure noise, ᾱ = 0."""
         return self.zero_terminal_snr or (self.alphas_cumprod is not None and self.alphas_cumprod[-1] == 0)
+
+    def of(self, sampler: str) -> "ScheduleConfig":
+        """The schedule as the sampler of this name reads it."""
+        own = next((schedule for name, schedule in self.variants if name == sampler), None)
+        return self if own is None else dataclasses.replace(own, prediction_type=self.prediction_type)
 
     def timesteps(self, steps: int, grid: str = "ddim", spacing: str | None = None) -> list[float] | None:
         """Where `steps` sampling steps sit, noisiest first; None where they do not fit. `spacing`: the model's own, if
@@ -145,7 +186,7 @@ class ScheduleConfig:
 
         Samplers disagree about the ends. With grid "ddim" (DDIM, PLMS) the steps are whole and the last is on the
         grid; "euler" (Euler, Heun) does not round; "dpm" (DPM-Solver++, UniPC) has one point more, of which the last,
-        where noise ends, is no step; "lcm" takes some of the 50 levels that it was distilled at. All as diffusers does.
+        where noise ends, is no step; "lcm" takes some of the levels that it was distilled at. All as diffusers does.
         """
         if not 1 <= steps <= self.training_steps:
             return None
@@ -154,10 +195,12 @@ class ScheduleConfig:
         return timesteps if fits else None
 
     def fits(self, steps: int, grid: str = "ddim", spacing: str | None = None) -> bool:
-        """Whether so many steps can be taken. Karras's noise levels need no training step each."""
-        if grid != "lcm" and (spacing or self.spacing) == "karras":
-            return 1 <= steps <= self.training_steps > 1
-        return self.timesteps(steps, grid, spacing) is not None
+        """Whether so many steps can be taken. Respaced noise levels need no training step each."""
+        spacing, _, sigmas = (spacing or self.spacing).partition(" ")
+        if grid == "lcm" or not (sigmas or spacing == "karras"):
+            return self.timesteps(steps, grid, spacing) is not None
+        whole = grid == "dpm" or spacing == "karras"  # they lie between the schedule's own ends
+        return 1 <= steps <= self.training_steps > 1 and (whole or self.timesteps(steps, grid, spacing) is not None)
 
     def _spaced(self, steps: int, grid: str, spacing: str) -> list[float]:
         count, more = self.training_steps, int(grid == "dpm")
@@ -170,7 +213,8 @@ class ScheduleConfig:
             return exact if grid == "euler" else [round(timestep) for timestep in exact]
         return [i * (count // (steps + more)) + self.steps_offset for i in reversed(range(more, steps + more))]
 
-    def _lcm(self, steps: int, distilled: int = 50) -> list[float]:
+    def _lcm(self, steps: int) -> list[float]:
+        distilled = self.distilled_steps
         stride = self.training_steps // distilled
         return [(distilled - i * distilled // steps) * stride - 1 for i in range(steps)]
 
@@ -195,6 +239,7 @@ class ModelConfig:
     schedule: ScheduleConfig
     zero_empty_negative: bool = False  # an empty negative prompt is zeros, not the encoded empty text
     defaults: Defaults = Defaults()
+    notes: tuple[str, ...] = ()  # what whoever draws with it should hear once
 
     def pools(self, text: TextEncoderConfig) -> bool:
         """Whether `text`, one of the text encoders, gives the pooled prompts that the U-Net reads: the last does."""

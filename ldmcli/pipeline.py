@@ -152,7 +152,8 @@ class Pipeline:
             # 3. The sampler walks from noise to latents.
             with self.stopwatch.phase("denoise"):
                 self.stopwatch.mark("ready")
-                for latents in SAMPLERS[settings.sampler](denoise, latents, part, noise, eta=settings.eta):  # noqa: B020
+                sampler = functools.partial(SAMPLERS[settings.sampler], walk=schedule.walk(settings.sampler))
+                for latents in sampler(denoise, latents, part, noise, eta=settings.eta):  # noqa: B020
                     self.stopwatch.mark("first_step")
                     done += 1
                     on_step(done, latents)

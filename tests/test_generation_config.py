@@ -46,7 +46,9 @@ def defaults_of(folder: Path, content: bytes | str | dict[str, Any]) -> Defaults
         ({"guidance_scale": 3.5}, Defaults(guidance_scale=3.5)),
         ({"num_inference_steps": 25}, Defaults(steps=25)),
         ({"sampler": "plms"}, Defaults("plms")),
-        ({"guidance_scale": 0, "num_inference_steps": 1}, Defaults(steps=1, guidance_scale=0.0)),
+        # As in diffusers, guidance up to 1 is none.
+        ({"guidance_scale": 0, "num_inference_steps": 1}, Defaults(steps=1, guidance_scale=1.0)),
+        ({"guidance_scale": 0.5}, Defaults(guidance_scale=1.0)),
         (
             {"guidance_scale": MAX_GUIDANCE, "num_inference_steps": MAX_STEPS},
             Defaults(steps=MAX_STEPS, guidance_scale=MAX_GUIDANCE),

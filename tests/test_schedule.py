@@ -41,8 +41,9 @@ KIN = [
 
 
 def diffusers_settings(config: ScheduleConfig) -> dict[str, Any]:
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-    fields.pop("zero_terminal_snr")
+    known = ("training_steps", "beta_start", "beta_end", "beta_schedule", "betas", "steps_offset", "set_alpha_to_one")
+    fields = {name: getattr(config, name) for name in (*known, "spacing", "prediction_type")}
+    fields = {name: value for name, value in fields.items() if value is not None}
     names = {"training_steps": "num_train_timesteps", "betas": "trained_betas", "spacing": "timestep_spacing"}
     return {names.get(name, name): value for name, value in fields.items()}
 
@@ -84,10 +85,11 @@ def test_signal_levels(config: ScheduleConfig, steps: int) -> None:
     found = schedule.steps(steps)
     for i, step in enumerate(found):
         assert step.index == i
-        assert step.alpha_cumprod == levels[step.timestep]
+        assert step.signal**2 == pytest.approx(levels[step.timestep])
         if i + 1 < len(found):  # with the usual offset of 1, steps join without a gap
-            assert step.previous_alpha_cumprod == levels[step.timestep - stride] == found[i + 1].alpha_cumprod
-    assert found[-1].previous_alpha_cumprod == (1.0 if config.set_alpha_to_one else levels[0])
+            assert step.previous_signal**2 == pytest.approx(levels[step.timestep - stride])
+            assert step.previous_signal == found[i + 1].signal
+    assert found[-1].previous_signal ** 2 == pytest.approx(1.0 if config.set_alpha_to_one else levels[0])
 
 
 def diffusers_scheduler(kind: str, config: ScheduleConfig, **more: Any) -> Any:
@@ -150,11 +152,11 @@ def test_steps_join(sampler: str, spacing: str) -> None:
     """But for DDIM's and PLMS's, whose strides diffusers takes for equal where they are not quite."""
     steps = Schedule(ScheduleConfig()).steps(7, sampler, spacing)
     assert [step.index for step in steps] == list(range(7))
-    assert all(a.alpha_cumprod < b.alpha_cumprod for a, b in itertools.pairwise(steps))
+    assert all(a.signal**2 < b.signal**2 for a, b in itertools.pairwise(steps))
     if SAMPLERS[sampler].grid != "ddim":
-        assert steps[-1].previous_alpha_cumprod == 1
+        assert steps[-1].previous_signal ** 2 == 1
         assert steps[-1].previous_sigma == 0
-        assert all(a.previous_alpha_cumprod == b.alpha_cumprod for a, b in itertools.pairwise(steps))
+        assert all(a.previous_signal**2 == b.signal**2 for a, b in itertools.pairwise(steps))
     for step in steps:
         assert step.signal**2 + step.spread**2 == pytest.approx(1)
         assert step.sigma == pytest.approx(step.spread / step.signal)
@@ -190,12 +192,12 @@ def test_zero_terminal_snr_is_diffusers(beta_schedule: str) -> None:
     assert levels[-1] == 0
     assert levels[0].item() == pytest.approx(Schedule(ScheduleConfig(beta_schedule=beta_schedule)).alphas_cumprod[0])
     # DDIM and LCM start at 0 indeed; what divides by the level starts at diffusers' smallest.
-    assert schedule.steps(5, "ddim", "trailing")[0].alpha_cumprod == 0
-    assert schedule.steps(5, "lcm")[0].alpha_cumprod == 0
+    assert schedule.steps(5, "ddim", "trailing")[0].signal ** 2 == 0
+    assert schedule.steps(5, "lcm")[0].signal ** 2 == 0
     for sampler in ("euler", "euler-a", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc"):
         for spacing in ("trailing", "linspace", "karras"):
             first = schedule.steps(5, sampler, spacing)[0]
-            assert first.alpha_cumprod == pytest.approx(SMALLEST_LEVEL, rel=1e-6)
+            assert first.signal**2 == pytest.approx(SMALLEST_LEVEL, rel=1e-6)
 
 
 # ---- a file's own levels ----
@@ -205,16 +207,16 @@ def test_a_files_own_levels_are_used_as_they_are() -> None:
     levels = tuple(0.999 * 0.99**i for i in range(1000))
     schedule = Schedule(ScheduleConfig(alphas_cumprod=levels, betas=BETAS))
     assert torch.equal(schedule.alphas_cumprod, torch.tensor(levels))
-    assert schedule.steps(10)[0].alpha_cumprod == pytest.approx(levels[901])
+    assert schedule.steps(10)[0].signal ** 2 == pytest.approx(levels[901])
 
 
 def test_own_levels_that_end_at_0_are_zero_terminal_snr() -> None:
     levels = (*Schedule(ScheduleConfig()).alphas_cumprod.tolist()[:-1], 0.0)
     config = ScheduleConfig(alphas_cumprod=levels, prediction_type="v_prediction")
     assert config.starts_without_signal
-    assert Schedule(config).steps(3, "ddim", "trailing")[0].alpha_cumprod == 0
+    assert Schedule(config).steps(3, "ddim", "trailing")[0].signal ** 2 == 0
     first = Schedule(config).steps(3, "euler", "trailing")[0]
-    assert first.alpha_cumprod == pytest.approx(SMALLEST_LEVEL, rel=1e-6)
+    assert first.signal**2 == pytest.approx(SMALLEST_LEVEL, rel=1e-6)
 
 
 def test_own_levels_can_be_rescaled() -> None:
@@ -345,7 +347,7 @@ def test_the_check_before_loading_is_the_schedules(sampler: str, config: Schedul
                 continue
             check_fit(row, config, count, spacing)
             steps = Schedule(config).steps(count, row, spacing)
-            assert len({step.alpha_cumprod for step in steps}) == count
+            assert len({step.signal**2 for step in steps}) == count
             passed.append(count)
     assert {1, 2, 50} <= set(passed)
     assert max(passed) <= config.training_steps

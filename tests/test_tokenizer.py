@@ -343,3 +343,78 @@ def test_merges_of_unknown_tokens(folder: Path) -> None:
     tokenizer = ClipTokenizer(vocabulary_from_folder(folder), 77)
     with pytest.raises(BadDataError):
         read(tokenizer, "a cat")
+
+
+# ---- added words ----
+
+
+def word(content: str, **flags: bool) -> dict[str, Any]:
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False, "normalized": True} | flags
+
+
+NUMBERED = {
+    "49406": word("<|startoftext|>", special=True),
+    "49407": word("<|endoftext|>", normalized=False, special=True),
+    "49408": word("<Glow>", special=False),
+    "49409": word("Foo", lstrip=True, rstrip=True, single_word=True, special=False, normalized=False),
+    "49411": word("<late>", special=True),
+}
+SMALL_FILES: dict[str, dict[str, Any]] = {
+    "added": {"added_tokens.json": {"<glow-toy>": 49408, "<B>": 49409}},
+    "added, numbers with a gap": {"added_tokens.json": {"<B>": 49500, "<glow-toy>": 49410, "cat</w>": 5}},
+    "special map": {
+        "special_tokens_map.json": {
+            "bos_token": word("<|startoftext|>"),
+            "unk_token": "<|endoftext|>",
+            "additional_special_tokens": ["<Glow>", "Foo"],
+        },
+        "added_tokens.json": {"Foo": 49408},
+    },
+    "numbered": {
+        "tokenizer_config.json": {"added_tokens_decoder": NUMBERED, "additional_special_tokens": ["<late>", "<more>"]},
+        "special_tokens_map.json": {"additional_special_tokens": ["<B>"]},
+    },
+    "a padding of its own": {"tokenizer_config.json": {"pad_token": "<pad>"}},
+    "named": {"tokenizer_config.json": {"image_token": "<more>", "extra_special_tokens": {"b_token": "<B>"}}},
+}
+ADDED_TEXTS = (
+    "a photo of <glow-toy>", "a <GLOW-TOY>, <b> <B>x", "x<glow-toy>y", "<Glow> <glow> Foo foo Foofoo  Foo !",
+    "<late><more> <B>", "wow <pad> cat</w> cat", "<|STARTOFTEXT|> <|startoftext|>", "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("saved_again", [False, True], ids=["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("files", SMALL_FILES.values(), ids=SMALL_FILES)
+def test_added_words_are_tokens_as_transformers_has_them(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, files: dict[str, Any], saved_again: bool
+) -> None:
+    from transformers import CLIPTokenizer
+
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    theirs = CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    if saved_again:
+        theirs.add_tokens(["<glow-toy>", "Zed"])
+        folder = tmp_path_factory.mktemp("saved")
+        theirs.save_pretrained(folder)
+        theirs = CLIPTokenizer.from_pretrained(folder)
+    ours = ClipTokenizer(vocabulary_from_folder(folder), 77)
+    for text in ADDED_TEXTS:
+        assert read(ours, text).ids == their_ids(theirs, text), text
+
+
+def test_what_no_row_of_the_text_encoder_stands_for_is_refused_when_it_is_used(folder: Path) -> None:
+    (folder / "added_tokens.json").write_text('{"<glow-toy>": 49408}')
+    ours = ClipTokenizer(vocabulary_from_folder(folder), 77, rows=49408)
+    assert ours.tokens("a cat").ids == [320, 2368]
+    with pytest.raises(
+        BadDataError, match=r"gives token '<glow-toy>' the number 49408, and the text encoder knows 0 to"
+    ):
+        ours.tokens("a <glow-toy>")
+
+
+@pytest.mark.parametrize("added", [7, {"content": 7}, {"content": "x", "lstrip": "yes"}, {}])
+def test_added_words_that_are_none_are_refused(folder: Path, added: Any) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"49408": added}}))
+    with pytest.raises(BadDataError, match="adds what is no token"):
+        vocabulary_from_folder(folder)

@@ -1,26 +1,29 @@
-"""What a single file, and a scheduler's configuration, tell of how a model was trained and wants to be drawn with."""
+"""What a single file tells of how its model was trained."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from ldmcli.checkpoints.families import SD1, SD2, SDXL, Family
 from ldmcli.checkpoints.files import open_weights, write_tensors
-from ldmcli.checkpoints.folder_config import defaults_for
 from ldmcli.checkpoints.training import schedule_of_file
-from ldmcli.config import UNDECIDED, Defaults, ScheduleConfig
+from ldmcli.config import UNDECIDED, ScheduleConfig
 from ldmcli.errors import BadDataError
 from ldmcli.sampling.schedule import Schedule
 
 LEVELS = Schedule(ScheduleConfig()).alphas_cumprod
 
 
-def told(tmp_path: Path, family: Family, yaml: str | None = None, **tensors: torch.Tensor) -> ScheduleConfig:
+def told(
+    tmp_path: Path,
+    family: Family,
+    yaml: str | None = None,
+    metadata: dict[str, str] | None = None,
+    **tensors: torch.Tensor,
+) -> ScheduleConfig:
     path = tmp_path / "model.safetensors"
-    write_tensors(path, tensors or {"x": torch.zeros(1)})
+    write_tensors(path, tensors or {"x": torch.zeros(1)}, metadata)
     if yaml is not None:
         path.with_suffix(".yaml").write_text(yaml)
     return schedule_of_file(open_weights(path), family)
@@ -50,6 +53,10 @@ def test_marks_are_read(tmp_path: Path) -> None:
         ("model:\n  target: ldm\n  params:\n    linear_start: 0.00085\n", "epsilon"),
         ("something: else\n", UNDECIDED),
         ("# parameterization: v is not said\n", UNDECIDED),
+        ('{"model": {"params": {"parameterization": "v"}}}', "v_prediction"),
+        ("model: {target: ldm, params: {linear_start: 0.00085, parameterization: v}}\n", "v_prediction"),
+        ("model:\n  params:\n    ? parameterization\n    : >-\n      v\n", "v_prediction"),
+        ("note: |\n  parameterization: v\nmodel:\n  params: {}\n", "epsilon"),
     ],
 )
 def test_the_original_configuration_beside_the_file_is_read(tmp_path: Path, yaml: str, prediction_type: str) -> None:
@@ -59,6 +66,46 @@ def test_the_original_configuration_beside_the_file_is_read(tmp_path: Path, yaml
 def test_an_unknown_parameterization_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadDataError, match=r"model\.yaml: parameterization flow is none of eps, v, x0"):
         told(tmp_path, SD2, "parameterization: flow\n")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("model: [", "is not valid YAML"),
+        ("a: &a [x, x]\nb: [*a, *a]\n", "has aliases"),
+        ("!!python/object/apply:os.system [echo]\n", "is not valid YAML"),
+        ("[" * 5000, "is not valid YAML"),
+    ],
+)
+def test_yaml_that_is_none_is_refused(tmp_path: Path, yaml: str, words: str) -> None:
+    with pytest.raises(BadDataError, match=words):
+        told(tmp_path, SD2, yaml)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "prediction_type", "zero_snr"),
+    [
+        ({"modelspec.prediction_type": "v"}, "v_prediction", False),
+        ({"modelspec.prediction_type": "epsilon"}, "epsilon", False),
+        ({"modelspec.predict_key": "V"}, "v_prediction", False),
+        ({"prediction_type": "v_prediction", "ss_zero_terminal_snr": "True"}, "v_prediction", True),
+        ({"ss_v_parameterization": "True", "ss_zero_terminal_snr": "False"}, "v_prediction", False),
+        ({"ss_v_parameterization": "None"}, "epsilon", False),
+        ({"modelspec.title": "v"}, "epsilon", False),
+        ({"modelspec.prediction_type": "magic"}, "epsilon", False),
+    ],
+)
+def test_the_headers_metadata_are_read(
+    tmp_path: Path, metadata: dict[str, str], prediction_type: str, zero_snr: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = told(tmp_path, SDXL, metadata=metadata)
+    assert (found.prediction_type, found.zero_terminal_snr) == (prediction_type, zero_snr)
+    assert ("magic is not known and passed over" in caplog.text) == ("magic" in metadata.values())
+
+
+def test_metadata_stand_before_the_yaml_and_decide_what_the_family_does_not(tmp_path: Path) -> None:
+    said = {"modelspec.prediction_type": "epsilon"}
+    assert told(tmp_path, SD2, "model: {params: {parameterization: v}}", said).prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -86,30 +133,3 @@ def test_levels_that_end_in_nothing_are_zero_terminal_snr(tmp_path: Path) -> Non
 def test_levels_that_are_none_are_refused(tmp_path: Path, levels: torch.Tensor) -> None:
     with pytest.raises(BadDataError, match="alphas_cumprod do not fall"):
         told(tmp_path, SD1, alphas_cumprod=levels)
-
-
-USUAL = Defaults()
-TURBO = {"timestep_spacing": "trailing", "prediction_type": "epsilon"}
-
-
-@pytest.mark.parametrize(
-    ("config", "reads_guidance", "defaults"),
-    [
-        ({"_class_name": "PNDMScheduler"}, False, USUAL),
-        ({"_class_name": "DDIMScheduler", **TURBO}, False, USUAL),
-        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, False, USUAL),
-        ({"_class_name": "EulerDiscreteScheduler", **TURBO, "prediction_type": "v_prediction"}, False, USUAL),
-        ({"_class_name": "EulerDiscreteScheduler", **TURBO, "rescale_betas_zero_snr": True}, False, USUAL),
-        ({"_class_name": "EulerDiscreteScheduler", **TURBO}, False, Defaults("euler", 4, 1.0)),
-        ({"_class_name": "EulerAncestralDiscreteScheduler", **TURBO}, False, Defaults("euler-a", 4, 1.0)),
-        ({"_class_name": "LCMScheduler"}, False, Defaults("lcm", 4, 1.0)),
-        ({"_class_name": "LCMScheduler"}, True, Defaults("lcm", 4, 8.0)),
-    ],
-)
-def test_models_of_few_steps_are_known_by_their_scheduler(
-    tmp_path: Path, config: dict[str, Any], reads_guidance: bool, defaults: Defaults
-) -> None:
-    path = tmp_path / "scheduler_config.json"
-    path.write_text(json.dumps(config))
-    assert defaults_for(path, USUAL, reads_guidance=reads_guidance) == defaults
-    assert defaults_for(tmp_path / "none.json", USUAL, reads_guidance=reads_guidance) == USUAL

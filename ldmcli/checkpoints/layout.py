@@ -9,7 +9,7 @@ INDEX = "model_index.json"
 GENERATION = "generation_config.json"  # how the model is best drawn with: transformers' name; diffusers ignores it
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
-_TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 _MAX_SHARDS = 1000
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -101,7 +101,7 @@ def _network_files(
 def _tokenizer_files(part: str, name: str, files: Collection[str]) -> Iterator[str]:
     whole = f"{part}/tokenizer.json"
     split = (f"{part}/vocab.json", f"{part}/merges.txt")
-    if whole in files and not all(file in files for file in split):
+    if whole in files:
         yield whole
     else:
         yield from (_require(file, name, files) for file in split)

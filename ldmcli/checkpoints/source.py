@@ -18,7 +18,9 @@ from ldmcli.checkpoints.families import (
     lacks_only_vae,
     require_family,
 )
+from ldmcli.checkpoints.fields import MAX_CONFIG_BYTES
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
+from ldmcli.checkpoints.folder_schedule import folder_schedule
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX
 from ldmcli.checkpoints.layout import GENERATION, weight_names
 from ldmcli.checkpoints.training import schedule_of_file
@@ -30,6 +32,8 @@ from ldmcli.hub.names import snapshot_name
 
 _log = logging.getLogger(__name__)
 EMBEDDED_NAME = "tiny-emoji"
+# diffusers' pipelines that correct old configurations when they are made.
+_MENDING, _NOT_MENDING = "StableDiffusion", ("StableDiffusionXL", "StableDiffusionControlNet")
 _DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 _OPENCLIP_PAD = "!"  # whose id, 0, OpenCLIP fills short prompts up with
 
@@ -94,7 +98,7 @@ class ModelSource:
         else:
             vocabulary = vocabulary_from_folder(self.path / text.part.replace("text_encoder", "tokenizer"))
         _check_vocabulary(vocabulary, text.vocab_size, printable(str(self.path)))
-        return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip)
+        return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip, rows=text.vocab_size)
 
     def weight_paths(self) -> list[Path]:
         """All weight files, sorted: what identifies the model."""
@@ -168,7 +172,7 @@ def _open_folder(path: Path, allow_pickle: bool) -> ModelSource:
         raise MissingInputError(f"{shown} is not readable; check its permissions.")
     if not (path / "model_index.json").is_file():
         raise BadDataError(f"{shown} is a folder without model_index.json, so not a diffusers model{_inside(path)}.")
-    config = _folder_model(path, read_json(path / "model_index.json", folder_config.MAX_CONFIG_BYTES))
+    config = _folder_model(path, read_json(path / "model_index.json", MAX_CONFIG_BYTES))
     check_buildable(config, shown)
     source = ModelSource(path, config, allow_pickle=allow_pickle)
     for part in source.parts:
@@ -191,24 +195,39 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
         folder_config.text_encoder_config(path / part / "config.json", part, found[1])
         for part, found in (named or {"text_encoder": known[0]}).items()
     ]
-    unet = folder_config.unet_config(path / "unet" / "config.json", texts[-1].projection_dim or 0)
+    pooled_dim = texts[-1].projection_dim or 0
+    mended = kind.startswith(_MENDING) and not kind.startswith(_NOT_MENDING)
+    unet = folder_config.unet_config(path / "unet" / "config.json", pooled_dim, mended=mended)
     vae = folder_config.vae_config(path / "vae" / "config.json")
     family = family_of_unet(unet)
     if unet.added_numbers:  # XL reads the states before the last layer, as they are
         texts = [dataclasses.replace(text, skipped_layers=1, final_norm=False) for text in texts]
     else:
         vae = dataclasses.replace(vae, force_upcast=False)
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    usual = folder_config.defaults_for(scheduler, family.defaults, reads_guidance=unet.guidance_dim is not None)
+    reads_guidance = unet.guidance_dim is not None
+    found = folder_schedule(
+        path / "scheduler" / "scheduler_config.json",
+        _class_of(index.get("scheduler")),
+        family.defaults,
+        reads_guidance=reads_guidance,
+        mended=mended,
+    )
+    defaults = folder_config.own_defaults(path / GENERATION, found.defaults, reads_guidance=reads_guidance)
     return ModelConfig(
         family=family.name,
         unet=unet,
         vae=vae,
         text_encoders=tuple(texts),
-        schedule=folder_config.schedule_config(scheduler),
+        schedule=found.schedule,
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
-        defaults=folder_config.own_defaults(path / GENERATION, usual),
+        defaults=defaults,
+        notes=found.notes,
     )
+
+
+def _class_of(named: object) -> object:
+    """The class in an entry of model_index.json: [library, class]."""
+    return named[1] if isinstance(named, list) and len(named) == 2 else None
 
 
 def _check_vocabulary(vocabulary: Vocabulary, size: int, shown: str) -> None:

@@ -16,6 +16,7 @@ from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import vae_from_shapes
 from ldmcli.checkpoints.families import describe_single_file, require_family, with_article
+from ldmcli.checkpoints.fields import MAX_CONFIG_BYTES
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.key_map import VAE_PREFIX, of_vae_encoder, old_diffusers_vae_key, original_vae_keys
 from ldmcli.checkpoints.source import list_keys, open_part
@@ -115,7 +116,7 @@ def _open_folder(path: Path, allow_pickle: bool) -> VAESource:
         if not os.path.isdir(path):
             raise MissingInputError(f"{shown(path)} does not exist: the model has no VAE; {_CURE}.")
         raise bad_file(path, "is a folder without config.json or model_index.json, so no VAE", _CURE)
-    config = read_json(path / "config.json", folder_config.MAX_CONFIG_BYTES)
+    config = read_json(path / "config.json", MAX_CONFIG_BYTES)
     kind = config.get("_class_name", "AutoencoderKL")
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
         raise bad_file(path, f"is a {kind}, not a VAE that can be read", _CURE)

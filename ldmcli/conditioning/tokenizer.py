@@ -9,7 +9,7 @@ import dataclasses
 import gzip
 import html
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,33 @@ _SPLIT = rf"<\|startoftext\|>|<\|endoftext\|>|{_ENDINGS}|{_WORDS}|[^\s\p{{L}}\p{
 _OPENCLIP_BOS, _OPENCLIP_EOS = "<start_of_text>", "<end_of_text>"
 _OPENCLIP_SPLIT = rf"(?i:{_OPENCLIP_BOS}|{_OPENCLIP_EOS}|{_ENDINGS})|{_WORDS}|[^\s\p{{L}}\p{{N}}\x{{0345}}]+"
 _MAX_BYTES = 16 << 20  # of one file; CLIP's largest has 3.6 MB
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# The tokens that have a name in transformers, in its order, with CLIP's own; the last fills up short prompts.
+_NAMED: dict[str, str] = {"bos_token": _BOS, "eos_token": _EOS, "unk_token": _EOS, "pad_token": _EOS}
 _CLIP_MERGES = 49152 - 256 - 2  # CLIP uses the first so many lines of its merges file
 
 
 @dataclasses.dataclass(frozen=True)
+class AddedWord:
+    """A token that is found in the text as it stands, before text is split into words; in the words of `tokenizers`."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer is made of: token ids, merges in order of rank, and the token that fills up short prompts."""
+    """What a tokenizer is made of: token ids, merges in order of rank, the token that fills up short prompts, and added
+    words, in order: those that `ids` lacks get the ids after its last."""
 
     ids: dict[str, int]
     merges: list[tuple[str, str]]
     pad_token: str = _EOS
+    added: tuple[AddedWord, ...] = (AddedWord(_BOS), AddedWord(_EOS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +70,21 @@ class Tokens:
 
 class ClipTokenizer:
     """Prompts to token ids. `max_length` counts the begin and end marks; `cleaned` mends and splits text as OpenCLIP
-    does instead of as transformers does."""
+    does instead of as transformers does. `rows` is how many tokens the text encoder knows."""
 
-    def __init__(self, vocabulary: Vocabulary, max_length: int, *, cleaned: bool = False) -> None:
-        missing = [token for token in (_BOS, _EOS, vocabulary.pad_token) if token not in vocabulary.ids]
+    def __init__(
+        self, vocabulary: Vocabulary, max_length: int, *, cleaned: bool = False, rows: int | None = None
+    ) -> None:
+        missing = [token for token in (_BOS, _EOS) if token not in vocabulary.ids]
         if missing:
             raise BadDataError(f"the tokenizer's vocabulary has no {printable(missing[0])} token.")
         self._vocabulary = vocabulary
+        self._rows = rows
         self.max_length = max_length
         self.cleaned = cleaned
         self.bos_id = vocabulary.ids[_BOS]
         self.eos_id = vocabulary.ids[_EOS]
-        self.pad_id = vocabulary.ids[vocabulary.pad_token]
+        self.pad_id = self._id(vocabulary.pad_token)
         self.comma_id = vocabulary.ids.get(",</w>")
 
     def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
@@ -81,7 +101,25 @@ class ClipTokenizer:
             encoding = self._backend.encode(text[start:end], add_special_tokens=False)
             ids += [*encoding.ids, *mark]
             starts += [start + offset for offset, _ in encoding.offsets] + [end] * len(mark)
+        if self._rows is not None and max(ids, default=0) >= self._rows:
+            self._check_row(self._backend.id_to_token(max(ids)), max(ids))
         return Tokens(text, ids, starts)
+
+    def _id(self, token: str) -> int:
+        found = self._vocabulary.ids.get(token)
+        if found is None:  # the backend, which takes time to make, knows the ids of added words
+            found = self._backend.token_to_id(token)
+        if found is None:
+            raise BadDataError(f"the tokenizer's vocabulary has no {printable(token)} token.")
+        self._check_row(token, found)
+        return int(found)
+
+    def _check_row(self, token: str, number: int) -> None:
+        if self._rows is not None and number >= self._rows:
+            raise BadDataError(
+                f"the tokenizer gives token '{printable(token)}' the number {number}, and the text encoder knows 0 to "
+                f"{self._rows - 1}; they are not of one model."
+            )
 
     def _runs(self, text: str) -> Iterator[tuple[int, int, list[int]]]:
         """Where the stretches between OpenCLIP's marks start and end, and the id of the mark that follows, if any.
@@ -116,8 +154,7 @@ class ClipTokenizer:
             backend.normalizer = normalizers.Sequence(
                 [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
             )
-            special = dict.fromkeys([_BOS, _EOS, self._vocabulary.pad_token])
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+            backend.add_tokens([AddedToken(**dataclasses.asdict(word)) for word in self._vocabulary.added])
         split = _OPENCLIP_SPLIT if self.cleaned else _SPLIT
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -140,18 +177,19 @@ def _cleaned(text: str) -> str:
 
 
 def vocabulary_from_folder(folder: Path) -> Vocabulary:
-    """The vocabulary of a diffusers `tokenizer/` folder: vocab.json with merges.txt, or tokenizer.json."""
-    pad_token = _pad_token(folder)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        ids: Any = read_json(folder / "vocab.json", _MAX_BYTES)
-        lines = read_text(folder / "merges.txt", _MAX_BYTES).splitlines()
-        merges = _pairs([line for line in lines if line and not line.startswith("#version")], folder)
-    elif (folder / "tokenizer.json").is_file():
-        model = read_json(folder / "tokenizer.json", _MAX_BYTES).get("model")
+    """The vocabulary of a diffusers `tokenizer/` folder: tokenizer.json, or vocab.json with merges.txt; and the words
+    that these and the small files beside them add, as transformers' CLIPTokenizer reads them."""
+    whole = _json_beside(folder, "tokenizer.json")
+    if (folder / "tokenizer.json").is_file():
+        model = whole.get("model")
         ids, found = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
         if not isinstance(found, list):
             raise BadDataError(f"{printable(str(folder / 'tokenizer.json'))} holds no list of merges.")
         merges = _pairs(found, folder)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        ids = read_json(folder / "vocab.json", _MAX_BYTES)
+        lines = read_text(folder / "merges.txt", _MAX_BYTES).splitlines()
+        merges = _pairs([line for line in lines if line and not line.startswith("#version")], folder)
     else:
         raise MissingInputError(
             f"{printable(str(folder))} holds neither vocab.json with merges.txt nor tokenizer.json; the model folder "
@@ -159,7 +197,78 @@ def vocabulary_from_folder(folder: Path) -> Vocabulary:
         )
     if not isinstance(ids, dict) or not all(isinstance(i, int) for i in ids.values()):
         raise BadDataError(f"the vocabulary in {printable(str(folder))} is not a table of token ids.")
-    return Vocabulary(ids, merges, pad_token)
+    settings = _json_beside(folder, "tokenizer_config.json")
+    if "additional_special_tokens" in settings:  # its name before transformers 5
+        settings.setdefault("extra_special_tokens", settings.pop("additional_special_tokens"))
+    if settings.get("added_tokens_decoder") is None:  # which stands for the older files
+        settings |= _json_beside(folder, "special_tokens_map.json")
+    named = [_word(folder, settings.get(name) or default, special=True) for name, default in _NAMED.items()]
+    return Vocabulary(ids, merges, named[-1].content, _added_words(folder, settings, whole, named))
+
+
+def _added_words(
+    folder: Path, settings: Mapping[str, Any], whole: Mapping[str, Any], named: Sequence[AddedWord]
+) -> tuple[AddedWord, ...]:
+    """The added words in the order in which they get ids: those with numbers, those of a name, and those without."""
+    named = [*named, *(_word(folder, settings[key], special=True) for key in _other_names(settings))]
+    extra = _words(folder, settings.get("extra_special_tokens"))
+    special = {word.content for word in named}
+    numbered: list[tuple[Any, Any]] = []
+    decoder = settings.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        numbered = list(decoder.items())
+    else:
+        kept = special | {word.content for word in extra}
+        for content, number in _json_beside(folder, "added_tokens.json").items():
+            numbered.append((number, {"content": content, "special": content in kept}))
+        for word in whole.get("added_tokens") or []:
+            numbered.append((word.get("id") if isinstance(word, dict) else None, word))
+        extra = extra or _words(folder, settings.get("additional_special_tokens"))
+    try:
+        words = {int(number): _word(folder, word) for number, word in numbered}
+    except (TypeError, ValueError):
+        raise _unreadable(folder, numbered) from None
+    found: dict[str, AddedWord] = {}
+    for word in (*(words[number] for number in sorted(words)), *named, *extra):
+        found.setdefault(word.content, dataclasses.replace(word, special=word.special or word.content in special))
+    return tuple(found.values())
+
+
+def _words(folder: Path, values: Any) -> list[AddedWord]:
+    """The special words in a list, or in a table of named ones."""
+    values = list(values.values()) if isinstance(values, dict) else values or []
+    if not isinstance(values, list):
+        raise _unreadable(folder, values)
+    return [_word(folder, value, special=True) for value in values]
+
+
+def _other_names(settings: Mapping[str, Any]) -> list[str]:
+    """The fields of the configuration that name a token as the usual ones do."""
+    return [key for key, value in settings.items() if key.endswith("_token") and key not in _NAMED and _is_word(value)]
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and "content" in value)
+
+
+def _word(folder: Path, value: Any, *, special: bool = False) -> AddedWord:
+    """The word that a text or a table stands for; a table of a `special` one need not say that it is."""
+    if isinstance(value, str):
+        return AddedWord(value)
+    flags = {name: value[name] for name in _FLAGS if name in value} if isinstance(value, dict) else {}
+    content = value.get("content") if isinstance(value, dict) else None
+    if not isinstance(content, str) or not all(isinstance(flag, bool) for flag in flags.values()):
+        raise _unreadable(folder, value)
+    special = special or flags.get("special", False)
+    return AddedWord(content, **({"normalized": not special} | flags | {"special": special}))
+
+
+def _unreadable(folder: Path, value: object) -> BadDataError:
+    return BadDataError(f"{printable(str(folder))} adds what is no token: {printable(repr(value)[:100])}.")
+
+
+def _json_beside(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name, _MAX_BYTES) if (folder / name).is_file() else {}
 
 
 def clip_vocabulary() -> Vocabulary:
@@ -197,13 +306,3 @@ def _pairs(merges: Sequence[Any], source: Path) -> list[tuple[str, str]]:
             shown = printable(str(merge))
             raise BadDataError(f"{printable(str(source))} holds a merge that is not two tokens: {shown}.")
     return pairs
-
-
-def _pad_token(folder: Path) -> str:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token = read_json(folder / name, _MAX_BYTES).get("pad_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                return token
-    return _EOS

@@ -3,7 +3,7 @@
 import dataclasses
 
 from ldmcli.config import ScheduleConfig
-from ldmcli.errors import UsageError, printable
+from ldmcli.errors import BadDataError, UsageError, printable
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 _TRAINING_SPACINGS = ("leading", "trailing", "linspace")
@@ -32,9 +32,13 @@ class Sampler:
         return self.predictions_per_step * steps + self.more_predictions if steps > 1 else 1
 
     def spacing(self, schedule: ScheduleConfig, asked: str | None) -> str:
-        """The spacing to use: what was asked for, or the model's own where this sampler takes it."""
-        own = schedule.spacing if schedule.spacing in self.spacings else "leading"
-        return own if asked is None else asked
+        """The spacing to use: what was asked for, or the model's own where this sampler takes it; with the name of
+        respaced noise levels behind it where the model asks for them."""
+        if asked is not None:
+            return asked
+        model = schedule.of(self.name)
+        own = model.spacing if model.spacing in self.spacings else "leading"
+        return f"{own} {model.sigmas}" if model.sigmas else own
 
 
 SAMPLERS = {
@@ -94,8 +98,14 @@ def check_spacing(sampler: Sampler, spacing: str | None) -> None:
 
 
 def check_fit(sampler: Sampler, schedule: ScheduleConfig, steps: int, spacing: str | None = None) -> None:
-    """Raises UsageError where the sampler cannot walk the model's schedule in so many steps and this spacing."""
-    check_spacing(sampler, spacing)
+    """Raises UsageError where the sampler cannot walk the model's schedule in so many steps and this spacing, and
+    BadDataError where it cannot at all."""
+    own = sampler.spacing(schedule, None)
+    schedule = schedule.of(sampler.name)
+    if spacing != own:
+        check_spacing(sampler, spacing)
+    if schedule.refused:
+        raise BadDataError(schedule.refused)
     if sampler.name == "plms" and schedule.starts_without_signal:
         raise UsageError(
             "sampler plms divides by the signal level, which is 0 at the start of this model's schedule (zero terminal "
@@ -106,7 +116,7 @@ def check_fit(sampler: Sampler, schedule: ScheduleConfig, steps: int, spacing: s
             f"sampler {sampler.name} would divide by 0: the model predicts noise, and its schedule starts with nothing "
             "else (zero terminal SNR). Is its prediction type another?"
         )
-    if not schedule.fits(steps, sampler.grid, sampler.spacing(schedule, spacing)):
+    if not schedule.fits(steps, sampler.grid, own if spacing is None else spacing):
         raise UsageError(
             f"{steps} steps do not fit the model's schedule of {schedule.training_steps} training steps with sampler "
             f"{sampler.name}; use fewer."

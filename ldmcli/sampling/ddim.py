@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from ldmcli.config import Walk
 from ldmcli.sampling.denoiser import Denoiser, Prediction
+from ldmcli.sampling.limits import USUAL, limited
 from ldmcli.sampling.schedule import Step
 
 
@@ -16,9 +18,16 @@ def ddim_step(prediction: Prediction, step: Step, deviation: float = 0.0) -> Ten
 
 
 def ddim(
-    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Callable[[], Tensor], *, eta: float = 0.0
+    denoise: Denoiser,
+    latents: Tensor,
+    steps: Sequence[Step],
+    noise: Callable[[], Tensor],
+    *,
+    eta: float = 0.0,
+    walk: Walk = USUAL,
 ) -> Iterator[Tensor]:
     """Yield the latents after each step. eta 0 is deterministic; eta 1 adds as much noise as DDPM (equation 16)."""
+    denoise = limited(denoise, walk)
     for step in steps:
         variance = (step.previous_spread / step.spread) ** 2 * (1.0 - (step.signal / step.previous_signal) ** 2)
         deviation = eta * max(variance, 0.0) ** 0.5

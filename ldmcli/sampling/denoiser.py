@@ -25,7 +25,7 @@ def predicting(model: Model, prediction_type: str) -> Denoiser:
     This is the only place that knows prediction types. v and image stay defined where ᾱ is 0; the noise alone, which
     the latents then are, tells nothing of the image.
     """
-    meaning = {"epsilon": from_noise, "v_prediction": _from_v, "sample": _from_image}[prediction_type]
+    meaning = {"epsilon": from_noise, "v_prediction": from_velocity, "sample": _from_image}[prediction_type]
 
     def denoise(latents: Tensor, step: Step) -> Prediction:
         return meaning(model(latents, step), latents, step)
@@ -38,7 +38,8 @@ def from_noise(noise: Tensor, latents: Tensor, step: Step) -> Prediction:
     return Prediction(noise, (latents - step.spread * noise) / step.signal)
 
 
-def _from_v(velocity: Tensor, latents: Tensor, step: Step) -> Prediction:
+def from_velocity(velocity: Tensor, latents: Tensor, step: Step) -> Prediction:
+    """The prediction whose v (Salimans & Ho 2022) is this."""
     signal, spread = step.signal, step.spread
     return Prediction(signal * velocity + spread * latents, signal * latents - spread * velocity)
 

@@ -9,20 +9,34 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from ldmcli.config import Walk
 from ldmcli.sampling.ddim import ddim, ddim_step
 from ldmcli.sampling.denoiser import Denoiser
+from ldmcli.sampling.limits import USUAL, limited
 from ldmcli.sampling.schedule import Step
 
 
 def euler(
-    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Callable[[], Tensor], *, eta: float = 0.0
+    denoise: Denoiser,
+    latents: Tensor,
+    steps: Sequence[Step],
+    noise: Callable[[], Tensor],
+    *,
+    eta: float = 0.0,
+    walk: Walk = USUAL,
 ) -> Iterator[Tensor]:
     """Yield the latents after each step (Karras et al. 2022, algorithm 1 without its second-order correction)."""
     return ddim(denoise, latents, steps, noise, eta=0.0)
 
 
 def euler_ancestral(
-    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Callable[[], Tensor], *, eta: float = 0.0
+    denoise: Denoiser,
+    latents: Tensor,
+    steps: Sequence[Step],
+    noise: Callable[[], Tensor],
+    *,
+    eta: float = 0.0,
+    walk: Walk = USUAL,
 ) -> Iterator[Tensor]:
     """Yield the latents after each step: down to less noise than the next level has, then up to it with fresh noise, as
     much as DDPM adds (Song et al. 2020, "Score-Based Generative Modeling", appendix F: ancestral sampling)."""
@@ -30,11 +44,18 @@ def euler_ancestral(
 
 
 def heun(
-    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Callable[[], Tensor], *, eta: float = 0.0
+    denoise: Denoiser,
+    latents: Tensor,
+    steps: Sequence[Step],
+    noise: Callable[[], Tensor],
+    *,
+    eta: float = 0.0,
+    walk: Walk = USUAL,
 ) -> Iterator[Tensor]:
     """Yield the latents after each step: Euler's, taken again with the mean of the slopes at its two ends (Karras et
     al. 2022, algorithm 1). Costs two predictions a step; the last, which ends where there is no noise, costs one, as
     does the last before another model goes on. Draws no noise."""
+    denoise = limited(denoise, walk, keeps_noise=False)
     for i, step in enumerate(steps):
         prediction = denoise(latents, step)
         latents = ddim_step(prediction, step)

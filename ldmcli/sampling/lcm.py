@@ -4,17 +4,26 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from ldmcli.config import Walk
 from ldmcli.sampling.denoiser import Denoiser
+from ldmcli.sampling.limits import USUAL, limited
 from ldmcli.sampling.schedule import Step
 
 
 def lcm(
-    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Callable[[], Tensor], *, eta: float = 0.0
+    denoise: Denoiser,
+    latents: Tensor,
+    steps: Sequence[Step],
+    noise: Callable[[], Tensor],
+    *,
+    eta: float = 0.0,
+    walk: Walk = USUAL,
 ) -> Iterator[Tensor]:
     """Yield the latents after each step (Luo et al. 2023, algorithm 3): the image at once, then noise again to the next
     level. Only for models distilled to it, or with an adapter that makes them so. `eta` is another sampler's."""
+    denoise = limited(denoise, walk)
     for step in steps:
-        keep, replace = boundary_scalings(step.timestep)
+        keep, replace = boundary_scalings(step.timestep, scaling=walk.timestep_scaling)
         latents = replace * denoise(latents, step).denoised + keep * latents
         if step.previous_spread > 0:
             latents = step.previous_signal * latents + step.previous_spread * noise()

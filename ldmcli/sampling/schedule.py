@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ldmcli.config import ScheduleConfig
+from ldmcli.config import ScheduleConfig, Walk
 from ldmcli.errors import BadDataError
 from ldmcli.sampling.catalogue import Sampler, check_fit, sampler_named
 
@@ -23,7 +23,7 @@ class Step:
     noise (its standard deviation), and where the step leads `previous_signal` and `previous_spread`. They are host
     floats, so that the loop never waits for the device. `index` counts the steps of the whole run; in a recorded graph
     it lies on the device, (1,). `timestep` is what the model is told, and no whole number where the step sits between
-    two training steps."""
+    two training steps. `order` is the highest that a multistep solver takes here."""
 
     index: int | Tensor
     timestep: float
@@ -31,13 +31,13 @@ class Step:
     spread: float
     previous_signal: float
     previous_spread: float
+    order: int = 2
 
     @classmethod
-    def ddpm(cls, index: int, timestep: float, alpha_cumprod: float, previous: float) -> Self:
+    def ddpm(cls, index: int, timestep: float, alpha_cumprod: float, previous: float, order: int = 2) -> Self:
         """A step of a schedule that keeps variance, from signal level ᾱ to `previous` (Ho et al. 2020)."""
-        return cls(
-            index, timestep, alpha_cumprod**0.5, (1.0 - alpha_cumprod) ** 0.5, previous**0.5, (1.0 - previous) ** 0.5
-        )
+        signal, spread = alpha_cumprod**0.5, (1.0 - alpha_cumprod) ** 0.5
+        return cls(index, timestep, signal, spread, previous**0.5, (1.0 - previous) ** 0.5, order)
 
     @property
     def sigma(self) -> float:
@@ -74,21 +74,64 @@ class Schedule:
         """
         row = sampler_named(sampler) if isinstance(sampler, str) else sampler
         check_fit(row, self.config, count, spacing)
+        own = self.of(row.name)
         spacing = row.spacing(self.config, spacing)
-        if spacing == "karras":
-            points = self._karras(count, whole=row.grid == "dpm")
-        else:
-            timesteps = self.config.timesteps(count, row.grid, spacing) or []
-            points = [(timestep, self._level(timestep, row.grid)) for timestep in timesteps]
+        points = own._points(count, row.grid, spacing)
         levels = [level for _, level in points]
-        ends = self._ddim_ends(points) if row.grid == "ddim" else [*levels[1:], 1.0]
-        return [Step.ddpm(i, t, level, end) for i, ((t, level), end) in enumerate(zip(points, ends, strict=True))]
+        joined = [*levels[1:], own._end(count, row, spacing, levels[-1])]
+        ends = own._ddim_ends(points) if row.grid == "ddim" else joined
+        orders = own._orders(count, row.name)
+        rows = enumerate(zip(points, ends, orders, strict=True))
+        return [Step.ddpm(i, t, level, end, order) for i, ((t, level), end, order) in rows]
+
+    def of(self, sampler: str) -> "Schedule":
+        """The schedule as the sampler of this name reads the model's configuration."""
+        own = self.config.of(sampler)
+        return self if own is self.config else Schedule(own)
+
+    def walk(self, sampler: str) -> Walk:
+        """How the sampler of this name computes on its steps."""
+        return self.config.of(sampler).walk
 
     def first_scale(self, steps: list[Step], sampler: Sampler | str, spacing: str | None = None) -> float:
         """What the first noise is multiplied with to be the first latents, as diffusers does: 1, though the first level
         may hold a little less noise; that level's √(1−ᾱ) for Euler and Heun in all but the leading spacing."""
         row = sampler_named(sampler) if isinstance(sampler, str) else sampler
-        return steps[0].spread if row.grid == "euler" and row.spacing(self.config, spacing) != "leading" else 1.0
+        leading = row.spacing(self.config, spacing).startswith("leading")
+        return steps[0].spread if row.grid == "euler" and not leading else 1.0
+
+    def _points(self, count: int, grid: str, spacing: str) -> list[tuple[float, float]]:
+        """Timesteps and ᾱ of `count` steps."""
+        spacing, _, sigmas = spacing.partition(" ")
+        if spacing == "karras":
+            return self._respaced(count, "karras", self.sigmas[-1], self.sigmas[0], whole=grid == "dpm")
+        timesteps = self.config.timesteps(count, grid, spacing) or []
+        if grid == "lcm" or not sigmas:
+            return [(timestep, self._level(timestep, grid)) for timestep in timesteps]
+        if sigmas == "log":
+            return list(zip(timesteps, map(_level_of, self._log_sigmas(count)), strict=False))
+        # diffusers' Euler and Heun respace the levels that the spacing gives, its DPM-Solvers those of all training.
+        between = (len(self.sigmas) - 1, 0) if grid == "dpm" else (timesteps[0], timesteps[-1])
+        ends = [self._sigma(timestep) for timestep in between]
+        high, low = self.config.sigma_max or ends[0], self.config.sigma_min or ends[1]
+        return self._respaced(count, sigmas, high, low, whole=grid == "dpm")
+
+    def _end(self, count: int, row: Sampler, spacing: str, last: float) -> float:
+        """ᾱ where the last of `count` steps, which starts at `last`, leads."""
+        if spacing.endswith(" log"):
+            return _level_of(self._log_sigmas(count)[count])
+        if self.config.ends_clean or row.grid == "lcm":
+            return 1.0
+        return last if row.name == "unipc" and " " in spacing else float(self.alphas_cumprod[0])
+
+    def _orders(self, count: int, sampler: str) -> list[int]:
+        """The highest order of each step, as diffusers lowers it at the end."""
+        config, order = self.config, self.config.walk.order
+        if sampler == "unipc":
+            return [min(order, count - i) if config.lower_order_final else order for i in range(count)]
+        few = config.lower_order_final and count < 15
+        last = [1 if few or config.euler_at_final or config.ends_clean else order]
+        return [*[order] * (count - 2), *[min(order, 2) if few else order] * (count > 1), *last]
 
     def _ddim_ends(self, points: list[tuple[float, float]]) -> list[float]:
         levels, stride = self.alphas_cumprod.tolist(), self.config.training_steps // len(points)
@@ -97,13 +140,14 @@ class Schedule:
 
     def _level(self, timestep: float, grid: str) -> float:
         """ᾱ at a timestep; between two training steps, σ is interpolated."""
-        low = int(timestep)
         if grid in ("ddim", "lcm"):
-            return float(self.alphas_cumprod[low])
-        sigmas = self.sigmas
+            return float(self.alphas_cumprod[int(timestep)])
+        return _level_of(self._sigma(timestep))
+
+    def _sigma(self, timestep: float) -> float:
+        low, sigmas = int(timestep), self.sigmas
         part = timestep - low
-        sigma = sigmas[low] if part == 0 else (1 - part) * sigmas[low] + part * sigmas[low + 1]
-        return 1 / (1 + sigma**2)
+        return sigmas[low] if part == 0 else (1 - part) * sigmas[low] + part * sigmas[low + 1]
 
     @functools.cached_property
     def sigmas(self) -> list[float]:
@@ -111,18 +155,56 @@ class Schedule:
         levels = self.alphas_cumprod.clamp(min=SMALLEST_LEVEL)
         return ((1 - levels) / levels).sqrt().tolist()
 
-    def _karras(self, count: int, whole: bool, rho: float = 7.0) -> list[tuple[float, float]]:
-        """Timesteps and ᾱ of `count` noise levels from the schedule's highest to its lowest, evenly spaced in σ^(1/rho)
-        (Karras et al. 2022, equation 5). `whole`: the timestep that the model is told is rounded."""
-        sigmas = self.sigmas
-        logs = [math.log(sigma) for sigma in sigmas]
-        high, low = sigmas[-1] ** (1 / rho), sigmas[0] ** (1 / rho)
+    def _log_sigmas(self, count: int) -> list[float]:
+        """σ at `count` + 1 points from the highest to the lowest, evenly in the logarithm."""
+        high, low = math.log(self.sigmas[-1]), math.log(self.sigmas[0])
+        return [math.exp(high + i / count * (low - high)) for i in range(count + 1)]
+
+    def _respaced(
+        self, count: int, kind: str, highest: float, lowest: float, *, whole: bool
+    ) -> list[tuple[float, float]]:
+        """Timesteps and ᾱ of `count` noise levels from the highest to the lowest, of a `kind` of ScheduleConfig.sigmas:
+        Karras's are even in σ^(1/7) (Karras et al. 2022, equation 5). `whole`: the model is told whole timesteps."""
+        logs = [math.log(sigma) for sigma in self.sigmas]
+        rounds = kind in ("karras", "lu")
+        if whole and not rounds:  # diffusers cuts them off instead, in float32: the highest may lie below itself
+            logs = torch.tensor(logs, dtype=torch.float32).tolist()
+        rho = 7.0
+        high, low = highest ** (1 / rho), lowest ** (1 / rho)
         points = []
         for i in range(count):
-            sigma = (high + i / max(count - 1, 1) * (low - high)) ** rho
+            done = i / max(count - 1, 1)
+            if kind == "karras":
+                sigma = (high + done * (low - high)) ** rho
+            elif kind == "beta":
+                sigma = lowest + _beta_quantile(1 - done) * (highest - lowest)
+            else:
+                sigma = highest ** (1 - done) * lowest**done
             timestep = _position(math.log(sigma), logs)
-            points.append((round(timestep) if whole else timestep, 1 / (1 + sigma**2)))
+            told = timestep if not whole else round(timestep) if rounds else int(timestep)
+            points.append((told, _level_of(sigma)))
         return points
+
+
+def _level_of(sigma: float) -> float:
+    """ᾱ at a noise level."""
+    return 1 / (1 + sigma**2)
+
+
+def _beta_quantile(share: float, shape: float = 0.6) -> float:
+    """Below which number `share` of a beta distribution lies, both of whose parameters are `shape`."""
+    if share > 0.5:
+        return 1 - _beta_quantile(1 - share, shape)
+    whole = math.gamma(shape) ** 2 / math.gamma(2 * shape)
+    low, high = 0.0, 0.5
+    for _ in range(60):
+        middle = (low + high) / 2
+        part, factor = 0.0, middle**shape
+        for n in range(60):  # the power series of the incomplete beta function
+            part += factor / (shape + n)
+            factor *= middle * (n + 1 - shape) / (n + 1)
+        low, high = (middle, high) if part < share * whole else (low, middle)
+    return low
 
 
 def _ratio(spread: float, signal: float) -> float:

@@ -5,34 +5,53 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from ldmcli.config import Walk
 from ldmcli.sampling.denoiser import Denoiser
-from ldmcli.sampling.dpmpp import dpmpp_step, extrapolated
+from ldmcli.sampling.dpmpp import Point, dpmpp_step, extrapolated
+from ldmcli.sampling.limits import USUAL, limited
 from ldmcli.sampling.schedule import Step
-
-_Point = tuple[Step, Tensor]
 
 
 def unipc(
-    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Callable[[], Tensor], *, eta: float = 0.0
+    denoise: Denoiser,
+    latents: Tensor,
+    steps: Sequence[Step],
+    noise: Callable[[], Tensor],
+    *,
+    eta: float = 0.0,
+    walk: Walk = USUAL,
 ) -> Iterator[Tensor]:
     """Yield the latents after each step (algorithms 1 and 2). The predictor, UniP-2, is DPM-Solver++ 2M's step; each
     prediction then also corrects the step that led to it, at no cost. Draws no noise. It is diffusers'
-    UniPCMultistepScheduler as it comes: solver_order 2, bh2, lower_order_final, final sigma zero."""
+    UniPCMultistepScheduler, as it comes where `walk` is the usual: solver_order 2, bh2, final sigma zero."""
+    denoise = limited(denoise, walk)
     start = latents
-    history: list[_Point] = []  # newest first
+    history: list[Point] = []  # newest first
     for step in steps:
         denoised = denoise(latents, step).denoised
-        start = _corrected(start, denoised, history) if history else latents
-        latents = dpmpp_step(start, extrapolated(denoised, step, history[0] if history else None), step)
-        history = [(step, denoised), *history[:1]]
+        corrects = history and step.index - 1 not in walk.uncorrected
+        start = _corrected(start, denoised, history, walk.solver) if corrects else latents
+        image = extrapolated(denoised, step, history[:1])
+        if walk.solver == "bh1" and step.previous_sigma:
+            image = denoised + _first_order(step) * (image - denoised)
+        latents = dpmpp_step(start, image, step)
+        history = [(step, denoised), *history[:1]][: walk.order]
         yield latents
 
 
-def _corrected(start: Tensor, denoised: Tensor, history: Sequence[_Point]) -> Tensor:
+def _first_order(step: Step) -> float:
+    """B₁(h) over B₂(h), for diffusers' bh1; they differ where its formula for few points leaves B(h) in."""
+    length = math.log(step.previous_sigma / step.sigma)
+    return length / math.expm1(length) if length else 1.0
+
+
+def _corrected(start: Tensor, denoised: Tensor, history: Sequence[Point], solver: str) -> Tensor:
     """The last step taken again from its `start`, now that x₀ at its end is known (UniC; equation 9): of second order
     where one point came before, of third where two did, as x₀ is then a parabola in λ through all three."""
     (step, here), *before = history
     if not before:
+        if solver == "bh1":
+            return dpmpp_step(start, here + _first_order(step) * (denoised - here) / 2, step)
         return dpmpp_step(start, (here + denoised) / 2, step)
     ((older, there),) = before
     length = math.log(step.previous_sigma / step.sigma)  # −h

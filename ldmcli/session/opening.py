@@ -1,6 +1,7 @@
 """The weights that a ModelSpec names: looked at, not read."""
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class Opened:
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
         fitted = fit_to_model(request, self.model.config)
+        if note := self.model.config.schedule.of(fitted.sampler).note:
+            _say_once(note)
         check_memory(self.model.config, fitted.width, fitted.height, tiled=tiled)
         return fitted
 
@@ -73,12 +76,19 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
         model = with_prediction_type(model, spec.prediction_type)
     config = model.config
     _log.debug("%s: %s, prediction type %s", model.name, config.family, config.schedule.prediction_type)
+    for note in config.notes:
+        _say_once(note)
     vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle) if spec.vae else None
     refiner = None
     if spec.refiner:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
     return Opened(spec, model, vae, refiner)
+
+
+@functools.cache
+def _say_once(note: str) -> None:
+    _log.warning("%s", note)
 
 
 def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
