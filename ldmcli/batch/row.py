@@ -27,7 +27,7 @@ class Row:
 
     def __init__(self, raw: RawRow, count: int) -> None:
         self.raw = raw
-        self.problems: list[str] = [] if raw.fields is not None else [raw.problem]
+        self.problems: list[str] = [raw.problem] if raw.problem else []
         fields = dict(raw.fields or {})
         self.given = frozenset(fields)
         self.extra = self._extra(fields)
