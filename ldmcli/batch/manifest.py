@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.pictures import PICTURE_PATH
 from ldmcli.disk.opening import open_regular, shown
@@ -54,7 +55,7 @@ class State(NamedTuple):
     row: int
     number: int | None
     done: bool
-    key: int
+    key: str
     pictures: int  # of the row
 
 
@@ -122,7 +123,8 @@ class ManifestWriter:
         """Add the line of a row that cannot be drawn: it has no number, and the code of bad data."""
         error = " ".join(bad.problems)[:_MAX_ERROR]
         record = {"row": bad.row, "number": None, "status": FAILED, "id": bad.id, "line": bad.line, "error": error}
-        self._write(record | {"code": BadDataError.exit_code, "worker": self.worker, "time": _now()})
+        record |= {"code": BadDataError.exit_code, "worker": self.worker, "time": _now()}
+        self._write(record | ({"request": {PROMPT: bad.prompt}} if bad.prompt else {}))
 
     def _write(self, record: dict[str, Any]) -> None:
         line = _line(record)
@@ -188,12 +190,12 @@ def _state(line: bytes) -> State | None:
     head = _HEAD.match(line)
     if head and line[-_CHECK_LENGTH:] == _CHECK % zlib.crc32(memoryview(line)[:-_CHECK_LENGTH]):
         row, number, status, key, pictures = head.groups()
-        return State(int(row), int(number), status == b"done", int(key, 16), int(pictures))
+        return State(int(row), int(number), status == b"done", key.decode(), int(pictures))
     record = _parsed(line)
     if record is None:
         return None
-    key, pictures = int(record.get("key", "0"), 16), record.get("pictures", 1)
-    return State(record["row"], record["number"], record["status"] == DONE, key, pictures)
+    done, key, pictures = record["status"] == DONE, record.get("key", ""), record.get("pictures", 0)
+    return State(record["row"], record["number"], done, key, pictures)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ldmcli.batch.fields import EXTRAS, IDS, OWN, PROMPT, REQUEST_FIELDS, normal, problem_of, unknown
+from ldmcli.batch.fields import EXTRAS, IDS, OWN, PROMPT, REQUEST_FIELDS, problem_of, unknown
 from ldmcli.batch.items import BadRow
 from ldmcli.batch.reading import RawRow
 from ldmcli.batch.settings import MAX_PROBLEMS, Variants
@@ -40,7 +40,7 @@ class Row:
         unknown_names = []
         for name, value in fields.items():
             if name in _FIELDS:
-                self._take(name, normal(name, value))
+                self._take(name, value)
             else:
                 unknown_names.append(name)
         self.problems += map(unknown, unknown_names[:MAX_PROBLEMS])
@@ -52,7 +52,8 @@ class Row:
         found = list(dict.fromkeys(self.problems))
         if len(found) > MAX_PROBLEMS:
             found[MAX_PROBLEMS:] = [f"{len(found) - MAX_PROBLEMS} more problems."]
-        return BadRow(self.raw.row, self.raw.line, self.id, tuple(found))
+        prompt = (self.raw.fields or {}).get(PROMPT)
+        return BadRow(self.raw.row, self.raw.line, self.id, tuple(found), prompt if isinstance(prompt, str) else "")
 
     def check_pictures(
         self, variants: Variants, seed: int, check_prompt: Callable[[GenerationRequest], object] | None

@@ -1,6 +1,6 @@
 r"""The weighted prompt syntax of AUTOMATIC1111's web UI: text in, pieces with a weight each out.
 
-    (word) = 1.1 · ((word)) = 1.21 · [word] = 1 / 1.1 · (word:1.3) · \( \) \[ \] \\ literally · BREAK: a new chunk
+    (word) = 1.1 · ((word)) = 1.21 · [word] = 1 / 1.1 · (word:1.3) or (word: 1.3 ) · \( \) \[ \] \\ literally · BREAK: a new chunk
 
 As there, brackets left open reach to the end, closing ones too many are text, a lone backslash vanishes, round and
 square brackets may overlap, and any weight goes, 0 and negative ones too. Not as there: a weight that is no number or
@@ -18,7 +18,7 @@ from ldmcli.errors import UsageError, printable
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 _MAX_DEPTH = 64  # what a weight costs to compute; 64 round brackets already multiply by 446
 _MARK = re.compile(
-    r"\\(?P<escaped>[()\[\]\\]?) | (?P<open>[(\[]) | :(?P<weight>[+-]?[.\d]+)\) | (?P<close>[)\]])", re.VERBOSE
+    r"\\(?P<escaped>[()\[\]\\]?) | (?P<open>[(\[]) | :\s*(?P<weight>[+-]?[.\d]+)\s*\) | (?P<close>[)\]])", re.VERBOSE
 )
 # No whitespace around it in the expression: a search that retries within a megabyte of spaces is quadratic.
 _BREAK = re.compile(r"\bBREAK\b")
