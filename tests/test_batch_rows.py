@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from cli_support import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldmcli.batch.fields import as_fields
 from ldmcli.batch.items import BadRow, Item
-
 from ldmcli.batch.lines import MAX_LINE_BYTES, Digest, continues
 from ldmcli.batch.reading import FORMATS, RawRow, open_rows
 from ldmcli.batch.rows import IdIndex, checked_grid, derived_seed, items, parse_grid, survey
@@ -40,7 +41,8 @@ def checked(rows: Any, **options: Any) -> list[Item | BadRow]:
 
 
 def rows_of(*fields: dict[str, Any]) -> list[RawRow]:
-    return [RawRow(i, i, one) for i, one in enumerate(fields, 1)]
+    named = [as_fields((name, name, value) for name, value in one.items())[0] for one in fields]
+    return [RawRow(i, i, one) for i, one in enumerate(named, 1)]
 
 
 def drawn(rows: Any, **options: Any) -> list[Item]:
@@ -357,6 +359,150 @@ def test_digests_tell_appended_rows(tmp_path: Path) -> None:
     assert continues(path, before)
 
 
+# ---- files of other programs ----
+
+BOM = "\ufeff"
+
+
+def reads(path: Path, content: str | bytes, **options: Any) -> tuple[list[Item | BadRow], list[str]]:
+    """The rows of a file, and the remarks on it."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    reader = open_rows(path, **options)
+    return checked(reader), reader.hints
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "told"),
+    [
+        ("p.txt", ["a\r\nb\r\n", "c\n", "# fruit\nd"], False),
+        ("p.txt", ["a\nb", "c", "d\n"], True),
+        ("p.jsonl", ['{"prompt":"a"}\n{"prompt":"b"}\n', '{"prompt":"c"}\n', '{"prompt":"d"}'], False),
+        ("p.jsonl", ['{"prompt":"a"}\n{"prompt":"b"}', '{"prompt":"c"}', '{"prompt":"d"}'], True),
+        ("p.csv", ["prompt,seed\na,1\nb,2\n", "prompt,seed\nc,3\n", "prompt,seed\nd,4"], False),
+        ("p.csv", ['prompt,seed\na,1\n"b",2', "prompt,seed\nc,3\n", "prompt,seed\nd,4"], True),
+    ],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_joined_files_are_read_as_if_alone(
+    tmp_path: Path, name: str, files: list[str], told: bool, pack: Callable[[bytes], bytes]
+) -> None:
+    found, hints = reads(tmp_path / name, b"".join(pack((BOM + text).encode()) for text in files))
+    assert [one.request.prompt for one in found if isinstance(one, Item)] == ["a", "b", "c", "d"]
+    assert any("byte order mark" in hint for hint in hints) == told
+    assert any("repeats the header" in hint for hint in hints) == (name == "p.csv")
+
+
+def test_a_mark_within_quotes_is_text(tmp_path: Path) -> None:
+    assert reads(tmp_path / "p.jsonl", f'{{"prompt": "a{BOM}b"}}')[0][0].request.prompt == f"a{BOM}b"  # type: ignore[union-attr]
+    assert reads(tmp_path / "p.csv", f'prompt,id\n"a{BOM}b",1')[0][0].request.prompt == f"a{BOM}b"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("content", "fields"),
+    [
+        ("prompt,seed,steps\na,42.0,20.0\nb,,\n", {"seed": 42, "steps": 20}),
+        ("sep=;\r\nprompt;seed\r\na;1\r\n", {"seed": 1}),
+        ('"sep=;"\nprompt;seed\na;1\n', {"seed": 1}),
+        ("sep=,\r\nprompt,seed\r\na,1\r\n", {"seed": 1}),
+        ('prompt;seed;"notes, misc"\na;1;x\n', {"seed": 1}),
+        ("prompt;notes, misc;seed\na;x;1\n", {"seed": 1}),
+        ("prompt;guidance_scale\na;7,5\n", {"guidance_scale": 7.5}),
+        ('seed, prompt\n1, "a"\n', {"seed": 1}),
+        ('seed, prompt, steps\n1, "a", 7\n', {"seed": 1, "steps": 7}),
+        ("prompt,cfg_scale,steps\na,1,5\n", {"guidance_scale": 1.0, "steps": 5}),
+        (
+            "prompt,CFG scale,Sampler,Steps,Size,Negative prompt,Clip skip\na,1,Euler a,5,32x64,n,2\n",
+            {"guidance_scale": 1.0, "sampler": "euler-a", "steps": 5, "width": 32, "height": 64, "clip_skip": 2},
+        ),
+        ("prompt,num_inference_steps,guidance_scale\na,3,2\n", {"steps": 3, "guidance_scale": 2.0}),
+        ("prompt,negative,size\na,n,32 × 16\n", {"negative_prompt": "n", "width": 32, "height": 16}),
+        ("Prompt,Negative Prompt,Seed\na,n,1\n", {"negative_prompt": "n", "seed": 1}),
+        ("prompt,sampler_name,scheduler\na,euler,karras\n", {"sampler": "euler", "schedule": "karras"}),
+        ("prompt,Sampler,Schedule type\na,DPM++ 2M,Karras\n", {"sampler": "dpmpp-2m", "schedule": "karras"}),
+        ("prompt,Sampler\na,DPM++ 2M Karras\n", {"sampler": "dpmpp-2m", "schedule": "karras"}),
+        ("prompt,scheduler\na,EulerAncestralDiscreteScheduler\n", {"sampler": "euler-a"}),
+        ("prompt,seeds,w,h,numInferenceSteps\na,7,32,16,3\n", {"seed": 7, "width": 32, "height": 16, "steps": 3}),
+        ("prompt,step,cfg\na,3,2\n", {"steps": 3, "guidance_scale": 2.0}),
+        ("steps,num_inference_steps,prompt\n3,,a\n", {"steps": 3}),
+    ],
+)
+def test_tables_of_other_programs(tmp_path: Path, content: str, fields: dict[str, Any]) -> None:
+    found, hints = reads(tmp_path / "p.csv", content)
+    assert isinstance(found[0], Item), found[0]
+    assert found[0].request.prompt == "a"
+    assert {name: getattr(found[0].request, name) for name in fields} == fields
+    assert hints == []
+
+
+@pytest.mark.parametrize("name", ["n_iter", "n_samples", "num_images_per_prompt", "Batch count"])
+def test_pictures_of_a_row_in_other_words(tmp_path: Path, name: str) -> None:
+    assert len(reads(tmp_path / "p.csv", f"prompt,{name}\na,2\n")[0]) == 2
+    assert len(reads(tmp_path / "p.jsonl", json.dumps({"prompt": "a", name: 2.0}))[0]) == 2
+
+
+def test_json_has_the_same_names(tmp_path: Path) -> None:
+    row = {"Prompt": "a", "CFG scale": 5, "Sampler": "Euler a", "size": [32, 16], "num_inference_steps": 3.0, "n": None}
+    found, _ = reads(tmp_path / "p.jsonl", json.dumps(row))
+    (item,) = (one for one in found if isinstance(one, Item))
+    request = item.request
+    assert (request.prompt, request.guidance_scale, request.sampler) == ("a", 5.0, "euler-a")
+    assert (request.width, request.height, request.steps) == (32, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.csv", "prompt,steps,num_inference_steps\na,3,4\n", "steps and num_inference_steps"),
+        ("p.csv", "prompt,size,w\na,32x32,4\n", "size and w"),
+        ("p.csv", "prompt,n_iter,n_samples\na,3,4\n", "n_iter and n_samples"),
+        ("p.csv", "prompt,Sampler,schedule\na,DPM++ 2M Karras,karras\n", "Sampler and schedule"),
+        ("p.jsonl", '{"prompt":"a","cfg_scale":5,"guidance_scale":4}', "cfg_scale and guidance_scale"),
+        ("p.csv", "prompt,size\na,big\n", "size 'big' is not WIDTHxHEIGHT"),
+        ("p.csv", 'prompt,guidance_scale\na,"7,5"\n', "write its decimals after a point"),
+        ("p.csv", "prompt;guidance_scale\na;1,000\n", "write its decimals after a point"),
+        ("p.csv", "prompt,steps\na,20.5\n", "steps '20.5' is not a whole number"),
+        ("p.jsonl", '[{"prompt": "a pear"}]', "jq -c"),
+        ("p.csv", b"prompt,seed\na caf\xe9,1\n", "iconv -f cp1252 -t utf-8"),
+        ("p.txt", b"a caf\xe9\n", "iconv -f cp1252 -t utf-8"),
+    ],
+)
+def test_rows_that_cannot_be_meant_say_why(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+    (row,), _ = reads(tmp_path / name, content)
+    assert isinstance(row, BadRow)
+    assert len(row.problems) == 1
+    assert words in row.problems[0]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_utf16_is_named_with_its_cure(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "p").write_bytes("prompt\na\n".encode("utf-16"))
+    with pytest.raises(BadDataError, match=r"is UTF-16 text; .*iconv -f utf-16 -t utf-8\.$"):
+        list(open_rows(tmp_path / "p", format=kind))
+
+
+@pytest.mark.parametrize(("name", "value"), [("p.csv", "-1"), ("p.csv", "-1.0"), ("p.jsonl", "-1")])
+def test_seed_minus_one_is_as_if_not_given(tmp_path: Path, name: str, value: str) -> None:
+    content = f"prompt,id,seed\na,x,{value}\n" if name == "p.csv" else f'{{"prompt":"a","id":"x","seed":{value}}}'
+    (item,), _ = reads(tmp_path / name, content)
+    assert isinstance(item, Item)
+    assert item.request.seed == derived_seed(1, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.csv", "prompt,guidence\na,7\n", "column 'guidence' is no field of a request; did you mean guidance_scale?"),
+        ("p.csv", "prompt,cfg-scal\na,7\n", "did you mean guidance_scale"),
+        ("p.csv", "prompt,Denoising strength\na,0.7\n", "rows cannot choose it"),
+        ("p.csv", "prompt,scale\na,0.7\n", "rows cannot choose it"),
+        ("p.txt", '--prompt "a" --steps 3\n--prompt "b"\n', "line 1 begins with --"),
+    ],
+)
+def test_what_looks_like_an_option_gets_one_remark(tmp_path: Path, name: str, content: str, words: str) -> None:
+    _, (hint,) = reads(tmp_path / name, content)
+    assert words in hint
+
+
 # ---- numbers, seeds, grid ----
 
 
@@ -398,7 +544,8 @@ def test_grid() -> None:
     ("text", "words"),
     [
         ("steps", "FIELD=VALUE"), ("=5", "FIELD=VALUE"), ("", "FIELD=VALUE"), ("steps=", "no values"),
-        ("stepz=5", "did you mean steps"), ("count=5", "'count' is not known; choose from"), ("prompt=a,b", "not known"),
+        ("stepz=5", "did you mean steps"), ("count=5", "'count' is not known; choose from"),
+        ("prompt=a,b", "not known"),
         ("steps=20,,50", "steps ''"), ("steps=0", "1 to 999"), ("steps=2,2", "twice"), ("sampler=ddim,eular", "eular"),
         ('negative_prompt="a', "quotes"), ("guidance_scale=nan", "0 to 1000"), ("seed=1e3", "seed '1e3'"),
     ],

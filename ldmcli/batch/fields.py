@@ -39,9 +39,35 @@ _SYNONYMS = {
 }
 # Options elsewhere that a row has none of; a column of the name is probably meant as one.
 _OPTIONS = frozenset(
-    "scale strength denoisingstrength model checkpoint vae lora loras embedding refiner controlnet image initimage mask "
-    "batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed "
-    "variationseed styles clipstopatlastlayers".split()
+    [
+        "scale",
+        "strength",
+        "denoisingstrength",
+        "model",
+        "checkpoint",
+        "vae",
+        "lora",
+        "loras",
+        "embedding",
+        "refiner",
+        "controlnet",
+        "image",
+        "initimage",
+        "mask",
+        "batchsize",
+        "device",
+        "dtype",
+        "precision",
+        "hiresupscale",
+        "hiressteps",
+        "facerestoration",
+        "restorefaces",
+        "tiling",
+        "subseed",
+        "variationseed",
+        "styles",
+        "clipstopatlastlayers",
+    ]
 )
 _TYPES = {field.name: field.type for field in dataclasses.fields(GenerationRequest)} | {"count": int}
 _WHOLE = {name for name, kind in _TYPES.items() if kind in (int, int | None)}

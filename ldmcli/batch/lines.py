@@ -46,8 +46,8 @@ class Lines(Iterator[Line]):
 
     Gzip is detected from its first bytes. Lines end in LF, CRLF or CR, the last one in any of them or nothing. Byte
     order marks are left out; one within a line ends it, as files without a last newline that were joined have it, and
-    `joined` is the number of the first such line. In what the expression `quoted` finds, marks are text. A line that is not UTF-8, holds NUL or is longer than MAX_LINE_BYTES
-    has a `problem`. Raises LdmError where the input cannot be read, at once where it is a file that cannot be opened.
+    `joined` is the number of the first such line. In what the expression `quoted` finds, marks are text. A line that
+    is not UTF-8, holds NUL or is longer than MAX_LINE_BYTES has a `problem`. Raises LdmError where the input cannot be read, at once where it is a file that cannot be opened.
     """
 
     def __init__(self, path: Path | None, quoted: str = "") -> None:
@@ -82,7 +82,7 @@ class Lines(Iterator[Line]):
 
     def _read(self, path: Path | None) -> Generator[Line]:
         with _opened(path) as content:
-            text = io.TextIOWrapper(_Noted(content, self), "utf-8", "surrogateescape", newline="")
+            text = io.TextIOWrapper(_Noted(content, self), "utf-8", "surrogateescape", newline="")  # type: ignore[type-var]
             number = 0
             while line := text.readline(MAX_LINE_BYTES + 1):
                 number += 1

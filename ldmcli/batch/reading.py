@@ -34,8 +34,8 @@ class RawRow:
 
 
 class RowReader(Iterator[RawRow]):
-    """The rows of one input, once, in order. `hints` are remarks on what may be meant otherwise than it is read, all known
-    after the last row."""
+    """The rows of one input, once, in order. `hints` are remarks on what may be meant otherwise than it is read, all
+    known after the last row."""
 
     def __init__(self, lines: Lines, kind: str, prompt_column: str | None) -> None:
         self.name = lines.name

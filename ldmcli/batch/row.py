@@ -52,8 +52,7 @@ class Row:
         found = list(dict.fromkeys(self.problems))
         if len(found) > MAX_PROBLEMS:
             found[MAX_PROBLEMS:] = [f"{len(found) - MAX_PROBLEMS} more problems."]
-        prompt = (self.raw.fields or {}).get(PROMPT)
-        return BadRow(self.raw.row, self.raw.line, self.id, tuple(found), prompt if isinstance(prompt, str) else "")
+        return BadRow(self.raw.row, self.raw.line, self.id, tuple(found))
 
     def check_pictures(
         self, variants: Variants, seed: int, check_prompt: Callable[[GenerationRequest], object] | None

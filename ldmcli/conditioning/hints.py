@@ -12,7 +12,7 @@ _SHOWN = 40
 
 
 def syntax_hint(prompt: str) -> str:
-    """What AUTOMATIC1111's syntax there is in a prompt that is read plainly, in one sentence; "" where there is none."""
+    """A sentence on AUTOMATIC1111's syntax in a prompt that is read plainly; "" where there is none."""
     if found := _NETWORK.search(prompt):
         what = printable(found[0], 60)
         return f"“{what}” in a prompt is text, with --prompt-syntax weighted too: prompts load no LoRA; leave it out."
