@@ -10,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ldmcli.disk.opening import bad_file, open_regular
 from ldmcli.errors import MissingInputError, StorageError, printable
@@ -47,7 +47,8 @@ class Lines(Iterator[Line]):
     Gzip is detected from its first bytes. Lines end in LF, CRLF or CR, the last one in any of them or nothing. Byte
     order marks are left out; one within a line ends it, as files without a last newline that were joined have it, and
     `joined` is the number of the first such line. In what the expression `quoted` finds, marks are text. A line that
-    is not UTF-8, holds NUL or is longer than MAX_LINE_BYTES has a `problem`. Raises LdmError where the input cannot be read, at once where it is a file that cannot be opened.
+    is not UTF-8, holds NUL or is longer than MAX_LINE_BYTES has a `problem`. Raises LdmError where the input cannot be
+    read, at once where it is a file that cannot be opened.
     """
 
     def __init__(self, path: Path | None, quoted: str = "") -> None:
@@ -82,7 +83,8 @@ class Lines(Iterator[Line]):
 
     def _read(self, path: Path | None) -> Generator[Line]:
         with _opened(path) as content:
-            text = io.TextIOWrapper(_Noted(content, self), "utf-8", "surrogateescape", newline="")  # type: ignore[type-var]
+            noted: Any = _Noted(content, self)
+            text = io.TextIOWrapper(noted, "utf-8", "surrogateescape", newline="")
             number = 0
             while line := text.readline(MAX_LINE_BYTES + 1):
                 number += 1

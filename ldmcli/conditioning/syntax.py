@@ -4,9 +4,9 @@ r"""The weighted prompt syntax of AUTOMATIC1111's web UI: text in, pieces with a
 
 As there, brackets left open reach to the end, closing ones too many are text, a lone backslash vanishes, round and
 square brackets may overlap, blanks around a weight mean nothing, and any weight goes, 0 and negative ones too. Not as
-there: a weight that is no number or not finite is an error instead of a crash or a black picture, brackets nest no deeper than 64, and BREAK works within
-brackets (there it becomes the word "break" with a negative weight). Source: AUTOMATIC1111 wiki, "Features",
-sections Attention/emphasis and BREAK.
+there: a weight that is no number or not finite is an error instead of a crash or a black picture, brackets nest no
+deeper than 64, and BREAK works within brackets (there it becomes the word "break" with a negative weight). Source:
+AUTOMATIC1111 wiki, "Features", sections Attention/emphasis and BREAK.
 """
 
 import dataclasses
