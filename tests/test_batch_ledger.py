@@ -407,19 +407,6 @@ def test_a_row_is_done_when_all_its_pictures_are(tmp_path: Path) -> None:
     assert (counts.done, counts.failed, counts.pending) == (2, 0, 4)
 
 
-def test_rows_whose_pictures_do_not_say_how_many_they_are_count_those_that_were_asked_for() -> None:
-    ledger = Ledger()
-    items = [item(i, row=1 + i // 3, seed=i % 3) for i in range(6)]
-    assert wanted(ledger, items) == wanted(ledger, items) == list(range(6))
-    for one in items[:5]:
-        ledger.note(done(one))
-    assert ledger.counts(2) == Counts(2, 1, 0, 1, 5, 0)
-    parted = Ledger()
-    for one in (items[0], items[2]):
-        parted.note(done(one))
-    assert parted.counts(2).done == 1  # never twice
-
-
 def test_bad_rows_are_told_once(tmp_path: Path) -> None:
     bad = BadRow(2, 3, "r2", ("seed 'abc' is no number.", "steps 0 is not from 1 to 999."))
     for expected in (True, False):  # the first run, and the one after it

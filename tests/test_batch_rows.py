@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from cli_support import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldmcli.batch.fields import as_fields
 from ldmcli.batch.items import BadRow, Item
-from ldmcli.batch.lines import MAX_LINE_BYTES
-from ldmcli.batch.reading import FORMATS, RawRow, continues, digest_of, open_rows
+from ldmcli.batch.lines import MAX_LINE_BYTES, Digest, continues
+from ldmcli.batch.reading import FORMATS, RawRow, open_rows
 from ldmcli.batch.rows import IdIndex, checked_grid, derived_seed, items, parse_grid, survey
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, UsageError
 from ldmcli.spec import MAX_SEED, GenerationRequest
@@ -39,7 +41,8 @@ def checked(rows: Any, **options: Any) -> list[Item | BadRow]:
 
 
 def rows_of(*fields: dict[str, Any]) -> list[RawRow]:
-    return [RawRow(i, i, one) for i, one in enumerate(fields, 1)]
+    named = [as_fields((name, name, value) for name, value in one.items())[0] for one in fields]
+    return [RawRow(i, i, one) for i, one in enumerate(named, 1)]
 
 
 def drawn(rows: Any, **options: Any) -> list[Item]:
@@ -71,7 +74,9 @@ def test_plain_text(tmp_path: Path, end: str, last: str, bom: bytes, pack: Any) 
     found = raw(path, pack(content))
     assert prompts(found) == ["first", " kept as it is ", "ä#b\u2028\x0b"]
     assert [(row.row, row.line) for row in found] == [(1, 1), (2, 6), (3, 7)]
-    assert digest_of(path).sha256 == hashlib.sha256(content).hexdigest()
+    reader = open_rows(path)
+    assert len(list(reader)) == 3
+    assert reader.digest().sha256 == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.ndjson", "a.csv", "a.tsv", "A.CSV", "a.csv.gz", "a.b.tsv.GZ"])
@@ -199,7 +204,7 @@ def test_hostile_json(tmp_path: Path) -> None:
         b'{"prompt":"x","steps":' + b"[" * 900 + b"]" * 900 + b"}": "steps",
         b'{"prompt":"x","seed":' + b"9" * 5000 + b"}": "not valid JSON",
         b'{"prompt":"x","seed":' + b"9" * 4000 + b"}": SEED_RANGE,
-        b'{"prompt":"caf\xe9"}': "not UTF-8 text (byte 0xe9 at 14)",
+        b'{"prompt":"caf\xe9"}': "not UTF-8 text (byte 0xe9 at 14); save the file as UTF-8, or convert it: iconv",
         b'{"prompt":"a\0"}': "NUL",
         b'{"prompt":"\\u0000"}': "NUL",
         b'{"prompt":"\\ud800"}': "lone surrogate",
@@ -218,7 +223,7 @@ def test_hostile_json(tmp_path: Path) -> None:
         b'{"prompt":"x","guidance_scale":NaN}': "guidance_scale nan is not a number from 0 to 1000",
         b'{"prompt":"x","guidance_scale":1e999}': "guidance_scale inf",
         b'{"prompt":"x","seed":"7"}': f"seed '7' is not a whole number from {SEED_RANGE}",
-        b'{"prompt":"x","seed":-1}': f"seed -1 is not a whole number from {SEED_RANGE}",
+        b'{"prompt":"x","seed":-2}': f"seed -2 is not a whole number from {SEED_RANGE}",
         b'{"prompt":"x","steps":true}': "steps True",
         b'{"prompt":"x","count":0}': "count 0 is not a whole number from 1 to",
         b'{"prompt":"x","sampler":["a"]}': "sampler",
@@ -263,11 +268,15 @@ def test_every_problem_of_a_row(tmp_path: Path) -> None:
     ("field", "text", "value"),
     [
         ("seed", " 7 ", 7), ("seed", "+7", 7), ("seed", str(MAX_SEED), MAX_SEED), ("seed", str(2**65), None),
-        ("seed", "1e3", None), ("seed", "0x10", None), ("seed", "1_0", None), ("seed", "٣", None), ("seed", "-1", None),
-        ("seed", "7.0", None), ("seed", "9" * 5000, None), ("steps", "", 4), ("steps", "  ", 4), ("steps", "999", 999),
+        ("seed", "1e3", None), ("seed", "0x10", None), ("seed", "1_0", None), ("seed", "٣", None), ("seed", "-2", None),
+        ("seed", "7.0", 7), ("seed", "7.5", None), ("seed", "1e16", None), ("seed", "9007199254740993.0", None),
+        ("steps", "20.", 20), ("seed", "9" * 5000, None), ("steps", "", 4), ("steps", "  ", 4), ("steps", "999", 999),
         ("guidance_scale", "1e1", 10.0), ("guidance_scale", ".5", 0.5), ("guidance_scale", "7", 7.0),
-        ("guidance_scale", "inf", None), ("guidance_scale", "7,5", None), ("guidance_scale", "1_0", None),
-        ("sampler", " euler ", "euler"), ("sampler", "Euler", None), ("guidance_interval", "0.28:5.42", (0.28, 5.42)),
+        ("guidance_scale", "inf", None), ("guidance_scale", "7,5", 7.5), ("guidance_scale", "0,750", 0.75),
+        ("guidance_scale", "1,000", None), ("guidance_scale", "1,000,5", None), ("seed", "42,0", 42),
+        ("guidance_scale", "1_0", None),
+        ("sampler", " euler ", "euler"), ("sampler", "Euler a", "euler-a"), ("sampler", "DPM++ 2M", "dpmpp-2m"),
+        ("sampler", "DPM2", None), ("guidance_interval", "0.28:5.42", (0.28, 5.42)),
         ("guidance_interval", "5:1", None), ("guidance_interval", "1:2:3", None), ("negative_prompt", " a ", " a "),
         ("clip_skip", "2", 2), ("on_long_prompt", "chunk", "chunk"), ("refiner_start", "1.5", None),
     ],
@@ -326,25 +335,172 @@ def test_bad_bytes_name_their_line(tmp_path: Path) -> None:
     assert [(row.line, row.problem != "") for row in table] == [(2, True), (4, True), (5, False)]
 
 
+def digest_of(path: Path) -> Digest:
+    reader = open_rows(path)
+    for _ in reader:
+        pass
+    return reader.digest()
+
+
 def test_digests_tell_appended_rows(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes(b"a\nb")
-    reader = open_rows(path)
-    list(reader)
-    before = reader.digest()
-    assert before == digest_of(path)
+    before = digest_of(path)
     for content, expected in (
         (b"a\nb", True), (b"a\nb\n", True), (b"a\nb\r\nc", True), (b"a\nbc", False), (b"a\nc\nb", False), (b"a", False),
     ):  # fmt: skip
         path.write_bytes(gzip.compress(content) if b"\r" in content else content)
         assert continues(path, before) is expected, content
-    assert digest_of(path, 0).size == 0
-    assert continues(path, digest_of(path, 0))
+    assert continues(path, Digest(hashlib.sha256().hexdigest(), 0))
     big = bytes(range(32, 127)) * 3000
     path.write_bytes(big[: 1 << 16])
     before = digest_of(path)
     path.write_bytes(big[: 1 << 16] + b"\nmore")
     assert continues(path, before)
+
+
+# ---- files of other programs ----
+
+BOM = "\ufeff"
+
+
+def reads(path: Path, content: str | bytes, **options: Any) -> tuple[list[Item | BadRow], list[str]]:
+    """The rows of a file, and the remarks on it."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    reader = open_rows(path, **options)
+    return checked(reader), reader.hints
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "told"),
+    [
+        ("p.txt", ["a\r\nb\r\n", "c\n", "# fruit\nd"], False),
+        ("p.txt", ["a\nb", "c", "d\n"], True),
+        ("p.jsonl", ['{"prompt":"a"}\n{"prompt":"b"}\n', '{"prompt":"c"}\n', '{"prompt":"d"}'], False),
+        ("p.jsonl", ['{"prompt":"a"}\n{"prompt":"b"}', '{"prompt":"c"}', '{"prompt":"d"}'], True),
+        ("p.csv", ["prompt,seed\na,1\nb,2\n", "prompt,seed\nc,3\n", "prompt,seed\nd,4"], False),
+        ("p.csv", ['prompt,seed\na,1\n"b",2', "prompt,seed\nc,3\n", "prompt,seed\nd,4"], True),
+    ],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_joined_files_are_read_as_if_alone(
+    tmp_path: Path, name: str, files: list[str], told: bool, pack: Callable[[bytes], bytes]
+) -> None:
+    found, hints = reads(tmp_path / name, b"".join(pack((BOM + text).encode()) for text in files))
+    assert [one.request.prompt for one in found if isinstance(one, Item)] == ["a", "b", "c", "d"]
+    assert any("byte order mark" in hint for hint in hints) == told
+    assert any("repeats the header" in hint for hint in hints) == (name == "p.csv")
+
+
+def test_a_mark_within_quotes_is_text(tmp_path: Path) -> None:
+    assert reads(tmp_path / "p.jsonl", f'{{"prompt": "a{BOM}b"}}')[0][0].request.prompt == f"a{BOM}b"  # type: ignore[union-attr]
+    assert reads(tmp_path / "p.csv", f'prompt,id\n"a{BOM}b",1')[0][0].request.prompt == f"a{BOM}b"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("content", "fields"),
+    [
+        ("prompt,seed,steps\na,42.0,20.0\nb,,\n", {"seed": 42, "steps": 20}),
+        ("sep=;\r\nprompt;seed\r\na;1\r\n", {"seed": 1}),
+        ('"sep=;"\nprompt;seed\na;1\n', {"seed": 1}),
+        ("sep=,\r\nprompt,seed\r\na,1\r\n", {"seed": 1}),
+        ('prompt;seed;"notes, misc"\na;1;x\n', {"seed": 1}),
+        ("prompt;notes, misc;seed\na;x;1\n", {"seed": 1}),
+        ("prompt;guidance_scale\na;7,5\n", {"guidance_scale": 7.5}),
+        ('seed, prompt\n1, "a"\n', {"seed": 1}),
+        ('seed, prompt, steps\n1, "a", 7\n', {"seed": 1, "steps": 7}),
+        ("prompt,cfg_scale,steps\na,1,5\n", {"guidance_scale": 1.0, "steps": 5}),
+        (
+            "prompt,CFG scale,Sampler,Steps,Size,Negative prompt,Clip skip\na,1,Euler a,5,32x64,n,2\n",
+            {"guidance_scale": 1.0, "sampler": "euler-a", "steps": 5, "width": 32, "height": 64, "clip_skip": 2},
+        ),
+        ("prompt,num_inference_steps,guidance_scale\na,3,2\n", {"steps": 3, "guidance_scale": 2.0}),
+        ("prompt,negative,size\na,n,32 × 16\n", {"negative_prompt": "n", "width": 32, "height": 16}),
+        ("Prompt,Negative Prompt,Seed\na,n,1\n", {"negative_prompt": "n", "seed": 1}),
+        ("prompt,sampler_name,scheduler\na,euler,karras\n", {"sampler": "euler", "schedule": "karras"}),
+        ("prompt,Sampler,Schedule type\na,DPM++ 2M,Karras\n", {"sampler": "dpmpp-2m", "schedule": "karras"}),
+        ("prompt,Sampler\na,DPM++ 2M Karras\n", {"sampler": "dpmpp-2m", "schedule": "karras"}),
+        ("prompt,scheduler\na,EulerAncestralDiscreteScheduler\n", {"sampler": "euler-a"}),
+        ("prompt,seeds,w,h,numInferenceSteps\na,7,32,16,3\n", {"seed": 7, "width": 32, "height": 16, "steps": 3}),
+        ("prompt,step,cfg\na,3,2\n", {"steps": 3, "guidance_scale": 2.0}),
+        ("steps,num_inference_steps,prompt\n3,,a\n", {"steps": 3}),
+    ],
+)
+def test_tables_of_other_programs(tmp_path: Path, content: str, fields: dict[str, Any]) -> None:
+    found, hints = reads(tmp_path / "p.csv", content)
+    assert isinstance(found[0], Item), found[0]
+    assert found[0].request.prompt == "a"
+    assert {name: getattr(found[0].request, name) for name in fields} == fields
+    assert hints == []
+
+
+@pytest.mark.parametrize("name", ["n_iter", "n_samples", "num_images_per_prompt", "Batch count"])
+def test_pictures_of_a_row_in_other_words(tmp_path: Path, name: str) -> None:
+    assert len(reads(tmp_path / "p.csv", f"prompt,{name}\na,2\n")[0]) == 2
+    assert len(reads(tmp_path / "p.jsonl", json.dumps({"prompt": "a", name: 2.0}))[0]) == 2
+
+
+def test_json_has_the_same_names(tmp_path: Path) -> None:
+    row = {"Prompt": "a", "CFG scale": 5, "Sampler": "Euler a", "size": [32, 16], "num_inference_steps": 3.0, "n": None}
+    found, _ = reads(tmp_path / "p.jsonl", json.dumps(row))
+    (item,) = (one for one in found if isinstance(one, Item))
+    request = item.request
+    assert (request.prompt, request.guidance_scale, request.sampler) == ("a", 5.0, "euler-a")
+    assert (request.width, request.height, request.steps) == (32, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.csv", "prompt,steps,num_inference_steps\na,3,4\n", "steps and num_inference_steps"),
+        ("p.csv", "prompt,size,w\na,32x32,4\n", "size and w"),
+        ("p.csv", "prompt,n_iter,n_samples\na,3,4\n", "n_iter and n_samples"),
+        ("p.csv", "prompt,Sampler,schedule\na,DPM++ 2M Karras,karras\n", "Sampler and schedule"),
+        ("p.jsonl", '{"prompt":"a","cfg_scale":5,"guidance_scale":4}', "cfg_scale and guidance_scale"),
+        ("p.csv", "prompt,size\na,big\n", "size 'big' is not WIDTHxHEIGHT"),
+        ("p.csv", 'prompt,guidance_scale\na,"7,5"\n', "write its decimals after a point"),
+        ("p.csv", "prompt;guidance_scale\na;1,000\n", "write its decimals after a point"),
+        ("p.csv", "prompt,steps\na,20.5\n", "steps '20.5' is not a whole number"),
+        ("p.jsonl", '[{"prompt": "a pear"}]', "jq -c"),
+        ("p.csv", b"prompt,seed\na caf\xe9,1\n", "iconv -f cp1252 -t utf-8"),
+        ("p.txt", b"a caf\xe9\n", "iconv -f cp1252 -t utf-8"),
+    ],
+)
+def test_rows_that_cannot_be_meant_say_why(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+    (row,), _ = reads(tmp_path / name, content)
+    assert isinstance(row, BadRow)
+    assert len(row.problems) == 1
+    assert words in row.problems[0]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_utf16_is_named_with_its_cure(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "p").write_bytes("prompt\na\n".encode("utf-16"))
+    with pytest.raises(BadDataError, match=r"is UTF-16 text; .*iconv -f utf-16 -t utf-8\.$"):
+        list(open_rows(tmp_path / "p", format=kind))
+
+
+@pytest.mark.parametrize(("name", "value"), [("p.csv", "-1"), ("p.csv", "-1.0"), ("p.jsonl", "-1")])
+def test_seed_minus_one_is_as_if_not_given(tmp_path: Path, name: str, value: str) -> None:
+    content = f"prompt,id,seed\na,x,{value}\n" if name == "p.csv" else f'{{"prompt":"a","id":"x","seed":{value}}}'
+    (item,), _ = reads(tmp_path / name, content)
+    assert isinstance(item, Item)
+    assert item.request.seed == derived_seed(1, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.csv", "prompt,guidence\na,7\n", "column 'guidence' is no field of a request; did you mean guidance_scale?"),
+        ("p.csv", "prompt,cfg-scal\na,7\n", "did you mean guidance_scale"),
+        ("p.csv", "prompt,Denoising strength\na,0.7\n", "rows cannot choose it"),
+        ("p.csv", "prompt,scale\na,0.7\n", "rows cannot choose it"),
+        ("p.txt", '--prompt "a" --steps 3\n--prompt "b"\n', "line 1 begins with --"),
+    ],
+)
+def test_what_looks_like_an_option_gets_one_remark(tmp_path: Path, name: str, content: str, words: str) -> None:
+    _, (hint,) = reads(tmp_path / name, content)
+    assert words in hint
 
 
 # ---- numbers, seeds, grid ----
@@ -388,7 +544,8 @@ def test_grid() -> None:
     ("text", "words"),
     [
         ("steps", "FIELD=VALUE"), ("=5", "FIELD=VALUE"), ("", "FIELD=VALUE"), ("steps=", "no values"),
-        ("step=5", "did you mean steps"), ("count=5", "'count' is not known; choose from"), ("prompt=a,b", "not known"),
+        ("stepz=5", "did you mean steps"), ("count=5", "'count' is not known; choose from"),
+        ("prompt=a,b", "not known"),
         ("steps=20,,50", "steps ''"), ("steps=0", "1 to 999"), ("steps=2,2", "twice"), ("sampler=ddim,eular", "eular"),
         ('negative_prompt="a', "quotes"), ("guidance_scale=nan", "0 to 1000"), ("seed=1e3", "seed '1e3'"),
     ],
@@ -426,8 +583,9 @@ def test_rows_win_and_the_model_is_asked_once() -> None:
 
 
 def test_equal_values_of_other_types_are_other_settings() -> None:
-    found = checked(rows_of(*({"prompt": "x", "steps": value} for value in (1, True, 1.0, 1))))
-    assert [isinstance(one, Item) for one in found] == [True, False, False, True]
+    found = checked(rows_of(*({"prompt": "x", "steps": value} for value in (1, True, 1.0, 1, 1.5))))
+    assert [isinstance(one, Item) for one in found] == [True, False, True, True, False]
+    assert repr(found[2].request.steps) == "1"
     first, second = drawn(rows_of({"prompt": "x", "eta": 1}, {"prompt": "x", "eta": 1.0}))
     assert repr(first.request.eta) == repr(second.request.eta) == "1.0"
 
@@ -484,7 +642,7 @@ def test_survey() -> None:
 
 # ---- anything at all ----
 
-_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
+_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=30)
 _RECORDS = st.lists(
     st.tuples(_TEXT, st.integers(0, MAX_SEED), st.floats(0, 1000), st.integers(1, 999), _TEXT), max_size=8
 )
@@ -589,7 +747,7 @@ print(found.rows, found.images, found.bad_rows, peak())
 _WRITE = {
     "txt": "for i in range(int(sys.argv[1])): print('a prompt, number', i)",
     "csv": "print('id,prompt,seed')\nfor i in range(int(sys.argv[1])): "
-    "print(f'id{i},\"a, {i}\",{i if i % 1000 else -1}')",
+    "print(f'id{i},\"a, {i}\",{i if i % 1000 else -2}')",
     "jsonl": 'for i in range(int(sys.argv[1])): print(\'{"prompt": "p", "custom_id": "%d"}\' % i)',
 }
 

@@ -215,7 +215,7 @@ def test_prompts_that_are_no_text_are_refused_unloaded(tmp_path: Path) -> None:
     assert_refused(ldm(*common, "-", stdin=b"\nfine\xff\n"), 65, "line 2", "0xff")
     assert_refused(ldm(*common, "-", stdin=b"\xed\xa0\x80"), 65, "line 1", "UTF-8")
     long = ldm(*common, "-", stdin=b"\n" + b"x" * (64 << 20), measure=True)
-    assert_refused(long, 65, "line 2", "longer than 1048576 bytes")
+    assert_refused(long, 65, "line 2", "longer than 4 MiB")
     assert long.peak < LEAN
     assert not (tmp_path / "out").exists()
 

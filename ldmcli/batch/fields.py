@@ -1,13 +1,16 @@
-"""What a row may say, by name: the fields of a request and a few more, and how text becomes their values."""
+"""What a row may say, by name: the fields of a request and a few more, their other names, and how text becomes their
+values."""
 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from ldmcli.errors import UsageError, printable
+from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
 from ldmcli.spec import GenerationRequest
 
 PROMPT = "prompt"
@@ -17,29 +20,111 @@ REQUEST_FIELDS = tuple(field.name for field in dataclasses.fields(GenerationRequ
 IDS = ("id", "custom_id")
 COLUMNS = (*REQUEST_FIELDS, *IDS, "count")
 EXTRAS = ("extra", "metadata")  # objects in a JSON row whose content the manifest keeps
+SIZE = "size"  # width and height in one, 512x768
+# What other programs call them: diffusers, AUTOMATIC1111, CompVis, ComfyUI, DiffusionDB. Case, spaces, hyphens and
+# underscores make no difference.
+_SYNONYMS = {
+    "negative_prompt": "negative neg_prompt negative_text",
+    "seed": "seeds noise_seed random_seed",
+    "steps": "step num_inference_steps inference_steps num_steps sampling_steps sample_steps ddim_steps",
+    "guidance_scale": "cfg cfg_scale cfg_guidance guidance classifier_free_guidance_scale",
+    "width": "w image_width",
+    "height": "h image_height",
+    "sampler": "sampler_name sampling_method sampler_index",
+    "eta": "ddim_eta",
+    "schedule": "scheduler schedule_type",
+    "guidance_rescale": "rescale_cfg cfg_rescale",
+    "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
+    SIZE: "resolution image_size",
+}
+# Options elsewhere that a row has none of; a column of the name is probably meant as one.
+_OPTIONS = frozenset(
+    [
+        "scale",
+        "strength",
+        "denoisingstrength",
+        "model",
+        "checkpoint",
+        "vae",
+        "lora",
+        "loras",
+        "embedding",
+        "refiner",
+        "controlnet",
+        "image",
+        "initimage",
+        "mask",
+        "batchsize",
+        "device",
+        "dtype",
+        "precision",
+        "hiresupscale",
+        "hiressteps",
+        "facerestoration",
+        "restorefaces",
+        "tiling",
+        "subseed",
+        "variationseed",
+        "styles",
+        "clipstopatlastlayers",
+    ]
+)
 _TYPES = {field.name: field.type for field in dataclasses.fields(GenerationRequest)} | {"count": int}
 _WHOLE = {name for name, kind in _TYPES.items() if kind in (int, int | None)}
 _NUMBERS = {name for name, kind in _TYPES.items() if kind in (float, float | None)}
 _WHOLE_TEXT = re.compile(r"[+-]?[0-9]{1,40}")
 _NUMBER_TEXT = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)", re.IGNORECASE)
+_COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+")
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
+_SIZE_TEXT = re.compile(r"\s*([0-9]{1,9})\s*[x×*]\s*([0-9]{1,9})\s*", re.IGNORECASE)
+_EXACT = 1 << 53  # up to here a float is the whole number that was meant
 # A field that is only looked at beside another, with a value of that one which takes all there are.
 _BESIDE: dict[str, dict[str, Any]] = {"schedule": {"sampler": "euler"}}
 
 
 def column_name(text: str) -> str:
-    """The field that a column's title or an option names: `Guidance Scale` and `guidance-scale` are guidance_scale."""
+    """A title as a name: `Guidance Scale` and `guidance-scale` are guidance_scale."""
     return re.sub(r"[\s-]+", "_", text.strip().lower())
 
 
-def from_text(name: str, text: str) -> Any:
-    """The value of a field written as text; the text itself where it is none, for the check of the field to refuse."""
+def _bare(text: str) -> str:
+    return re.sub(r"[\s_-]+", "", text.lower())
+
+
+_NAMES = {_bare(name): name for name in (*COLUMNS, *EXTRAS, SIZE)}
+_NAMES |= {_bare(other): name for name, others in _SYNONYMS.items() for other in others.split()}
+# `DPM++ 2M`, `dpmpp_2m`; as AUTOMATIC1111 wrote them before 1.9, and ComfyUI and diffusers do.
+_SAMPLERS = {_bare(name): row.name for row in SAMPLERS.values() for name in (row.name, row.title)}
+_SAMPLERS |= {_bare(name).replace("+", "p"): sampler for name, sampler in _SAMPLERS.items()}
+_SAMPLERS |= {"eulerancestral": "euler-a", "keuler": "euler", "keulera": "euler-a", "kheun": "heun"}
+_SAMPLERS |= {
+    "ddimscheduler": "ddim", "pndmscheduler": "plms", "eulerdiscretescheduler": "euler",
+    "eulerancestraldiscretescheduler": "euler-a", "heundiscretescheduler": "heun",
+    "dpmsolvermultistepscheduler": "dpmpp-2m", "unipcmultistepscheduler": "unipc", "lcmscheduler": "lcm",
+}  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def field_named(title: str) -> str:
+    """The field that a title or an option names, maybe in another program's words; "" where it names none."""
+    return _NAMES.get(_bare(title[:100]), "")
+
+
+def from_text(name: str, text: str, *, decimal_comma: bool = False) -> Any:
+    """The value of a field written as text; the text itself where it is none, for the check of the field to refuse.
+    `decimal_comma`: 7,5 is a number, and 1,000 is refused, which may be 1 or 1000."""
     if name in TEXTS:
         return text
     text = text.strip()
-    if name in _WHOLE and _WHOLE_TEXT.fullmatch(text):
-        return int(text)
-    if name in _NUMBERS and _NUMBER_TEXT.fullmatch(text):
-        return float(text)
+    if name in _WHOLE or name in _NUMBERS:
+        number = text
+        if decimal_comma and _COMMA.fullmatch(text) and not _THOUSANDS.fullmatch(text):
+            number = text.replace(",", ".")
+        if name in _WHOLE and _WHOLE_TEXT.fullmatch(number):
+            return int(number)
+        if _NUMBER_TEXT.fullmatch(number) and (name in _NUMBERS or "e" not in number.lower()):
+            value = normal(name, float(number))
+            return value if type(value) is int or name in _NUMBERS else text
     if name == "guidance_interval":
         with contextlib.suppress(ValueError):
             low, high = text.split(":")
@@ -48,10 +133,55 @@ def from_text(name: str, text: str) -> Any:
 
 
 def normal(name: str, value: Any) -> Any:
-    """The value as its field holds it: 7 and 7.0 are one guidance scale, and an account of it writes one of them."""
-    if name in _NUMBERS and type(value) is int and abs(value) < 1 << 53:
+    """The value as its field holds it: 7 and 7.0 are one guidance scale, `Euler a` is euler-a."""
+    if name in _NUMBERS and type(value) is int and abs(value) < _EXACT:
         return float(value)
+    if name in _WHOLE and type(value) is float and value.is_integer() and abs(value) < _EXACT:
+        return int(value)
+    if name == "sampler" and type(value) is str:
+        return _SAMPLERS.get(_bare(value[:100]), value)
+    if name == "schedule" and type(value) is str and value.lower() in SPACINGS:
+        return value.lower()
     return tuple(value) if name == "guidance_interval" and isinstance(value, list) else value
+
+
+def as_fields(pairs: Iterable[tuple[str, str, Any]]) -> tuple[dict[str, Any], str]:
+    """The values by field, and what is wrong with their names together. `pairs` are field, title and value.
+
+    A size becomes width and height, a sampler named as a schedule the sampler; a seed of -1, random in other programs,
+    is none.
+    """
+    fields: dict[str, Any] = {}
+    titles: dict[str, str] = {}
+    problem = ""
+    for given, title, value in pairs:
+        name = given
+        if name == SIZE:
+            sides = _sides(value)
+            problem = problem if sides else f"size {printable(repr(value))} is not WIDTHxHEIGHT, such as 512x768."
+            several: dict[str, Any] = dict(zip(("width", "height"), sides, strict=False))
+        else:
+            if name == "schedule" and type(value) is str and value not in SPACINGS and _bare(value[:100]) in _SAMPLERS:
+                name = "sampler"
+            several = {name: normal(name, value)}
+            if name == "sampler" and type(value) is str and value[-7:].lower() == " karras":  # AUTOMATIC1111 before 1.9
+                several = {name: normal(name, value[:-7]), "schedule": "karras"}
+        for field, one in several.items():
+            if field in titles:
+                both = f"{printable(titles[field], 60)} and {printable(title, 60)}"
+                problem = f"the row gives {field} twice, as {both}; leave out one."
+            elif not (field == "seed" and type(one) is int and one == -1):
+                fields[field] = one
+            titles[field] = title
+    return fields, problem
+
+
+def _sides(value: Any) -> tuple[int, ...]:
+    """Width and height of a size as text or as two numbers; none where it is something else."""
+    if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
+        return tuple(value)
+    found = _SIZE_TEXT.fullmatch(value) if isinstance(value, str) else None
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def problem_of(name: str, value: Any) -> str:
@@ -59,6 +189,8 @@ def problem_of(name: str, value: Any) -> str:
     try:
         GenerationRequest(**{PROMPT: ""} | _BESIDE.get(name, {}) | {name: value})
     except UsageError as error:
+        if name in _WHOLE | _NUMBERS and isinstance(value, str) and _COMMA.fullmatch(value):
+            return f"{str(error).removesuffix('.')}; write its decimals after a point, and no other mark."
         return str(error)
     except RecursionError:
         return f"{name} is nested too deeply; give it plainly."
@@ -66,9 +198,19 @@ def problem_of(name: str, value: Any) -> str:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """Advice for a name that is not known: those like it."""
-    found = difflib.get_close_matches(column_name(name[:100]), list(names), 3, 0.7)
+    """Advice for a name that is not known: the fields that are called about so."""
+    bare = _bare(name[:100])
+    names = set(names)
+    alike = difflib.get_close_matches(bare, [other for other, field in _NAMES.items() if field in names], 3, 0.7)
+    found = dict.fromkeys(_NAMES[other] for other in alike)
     return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+def suspected(title: str) -> str:
+    """What a column may have been meant as that is no field; "" where nothing speaks for it."""
+    if _bare(title[:100]) in _OPTIONS:
+        return "rows cannot choose it, and the manifest keeps it as a remark."
+    return near(title, COLUMNS)
 
 
 def unknown(name: str) -> str:

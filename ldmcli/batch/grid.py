@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ldmcli.batch.fields import PROMPT, REQUEST_FIELDS, column_name, from_text, near, normal, problem_of
+from ldmcli.batch.fields import PROMPT, REQUEST_FIELDS, field_named, from_text, near, normal, problem_of
 from ldmcli.errors import UsageError, printable
 
 MAX_COMBINATIONS = 10_000
@@ -16,12 +16,12 @@ def parse_grid(text: str) -> tuple[str, tuple[Any, ...]]:
     """The field and its values. A value that holds a comma stands in double quotes. Raises UsageError where there is
     no such field or a value is not one of its."""
     title, equals, rest = text.partition("=")
-    name = column_name(title)
+    name = field_named(title)
     fields = [field for field in REQUEST_FIELDS if field != PROMPT]
     if not equals or not title.strip():
         raise UsageError(f"grid {printable(repr(text))} is not FIELD=VALUE,VALUE,…; an example is steps=20,50.")
     if name not in fields:
-        advice = near(name, fields) or f"choose from {', '.join(fields)}."
+        advice = near(title, fields) or f"choose from {', '.join(fields)}."
         raise UsageError(f"grid field {printable(repr(title))} is not known; {advice}")
     try:
         cells = next(csv.reader([rest], skipinitialspace=True, strict=True), [])

@@ -1,28 +1,45 @@
 """What of a run is done, as its manifests and pictures on disk tell: who is drawn when it goes on, and the account.
 
-The ledger keeps about twenty bytes a picture, whatever the prompts, and reads pictures' names, never the pictures. A
-picture is done when a line of a manifest says so *and* its file is there and not empty.
+A picture is done when a line of a manifest says so *and* its file is there and not empty; pictures' names are read,
+never the pictures.
 """
 
-import array
 import dataclasses
 import hashlib
-import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
-from ldmcli.batch.manifest import DONE, State, key_of, read_manifests, read_states
+from ldmcli.batch.manifest import DONE, FAILED, State, key_of, read_manifests, read_states
 from ldmcli.batch.pictures import numbers_there
 from ldmcli.batch.runfile import read_run
+from ldmcli.batch.scratch import Scratch
 from ldmcli.disk.opening import PICTURES, open_regular
 from ldmcli.errors import BadDataError, LdmError, printable
 
-_PER_PAGE = 4096  # pictures or rows
-_NOTHING, _IS_DONE, _HAS_FAILED = range(3)  # of a picture
-_IS_BAD, _HAS_PICTURES = 1, 2  # of a row
+_DONE, _FAILED, _BAD = 1, 0, -1
+_TABLES = (
+    # A bad row stands there as a picture whose number is the row's, negative.
+    "CREATE TABLE pictures (number INTEGER PRIMARY KEY, row INTEGER, state INTEGER, pictures INTEGER, key TEXT)",
+    "CREATE INDEX by_row ON pictures (row)",
+    "CREATE TABLE sound (number INTEGER PRIMARY KEY)",
+)
+_SET = (
+    "INSERT INTO pictures VALUES (?, ?, ?, ?, ?) ON CONFLICT (number) DO UPDATE SET row = excluded.row, "
+    "state = excluded.state, pictures = excluded.pictures, key = excluded.key WHERE excluded.state >= pictures.state"
+)
+# A row is settled when all its pictures are done or have failed.
+_COUNT = """
+    SELECT total(done), total(failed), total(drawn AND done >= pictures),
+        total(NOT drawn OR (done < pictures AND done + failed >= pictures))
+    FROM (
+        SELECT sum(state = 1) AS done, sum(state = 0) AS failed, max(pictures) AS pictures, max(number) >= 0 AS drawn
+        FROM pictures GROUP BY row
+    )
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -41,21 +58,21 @@ class Counts:
 
 
 class Ledger:
-    """The state of every picture of a run, by number, and of every bad row. `load` makes one from the disk.
+    """The pictures of a run that are done or have failed, and its bad rows. `load` makes one from the disk.
 
     One thread may ask what is wanted while another notes what came out.
     """
 
     def __init__(self) -> None:
-        self._pages: dict[int, _Page] = {}
-        self._rows: dict[int, bytearray] = {}  # pages too: _IS_BAD or _HAS_PICTURES
+        self._database = Scratch(*_TABLES)
+        self._has_bad = False
 
     @classmethod
     def load(cls, folder: Path) -> "Ledger":
         """The ledger of the run in `folder`, empty for a new one. Logs how many pictures are gone that were done."""
         ledger = cls()
-        for state in read_states(folder):
-            ledger._take(state)
+        ledger._database.change(_SET, map(_as_picture, read_states(folder)))
+        ledger._has_bad = ledger._database("SELECT 1 FROM pictures WHERE number < 0") is not None
         # After the manifests: a picture is there before its line, also while another process writes both.
         ledger.verify(folder)
         return ledger
@@ -63,16 +80,13 @@ class Ledger:
     def verify(self, folder: Path, *, hashes: bool = False) -> int:
         """Make not done whose picture is gone or empty, or, with `hashes`, is not the one that was written: reading
         every picture takes its time. Returns how many, and logs it."""
-        sound: dict[int, bytearray] = {}
-        for number in _unchanged(folder) if hashes else numbers_there(folder):
-            _set_mark(sound, number, 1)
-        lost = 0
-        for index, page in self._pages.items():
-            here = sound.get(index) or bytes(_PER_PAGE)
-            missing = [i for i, state in enumerate(page.states) if state == _IS_DONE and not here[i]]
-            for place in missing:
-                page.states[place] = _NOTHING
-            lost += len(missing)
+        sound = _unchanged(folder) if hashes else numbers_there(folder)
+        self._database("DELETE FROM sound")
+        self._database.change("INSERT OR IGNORE INTO sound VALUES (?)", ((number,) for number in sound))
+        lost = self._database.change(
+            "DELETE FROM pictures WHERE state = ? AND number NOT IN (SELECT number FROM sound)", [(_DONE,)]
+        )
+        self._database("DELETE FROM sound")
         if lost:
             _log.warning("%d pictures that were done are gone, empty or changed; they count as not done", lost)
         return lost
@@ -82,103 +96,47 @@ class Ledger:
 
         Raises BadDataError where the row is not the one that was drawn, or failed, under this number.
         """
-        page, place = self._place(item.number)
-        state = page.states[place]
-        if state != _NOTHING and page.keys[place] != int(key_of(item), 16):
+        found = self._database("SELECT state, key FROM pictures WHERE number = ?", item.number)
+        if found and found[1] != key_of(item):
             raise BadDataError(
                 f"row {item.row} (line {item.line}, id '{printable(item.id)}') is not what it was when its picture was "
                 f"drawn; restore the input, or choose another folder."
             )
-        page.rows[place], page.pictures[place] = item.row, item.pictures
-        _set_mark(self._rows, item.row, _HAS_PICTURES)
-        return state == (_HAS_FAILED if retry_failed else _NOTHING)
+        if self._has_bad:
+            self._database("DELETE FROM pictures WHERE number = ?", -item.row)  # an older version called it bad
+        return retry_failed and found[0] == _FAILED if found else not retry_failed
 
     def note(self, outcome: Outcome) -> None:
         """Take in how a picture came out. Its line in a manifest comes first."""
         item = outcome.item
-        self._set(State(item.row, item.number, outcome.status == DONE, int(key_of(item), 16), item.pictures))
+        self._database(_SET, item.number, item.row, outcome.status == DONE, item.pictures, key_of(item))
 
     def note_bad(self, bad: BadRow) -> bool:
         """Take in a row that cannot be drawn; True if that is news, which belongs into a manifest (`append_bad`)."""
-        if _mark(self._rows, bad.row) != _NOTHING:
+        if self._database("SELECT 1 FROM pictures WHERE row = ?", bad.row):
             return False
-        _set_mark(self._rows, bad.row, _IS_BAD)
+        self._has_bad = True
+        self._database(_SET, -bad.row, bad.row, _BAD, 0, "")
         return True
+
+    def has_failed(self, row: int, number: int) -> bool:
+        """Whether picture `number` has failed, or where it is negative, the row is bad."""
+        found = self._database("SELECT state, (SELECT max(number) FROM pictures WHERE row = ?) FROM pictures "
+                               "WHERE number = ?", row, number)  # fmt: skip
+        return found is not None and (found[0] == _FAILED or (found[0] == _BAD and found[1] < 0))
 
     def counts(self, rows: int | None) -> Counts:
         """The account, for an input of so many rows."""
-        pages = [self._pages[index] for index in sorted(self._pages)]
-        images, failed_images = (sum(page.states.count(state) for page in pages) for state in (_IS_DONE, _HAS_FAILED))
-        done, failed = _settled_rows(pages)
-        failed += sum(page.count(_IS_BAD) for page in list(self._rows.values()))
-        pending = None if rows is None else rows - done - failed
-        return Counts(rows, done, failed, pending, images, failed_images)
-
-    def _take(self, state: State) -> None:
-        """One line of a manifest. Done wins over failed, in whatever order workers' files are read."""
-        if state.number is None:
-            if _mark(self._rows, state.row) == _NOTHING:
-                _set_mark(self._rows, state.row, _IS_BAD)
-            return
-        page, place = self._place(state.number)
-        if state.done or page.states[place] != _IS_DONE:
-            self._set(state)
-
-    def _set(self, state: State) -> None:
-        assert state.number is not None
-        page, place = self._place(state.number)
-        page.keys[place], page.rows[place], page.pictures[place] = state.key, state.row, state.pictures
-        page.states[place] = _IS_DONE if state.done else _HAS_FAILED
-        _set_mark(self._rows, state.row, _HAS_PICTURES)  # also of a row that an older version called bad
-
-    def _place(self, number: int) -> tuple["_Page", int]:
-        index, place = divmod(number, _PER_PAGE)
-        page = self._pages.get(index)
-        if page is None:
-            page = self._pages.setdefault(index, _Page())  # at once, as another thread may do the same
-        return page, place
+        counted = self._database(_COUNT)
+        assert counted is not None
+        images, failed_images, done, failed = map(int, counted)
+        return Counts(rows, done, failed, None if rows is None else rows - done - failed, images, failed_images)
 
 
-class _Page:
-    """What is known of so many pictures with numbers in a row, so that a number far off costs only its page."""
-
-    def __init__(self) -> None:
-        self.states = bytearray(_PER_PAGE)
-        self.keys = array.array("Q", bytes(8 * _PER_PAGE))
-        self.rows = array.array("Q", bytes(8 * _PER_PAGE))  # 0 for pictures not heard of
-        self.pictures = array.array("I", bytes(4 * _PER_PAGE))  # how many the row has
-
-
-def _settled_rows(pages: Iterable[_Page]) -> tuple[int, int]:
-    """How many rows are done and how many have failed: no picture is open, and some failed. The pictures of a row have
-    numbers that follow each other; those not heard of are in no row."""
-    done = failed = 0
-    current = good = bad = known = wanted = 0
-    pictures = (zip(page.rows, page.states, page.pictures, strict=True) for page in pages)
-    for row, state, of_row in itertools.chain(*pictures, [(-1, _NOTHING, 0)]):
-        if row == 0:
-            continue
-        if row != current:
-            if good + bad == max(known, wanted) > 0:
-                done, failed = (done, failed + 1) if bad else (done + 1, failed)
-            current, good, bad, known, wanted = row, 0, 0, 0, of_row
-        good += state == _IS_DONE
-        bad += state == _HAS_FAILED
-        known += 1
-    return done, failed
-
-
-def _mark(pages: dict[int, bytearray], number: int) -> int:
-    """A byte of many, 0 unless set, kept in pages as pictures are."""
-    page = pages.get(number // _PER_PAGE)
-    return 0 if page is None else page[number % _PER_PAGE]
-
-
-def _set_mark(pages: dict[int, bytearray], number: int, value: int) -> None:
-    page = pages.get(number // _PER_PAGE)
-    if page is None:
-        page = pages.setdefault(number // _PER_PAGE, bytearray(_PER_PAGE))
-    page[number % _PER_PAGE] = value
+def _as_picture(state: State) -> tuple[int, int, int, int, str]:
+    if state.number is None:
+        return -state.row, state.row, _BAD, 0, ""
+    return state.number, state.row, _DONE if state.done else _FAILED, state.pictures, state.key
 
 
 def audit(counts: Counts) -> tuple[str, bool]:
@@ -189,6 +147,9 @@ def audit(counts: Counts) -> tuple[str, bool]:
         return f"{sentence}; how many the input has is not known yet.", False
     if accounted == counts.rows:
         return f"{sentence}, all of the input.", True
+    if accounted < counts.rows:
+        rest = counts.rows - accounted
+        return f"{counts.done} done + {counts.failed} failed + {rest} to be drawn = {counts.rows} rows.", False
     return f"{sentence}, but the input has {counts.rows}.", False
 
 
@@ -198,6 +159,23 @@ def status(folder: Path) -> dict[str, Any]:
     identity = read_run(folder)
     counts = Ledger.load(folder).counts(identity.rows)
     return {"folder": str(folder), **dataclasses.asdict(counts)}
+
+
+def failures(folder: Path) -> Iterator[dict[str, Any]]:
+    """What has failed in the run in `folder`, in the order of its rows: row, line, id, seed (None for a bad row),
+    prompt, error and code, in JSON values. Raises as `status` does."""
+    read_run(folder)
+    ledger = Ledger.load(folder)
+    last = {_as_number(record): record for record in read_manifests(folder) if record["status"] == FAILED}
+    for number, record in sorted(last.items(), key=lambda one: (one[1]["row"], one[0])):
+        if ledger.has_failed(record["row"], number):
+            request = record.get("request")
+            facts = {name: record.get(name) for name in ("row", "line", "id", "seed", "error", "code")}
+            yield facts | {"prompt": request.get(PROMPT) if isinstance(request, dict) else None}
+
+
+def _as_number(record: Mapping[str, Any]) -> int:
+    return -record["row"] if record["number"] is None else record["number"]
 
 
 def _unchanged(folder: Path) -> Iterator[int]:

@@ -1,24 +1,28 @@
 """The lines of a prompt file or of standard input: unpacked, decoded and hashed on the way, in bounded memory."""
 
+import contextlib
 import dataclasses
+import gzip
 import hashlib
-import os
+import io
+import re
 import sys
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ldmcli.disk.opening import bad_file, open_regular
-from ldmcli.errors import BadDataError, MissingInputError, StorageError, printable
+from ldmcli.errors import MissingInputError, StorageError, printable
 
 MAX_LINE_BYTES = 4 << 20
 _CHUNK = 1 << 16
 _GZIP = b"\x1f\x8b"
-_BOM = b"\xef\xbb\xbf"
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_BOM = "\ufeff"
+_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, as bytes that are no UTF-8 are decoded here
 _WANTED = ("", "name a prompt file, or - for standard input")
 _STDIN = Path("standard input")  # what messages call it
+_TOO_LONG = f"the row is longer than {MAX_LINE_BYTES >> 20} MiB; make it shorter."
 
 
 class Line(NamedTuple):
@@ -40,19 +44,23 @@ class Digest:
 class Lines(Iterator[Line]):
     """The lines of the file at `path`, or of standard input where it is None, each as soon as it is complete.
 
-    Gzip is told by its first bytes. Lines end in LF, CRLF or CR, the last one in any of them or nothing; a byte order
-    mark is left out. A line that is no UTF-8, holds NUL or is longer than MAX_LINE_BYTES has a `problem`. Raises
-    LdmError where the input cannot be read, at once where it is a file that cannot be opened.
+    Gzip is detected from its first bytes. Lines end in LF, CRLF or CR, the last one in any of them or nothing. Byte
+    order marks are left out; one within a line ends it, as files without a last newline that were joined have it, and
+    `joined` is the number of the first such line. In what the expression `quoted` finds, marks are text. A line that
+    is not UTF-8, holds NUL or is longer than MAX_LINE_BYTES has a `problem`. Raises LdmError where the input cannot be
+    read, at once where it is a file that cannot be opened.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, quoted: str = "") -> None:
         self.name = path or _STDIN
+        self.joined = 0
         self._hash = hashlib.sha256()
         self._size = 0
         if path is not None:
             with open_regular(path, _WANTED):
                 pass
-        self._lines = self._decoded(_split(_whole_ends(self._hashed(_chunks(path)))))
+        self._marks = re.compile(f"{quoted}|{_BOM}" if quoted else _BOM)
+        self._lines = self._read(path)
 
     def __iter__(self) -> Iterator[Line]:
         return self._lines
@@ -68,151 +76,110 @@ class Lines(Iterator[Line]):
         """Of the bytes read so far: at the end, of all."""
         return Digest(self._hash.hexdigest(), self._size)
 
-    def _hashed(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            self._hash.update(chunk)
-            self._size += len(chunk)
-            yield chunk
+    def note(self, chunk: bytes) -> None:
+        """Take more bytes into the digest."""
+        self._hash.update(chunk)
+        self._size += len(chunk)
 
-    def _decoded(self, lines: Iterator[bytes | None]) -> Generator[Line]:
-        for number, raw in enumerate(lines, 1):
-            if raw is None:
-                yield Line(number, "", f"the row is longer than {MAX_LINE_BYTES >> 20} MiB; make it shorter.")
-                continue
-            if number == 1:
-                if raw.startswith(_UTF16):
-                    raise bad_file(self.name, "is UTF-16 text", "save it as UTF-8")
-                raw = raw.removeprefix(_BOM)
-            try:
-                text, problem = raw.decode(), ""
-            except UnicodeDecodeError as error:
-                byte = f"byte {raw[error.start]:#04x} at {error.start}"
-                text, problem = raw.decode(errors="replace"), f"the row is not UTF-8 text ({byte}); save it as UTF-8."
-            if b"\0" in raw:
-                problem = problem or "the row holds a NUL character; remove it."
-            yield Line(number, text, problem)
+    def _read(self, path: Path | None) -> Generator[Line]:
+        with _opened(path) as content:
+            noted: Any = _Noted(content, self)
+            text = io.TextIOWrapper(noted, "utf-8", "surrogateescape", newline="")
+            number = 0
+            while line := text.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES and not line.endswith(("\n", "\r")):
+                    yield Line(number, "", _TOO_LONG)
+                    while line and not line.endswith(("\n", "\r")):
+                        line = text.readline(_CHUNK)
+                elif line.isascii() and "\0" not in line:
+                    yield Line(number, line, "")
+                else:
+                    yield from self._examined(number, line)
+
+    def _examined(self, number: int, text: str) -> Iterator[Line]:
+        """The line without byte order marks, which may leave several."""
+        if number == 1 and text.startswith(_UTF16):
+            raise bad_file(self.name, "is UTF-16 text", "save it as UTF-8, or convert it: iconv -f utf-16 -t utf-8")
+        marks = [mark.start() for mark in self._marks.finditer(text) if mark[0] == _BOM] if _BOM in text else []
+        parts = [text[start:end] for start, end in zip([0, *(mark + 1 for mark in marks)], [*marks, None], strict=True)]
+        if sum(bool(part.strip()) for part in parts) > 1:
+            self.joined = self.joined or number
+        for part in filter(None, parts):
+            yield Line(number, *_decoded(part))
 
 
-def digest_of(path: Path, size: int | None = None) -> Digest:
-    """The digest of a prompt file, or of its first `size` bytes (fewer where it is shorter), decompressed."""
-    hashed, left = hashlib.sha256(), size
-    total = 0
-    for chunk in _chunks(path):
-        chunk = chunk[:left]
-        hashed.update(chunk)
-        total += len(chunk)
-        if left is not None:
-            left -= len(chunk)
-            if left == 0:
-                break
-    return Digest(hashed.hexdigest(), total)
+class _Noted(io.BufferedIOBase):
+    """A stream of bytes that tells of each chunk that is read of it."""
+
+    def __init__(self, content: io.BufferedIOBase, lines: Lines) -> None:
+        self._content, self._lines = content, lines
+
+    def readable(self) -> bool:
+        return True
+
+    def read1(self, size: int = -1) -> bytes:
+        chunk = self._content.read1(_CHUNK if size < 0 else size)
+        self._lines.note(chunk)
+        return chunk
+
+
+def joined_hint(line: int) -> str:
+    """The remark on a byte order mark within a line."""
+    return f"line {line} holds a byte order mark, taken as the end of one file and the beginning of the next."
 
 
 def continues(path: Path, before: Digest) -> bool:
     """Whether the file begins with what `before` was taken of, and a line ends there: if so, rows were only added."""
-    if digest_of(path, before.size) != before:
-        return False
-    seen, last = 0, b"\n"
-    for chunk in _chunks(path):
-        end = before.size - seen  # where in this chunk the old content ends
-        if 0 < end <= len(chunk):
-            last = chunk[end - 1 : end]
-        if 0 <= end < len(chunk):
-            return last in b"\r\n" or chunk[end : end + 1] in b"\r\n"
-        seen += len(chunk)
-    return True
+    hashed, left, last = hashlib.sha256(), before.size, b""
+    with _opened(path) as content:
+        while left and (chunk := content.read1(min(left, _CHUNK))):
+            hashed.update(chunk)
+            left -= len(chunk)
+            last = chunk[-1:]
+        same = not left and hashed.hexdigest() == before.sha256
+        return same and (last in b"\r\n" or content.read1(1) in b"\r\n")  # nothing is in it too
 
 
-def _chunks(path: Path | None) -> Iterator[bytes]:
+def _decoded(text: str) -> tuple[str, str]:
+    """The text as it may be passed on, and what is wrong with it."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        raw = text.encode(errors="surrogateescape")
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            byte = f"byte {raw[error.start]:#04x} at {error.start}"
+            cure = "save the file as UTF-8, or convert it: iconv -f cp1252 -t utf-8"
+            return raw.decode(errors="replace"), f"the row is not UTF-8 text ({byte}); {cure}."
+    if len(raw) > MAX_LINE_BYTES:
+        return "", _TOO_LONG
+    return text, "the row holds a NUL character; remove it, or save the file as UTF-8." if "\0" in text else ""
+
+
+@contextlib.contextmanager
+def _opened(path: Path | None) -> Iterator[io.BufferedIOBase]:
     """The bytes, decompressed where they are gzip."""
-    packed = _stdin() if path is None else _file(path)
-    start = b""
-    for chunk in packed:
-        start += chunk
-        if len(start) >= len(_GZIP):
-            break
-    if start.startswith(_GZIP):
-        yield from _unpacked(start, packed, path or _STDIN)
-    elif start:
-        yield start
-        yield from packed
+    name = path or _STDIN
+    with open_regular(path, _WANTED) if path else _standard_input() as raw, contextlib.ExitStack() as stack:
+        content = io.BufferedReader(raw, _CHUNK)
+        stack.callback(content.detach)  # the file is not its own to close
+        try:
+            yield gzip.GzipFile(fileobj=content) if content.peek(2)[:2] in (_GZIP, _GZIP[:1]) else content
+        except EOFError:
+            raise bad_file(name, "is cut off: its gzip data has no end", "get it again") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise bad_file(name, f"is damaged: {error}", "get it again") from None
 
 
-def _file(path: Path) -> Iterator[bytes]:
-    with open_regular(path, _WANTED) as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
-
-
-def _stdin() -> Iterator[bytes]:
+@contextlib.contextmanager
+def _standard_input() -> Iterator[io.FileIO]:
+    """Past Python's buffer, whose lock a thread that waits here would hold when the program ends."""
     if sys.stdin is None:
         raise MissingInputError("standard input is closed; name a prompt file.")
     try:
-        # Past Python's buffer, whose lock a thread that waits here would hold when the program ends.
-        while chunk := os.read(sys.stdin.fileno(), _CHUNK):
-            yield chunk
+        with io.FileIO(sys.stdin.fileno(), closefd=False) as raw:
+            yield raw
     except OSError as error:
         raise StorageError(f"reading standard input failed: {printable(str(error))}.") from None
-
-
-def _unpacked(start: bytes, packed: Iterator[bytes], name: Path) -> Iterator[bytes]:
-    """Gunzip, a chunk at a time. One file may be several gzip streams in a row, with zeros between and behind."""
-    unzip = zlib.decompressobj(31)
-    while True:
-        if unzip.eof and (start := start.lstrip(b"\0")):
-            unzip = zlib.decompressobj(31)
-        data = b""
-        if not unzip.eof:
-            try:
-                data = unzip.decompress(start, _CHUNK)
-            except zlib.error as error:
-                raise _damaged(name, f"is damaged: {error}") from None
-            start = unzip.unused_data if unzip.eof else unzip.unconsumed_tail
-        if data:
-            yield data
-        if start or (len(data) == _CHUNK and not unzip.eof):
-            continue
-        start = next(packed, b"")
-        if not start:
-            break
-    if not unzip.eof:
-        raise _damaged(name, "is cut off: its gzip data has no end")
-
-
-def _damaged(name: Path, cause: str) -> BadDataError:
-    return bad_file(name, cause, "get it again")
-
-
-def _whole_ends(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The chunks cut otherwise, so that none ends between CR and LF."""
-    carried = b""
-    for chunk in chunks:
-        chunk = carried + chunk
-        carried = b"\r" if chunk.endswith(b"\r") else b""
-        if whole := chunk.removesuffix(carried):
-            yield whole
-    if carried:
-        yield carried
-
-
-def _split(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
-    """The lines with their ends; None for one that is too long, as soon as it is."""
-    held, skipping = bytearray(), False
-    for chunk in chunks:
-        for part in chunk.splitlines(keepends=True):
-            ends = part.endswith((b"\n", b"\r"))
-            if skipping:
-                skipping = not ends
-            elif len(held) + len(part) > MAX_LINE_BYTES:
-                yield None
-                held.clear()
-                skipping = not ends
-            elif not ends:
-                held += part
-            elif held:
-                yield bytes(held + part)
-                held.clear()
-            else:
-                yield part
-    if held:
-        yield bytes(held)

@@ -54,7 +54,7 @@ class State(NamedTuple):
     row: int
     number: int | None
     done: bool
-    key: int
+    key: str
     pictures: int  # of the row
 
 
@@ -188,12 +188,12 @@ def _state(line: bytes) -> State | None:
     head = _HEAD.match(line)
     if head and line[-_CHECK_LENGTH:] == _CHECK % zlib.crc32(memoryview(line)[:-_CHECK_LENGTH]):
         row, number, status, key, pictures = head.groups()
-        return State(int(row), int(number), status == b"done", int(key, 16), int(pictures))
+        return State(int(row), int(number), status == b"done", key.decode(), int(pictures))
     record = _parsed(line)
     if record is None:
         return None
-    key, pictures = int(record.get("key", "0"), 16), record.get("pictures", 1)
-    return State(record["row"], record["number"], record["status"] == DONE, key, pictures)
+    done, key, pictures = record["status"] == DONE, record.get("key", ""), record.get("pictures", 0)
+    return State(record["row"], record["number"], done, key, pictures)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -2,28 +2,30 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldmcli.batch.fields import COLUMNS, EXTRAS, IDS, PROMPT, column_name, from_text, near
-from ldmcli.batch.lines import Digest, Line, Lines, continues, digest_of
+from ldmcli.batch.fields import EXTRAS, IDS, PROMPT, as_fields, column_name, field_named, from_text, suspected
+from ldmcli.batch.lines import Digest, Line, Lines, joined_hint
 from ldmcli.batch.tables import Record, delimiter_of, records
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError, UsageError, printable
 
-__all__ = ["FORMATS", "Digest", "RawRow", "RowReader", "continues", "digest_of", "open_rows"]
-
 FORMATS = ("txt", "jsonl", "csv", "tsv")
 _ALIASES = {"ndjson": "jsonl", "tab": "tsv"}
 _LISTED = 20  # columns named in a message
+_SEPARATOR = re.compile(r'"?sep=(.)"?[\s,;]*', re.IGNORECASE | re.DOTALL)  # the first line of a table, to Excel
+_QUOTED = {"txt": "", "jsonl": r'"(?:[^"\\]|\\.)*"?', "csv": '"[^"]*"?', "tsv": '"[^"]*"?'}
+_Column = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class RawRow:
     """One row as it was written. `fields` are by the names of `fields.COLUMNS`, and `extra`, a dict of what else there
-    was; None where the row cannot be read at all, which `problem` then says."""
+    was; None where the row cannot be read at all. `problem` says what is wrong with the row as a whole."""
 
     row: int  # counted from 1, without headers, comments and blank lines
     line: int  # the row's first, counted from 1
@@ -32,13 +34,14 @@ class RawRow:
 
 
 class RowReader(Iterator[RawRow]):
-    """The rows of one input, once, in order. `hints` are remarks on columns that may be misspelt, known after the first
-    row was read."""
+    """The rows of one input, once, in order. `hints` are remarks on what may be meant otherwise than it is read, all
+    known after the last row."""
 
     def __init__(self, lines: Lines, kind: str, prompt_column: str | None) -> None:
         self.name = lines.name
         self.format = kind
         self.hints: list[str] = []
+        self._told: set[str] = set()
         self._lines = lines
         readers: dict[str, Callable[[], Generator[RawRow]]] = {
             "txt": self._text,
@@ -70,7 +73,11 @@ class RowReader(Iterator[RawRow]):
             if (line.problem == "" and not line.text.strip()) or line.text.lstrip().startswith("#"):
                 continue
             row += 1
+            if line.text.startswith("--"):
+                self._hint("options", f"line {line.number} begins with --, and plain text has no options: it is drawn "
+                           "as it stands; JSON lines, CSV and TSV have fields for them.")  # fmt: skip
             yield _bad(row, line) if line.problem else RawRow(row, line.number, {PROMPT: line.text.rstrip("\r\n")})
+        self._note_joined()
 
     def _json(self, prompt_column: str | None) -> Generator[RawRow]:
         """A JSON object a line."""
@@ -83,53 +90,79 @@ class RowReader(Iterator[RawRow]):
                 yield _bad(row, line)
                 continue
             try:
-                fields = _json_fields(line.text, prompt_column)
+                found = _JSON.decode(line.text)
+            except json.JSONDecodeError as error:  # its own text counts lines too, within the row
+                problem = f"{error.msg} at character {error.pos + 1}"
             except (ValueError, RecursionError) as error:
-                yield RawRow(row, line.number, None, f"the row is not valid JSON: {printable(str(error))}.")
+                problem = printable(str(error))
+            else:
+                yield _json_row(row, line.number, found, prompt_column)
                 continue
-            yield (
-                RawRow(row, line.number, fields)
-                if fields is not None
-                else RawRow(row, line.number, None, 'the row is not a JSON object; write {"prompt": "…"}.')
-            )
+            yield RawRow(row, line.number, None, f"the row is not valid JSON: {problem}.")
+        self._note_joined()
 
     def _table(self, prompt_column: str | None) -> Generator[RawRow]:
         """A header, then a row a record."""
-        header = next((line for line in self._lines if line.problem or line.text.strip()), None)
+        filled = (line for line in self._lines if line.problem or line.text.strip())
+        header = next(filled, None)
+        delimiter = "\t" if self.format == "tsv" else ""
+        if header and (told := _SEPARATOR.fullmatch(header.text)):
+            delimiter, header = told[1], next(filled, None)
         if header is None:
             return
-        delimiter = "\t" if self.format == "tsv" else delimiter_of(header.text)
+        delimiter = delimiter or delimiter_of(header.text, prompt_column or PROMPT)
         table = records(header, self._lines, delimiter)
-        columns = self._columns(next(table), prompt_column)
-        for row, record in enumerate((record for record in table if not record.blank), 1):
+        first = next(table)
+        columns = self._columns(first, prompt_column)
+        row = 0
+        for record in table:
+            if record.blank:
+                continue
+            if record.cells == first.cells:
+                self._hint("header", f"line {record.line} repeats the header and is passed over.")
+                continue
+            row += 1
             if record.problem:
                 yield RawRow(row, record.line, None, record.problem)
             elif len(record.cells) != len(columns):
                 have = f"{len(record.cells)} field{'s' if len(record.cells) != 1 else ''}"
                 yield RawRow(row, record.line, None, f"the row has {have}, but the header has {len(columns)}.")
             else:
-                yield RawRow(row, record.line, _table_fields(columns, record.cells))
+                yield _table_row(row, record, columns, decimal_comma=delimiter != ",")
+        self._note_joined()
 
-    def _columns(self, header: Record, prompt_column: str | None) -> list[tuple[str, bool]]:
-        """For each column the name of its field, and whether it is one. Raises BadDataError where the header cannot be
-        meant, UsageError where it has not the column asked for."""
+    def _columns(self, header: Record, prompt_column: str | None) -> list[_Column]:
+        """For each column the field, or "", and its title. Raises BadDataError where the header cannot be meant,
+        UsageError where it has not the column asked for."""
         where = f"{shown(self.name)}, line {header.line}"
         if header.problem:
             raise BadDataError(f"{where}: {header.problem}")
         titles = [cell.strip() for cell in header.cells]
         prompt = _prompt_index(titles, prompt_column, where)
-        columns = []
+        columns: list[_Column] = []
         for i, title in enumerate(titles):
-            name = column_name(title)
-            known = i == prompt or (name in COLUMNS and name != PROMPT)
-            columns.append((PROMPT if i == prompt else name if known else title or f"column {i + 1}", known))
-            if not known and (advice := near(title, COLUMNS)):
+            field = PROMPT if i == prompt else field_named(title)
+            if i != prompt and field in (PROMPT, *EXTRAS):
+                field = ""
+            columns.append((field, title or f"column {i + 1}"))
+            if not field and (advice := suspected(title)):
                 self.hints.append(f"column {printable(repr(title))} is no field of a request; {advice}")
-        if (IDS[0], True) in columns:
-            columns = [(name, known and name != IDS[1]) for name, known in columns]  # two ids: one is kept as it is
-        if twice := [name for i, (name, known) in enumerate(columns) if (name, known) in columns[:i]]:
+        if any(field == IDS[0] for field, _ in columns):
+            columns = [("" if field == IDS[1] else field, title) for field, title in columns]  # one is kept as it is
+        names = [column_name(title) if field else title for field, title in columns]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise BadDataError(f"{where}: the header has column {printable(repr(twice[0]))} twice; rename one.")
         return columns
+
+    def _note_joined(self) -> None:
+        if self._lines.joined:
+            self._hint("joined", joined_hint(self._lines.joined))
+
+    def _hint(self, kind: str, sentence: str) -> None:
+        """Keep the remark, the first of its kind."""
+        if kind not in self._told:
+            self._told.add(kind)
+            self.hints.append(sentence)
 
 
 def open_rows(path: Path | None, *, format: str | None = None, prompt_column: str | None = None) -> RowReader:
@@ -144,7 +177,7 @@ def open_rows(path: Path | None, *, format: str | None = None, prompt_column: st
         raise UsageError(f"format {printable(repr(format))} is not known; choose from {', '.join(FORMATS)}.")
     if prompt_column is not None and kind == "txt":
         raise UsageError("plain text has no columns; leave out --prompt-column, or give --format.")
-    return RowReader(Lines(path), kind, prompt_column)
+    return RowReader(Lines(path, _QUOTED[kind]), kind, prompt_column)
 
 
 def _format_of(path: Path | None) -> str:
@@ -163,14 +196,11 @@ def _bad(row: int, line: Line) -> RawRow:
     return RawRow(row, line.number, None, line.problem)
 
 
-def _json_fields(text: str, prompt_column: str | None) -> dict[str, Any] | None:
-    """The fields of a JSON object, null ones left out; None where it is something else. Raises ValueError."""
-    try:
-        found = _JSON.decode(text)
-    except json.JSONDecodeError as error:  # its own text counts lines too, within the row
-        raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
+def _json_row(row: int, line: int, found: Any, prompt_column: str | None) -> RawRow:
+    """The row of a JSON value; null fields are left out."""
     if not isinstance(found, dict):
-        return None
+        cure = "write one object a line (jq -c '.[]' FILE)" if isinstance(found, list) else 'write {"prompt": "…"}'
+        return RawRow(row, line, None, f"the row is not a JSON object; {cure}.")
     if prompt_column is not None and prompt_column != PROMPT:
         shadowed = found.pop(PROMPT, None)
         found[PROMPT] = found.pop(prompt_column, None)
@@ -178,7 +208,10 @@ def _json_fields(text: str, prompt_column: str | None) -> dict[str, Any] | None:
             found.setdefault(EXTRAS[0], {})
             if isinstance(found[EXTRAS[0]], dict):
                 found[EXTRAS[0]].setdefault(PROMPT, shadowed)
-    return {name: value for name, value in found.items() if value is not None}
+    fields, problem = as_fields(
+        (field_named(title) or title, title, value) for title, value in found.items() if value is not None
+    )
+    return RawRow(row, line, fields, problem)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,18 +227,19 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_once)  # one: to make it costs more than to read a row
 
 
-def _table_fields(columns: list[tuple[str, bool]], cells: list[str]) -> dict[str, Any]:
-    """The fields of a record; an empty cell says nothing, save that a prompt is empty."""
-    fields: dict[str, Any] = {}
+def _table_row(row: int, record: Record, columns: list[_Column], *, decimal_comma: bool) -> RawRow:
+    """The row of a record; an empty cell says nothing, save that a prompt is empty."""
     extra: dict[str, str] = {}
-    for (name, known), cell in zip(columns, cells, strict=True):
-        if not known:
-            extra[name] = cell
-        elif name == PROMPT or cell.strip():
-            fields[name] = from_text(name, cell)
+    given = []
+    for (field, title), cell in zip(columns, record.cells, strict=True):
+        if not field:
+            extra[title] = cell
+        elif field == PROMPT or cell.strip():
+            given.append((field, title, from_text(field, cell, decimal_comma=decimal_comma)))
+    fields, problem = as_fields(given)
     if extra:
         fields[EXTRAS[0]] = extra
-    return fields
+    return RawRow(row, record.line, fields, problem)
 
 
 def _prompt_index(titles: list[str], prompt_column: str | None, where: str) -> int:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ldmcli.batch.fields import EXTRAS, IDS, OWN, PROMPT, REQUEST_FIELDS, normal, problem_of, unknown
+from ldmcli.batch.fields import EXTRAS, IDS, OWN, PROMPT, REQUEST_FIELDS, problem_of, unknown
 from ldmcli.batch.items import BadRow
 from ldmcli.batch.reading import RawRow
 from ldmcli.batch.settings import MAX_PROBLEMS, Variants
@@ -27,7 +27,7 @@ class Row:
 
     def __init__(self, raw: RawRow, count: int) -> None:
         self.raw = raw
-        self.problems: list[str] = [] if raw.fields is not None else [raw.problem]
+        self.problems: list[str] = [raw.problem] if raw.problem else []
         fields = dict(raw.fields or {})
         self.given = frozenset(fields)
         self.extra = self._extra(fields)
@@ -40,7 +40,7 @@ class Row:
         unknown_names = []
         for name, value in fields.items():
             if name in _FIELDS:
-                self._take(name, normal(name, value))
+                self._take(name, value)
             else:
                 unknown_names.append(name)
         self.problems += map(unknown, unknown_names[:MAX_PROBLEMS])

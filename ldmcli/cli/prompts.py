@@ -1,19 +1,19 @@
 """Prompts from arguments and from standard input, one at a time."""
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 
 from ldmcli.errors import BadDataError
-from ldmcli.spec import MAX_PROMPT_BYTES
 
 STDIN = "-"
+_log = logging.getLogger(__name__)
 
 
 def read_prompts(arguments: Sequence[str]) -> Iterator[str]:
     """The prompts in order; `-` stands for the lines of standard input, each yielded as soon as it is read.
 
-    Lines may end in CRLF or lack an end; blank ones are skipped, and a byte order mark is. Raises BadDataError naming
-    the line that is no UTF-8, holds a NUL or is longer than any prompt may be.
+    Lines are read as those of a prompt file: in any ending, maybe gzip, without byte order marks; blank ones are
+    skipped. Raises BadDataError naming the line that is not UTF-8, holds a NUL or is too long.
     """
     for argument in arguments:
         if argument == STDIN:
@@ -23,18 +23,13 @@ def read_prompts(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _lines() -> Iterator[str]:
-    number = 0
-    while line := sys.stdin.buffer.readline(MAX_PROMPT_BYTES + 2):
-        number += 1
-        if len(line.rstrip(b"\r\n")) > MAX_PROMPT_BYTES:
-            raise BadDataError(f"standard input, line {number}: longer than {MAX_PROMPT_BYTES} bytes.")
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise BadDataError(
-                f"standard input, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start})."
-            ) from None
-        if "\0" in text:
-            raise BadDataError(f"standard input, line {number}: holds a NUL character.")
-        if text.strip():
-            yield text.rstrip("\r\n")
+    from ldmcli.batch.lines import Lines, joined_hint
+
+    lines = Lines(None)
+    for line in lines:
+        if line.problem:
+            raise BadDataError(f"standard input, line {line.number}: {line.problem}")
+        if line.text.strip():
+            yield line.text.rstrip("\r\n")
+    if lines.joined:
+        _log.warning("%s", joined_hint(lines.joined))

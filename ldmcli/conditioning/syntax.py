@@ -3,10 +3,10 @@ r"""The weighted prompt syntax of AUTOMATIC1111's web UI: text in, pieces with a
     (word) = 1.1 · ((word)) = 1.21 · [word] = 1 / 1.1 · (word:1.3) · \( \) \[ \] \\ literally · BREAK: a new chunk
 
 As there, brackets left open reach to the end, closing ones too many are text, a lone backslash vanishes, round and
-square brackets may overlap, and any weight goes, 0 and negative ones too. Not as there: a weight that is no number or
-not finite is an error instead of a crash or a black picture, brackets nest no deeper than 64, and BREAK works within
-brackets (there it becomes the word "break" with a negative weight). Source: AUTOMATIC1111 wiki, "Features",
-sections Attention/emphasis and BREAK.
+square brackets may overlap, blanks around a weight mean nothing, and any weight goes, 0 and negative ones too. Not as
+there: a weight that is no number or not finite is an error instead of a crash or a black picture, brackets nest no
+deeper than 64, and BREAK works within brackets (there it becomes the word "break" with a negative weight). Source:
+AUTOMATIC1111 wiki, "Features", sections Attention/emphasis and BREAK.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ldmcli.errors import UsageError, printable
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 _MAX_DEPTH = 64  # what a weight costs to compute; 64 round brackets already multiply by 446
 _MARK = re.compile(
-    r"\\(?P<escaped>[()\[\]\\]?) | (?P<open>[(\[]) | :(?P<weight>[+-]?[.\d]+)\) | (?P<close>[)\]])", re.VERBOSE
+    r"\\(?P<escaped>[()\[\]\\]?) | (?P<open>[(\[]) | :\s*(?P<weight>[+-]?[.\d]+)\s*\) | (?P<close>[)\]])", re.VERBOSE
 )
 # No whitespace around it in the expression: a search that retries within a megabyte of spaces is quadratic.
 _BREAK = re.compile(r"\bBREAK\b")
