@@ -19,7 +19,7 @@ from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetCo
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 SD15 = ModelConfig("sd1", UNetConfig(), VAEConfig(), (TextEncoderConfig(),), ScheduleConfig())
 
 

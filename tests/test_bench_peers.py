@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 from bench import __main__ as make_bench
 from bench import (
     card_check,
-    contenders,
     gpu,
     measuring,
     ours,
     parity,
     peer_diffusers,
+    peer_openvino,
     processes,
     random_weights,
     report,
@@ -41,7 +42,7 @@ from ldmcli.checkpoints.source import open_model
 from ldmcli.conditioning.chunks import tokenize
 from ldmcli.errors import UsageError
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 JOB = Job("ldm", "models/some", width=64, height=64, guidance_scale=7.5, steps=3, device="cpu", dtype="fp32", threads=1)
 FACTS = {"device": "cpu", "dtype": "bf16", "bf16_native": True}
 
@@ -293,48 +294,6 @@ def test_beside_diffusers_and_itself(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert text.index("image: warm") < text.index("step: one") < text.index("profile: ") < text.index("parity: ")
 
 
-# What is asked of OpenVINO, played by torch: a network is kept whole, and called as it is.
-PLAYED = """
-import pickle, torch
-__version__ = "played"
-def convert_model(module, example_input, input):
-    assert [tuple(i.shape) for i in example_input][0][0] == input[0][0]
-    return module
-def save_model(module, path, compress_to_fp16):
-    torch.save(module.network, str(path) + ".network")
-    name = path.stem
-    open(path, "w").write(name)
-class Core:
-    def compile_model(self, path, device, options):
-        assert options["INFERENCE_PRECISION_HINT"] == "f32"
-        network = torch.load(str(path) + ".network", weights_only=False)
-        calls = {
-            "text": lambda ids: network(ids)[0],
-            "unet": lambda *inputs: network(*inputs).sample,
-            "vae": lambda latents: network.decode(latents / network.config.scaling_factor).sample,
-        }
-        def run(inputs):
-            with torch.no_grad():
-                return [calls[path.stem](*map(torch.as_tensor, inputs)).numpy()]
-        return run
-"""
-
-
-@pytest.mark.usefixtures("no_floor")
-def test_openvino_draws_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "openvino.py").write_text(PLAYED)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda _: True)
-    peer = dataclasses.replace(CONTENDERS["openvino"], dtype="fp32", packages=())
-    given = {"steps": 2, "threads": 1, "device": "cpu", "dtype": "fp32"}
-    found = measuring.measure(Plan(make_bench.parser().get_default("model"), (peer,), given, ("cold", "step"), 1))
-    record = found["contenders"]["openvino"]
-    assert record["failure"] is None
-    assert record["parity"]["latents"] < 1e-4
-    assert record["parity"]["max_level"] <= 1
-    assert {"text", "denoise", "vae", "png"} <= set(record["phases"][0])
-
-
 # ---- random weights ----
 
 SMALL_PARTS = {"block_out_channels": (32, 32, 64, 64)}
@@ -377,6 +336,44 @@ def test_diffusers_reads_and_draws_the_same(family: str, tmp_path: Path, one_thr
     assert found["max_level"] <= 1
     assert greetings[0]["tokens"] == greetings[1]["tokens"]
     assert greetings[0]["fitted"] == {"width": 64, "height": 64, "guidance_scale": 7.5}
+
+
+# What is asked of OpenVINO, played by torch: a network is kept whole, and called as it is.
+PLAYED = """
+import torch
+__version__ = "played"
+networks = {}
+def convert_model(module, example_input, input):
+    assert [len(i.shape) for i in example_input] == [len(shape) for shape in input]
+    return module
+def save_model(module, path, compress_to_fp16):
+    networks[path] = module
+class Core:
+    def compile_model(self, path, device, options):
+        assert options["INFERENCE_PRECISION_HINT"] == "f32"
+        return lambda inputs: [networks[path](*map(torch.as_tensor, inputs)).detach().numpy()]
+"""
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21"])
+def test_openvino_draws_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    module = types.ModuleType("openvino")
+    exec(PLAYED, vars(module))
+    monkeypatch.setitem(sys.modules, "openvino", module)
+    folder = random_weights.write_recipe(small(family), tmp_path / "model")
+    job = dataclasses.replace(JOB, model=str(folder), prepared=str(tmp_path))
+    peer_openvino.prepare(job)
+    own, other = ours.Ours(job), peer_openvino.OpenVINO(job)
+    for name, contender in (("ours", own), ("theirs", other)):
+        contender.compare(3, str(tmp_path / f"{name}.npz"))
+    found = parity.compare(tmp_path / "ours.npz", tmp_path / "theirs.npz", "fp32")
+    assert found["latents"] < 1e-4
+    assert found["max_level"] <= 1
+    assert other.greet()["tokens"] == own.greet()["tokens"]
+    assert len(other.draw(3, prompt="whatever")["steps"]) == 2
+    assert set(peer_openvino.cold(job, str(tmp_path / "p.png"))["phases"]) >= {"text", "denoise", "vae", "png"}
 
 
 def test_weights_keep_signals_of_size_one(tmp_path: Path) -> None:
@@ -429,6 +426,14 @@ def test_a_target_is_met_or_missed(target: Target, ours: Any, other: Any, seen: 
     assert "| t | " in to_markdown({"p": found}, [target])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_target_is_of_something_that_is_measured() -> None:
     for target in TARGETS:
         words = gpu.PARTS[target.part].words
@@ -459,7 +464,7 @@ def test_a_part_that_fails_does_not_stop_the_others(
         "compile": "import time; time.sleep(1000)",
     }
     monkeypatch.setattr(gpu, "commands", lambda name, *_: [[sys.executable, "-c", code[name]]])
-    assert gpu.main(["--out", str(tmp_path), "--parts", "compile sd15 cold", "--limit", "3"]) == 1
+    assert gpu.main(["--out", str(tmp_path), "--parts", "compile sd15 cold", "--limit", "3", "--device", "cpu"]) == 1
     text = capsys.readouterr().out
     assert text == (tmp_path / "summary.md").read_text()
     assert "| sd15 | ok |" in text

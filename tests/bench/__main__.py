@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LdmError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     if o.json is not None:
         o.json.write_text(json.dumps(results) + "\n")
     print(to_markdown(results))

@@ -217,7 +217,7 @@ class Card:
                 if p.ndim == 1 and name.endswith("weight"):
                     p.add_(1)
         unet = unet.requires_grad_(False).eval().to(self.half).to(dtype).to(memory_format=layout)
-        return (fuse(unet) or unet) if fused else unet
+        return fuse(unet) if fused else unet
 
     def step_of(
         self, unet: Any, batch: int = 1, layout: torch.memory_format = NHWC, call: Any = None

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from bench.processes import environment, python
 from bench.targets import to_markdown
 
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = o.parts.split() or list(PARTS)
     if unknown := [name for name in wanted if name not in PARTS]:
         parser.error(f"part {unknown[0]} is not known; choose from {', '.join(PARTS)}")
+    if o.device != "cpu" and not torch.cuda.is_available():
+        parser.error("there is no NVIDIA GPU to be had here; --device cpu tries the parts without one")
     out, scratch = o.out.absolute(), (o.scratch or o.out / "scratch").absolute()
     out.mkdir(parents=True, exist_ok=True)
     scratch.mkdir(parents=True, exist_ok=True)
