@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ldmcli.checkpoints import identity
-from ldmcli.checkpoints.identity import FileHashes, model_sha256, part_sha256
+from ldmcli.checkpoints.identity import FileHashes, model_sha256
 from ldmcli.checkpoints.source import open_model
 from ldmcli.disk.cache import EntryStore, cache_folder, hash_store
 from ldmcli.errors import LdmError, MissingInputError
@@ -365,34 +365,6 @@ def test_only_a_hash_is_taken_for_one(weights: Path, tmp_path: Path, told: Any) 
     assert remembering(tmp_path).remembered(weights) is None
 
 
-def test_a_hash_asked_for_twice_at_once_is_computed_once(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest = hashlib.file_digest
-    started, go = threading.Event(), threading.Event()
-    calls = []
-
-    def slow(file: Any, kind: str) -> Any:
-        calls.append(file)
-        started.set()
-        go.wait()
-        return digest(file, kind)
-
-    monkeypatch.setattr(hashlib, "file_digest", slow)
-    hashes = FileHashes()
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(hashes.sha256(weights))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    started.wait()
-    go.set()
-    for thread in threads:
-        thread.join()
-    assert found == [hashlib.sha256(b"abc").hexdigest()] * 3
-    assert len(calls) == 1
-    assert hashes.remembered(weights) == found[0]
-
-
 def test_a_failed_hash_is_tried_again(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = FileHashes()
     with monkeypatch.context() as broken:
@@ -422,15 +394,10 @@ def test_a_folders_identity_is_the_same_with_and_without_memory(
     source = open_model(copied_model)
     expected = expected_sha256(copied_model, "text_encoder", "unet", "vae")
     assert model_sha256(source).result() == expected
-    first = part_sha256(source, "text_encoder", remembering(tmp_path))
-    assert first.result() == expected_sha256(copied_model, "text_encoder")
     assert model_sha256(source, remembering(tmp_path)).result() == expected
     # The second time nothing is read.
     monkeypatch.setattr(hashlib, "file_digest", None)
     assert model_sha256(source, remembering(tmp_path)).result() == expected
-    again = part_sha256(source, "text_encoder", remembering(tmp_path))
-    assert again.done()
-    assert again.result() == first.result()
 
 
 def test_hashing_leaves_the_processor_to_others(copied_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,7 +419,6 @@ def test_a_single_files_identity_is_the_files(model_file: Path, tmp_path: Path) 
     expected = hashlib.sha256(model_file.read_bytes()).hexdigest()
     hashes = remembering(tmp_path)
     assert model_sha256(source, hashes).result() == expected
-    assert part_sha256(source, "text_encoder", hashes).result() == expected
 
 
 def test_what_fails_in_the_thread_is_told_by_the_future(copied_model: Path) -> None:
