@@ -51,7 +51,7 @@ def _embedded() -> Iterator[ShelfModel]:
 
 def _on_shelves() -> Iterator[ShelfModel]:
     """What is in weights/: folders with an index, and weight files."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for shelf in (Path("weights"), package.parent / "weights", package / "weights"):
         for path in _entries(shelf):
             if path.name.endswith(_WEIGHTS) or (path / INDEX).is_file():
