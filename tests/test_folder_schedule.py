@@ -49,7 +49,7 @@ def test_the_sampler_a_folder_names_is_its_own(
 ) -> None:
     found = read(tmp_path, kind, said, reads_guidance=reads_guidance)
     assert found.defaults == defaults
-    assert any("looks distilled" in note for note in found.notes) == (defaults.steps == 4 and defaults.sampler != "lcm")
+    assert ("looks distilled" in found.guess) == (defaults.steps == 4 and defaults.sampler != "lcm")
     assert any("is not here; dpmpp-2m is used" in note for note in found.notes) == ("Single" in kind)
 
 
@@ -143,6 +143,8 @@ def test_a_guess_and_a_stand_in_are_said(tmp_path: Path) -> None:
     folder = reconfigured(tmp_path / "m", "scheduler", _class_name="EulerDiscreteScheduler", **TURBO, **SD)
     drawn = ldm("txt2img", "x", "-m", folder, "-o", tmp_path / "x.png")
     assert drawn.err.count("looks distilled to few steps") == 1
+    (folder / "generation_config.json").write_text('{"guidance_scale": 0.0, "num_inference_steps": 1}')
+    assert "looks distilled" not in ldm("txt2img", "x", "-m", folder, "-o", tmp_path / "z.png").err
     folder = reconfigured(tmp_path / "n", "scheduler", _class_name="KDPM2DiscreteScheduler", **SD)
     drawn = ldm("txt2img", "x", "-m", folder, "--steps", "2", "-o", tmp_path / "y.png")
     assert "made for KDPM2DiscreteScheduler, which is not here; heun is used in its place" in drawn.err

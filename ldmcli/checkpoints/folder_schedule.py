@@ -112,10 +112,12 @@ _CLIPS = (
 
 @dataclasses.dataclass(frozen=True)
 class FolderSchedule:
-    """What a folder's scheduler says: the noise schedule, how the model is drawn with, and what a user should know."""
+    """What a folder's scheduler says: the noise schedule, how the model is drawn with, with a sentence where that is a
+    guess, and what a user should know."""
 
     schedule: ScheduleConfig
     defaults: Defaults
+    guess: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -146,11 +148,11 @@ def folder_schedule(
         schedule = dataclasses.replace(schedule, refused=_cannot(fields, "timestep_spacing", "linspace", sampler))
     variants = tuple((name, _as_read_by(name, path, others)) for name in SAMPLERS if name != sampler)
     defaults, guess = _defaults(kind, said, dataclasses.replace(usual, sampler=sampler), reads_guidance=reads_guidance)
-    notes = [guess] if guess else []
+    notes = []
     if kind not in _SAMPLER_OF and "_class_name" in said:
         shown = printable(kind, 100)
         notes.append(f"the model is made for {shown}, which is not here; {sampler} is used in its place.")
-    return FolderSchedule(dataclasses.replace(schedule, variants=variants), defaults, tuple(notes))
+    return FolderSchedule(dataclasses.replace(schedule, variants=variants), defaults, guess, tuple(notes))
 
 
 def _defaults(kind: str, said: Mapping[str, Any], usual: Defaults, *, reads_guidance: bool) -> tuple[Defaults, str]:

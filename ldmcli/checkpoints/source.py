@@ -221,7 +221,7 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
         schedule=found.schedule,
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
         defaults=defaults,
-        notes=found.notes,
+        notes=(found.guess, *found.notes) if found.guess and not (path / GENERATION).exists() else found.notes,
     )
 
 
