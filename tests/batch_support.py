@@ -1,6 +1,5 @@
 """What the tests of batch runs share: items and a setup for the small random model, and what a run left on disk."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,13 @@ from cli_support import pixels, tiny_model
 
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import read_manifests
-from ldmcli.spec import GenerationRequest
-
-OPTIONS: dict[str, Any] = {
-    "model": None, "vae": None, "refiner": None, "refiner_start": None, "prediction_type": None,
-    "allow_pickle": False, "dtype": "fp32", "device": "cpu", "attention": "auto", "vae_tiling": False,
-    "kernels": "auto", "no_cuda_graph": False, "compile": False, "low_vram": False,
-    "threads": None, "no_cache": True,
-}  # fmt: skip
-
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 
 def setup_in(folder: Path, **fields: Any) -> Setup:
-    """A run of the small random model in `folder`; `fields` are a Setup's or options."""
-    own = {field.name for field in dataclasses.fields(Setup)}
-    options = OPTIONS | {"model": str(tiny_model())} | {k: v for k, v in fields.items() if k not in own}
-    return Setup(folder, options, **{k: v for k, v in fields.items() if k in own})
+    """A run of the small random model in `folder`; `fields` are those of a Setup or of a RuntimeSpec."""
+    model = ModelSpec(str(fields.pop("model", tiny_model())))
+    own = {name: fields.pop(name) for name in ("batch_size", "metadata") if name in fields}
+    return Setup(folder, model, RuntimeSpec(**({"device": "cpu", "dtype": "fp32", "cache": False} | fields)), **own)
 
 
 def item(number: int, prompt: str | None = None, **fields: Any) -> Item:

@@ -1,6 +1,5 @@
 """Fixtures that several test files share. Nothing heavy is imported before a test asks for it."""
 
-import dataclasses
 import gc
 import logging
 import signal
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from ldmcli import Session
     from ldmcli.pipeline import Pipeline
 
 
@@ -125,14 +125,26 @@ def embedded_diffusers(embedded_folder: Path, one_thread: None) -> Any:
     return pipeline.to("cpu", torch.float32)
 
 
+def open_session(path: Path | None, **settings: Any) -> "Session":
+    """A session with a model on disk, on the CPU in float32 and one thread unless the `settings` say otherwise: fields
+    of a ModelSpec or a RuntimeSpec."""
+    from ldmcli import ModelSpec, RuntimeSpec, Session
+
+    model = {name: settings.pop(name) for name in ("vae", "refiner", "prediction_type") if name in settings}
+    runtime: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "threads": 1, "cache": False}
+    return Session(ModelSpec(path and str(path), **model), RuntimeSpec(**(runtime | settings)))
+
+
+def loaded(session: "Session") -> "Pipeline":
+    """The pipeline in a session."""
+    session.load()
+    assert session._drawer is not None
+    return session._drawer.pipeline
+
+
 def load(path: Path, dtype: str = "fp32", attention: str = "auto") -> "Pipeline":
     """This program's pipeline of a model on disk, on the CPU."""
-    from ldmcli.checkpoints.source import open_model
-    from ldmcli.pipeline import load_pipeline
-    from ldmcli.speed.policy import choose_runtime
-
-    runtime = choose_runtime("cpu", dtype, attention)
-    return load_pipeline(dataclasses.replace(open_model(path), half=runtime.half), runtime)
+    return loaded(open_session(path, dtype=dtype, attention=attention))
 
 
 @pytest.fixture(scope="session")

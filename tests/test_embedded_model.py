@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from oracle.comparing import pictures_of
 
 from ldmcli.pipeline import Pipeline
 from ldmcli.spec import GenerationRequest
@@ -30,7 +31,7 @@ def draw(embedded_pipeline: Pipeline) -> Draw:
 
     def drawn(*prompts: str, first_seed: int = 500, **settings: object) -> np.ndarray:
         requests = [GenerationRequest(text, seed=first_seed + i, **settings) for i, text in enumerate(prompts)]
-        return np.stack(list(embedded_pipeline.draw(requests)))
+        return pictures_of(embedded_pipeline, requests)
 
     return drawn
 

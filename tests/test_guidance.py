@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldmcli.config import ScheduleConfig
 from ldmcli.sampling.denoiser import Model
-from ldmcli.sampling.guidance import guided, rescaled
+from ldmcli.sampling.guidance import guided, in_interval, rescaled, within
 from ldmcli.sampling.schedule import Schedule, Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,8 +46,8 @@ def test_guidance(scale: float) -> None:
     torch.testing.assert_close(guided(model, scale)(latents, STEP), expected)
 
 
-@pytest.mark.parametrize("off", [{}, {"rescale": 0.0}, {"interval": None}, {"unguided": halves}])
-def test_what_is_off_changes_no_bit(off: dict) -> None:
+@pytest.mark.parametrize("off", [{}, {"rescale": 0.0}])
+def test_what_is_off_changes_no_bit(off: dict[str, float]) -> None:
     latents = batch()
     negative, positive = halves(torch.cat([latents, latents]), STEP).chunk(2)
     assert torch.equal(guided(halves, 7.5, **off)(latents, STEP), negative + 7.5 * (positive - negative))
@@ -55,7 +55,7 @@ def test_what_is_off_changes_no_bit(off: dict) -> None:
 
 def test_an_interval_of_all_levels_changes_no_bit() -> None:
     sizes: list[int] = []
-    everywhere = guided(halves, 5.0, interval=(0.0, float("inf")), unguided=counting(halves, sizes))
+    everywhere = in_interval((0.0, float("inf")), guided(halves, 5.0), counting(halves, sizes))
     for step in STEPS:
         assert torch.equal(everywhere(batch(), step), guided(halves, 5.0)(batch(), step))
     assert not sizes
@@ -94,7 +94,7 @@ def test_guidance_in_an_interval_runs_half_the_batch_elsewhere() -> None:
     guided_sizes: list[int] = []
     plain_sizes: list[int] = []
     plain = counting(lambda latents, _step: 0.5 * latents, plain_sizes)
-    model = guided(counting(halves, guided_sizes), 7.5, interval=(0.3, 5.0), unguided=plain)
+    model = in_interval((0.3, 5.0), guided(counting(halves, guided_sizes), 7.5), plain)
     for step in STEPS:
         wanted = guided(halves, 7.5)(batch(), step) if 0.3 < step.sigma <= 5.0 else 0.5 * batch()
         assert torch.equal(model(batch(), step), wanted)
@@ -107,15 +107,10 @@ def test_guidance_in_an_interval_runs_half_the_batch_elsewhere() -> None:
 def test_the_ends_of_the_interval() -> None:
     """Above the lower end, up to the upper one (Kynkäänniemi et al. 2024, equation 5)."""
     for interval, inside in (((STEP.sigma, 9.0), False), ((0.0, STEP.sigma), True)):
-        model = guided(halves, 7.5, interval=interval, unguided=lambda latents, _step: 0 * latents)
-        assert bool(model(batch(), STEP).any()) == inside
+        model = in_interval(interval, guided(halves, 7.5), lambda latents, _step: 0 * latents)
+        assert bool(model(batch(), STEP).any()) == inside == within(interval, STEP)
 
 
 def test_pure_noise_is_outside_every_bounded_interval() -> None:
-    model = guided(halves, 7.5, interval=(0.0, 1e9), unguided=lambda latents, _step: 0 * latents)
-    assert not model(batch(), Step(0, 999, 0.0, 0.1)).any()
-
-
-def test_an_interval_needs_a_model_for_the_rest() -> None:
-    with pytest.raises(ValueError, match="outside"):
-        guided(halves, 7.5, interval=(0.3, 5.0))
+    assert not within((0.0, 1e9), Step.ddpm(0, 999, 0.0, 0.1))
+    assert within((0.0, float("inf")), Step.ddpm(0, 999, 0.0, 0.1))

@@ -33,29 +33,35 @@ DETERMINISTIC = [name for name in ROWS if name not in NOISY]
 ENDS_IN_SIGMA = [name for name, row in ROWS.items() if row.grid in ("euler", "dpm")]
 
 
-def variance(alpha_cumprod: float) -> float:
-    return alpha_cumprod * DEVIATION**2 + 1 - alpha_cumprod
+def deviation(signal: float, spread: float) -> float:
+    return math.hypot(signal * DEVIATION, spread)
 
 
 def exact_noise(latents: Tensor, step: Step) -> Tensor:
-    alpha = step.signal**2
-    return math.sqrt(1 - alpha) * (latents - math.sqrt(alpha) * MEAN) / variance(alpha)
+    return step.spread * standard_scores(latents, step) / deviation(step.signal, step.spread)
 
 
 def exact_velocity(latents: Tensor, step: Step) -> Tensor:
     """v = √ᾱ · ε − √(1−ᾱ) · x₀; defined at ᾱ = 0 too, where x₀ is best guessed as the mean."""
-    alpha = step.signal**2
-    image = MEAN + math.sqrt(alpha) * DEVIATION**2 * (latents - math.sqrt(alpha) * MEAN) / variance(alpha)
-    return math.sqrt(alpha) * exact_noise(latents, step) - math.sqrt(1 - alpha) * image
+    signal, spread = step.signal, step.spread
+    image = MEAN + signal * DEVIATION**2 * standard_scores(latents, step) / deviation(signal, spread)
+    return signal * exact_noise(latents, step) - spread * image
 
 
-def at_level(scores: Tensor, alpha_cumprod: float) -> Tensor:
-    """Latents of these standard scores."""
-    return math.sqrt(alpha_cumprod) * MEAN + math.sqrt(variance(alpha_cumprod)) * scores
+def at_level(scores: Tensor, step: Step) -> Tensor:
+    """Latents of these standard scores, where the step starts."""
+    return step.signal * MEAN + deviation(step.signal, step.spread) * scores
 
 
-def standard_scores(latents: Tensor, alpha_cumprod: float) -> Tensor:
-    return (latents - math.sqrt(alpha_cumprod) * MEAN) / math.sqrt(variance(alpha_cumprod))
+def standard_scores(latents: Tensor, step: Step) -> Tensor:
+    """Of latents where the step starts."""
+    return (latents - step.signal * MEAN) / deviation(step.signal, step.spread)
+
+
+def scores_after(latents: Tensor, step: Step) -> Tensor:
+    """Of latents where the step leads."""
+    signal, spread = step.previous_signal, step.previous_spread
+    return (latents - signal * MEAN) / deviation(signal, spread)
 
 
 def no_noise() -> Tensor:
@@ -79,10 +85,10 @@ def run(
 ) -> Tensor:
     """The standard scores in which the sampler ends, having started from `scores`: the same, were it exact."""
     steps = schedule.steps(count, sampler, spacing)
-    latents = at_level(scores, steps[0].signal ** 2)
+    latents = at_level(scores, steps[0])
     denoise = predicting(model, schedule.config.prediction_type)
     *_, latents = SAMPLERS[sampler](denoise, latents, steps, noise, eta=eta)
-    return standard_scores(latents, steps[-1].previous_signal ** 2)
+    return scores_after(latents, steps[-1])
 
 
 def error(sampler: str, count: int, schedule: Schedule = SCHEDULE, spacing: str | None = None) -> float:
@@ -198,8 +204,8 @@ def solver_error(sampler: str, count: int, schedule: Schedule) -> float:
     prediction_type = schedule.config.prediction_type
     denoise = predicting(exact_noise if prediction_type == "epsilon" else exact_velocity, prediction_type)
     scores = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    *_, end, _ = SAMPLERS[sampler](denoise, at_level(scores, steps[0].signal ** 2), steps, no_noise)
-    return (standard_scores(end, steps[-1].signal ** 2) - scores).abs().max().item()
+    *_, end, _ = SAMPLERS[sampler](denoise, at_level(scores, steps[0]), steps, no_noise)
+    return (standard_scores(end, steps[-1]) - scores).abs().max().item()
 
 
 def variance_error(sampler: str, count: int, schedule: Schedule) -> float:
@@ -207,10 +213,10 @@ def variance_error(sampler: str, count: int, schedule: Schedule) -> float:
     All being linear here, it is the sum of squares of what one unit in the start or in one draw does to the end."""
     steps = schedule.steps(count, sampler, "karras")
     units = iter(torch.eye(count, dtype=torch.float64))
-    start = at_level(next(units), steps[0].signal ** 2)
+    start = at_level(next(units), steps[0])
     every = SAMPLERS[sampler](predicting(exact_noise, "epsilon"), start, steps, lambda: next(units))
     *_, end = itertools.islice(every, count - 1)
-    return abs(1 - (standard_scores(end, steps[-1].signal ** 2) ** 2).sum().item())
+    return abs(1 - (standard_scores(end, steps[-1]) ** 2).sum().item())
 
 
 @pytest.mark.parametrize(
@@ -244,7 +250,7 @@ def test_orders_of_convergence_from_pure_noise(sampler: str, order: int) -> None
 def test_ddim_from_pure_noise() -> None:
     """ᾱ is truly 0 in the first step. With as many steps as divide the schedule, strides are equal."""
     schedule = Schedule(ScheduleConfig(prediction_type="v_prediction", zero_terminal_snr=True))
-    assert schedule.steps(50, "ddim", "trailing")[0].signal ** 2 == 0
+    assert schedule.steps(50, "ddim", "trailing")[0].signal == 0
     errors = [error("ddim", count, schedule, "trailing") for count in (10, 20, 40)]
     assert all(fine < 0.6 * coarse for coarse, fine in itertools.pairwise(errors))
     assert errors[-1] < 0.3
@@ -277,7 +283,7 @@ def test_lcm_samples_the_distribution() -> None:
     schedule = Schedule(ScheduleConfig(prediction_type="sample"))
 
     def consistent(latents: Tensor, step: Step) -> Tensor:
-        return MEAN + DEVIATION * standard_scores(latents, step.signal**2)
+        return MEAN + DEVIATION * standard_scores(latents, step)
 
     scores = torch.linspace(-3, 3, 13, dtype=torch.float64)
     assert (run("lcm", 1, scores, model=consistent, schedule=schedule) - scores).abs().max() < 1e-6
@@ -293,10 +299,9 @@ def test_one_ddim_step_is_the_formula() -> None:
     (step,) = SCHEDULE.steps(1)
     latents = torch.tensor([0.3, -1.2], dtype=torch.float64)
     noise = exact_noise(latents, step)
-    image = (latents - math.sqrt(1 - step.signal**2) * noise) / math.sqrt(step.signal**2)
-    last = step.previous_signal**2
+    image = (latents - step.spread * noise) / step.signal
     (after,) = SAMPLERS["ddim"](predicting(exact_noise, "epsilon"), latents, [step], no_noise, eta=0.0)
-    torch.testing.assert_close(after, math.sqrt(last) * image + math.sqrt(1 - last) * noise, rtol=1e-12, atol=0)
+    torch.testing.assert_close(after, step.previous_signal * image + step.previous_spread * noise, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler-a"])
@@ -348,7 +353,7 @@ def test_a_run_can_be_split(sampler: str, cut: int) -> None:
     """Another model may go on where one stops. Samplers without a memory do not notice; the others start afresh."""
     steps = SCHEDULE.steps(24, sampler)
     denoise = predicting(exact_noise, "epsilon")
-    latents = at_level(torch.linspace(-2, 2, 5, dtype=torch.float64), steps[0].signal ** 2)
+    latents = at_level(torch.linspace(-2, 2, 5, dtype=torch.float64), steps[0])
     noise = normal_draws(5)
     whole = list(SAMPLERS[sampler](denoise, latents, steps, noise))
     noise = normal_draws(5)
@@ -368,7 +373,7 @@ def test_prediction_types_mean_the_same(prediction_type: str) -> None:
     generator = torch.Generator().manual_seed(2)
     image, noise = torch.randn(2, 100, generator=generator, dtype=torch.float64)
     for step in SCHEDULE.steps(20):
-        signal, spread = math.sqrt(step.signal**2), math.sqrt(1 - step.signal**2)
+        signal, spread = step.signal, step.spread
         outputs = {"epsilon": noise, "v_prediction": signal * noise - spread * image, "sample": image}
         denoise = predicting(lambda _latents, _step, given=outputs: given[prediction_type], prediction_type)
         found = denoise(signal * image + spread * noise, step)

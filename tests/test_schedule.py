@@ -14,7 +14,7 @@ import torch
 from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError, UsageError
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS, check_fit, check_spacing, sampler_named
-from ldmcli.sampling.schedule import SMALLEST_LEVEL, Schedule
+from ldmcli.sampling.schedule import SMALLEST_LEVEL, Schedule, Step
 
 BETAS = tuple(0.001 * (i + 1) for i in range(40))
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
@@ -85,11 +85,19 @@ def test_signal_levels(config: ScheduleConfig, steps: int) -> None:
     found = schedule.steps(steps)
     for i, step in enumerate(found):
         assert step.index == i
-        assert step.signal**2 == pytest.approx(levels[step.timestep])
+        assert (step.signal, step.spread) == roots(levels[step.timestep])
         if i + 1 < len(found):  # with the usual offset of 1, steps join without a gap
-            assert step.previous_signal**2 == pytest.approx(levels[step.timestep - stride])
-            assert step.previous_signal == found[i + 1].signal
-    assert found[-1].previous_signal ** 2 == pytest.approx(1.0 if config.set_alpha_to_one else levels[0])
+            assert leads_to(step) == roots(levels[step.timestep - stride])
+            assert leads_to(step) == (found[i + 1].signal, found[i + 1].spread)
+    assert leads_to(found[-1]) == roots(1.0 if config.set_alpha_to_one else levels[0])
+
+
+def roots(alpha_cumprod: float) -> tuple[float, float]:
+    return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+
+
+def leads_to(step: Step) -> tuple[float, float]:
+    return step.previous_signal, step.previous_spread
 
 
 def diffusers_scheduler(kind: str, config: ScheduleConfig, **more: Any) -> Any:
@@ -152,11 +160,11 @@ def test_steps_join(sampler: str, spacing: str) -> None:
     """But for DDIM's and PLMS's, whose strides diffusers takes for equal where they are not quite."""
     steps = Schedule(ScheduleConfig()).steps(7, sampler, spacing)
     assert [step.index for step in steps] == list(range(7))
-    assert all(a.signal**2 < b.signal**2 for a, b in itertools.pairwise(steps))
+    assert all(a.signal < b.signal and a.spread > b.spread for a, b in itertools.pairwise(steps))
     if SAMPLERS[sampler].grid != "ddim":
-        assert steps[-1].previous_signal ** 2 == 1
+        assert leads_to(steps[-1]) == (1, 0)
         assert steps[-1].previous_sigma == 0
-        assert all(a.previous_signal**2 == b.signal**2 for a, b in itertools.pairwise(steps))
+        assert all(leads_to(a) == (b.signal, b.spread) for a, b in itertools.pairwise(steps))
     for step in steps:
         assert step.signal**2 + step.spread**2 == pytest.approx(1)
         assert step.sigma == pytest.approx(step.spread / step.signal)
@@ -192,8 +200,8 @@ def test_zero_terminal_snr_is_diffusers(beta_schedule: str) -> None:
     assert levels[-1] == 0
     assert levels[0].item() == pytest.approx(Schedule(ScheduleConfig(beta_schedule=beta_schedule)).alphas_cumprod[0])
     # DDIM and LCM start at 0 indeed; what divides by the level starts at diffusers' smallest.
-    assert schedule.steps(5, "ddim", "trailing")[0].signal ** 2 == 0
-    assert schedule.steps(5, "lcm")[0].signal ** 2 == 0
+    assert schedule.steps(5, "ddim", "trailing")[0].signal == 0
+    assert schedule.steps(5, "lcm")[0].signal == 0
     for sampler in ("euler", "euler-a", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc"):
         for spacing in ("trailing", "linspace", "karras"):
             first = schedule.steps(5, sampler, spacing)[0]
@@ -214,7 +222,7 @@ def test_own_levels_that_end_at_0_are_zero_terminal_snr() -> None:
     levels = (*Schedule(ScheduleConfig()).alphas_cumprod.tolist()[:-1], 0.0)
     config = ScheduleConfig(alphas_cumprod=levels, prediction_type="v_prediction")
     assert config.starts_without_signal
-    assert Schedule(config).steps(3, "ddim", "trailing")[0].signal ** 2 == 0
+    assert Schedule(config).steps(3, "ddim", "trailing")[0].signal == 0
     first = Schedule(config).steps(3, "euler", "trailing")[0]
     assert first.signal**2 == pytest.approx(SMALLEST_LEVEL, rel=1e-6)
 
@@ -347,7 +355,7 @@ def test_the_check_before_loading_is_the_schedules(sampler: str, config: Schedul
                 continue
             check_fit(row, config, count, spacing)
             steps = Schedule(config).steps(count, row, spacing)
-            assert len({step.signal**2 for step in steps}) == count
+            assert len({step.signal for step in steps}) == count
             passed.append(count)
     assert {1, 2, 50} <= set(passed)
     assert max(passed) <= config.training_steps

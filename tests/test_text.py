@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from ldmcli.conditioning.encoder import ClipTextEncoder
 from oracle.family_models import FamilyModels
 from safetensors.torch import load_file, save_file
 
 from ldmcli.checkpoints.buildable import _ACTIVATIONS
 from ldmcli.checkpoints.load import load_text_encoder, on_meta
 from ldmcli.checkpoints.source import open_model
+from ldmcli.conditioning.prompts import TextEncoder
 from ldmcli.config import TextEncoderConfig
 from ldmcli.networks.clip import ACTIVATIONS, TextTransformer, quick_gelu
 
@@ -78,7 +78,7 @@ def test_every_activation_that_is_let_through_can_be_computed() -> None:
 def test_the_encoder_gives_a_pooled_prompt_where_asked() -> None:
     model = TextTransformer(WITH_PROJECTION).eval()
     for asked in (True, False):
-        states, pooled = ClipTextEncoder(model, None, pooled=asked).encode(IDS)  # type: ignore[arg-type]
+        states, pooled = TextEncoder(model, None, pooled=asked).encode(IDS)  # type: ignore[arg-type]
         assert states.shape == (2, 5, 16)
         assert (pooled is not None) == asked
         assert pooled is None or pooled.shape == (2, 6)

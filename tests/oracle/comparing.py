@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldmcli.pipeline import Pipeline
 from ldmcli.sampling.samplers import SAMPLERS
-from ldmcli.spec import GenerationRequest
+from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, fit_to_model
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -54,8 +54,26 @@ def recorded_latents() -> Iterator[list[Tensor]]:
 def draw(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> tuple[list[Tensor], np.ndarray]:
     """This program's latents after each step, and its pictures (n, height, width, 3)."""
     with recorded_latents() as latents:
-        pictures = pipeline.draw(requests)
-    return latents, np.stack(pictures)
+        pictures = pictures_of(pipeline, requests)
+    return latents, pictures
+
+
+def fitted(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> list[FittedRequest]:
+    """The requests with the model's own in place of what they leave open."""
+    if pipeline.refiner:
+        requests = [dataclasses.replace(r, refiner_start=r.refiner_start or REFINER_START) for r in requests]
+    return [fit_to_model(request, pipeline.config) for request in requests]
+
+
+def pictures_of(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> np.ndarray:
+    """Pictures (n, height, width, 3) of requests that agree in all but prompts and seed, drawn together."""
+    return np.stack([pixels.numpy() for pixels in pipeline.draw(fitted(pipeline, requests)).pixels])
+
+
+@torch.inference_mode()
+def decoded(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """Images (batch, 3, height, width) in about -1…1, before they are rounded to pixels."""
+    return pipeline._decode_as(latents, next(pipeline.vae.parameters()).dtype)
 
 
 def draw_with_diffusers(

@@ -73,17 +73,14 @@ class FamilyModels:
         return self._once(name, f"ours {layout} {refiner}", lambda: self._load(name, layout, refiner))
 
     def _load(self, name: str, layout: str, refiner: str | None) -> Pipeline:
-        from ldmcli.checkpoints.source import open_model, with_prediction_type
-        from ldmcli.pipeline import load_pipeline
-        from ldmcli.speed.policy import choose_runtime
+        from conftest import loaded, open_session
 
-        source = open_model(self.path(name, layout))
-        told = RECIPES[name].scheduler[1].get("prediction_type", "epsilon")
-        if layout in ("file", "crowded"):  # a file of 2.x does not say
-            source = with_prediction_type(source, told)
-        assert source.config.schedule.prediction_type == told
-        second = open_model(self.path(refiner, layout)) if refiner else None
-        return load_pipeline(source, choose_runtime("cpu", "fp32", "auto"), refiner=second)
+        wanted = RECIPES[name].scheduler[1].get("prediction_type", "epsilon")
+        told = wanted if layout in ("file", "crowded") else None  # a file of 2.x does not say
+        second = str(self.path(refiner, layout)) if refiner else None
+        pipeline = loaded(open_session(self.path(name, layout), refiner=second, prediction_type=told))
+        assert pipeline.config.schedule.prediction_type == wanted
+        return pipeline
 
 
 def _save_half(pipeline: Any, path: Path) -> Path:

@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import load
-from ldmcli.diffusion import conditions
-from oracle.comparing import draw, pixels_apart, relative
+from oracle.comparing import draw, pictures_of, pixels_apart, relative
 from oracle.family_models import FamilyModels, draw_theirs, their_negative, their_prompts
 from oracle.original_layout import original_state, write
 from oracle.random_families import RECIPES, build_parts
@@ -19,9 +19,12 @@ from oracle.random_families import RECIPES, build_parts
 from ldmcli.checkpoints.families import LCM_DEFAULTS
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import open_model
+from ldmcli.conditioning.pairs import pairs, size_vector
 from ldmcli.config import VAEConfig
 from ldmcli.errors import BadDataError
-from ldmcli.pipeline import Pipeline, probed_prediction_type
+from ldmcli.networks.inputs import Conditioning
+from ldmcli.pipeline import Pipeline
+from ldmcli.session.loading import probed_prediction_type
 from ldmcli.spec import GenerationRequest
 
 PARTS, RUNS = 1e-5, 1e-4
@@ -159,13 +162,19 @@ def test_other_folders_have_the_weights(family_models: FamilyModels, layout: str
     ours, parts = family_models.ours("sdxl", layout), family_models.parts("sdxl")
     modules = {"unet": ours.model.unet, "vae": whole_vae(family_models.path("sdxl", layout))}
     names = ("text_encoder", "text_encoder_2")
-    modules |= {name: text.load().model for name, text in zip(names, ours.model.prompts.encoders, strict=True)}
+    modules |= {name: text.model for name, text in zip(names, ours.model.prompts.encoders, strict=True)}
     for part, module in modules.items():
         found, theirs = module.state_dict(), parts[part].state_dict()
         wanted = {key.removeprefix("text_model."): tensor for key, tensor in theirs.items()}
         assert found.keys() == wanted.keys()
         for key, tensor in wanted.items():
             assert torch.equal(found[key], tensor.half().float() if layout == "fp16" else tensor), key
+
+
+def pooled_in(conditioning: Conditioning, like: torch.Tensor) -> torch.Tensor:
+    """The pooled prompt in what is added to the time embedding: before the sizes."""
+    assert conditioning.vector is not None
+    return conditioning.vector[0, : like.shape[-1]]
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
@@ -178,15 +187,13 @@ def test_prompts(family_models: FamilyModels, name: str, layout: str, clip_skip:
     ]
     context, pooled = their_prompts(reference, PROMPTS, clip_skip)
     negative, negative_pooled = their_prompts(reference, NEGATIVES, clip_skip)
-    pairs = conditions(ours.model.config, ours.model.prompts, requests)
-    for i, (ours_negative, ours_positive) in enumerate(pairs):
+    found = pairs(ours.model.config, ours.model.prompts, requests)
+    for i, (ours_negative, ours_positive) in enumerate(found):
         assert relative(ours_positive.context[0], context[i]) < PARTS
         assert relative(ours_negative.context[0], negative[i]) < PARTS
         if pooled is not None and negative_pooled is not None:
-            assert ours_positive.pooled is not None
-            assert ours_negative.pooled is not None
-            assert relative(ours_positive.pooled[0], pooled[i]) < PARTS
-            assert relative(ours_negative.pooled[0], negative_pooled[i]) < PARTS
+            assert relative(pooled_in(ours_positive, pooled), pooled[i]) < PARTS
+            assert relative(pooled_in(ours_negative, negative_pooled), negative_pooled[i]) < PARTS
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
@@ -194,16 +201,16 @@ def test_prompts_without_a_negative(family_models: FamilyModels, name: str, layo
     """SDXL's empty negative prompt is zeros; the others' is the encoded empty text."""
     reference, ours = family_models.diffusers(name), family_models.ours(name, layout)
     negative, pooled = their_negative(reference)
-    ((found, _),) = conditions(ours.model.config, ours.model.prompts, [request()])
+    ((found, _),) = pairs(ours.model.config, ours.model.prompts, [request()])
     if name == "sdxl":
         assert not found.context.any()
         assert not negative.any()
-        assert found.pooled is not None
-        assert not found.pooled.any()
+        assert pooled is not None
+        assert not pooled_in(found, pooled).any()
     else:
         assert relative(found.context, negative) < PARTS
         if pooled is not None:
-            assert relative(found.pooled, pooled) < PARTS
+            assert relative(pooled_in(found, pooled), pooled[0]) < PARTS
 
 
 @pytest.mark.parametrize("timestep", [1, 999])
@@ -216,7 +223,7 @@ def test_unet(family_models: FamilyModels, name: str, layout: str, timestep: int
     with torch.inference_mode():
         time = unet.embed_time(torch.tensor([float(timestep)]), 8.5)
         if added:
-            time = time + unet.embed_added(added["text_embeds"], added["time_ids"])
+            time = time + unet.add_embedding(size_vector(added["text_embeds"], added["time_ids"], unet.config))
         assert relative(unet(latents, time, unet.project_context(context)), theirs) < PARTS
 
 
@@ -266,8 +273,8 @@ def test_trajectory_without_a_negative_prompt(family_models: FamilyModels, name:
 @pytest.mark.parametrize("name", ["sd2-v", "sdxl"])
 def test_other_settings_together(family_models: FamilyModels, name: str) -> None:
     common: dict[str, Any] = {"width": 72, "height": 120, "steps": 3, "eta": 1.0, "guidance_rescale": 0.7}
-    pairs = zip(PROMPTS[1:], NEGATIVES[1:], strict=True)
-    requests = [request(prompt, negative_prompt=negative, seed=9, **common) for prompt, negative in pairs]
+    texts = zip(PROMPTS[1:], NEGATIVES[1:], strict=True)
+    requests = [request(prompt, negative_prompt=negative, seed=9, **common) for prompt, negative in texts]
     assert_same(family_models.ours(name), family_models.diffusers(name), requests)
 
 
@@ -320,9 +327,9 @@ def test_pictures_do_not_depend_on_their_neighbours(family_models: FamilyModels)
     """Not even where some have a negative prompt and others, with zeros in its place, have none."""
     ours = family_models.ours("sdxl")
     requests = [request("a pear", seed=i, steps=2, negative_prompt=n) for i, n in enumerate(("", "fog", ""))]
-    together = ours.draw(requests)
-    alone = [ours.draw([asked])[0] for asked in requests]
-    assert all(pixels_apart(a, b) <= 1 for a, b in zip(together, alone, strict=True))
+    together = pictures_of(ours, requests)
+    alone = [pictures_of(ours, [asked]) for asked in requests]
+    assert pixels_apart(together, np.concatenate(alone)) <= 1
 
 
 def test_version_2_file_without_the_projection(family_models: FamilyModels, tmp_path: Path) -> None:
@@ -333,8 +340,8 @@ def test_version_2_file_without_the_projection(family_models: FamilyModels, tmp_
     assert len(kept) == len(state) - 2
     ours = load(write(kept, tmp_path / "model.safetensors"))
     context, _ = their_prompts(family_models.diffusers("sd2"), PROMPTS)
-    pairs = conditions(ours.model.config, ours.model.prompts, [request(prompt) for prompt in PROMPTS])
-    assert relative(torch.cat([positive.context for _, positive in pairs]), context) < PARTS
+    found = pairs(ours.model.config, ours.model.prompts, [request(prompt) for prompt in PROMPTS])
+    assert relative(torch.cat([positive.context for _, positive in found]), context) < PARTS
 
 
 @pytest.mark.parametrize("name", ["sd2", "sdxl"])

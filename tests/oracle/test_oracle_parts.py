@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load
-from oracle.comparing import relative
+from oracle.comparing import decoded, relative
 from oracle.random_model import random_pipeline, save
 
 from ldmcli.checkpoints.load import load_vae
@@ -104,7 +104,7 @@ def test_vae_decodes(pair: Pair, size: tuple[int, int]) -> None:
     pipeline, reference = pair
     latents = normal(1, 4, *size)
     theirs = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
-    assert relative(pipeline.decode(latents), theirs) < TOLERANCE
+    assert relative(decoded(pipeline, latents), theirs) < TOLERANCE
 
 
 def test_vae_decodes_a_single_latent(pair: Pair) -> None:
@@ -176,7 +176,7 @@ def test_other_dimensions(name: str, settings: dict[str, Any], tmp_path: Path, o
     assert compare_unets(pipeline, reference, normal(1, 4, 15, 16), 500) < TOLERANCE
     latents = normal(1, 4, 5, 4)
     theirs = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
-    assert relative(pipeline.decode(latents), theirs) < TOLERANCE
+    assert relative(decoded(pipeline, latents), theirs) < TOLERANCE
     assert relative(our_context(pipeline, PROMPTS), their_context(reference, PROMPTS)) < TOLERANCE
 
 
@@ -212,5 +212,5 @@ def test_layers_wide_enough_for_fewer_multiplications(
     shapes.clear()
     latents = normal(1, 4, 40, 36)
     theirs = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
-    assert relative(pipeline.decode(latents), theirs) < TOLERANCE
+    assert relative(decoded(pipeline, latents), theirs) < TOLERANCE
     assert set(shapes) == {(96, False), (128, False), (128, True)}

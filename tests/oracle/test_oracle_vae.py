@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle.comparing import relative
+from oracle.comparing import decoded, relative
 from oracle.random_model import randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -150,7 +150,7 @@ def test_picture_with_another_vae(pipeline: Pipeline, random_model: Any, config:
     latents = normal(1, 4, 12, 12)
     with torch.inference_mode():
         wanted = other.eval().decode(latents / 0.3).sample
-    assert relative(dataclasses.replace(pipeline, vae=vae).decode(latents), wanted) < TOLERANCE
+    assert relative(decoded(dataclasses.replace(pipeline, vae=vae), latents), wanted) < TOLERANCE
 
 
 # ---- TAESD ----
@@ -211,7 +211,7 @@ def test_picture_by_taesd(pipeline: Pipeline, tiny: Any, config: ModelConfig, tm
     tiny.save_pretrained(tmp_path)
     vae = load_vae_from(open_vae(tmp_path, config), torch.device("cpu"), torch.float32)
     latents = normal(1, 4, 12, 12)
-    assert relative(dataclasses.replace(pipeline, vae=vae).decode(latents), theirs(tiny, latents)) < TOLERANCE
+    assert relative(decoded(dataclasses.replace(pipeline, vae=vae), latents), theirs(tiny, latents)) < TOLERANCE
 
 
 # ---- tiling ----

@@ -1,4 +1,4 @@
-"""Many pictures of an exported model, through the pipeline that `ldm txt2img` walks.
+"""Many pictures of an exported model, through the session that `ldm txt2img` walks.
 
 On a CPU by several processes of one thread each: threads wait for each other once an operation, processes for nobody.
 """
@@ -16,25 +16,27 @@ from torch import Tensor
 
 from ldmcli.checkpoints.source import open_model
 from ldmcli.errors import UsageError
-from ldmcli.pipeline import Pipeline, load_pipeline
-from ldmcli.spec import GenerationRequest
-from ldmcli.speed.policy import choose_runtime
+from ldmcli.session import Session
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 
-_loaded: list[Pipeline] = []  # of a worker process
+_sessions: list[Session] = []  # of a worker process
 
 
-def _load(folder: Path, device: str, dtype: str) -> Pipeline:
-    return load_pipeline(open_model(folder), choose_runtime(device, dtype))
+def _open(folder: Path, device: str, dtype: str) -> Session:
+    return Session(ModelSpec(str(folder)), RuntimeSpec(device, dtype, threads=1))
 
 
 def _start_worker(folder: Path, dtype: str) -> None:
     torch.set_num_threads(1)
-    _loaded.append(_load(folder, "cpu", dtype))
-    torch.set_num_threads(1)
+    _sessions.append(_open(folder, "cpu", dtype))
 
 
 def _draw_in_worker(requests: list[GenerationRequest]) -> list[numpy.ndarray]:
-    return _loaded[0].draw(requests)
+    return _draw(_sessions[0], requests)
+
+
+def _draw(session: Session, requests: list[GenerationRequest]) -> list[numpy.ndarray]:
+    return [picture.pixels() for picture in session.draw(requests, batch_size=len(requests))]
 
 
 class Artist:
@@ -48,9 +50,7 @@ class Artist:
                 processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(folder, dtype)
             )
         else:
-            self._pipeline = _load(folder, device, dtype)
-            if device == "cpu":
-                torch.set_num_threads(1)
+            self._session = _open(folder, device, dtype)
 
     def __enter__(self) -> "Artist":
         return self
@@ -64,7 +64,10 @@ class Artist:
     def __call__(self, requests: Sequence[GenerationRequest]) -> Tensor:
         """Pictures (N, 3, height, width) in [-1, 1], in order. Batches do not depend on the number of processes."""
         batches = [list(requests[start : start + self.batch]) for start in range(0, len(requests), self.batch)]
-        drawn = map(self._pipeline.draw, batches) if self._pool is None else self._pool.map(_draw_in_worker, batches)
+        if self._pool is not None:
+            drawn = self._pool.map(_draw_in_worker, batches)
+        else:
+            drawn = (_draw(self._session, batch) for batch in batches)
         return to_float(stack([picture for batch in drawn for picture in batch]))
 
 
