@@ -9,12 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from batch_support import batches, item, items, lines_of, pictures, setup_in, statuses
-from ldmcli.batch.drawing import DeviceLostError
-from ldmcli.conditioning.prompt_cache import PromptCache
 from oracle.comparing import pixels_apart
 
 from ldmcli.batch import pictures as picture_files
@@ -23,9 +20,9 @@ from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.worker import Worker
 from ldmcli.errors import LdmError, NotFiniteError, StorageError
 from ldmcli.images.metadata import read_record
-from ldmcli.spec import GenerationRequest
-
-TWO_GIB = 2 << 30
+from ldmcli.pipeline import Pipeline
+from ldmcli.session.drawing import DeviceLostError
+from ldmcli.spec import FittedRequest
 
 
 @contextlib.contextmanager
@@ -45,37 +42,19 @@ def drawn(worker: Worker, plan: Sequence[Sequence[Item]]) -> list[Outcome]:
     return list(worker.run(Feed(plan, Stop())))
 
 
-def failing_above(worker: Worker, monkeypatch: pytest.MonkeyPatch, most: int, *, untiled: bool = True) -> list[int]:
-    """Let the worker's pipeline run out of memory for more than `most` pictures, or with `most` 0 for any unless tiled
-    where that helps; returns the list of sizes that it is asked for."""
-    pipeline = worker._artist.pipeline
-    sizes: list[int] = []
-    draw = type(pipeline).draw
-
-    def limited(requests: Sequence[GenerationRequest]) -> Any:
-        sizes.append(len(requests))
-        if len(requests) > most and not (pipeline.tile_vae and untiled and len(requests) == 1):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
-        return draw(pipeline, requests)
-
-    monkeypatch.setattr(pipeline, "draw", limited)
-    return sizes
-
-
-def poisoned(worker: Worker, monkeypatch: pytest.MonkeyPatch, bad: dict[str, Exception]) -> list[list[str]]:
-    """Let the pipeline raise for batches with certain prompts; returns the list of batches it is asked for."""
-    pipeline = worker._artist.pipeline
+def poisoned(monkeypatch: pytest.MonkeyPatch, bad: dict[str, Exception]) -> list[list[str]]:
+    """Let pipelines raise for batches with certain prompts; returns the list of batches they are asked for."""
     asked: list[list[str]] = []
-    draw = type(pipeline).draw
+    draw = Pipeline.draw
 
-    def poisonous(requests: Sequence[GenerationRequest]) -> Any:
+    def poisonous(self: Pipeline, requests: Sequence[FittedRequest], *more: Any) -> Any:
         asked.append([request.prompt for request in requests])
         for request in requests:
             if request.prompt in bad:
                 raise bad[request.prompt]
-        return draw(pipeline, requests)
+        return draw(self, requests, *more)
 
-    monkeypatch.setattr(pipeline, "draw", poisonous)
+    monkeypatch.setattr(Pipeline, "draw", poisonous)
     return asked
 
 
@@ -126,76 +105,6 @@ def test_settings_that_a_batch_should_not_mix_are_drawn_apart(worker: Worker) ->
     assert statuses(drawn(worker, [mixed])) == {0: "done", 1: "done", 2: "done"}
 
 
-# ---- prompts encoded once ----
-
-
-def test_equal_prompts_are_encoded_once_a_run(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    (encoder,) = worker._artist.pipeline.model.prompts.encoders
-    encode, encoded = encoder.encode, []
-    monkeypatch.setattr(encoder, "encode", lambda ids, **k: encoded.append(len(ids)) or encode(ids, **k))
-    prompts = ["an apple", "a pear", "an apple", "a plum", "a pear", "an apple"]
-    row = [item(n, prompt, negative_prompt="fog") for n, prompt in enumerate(prompts)]
-    outcomes = drawn(worker, [row[:2], row[2:4], row[4:]])
-    assert encoded == [3, 1]  # apple, pear and fog; plum
-    assert statuses(outcomes) == dict.fromkeys(range(6), "done")
-
-
-def test_the_prompt_cache_is_bounded(worker: Worker) -> None:
-    inner = worker._artist.pipeline.model.prompts
-    (one,) = inner.encode(["a"])
-    few, small = PromptCache(inner, entries=2), PromptCache(inner, size=3 * one.context.nbytes)
-    for cache, most in ((few, 2), (small, 3)):
-        wanted = [conditioning.context for conditioning in cache.encode(["a", "b", "c", "d", "a"])]
-        assert len(cache._held) == most
-        assert torch.equal(wanted[0], wanted[4])
-        cache.encode(["c"])
-        cache.encode(["e"])  # pushes out what was used longest ago
-        assert [key[0] for key in cache._held][-2:] == ["c", "e"]
-        assert cache._bytes == most * one.context.nbytes
-    assert torch.equal(small.encode(["e"], clip_skip=1)[0].context, inner.encode(["e"])[0].context)
-    assert len(small.encode([])) == 0
-
-
-def test_the_prompt_cache_tells_settings_apart(worker: Worker) -> None:
-    cache = worker._artist.pipeline.model.prompts
-    plain, weighted = (cache.encode(["(a:1.5)"], syntax=syntax)[0].context for syntax in ("plain", "weighted"))
-    assert not torch.equal(plain, weighted)
-
-
-# ---- memory ----
-
-
-def test_out_of_memory_halves_the_batch_and_is_remembered(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = pictures(tmp_path, drawn(worker, [items(8)]))
-    sizes = failing_above(worker, monkeypatch, 2)
-    outcomes = drawn(worker, [items(8), items(8)[:5]])
-    assert sizes == [8, 4, 2, 2, 2, 2, *[2, 2, 1]]
-    assert pixels_apart(pictures(tmp_path, outcomes[:8]), wanted) <= 1
-    assert {outcome.status for outcome in outcomes} == {"done"}
-
-
-def test_out_of_memory_alone_tiles_the_vae(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = pictures(tmp_path, drawn(worker, [items(2)]))
-    sizes = failing_above(worker, monkeypatch, 0)
-    outcomes = drawn(worker, [items(2), items(1)])
-    assert sizes == [2, 1, 1, 1, 1]  # both fail, one fails, is tiled, and so are all others from there on
-    assert pixels_apart(pictures(tmp_path, outcomes[:2]), wanted) <= 1
-
-
-def test_out_of_memory_whatever_is_done_fails_the_row(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    big, small = item(0, width=32), item(1)
-    failing_above(worker, monkeypatch, 0, untiled=False)
-    (outcome,) = drawn(worker, [[big]])
-    assert (outcome.status, outcome.code, outcome.path) == ("failed", 1, "")
-    assert outcome.error == "out of memory, even alone and decoded in strips; ask for a smaller picture."
-    monkeypatch.undo()
-    worker._artist._most.clear()
-    assert statuses(drawn(worker, [[small]])) == {1: "done"}
-    assert not worker._artist.pipeline.tile_vae  # only the big size is tiled
-
-
 # ---- rows that fail ----
 
 
@@ -211,7 +120,7 @@ def test_one_bad_row_takes_no_other_with_it(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str, code: int
 ) -> None:
     row = items(8)
-    asked = poisoned(worker, monkeypatch, {"prompt 5": error})
+    asked = poisoned(monkeypatch, {"prompt 5": error})
     outcomes = drawn(worker, [row])
     assert statuses(outcomes) == dict.fromkeys(range(8), "done") | {5: "failed"}
     (failed,) = (outcome for outcome in outcomes if outcome.status == "failed")
@@ -223,7 +132,7 @@ def test_one_bad_row_takes_no_other_with_it(
 
 
 def test_two_bad_rows_in_two_batches(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(worker, monkeypatch, {"prompt 0": ValueError("no"), "prompt 6": ValueError("no")})
+    poisoned(monkeypatch, {"prompt 0": ValueError("no"), "prompt 6": ValueError("no")})
     found = statuses(drawn(worker, list(batches(items(7), 4))))
     assert [number for number, status in found.items() if status == "failed"] == [0, 6]
 
@@ -235,29 +144,23 @@ def test_weights_of_a_prompt_that_cannot_be(worker: Worker) -> None:
     assert (found[0], found[2]) == ("done", "done")
 
 
-def test_numbers_that_are_not_finite_in_16_bits_are_drawn_in_32(one_thread: None, tmp_path: Path) -> None:
-    with opened(tmp_path / "bf16", dtype="bf16") as worker, opened(tmp_path / "fp32") as exact:
-        pipeline = worker._artist.pipeline
-        before = {name: weight.clone() for name, weight in pipeline.model.unet.state_dict().items()}
+def test_a_record_says_which_pictures_were_drawn_in_32_bits(one_thread: None, tmp_path: Path) -> None:
+    with opened(tmp_path, dtype="bf16") as worker:
+        worker._session.load()
+        assert worker._session._drawer is not None
+        unet = worker._session._drawer.pipeline.model.unet
         overflow = lambda _module, _inputs, out: out if out.dtype == torch.float32 else out * float("inf")  # noqa: E731
-        handle = pipeline.model.unet.register_forward_hook(overflow)
-        (outcome,) = drawn(worker, [items(1)])
+        handle = unet.register_forward_hook(overflow)
+        (first,) = drawn(worker, [items(1)])
         handle.remove()
-        assert outcome.status == "done"
-        assert read_record(tmp_path / "bf16" / outcome.path)["runtime"]["dtype"] == "fp32"
-        assert pipeline.runtime.dtype == pipeline.model.runtime.dtype == torch.bfloat16
-        after = pipeline.model.unet.state_dict()
-        assert all(weight.dtype == torch.bfloat16 and torch.equal(weight, after[n]) for n, weight in before.items())
-        (wanted,) = drawn(exact, [items(1)])
-        difference = np.abs(pictures(tmp_path / "bf16", [outcome]).astype(int) - pictures(tmp_path / "fp32", [wanted]))
-        assert difference.mean() < 6
-        (after_it,) = drawn(worker, [[item(1)]])
-        assert read_record(tmp_path / "bf16" / after_it.path)["runtime"]["dtype"] == "bf16"
+        (second,) = drawn(worker, [[item(1)]])
+    found = [read_record(tmp_path / outcome.path)["runtime"]["dtype"] for outcome in (first, second)]
+    assert found == ["fp32", "bf16"]
 
 
 def test_a_lost_device_ends_the_run(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that would be drawn after it could be: the rows are not to blame."""
-    poisoned(worker, monkeypatch, {"prompt 2": torch.AcceleratorError("CUDA error: an illegal memory access\nCUDA …")})
+    poisoned(monkeypatch, {"prompt 2": torch.AcceleratorError("CUDA error: an illegal memory access\nCUDA …")})
     outcomes = []
     with pytest.raises(DeviceLostError, match="illegal memory access") as raised:
         outcomes.extend(worker.run(Feed([[one] for one in items(4)], Stop())))

@@ -86,6 +86,7 @@ class Picture:
         with self._lock:
             if self._found is None:
                 self._found = self._finished()
+                self._redraw = None  # it holds the model
             return self._found
 
     @property
