@@ -11,6 +11,7 @@ from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import read_manifests
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 
+
 def setup_in(folder: Path, **fields: Any) -> Setup:
     """A run of the small random model in `folder`; `fields` are those of a Setup or of a RuntimeSpec."""
     model = ModelSpec(str(fields.pop("model", tiny_model())))

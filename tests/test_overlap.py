@@ -159,7 +159,9 @@ def test_times_are_taken_when_the_device_is_done() -> None:
 
 
 def test_pictures_that_arrive_on_a_cpu_are_there_at_once_and_share_their_time() -> None:
-    drawn = Drawn(torch.zeros(2, 4, 2, 2), [torch.ones(2, 2, 3), torch.zeros(2, 2, 3)], torch.tensor([[True, False]] * 2))
+    drawn = Drawn(
+        torch.zeros(2, 4, 2, 2), [torch.ones(2, 2, 3), torch.zeros(2, 2, 3)], torch.tensor([[True, False]] * 2)
+    )
     started = time.perf_counter() - 4
     first = Arrival(drawn, started, None)
     found, latents_finite, image_finite = first.picture(0)

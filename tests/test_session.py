@@ -1,4 +1,4 @@
-"""Session, the Python API: what it draws, how it is told of it, and what goes wrong in it takes nothing else with it."""
+"""Session, the Python API: what it draws, how it tells of it, and that what fails takes nothing else with it."""
 
 import dataclasses
 import gc
@@ -384,7 +384,9 @@ def test_out_of_memory_whatever_is_done_fails_that_picture(session: Session, mon
     big, small = asked(1, width=32)[0], asked(1)[0]
     first, failed, last = session.draw([small, big, small], batch_size=3)
     assert np.array_equal(first.pixels(), last.pixels())
-    with pytest.raises(LdmError, match=r"^out of memory, even alone and decoded in strips; ask for a smaller picture\.$"):
+    with pytest.raises(
+        LdmError, match=r"^out of memory, even alone and decoded in strips; ask for a smaller picture\.$"
+    ):
         failed.pixels()
     assert failed.seconds == 0
     drawn(session, [small])
@@ -506,7 +508,9 @@ def test_numbers_that_are_never_finite_fail_the_picture(part: str, dtype: str) -
         module = pipeline.model.unet if part == "U-Net" else pipeline.vae.decoder
         handle = overflowing(module, always=True)
         (picture,) = broken.draw(asked(1))
-        with pytest.raises(NotFiniteError, match=f"the {part} gave numbers that are not finite; its weights may be dam"):
+        with pytest.raises(
+            NotFiniteError, match=f"the {part} gave numbers that are not finite; its weights may be dam"
+        ):
             picture.pixels()
         handle.remove()
         assert len(drawn(broken, asked(1))) == 1

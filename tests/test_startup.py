@@ -1,7 +1,6 @@
 """What a short run does not do: import what it does not need, build what is overwritten, encode twice, wait."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,9 +11,7 @@ from typing import Any
 import pytest
 from cli_support import LDM
 
-from ldmcli import sources
-from ldmcli.checkpoints.source import embedded_model, open_model
-from ldmcli.checkpoints.vae_source import open_vae
+from ldmcli.checkpoints.source import embedded_model
 from ldmcli.config import UNetConfig
 from ldmcli.speed import startup
 from ldmcli.speed.cpu import threads
@@ -106,15 +103,15 @@ def test_garbage_is_not_looked_for_before_the_model_is_there(tmp_path: Path) -> 
     """And is again afterwards: a batch may run for days."""
     code = """
         import gc, json, sys
-        from ldmcli import sources
-        from ldmcli.cli import run
+        from ldmcli.cli import run, txt2img as command
 
-        def settle_down(real=sources.settle_down):
+        module = sys.modules["ldmcli.cli.txt2img"]
+        def settle_down(real=module.settle_down):
             before = gc.isenabled(), "torch" in sys.modules
             real()
             told.append([*before, gc.isenabled(), gc.get_freeze_count() > 100_000])
 
-        told, sources.settle_down = [], settle_down
+        told, module.settle_down = [], settle_down
         assert run(sys.argv[1:]) == 0
         print(json.dumps([*told, gc.isenabled()]))
     """
@@ -343,124 +340,20 @@ def test_what_the_steps_have_freed_is_given_back_if_it_is_much() -> None:
 
 
 def test_memory_is_given_back_between_the_steps_and_the_vae(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+    from conftest import load
+    from oracle.comparing import fitted
 
     from ldmcli import pipeline
     from ldmcli.spec import GenerationRequest
-    from ldmcli.speed.policy import choose_runtime
 
-    loaded = pipeline.load_pipeline(open_model(TINY), choose_runtime("cpu"))
-    done: list[str] = []
+    loaded = load(TINY)
+    done: list[object] = []
     monkeypatch.setattr(pipeline, "give_back_free_memory", lambda: done.append("give back"))
     decode = loaded.vae.decode
     monkeypatch.setattr(loaded.vae, "decode", lambda latents: (done.append("decode"), decode(latents))[1])
     request = GenerationRequest("a star", steps=2, width=64, height=64)
-    with torch.inference_mode():
-        loaded.draw([request, request], lambda: done.append("step"))
-    assert done == ["step", "step", "give back", "decode", "decode"]
-
-
-def test_memory_for_weights_is_got_ahead() -> None:
-    """What asks for memory after `free` finds it filled: the kernel has nothing left to do."""
-    code = """
-        import ctypes, json, resource, sys, time
-        from ldmcli.speed.cpu.heap import FilledHeap
-
-        ahead = FilledHeap(256 << 20, 2)
-        deadline = time.monotonic() + 60
-        while any(thread.is_alive() for thread in ahead._threads):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        sizes = [ahead.free(), ahead.free()]
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype = ctypes.c_void_p
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for size in (90 << 20, 60 << 20, *[1 << 20] * 90):
-            ctypes.memset(ctypes.c_void_p(libc.malloc(size)), 1, size)
-        print(json.dumps([*sizes, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]))
-    """
-    filled, again, pages = python(code)
-    assert filled == 256 << 20
-    assert again == 0
-    assert pages < 0.1 * (240 << 20) / 4096
-
-
-def test_what_is_got_ahead_is_no_more_than_there_was_time_for() -> None:
-    code = """
-        import ctypes, json, threading, time
-        from ldmcli.speed.cpu.heap import FilledHeap
-
-        ctypes.memset = lambda block, value, size: time.sleep(0.05)  # as if the kernel were that slow; takes no memory
-        filled = FilledHeap(1 << 40, 3).free()
-        print(json.dumps([filled, threading.active_count()]))
-    """
-    filled, threads = python(code)
-    assert filled < 1 << 38
-    assert threads == 1
-
-
-def test_memory_is_got_while_torch_is_imported_and_given_to_the_weights(tmp_path: Path) -> None:
-    code = """
-        import json, sys
-        from ldmcli import sources
-        from ldmcli.cli import run
-
-        events, real = [], sources.FilledHeap
-        class Noted(real):
-            def __init__(self, size, threads):
-                events.append(["filled", "torch" in sys.modules, size, threads])
-                super().__init__(size, threads)
-            def free(self):
-                events.append(["freed", "ldmcli.pipeline" in sys.modules])
-                return super().free()
-        sources.FilledHeap, sources._MUCH, sources.available_cores = Noted, 1, lambda: 3
-        load = sources.Sources.load
-        def noting(self, *args, **settings):
-            events.append(["loaded"])
-            return load(self, *args, **settings)
-        sources.Sources.load = noting
-        assert run(sys.argv[1:]) == 0
-        print(json.dumps(events))
-    """
-    filled, freed, loaded = python(code, *DRAW, "--device", "cpu", "--dtype", "fp32", "-o", str(tmp_path / "a.png"))
-    assert filled[:2] == ["filled", False]
-    assert filled[3] == 2
-    assert freed == ["freed", True]
-    assert loaded == ["loaded"]
-    weights = sum(path.stat().st_size for part in ("unet", "vae") for path in (TINY / part).glob("*.safetensors"))
-    assert filled[2] == pytest.approx(2 * weights, rel=0.02)  # stored in fp16; headers are not weights
-
-
-@pytest.mark.parametrize(
-    ("change", "share"),
-    [
-        ({}, 1),
-        ({"dtype": "bf16"}, 0.5),
-        ({"device": "cuda"}, None),
-        ({"cores": 1}, None),
-        ({"memory": 30 << 20}, None),
-        ({"much": 1 << 30}, None),
-        ({"gpu": True}, None),
-        ({"gpu": True, "device": "cpu"}, 1),
-        ({"vae": True}, 1),
-    ],
-)
-def test_memory_is_got_ahead_only_where_it_helps(
-    change: dict[str, Any], share: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`share`: of the weights of the U-Net and of the VAE, if that is used, in fp32."""
-    asked: list[int] = []
-    monkeypatch.setattr(sources, "FilledHeap", lambda size, threads: asked.append(size))
-    monkeypatch.setattr(sources, "_MUCH", change.get("much", 1))
-    monkeypatch.setattr(sources, "available_cores", lambda: change.get("cores", 2))
-    monkeypatch.setattr(sources, "host_memory", lambda: change.get("memory", 1 << 40))
-    monkeypatch.setattr(startup, "_may_have_gpu", lambda: change.get("gpu", False))
-    model = open_model(TINY)
-    vae = open_vae(TINY / "vae", model.config) if "vae" in change else None
-    sources.Sources(model, vae).fill_heap(change.get("device", "auto"), change.get("dtype", "fp32"))
-    parts = ("unet",) if vae else ("unet", "vae")
-    shapes = [file.tensors[key].shape for part in parts for key, file in model.keys(part).items()]
-    assert asked == ([share * 4 * sum(map(math.prod, shapes))] if share else [])
+    loaded.draw(fitted(loaded, [request, request]), lambda steps, _: done.append(steps))
+    assert done == [0, 1, 2, "give back", "decode", "decode"]
 
 
 def test_a_vocabulary_is_read_once_a_run(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What must not come back into a run: prompts encoded twice, constants computed anew at each step, numbers that the
 host waits for, memory that grows, modules filled with numbers that are then overwritten."""
 
-import dataclasses
 import gc
 import threading
 from collections import Counter
@@ -11,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from conftest import load, loaded, open_session
 from graph_support import FakeRecorder, load_plainly, recording
+from oracle.comparing import fitted, pictures_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.networks.transformer import TransformerBlock
 from ldmcli.networks.unet import TimeEmbedding
 from ldmcli.spec import GenerationRequest
@@ -36,8 +38,9 @@ class Calls(TorchDispatchMode):
         self.steps[-1][str(func)] += 1
         return func(*args, **(kwargs or {}))
 
-    def next_step(self) -> None:
-        self.steps.append(Counter())
+    def next_step(self, done: int, latents: torch.Tensor) -> None:
+        if done:
+            self.steps.append(Counter())
 
 
 @pytest.fixture(params=["ddim", "plms", "dpmpp-2m", "unipc"])
@@ -62,7 +65,7 @@ def test_no_step_waits_for_a_number(either: "Pipeline", asked: GenerationRequest
     same work as the one before: nothing piles up."""
     pipeline = either
     with Calls() as calls:
-        pipeline.draw([asked], calls.next_step)
+        pipeline.draw(fitted(pipeline, [asked]), calls.next_step)
     steps = calls.steps[2:-1]  # PLMS, UniPC and DPM++ begin with steps of their own kind
     waits = ("_local_scalar_dense", "nonzero", "equal", "isfinite", "item", "is_nonzero", "unique")
     found = [op for step in calls.steps[1:-1] for op in step if any(wait in op for wait in waits)]
@@ -98,7 +101,7 @@ def test_constants_of_a_run_are_computed_once(pipeline: "Pipeline", asked: Gener
     try:
         for number, block in enumerate(blocks):
             block.attn2.project = lambda context, n=number, f=before[number]: projected.append(n) or f(context)  # type: ignore[method-assign,misc]
-        pipeline.draw([asked])
+        pictures_of(pipeline, [asked])
     finally:
         for block in blocks:
             del block.attn2.project
@@ -107,57 +110,48 @@ def test_constants_of_a_run_are_computed_once(pipeline: "Pipeline", asked: Gener
     assert embedded == ["time_embedding"]
 
 
-def test_each_distinct_prompt_is_encoded_once(pipeline: "Pipeline", monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a picture, from picture to picture, and when it was encoded while the weights were read."""
-    from ldmcli.conditioning.prompt_cache import PromptCache
-
-    (encoder,) = pipeline.model.prompts.encoders
+def rows_of(prompts: PromptEncoder) -> list[tuple[int, ...]]:
+    """The tokens of each prompt that is encoded from now on."""
     rows: list[tuple[int, ...]] = []
-    encode = encoder.encode
+    (encoder,) = prompts.encoders
+    encoder.model.register_forward_pre_hook(lambda _, inputs: rows.extend(map(tuple, inputs[0].tolist())))
+    return rows
 
-    def noting(ids: torch.Tensor, **settings: Any) -> Any:
-        rows.extend(map(tuple, ids.tolist()))
-        return encode(ids, **settings)
 
-    monkeypatch.setattr(encoder, "encode", noting)
-    fresh = dataclasses.replace(
-        pipeline, model=dataclasses.replace(pipeline.model, prompts=PromptCache(pipeline.model.prompts))
-    )
+def test_each_distinct_prompt_is_encoded_once(model_folder: Path) -> None:
+    """Within a picture, and from picture to picture."""
+    fresh = load(model_folder)
+    rows = rows_of(fresh.model.prompts)
     asked = [GenerationRequest(prompt, negative_prompt="fog", steps=1, seed=1) for prompt in ("a", "b", "a")]
     for batch in (asked, asked[:1], asked[1:]):
-        fresh.draw(batch)
+        pictures_of(fresh, batch)
     assert len(rows) == len(set(rows)) == 3
 
 
 def test_prompts_drawn_first_are_encoded_while_weights_are_read(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ldmcli import pipeline as module
-    from ldmcli.checkpoints.source import open_model
-    from ldmcli.speed.policy import choose_runtime
+    from ldmcli.session import loading
 
     encoded, wait = [], []
-    load_unet, conditions = module.load_unet, module.conditions
+    load_unet, pairs = loading.load_unet, loading.pairs
 
     begun = threading.Event()
-    monkeypatch.setattr(
-        module, "conditions", lambda *a: (encoded.append(a[2][0].prompt), begun.set(), conditions(*a))[2]
-    )
-    monkeypatch.setattr(module, "load_unet", lambda *a: (wait.append(begun.wait(60)), load_unet(*a))[1])
-    asked = GenerationRequest("a red star", steps=1, seed=1)
-    loaded = module.load_pipeline(open_model(model_folder), choose_runtime("cpu", "fp32"), first=[asked])
-    assert (encoded, wait) == (["a red star"], [True])
-    (encoder,) = loaded.model.prompts.encoders
-    monkeypatch.setattr(encoder, "encode", lambda *_, **__: pytest.fail("encoded again"))
-    loaded.draw([asked])
+    monkeypatch.setattr(loading, "pairs", lambda *a: (encoded.append(a[2][0].prompt), begun.set(), pairs(*a))[2])
+    monkeypatch.setattr(loading, "load_unet", lambda *a: (wait.append(begun.wait(60)), load_unet(*a))[1])
+    with open_session(model_folder) as session:
+        asked = session.fit(GenerationRequest("a red star", steps=1, seed=1))
+        session.load([asked])
+        assert (encoded, wait) == (["a red star"], [True])
+        rows = rows_of(loaded(session).model.prompts)
+        assert next(session.draw([asked])).pixels().any()
+    assert rows == []
 
 
 def test_no_module_holds_numbers_before_its_weights_arrive(
     model_folder: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Filling 860 million numbers at random takes eleven seconds, and memory for them twice."""
-    from conftest import load
-
     devices: Counter[str] = Counter()
     register = nn.Module.register_parameter
 
@@ -181,11 +175,11 @@ def test_a_replayed_step_copies_what_changes_and_no_more(as_on_a_gpu: "Pipeline"
     recorder = FakeRecorder()
     graphed = recording(as_on_a_gpu, recorder)
     asked = GenerationRequest("a red star", negative_prompt="blue", sampler="ddim", steps=STEPS, seed=1)
-    graphed.draw([asked])
+    pictures_of(graphed, [asked])
     recorder.recordings[0].replay = lambda: None  # type: ignore[method-assign]
     recorder.recordings[0].output = torch.zeros_like(recorder.recordings[0].output)
     with Calls() as calls:
-        graphed.draw([asked], calls.next_step)
+        graphed.draw(fitted(graphed, [asked]), calls.next_step)
     copies = [step["aten.copy_.default"] for step in calls.steps[:-1]]
     blocks = [part for part in as_on_a_gpu.model.unet.modules() if isinstance(part, TransformerBlock)]
     assert copies[1:] == [1] * (STEPS - 1)
@@ -198,9 +192,9 @@ def test_memory_does_not_grow_with_steps(either: "Pipeline") -> None:
     pipeline = either
     alive: list[int] = []
 
-    def count() -> None:
+    def count(*_: object) -> None:
         alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
 
-    pipeline.draw([GenerationRequest("a star", sampler="plms", steps=30, seed=1)], count)
+    pipeline.draw(fitted(pipeline, [GenerationRequest("a star", sampler="plms", steps=30, seed=1)]), count)
     assert len(alive) >= 30
     assert len(set(alive[6:])) == 1
