@@ -84,7 +84,7 @@ def test_a_pipeline_joins_channels_that_its_conditioning_has(
 
     config = dataclasses.replace(pipeline.config.unet, in_channels=9)
     inpainting = dataclasses.replace(pipeline.model, unet=random_unet(config))
-    request = GenerationRequest("a", steps=2, width=64, height=64)
+    request = GenerationRequest("a", steps=2, width=64, height=64, sampler="ddim")
     pairs = module.pairs
     seen: list[int] = []
     inpainting.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))

@@ -274,10 +274,14 @@ def test_cores_are_those_of_the_cpu_set(share: float | None, cores: int, monkeyp
 def test_the_command_line_sets_the_threads(tmp_path: Path) -> None:
     code = """
         import sys
-        from ldmcli.cli import run
-        assert run(sys.argv[1:]) == 0
         import torch
-        print(torch.get_num_threads())
+        from ldmcli.cli import run
+        from ldmcli.pipeline import Pipeline
+
+        threads, draw = [], Pipeline.draw
+        Pipeline.draw = lambda *given: (threads.append(torch.get_num_threads()), draw(*given))[1]
+        assert run(sys.argv[1:]) == 0
+        print(*threads)
     """
     picture = str(tmp_path / "star.png")
     assert python(code, *DRAW, "-o", picture, "--threads", "3") == 3

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load
-from oracle.comparing import draw, pictures_of, pixels_apart, relative
+from oracle.comparing import decoded, draw, fitted, pictures_of, pixels_apart, relative
 from oracle.family_models import FamilyModels, draw_theirs, their_negative, their_prompts
 from oracle.original_layout import original_state, write
 from oracle.random_families import RECIPES, build_parts
@@ -187,7 +187,7 @@ def test_prompts(family_models: FamilyModels, name: str, layout: str, clip_skip:
     ]
     context, pooled = their_prompts(reference, PROMPTS, clip_skip)
     negative, negative_pooled = their_prompts(reference, NEGATIVES, clip_skip)
-    found = pairs(ours.model.config, ours.model.prompts, requests)
+    found = pairs(ours.model.config, ours.model.prompts, fitted(ours, requests))
     for i, (ours_negative, ours_positive) in enumerate(found):
         assert relative(ours_positive.context[0], context[i]) < PARTS
         assert relative(ours_negative.context[0], negative[i]) < PARTS
@@ -201,7 +201,7 @@ def test_prompts_without_a_negative(family_models: FamilyModels, name: str, layo
     """SDXL's empty negative prompt is zeros; the others' is the encoded empty text."""
     reference, ours = family_models.diffusers(name), family_models.ours(name, layout)
     negative, pooled = their_negative(reference)
-    ((found, _),) = pairs(ours.model.config, ours.model.prompts, [request()])
+    ((found, _),) = pairs(ours.model.config, ours.model.prompts, fitted(ours, [request()]))
     if name == "sdxl":
         assert not found.context.any()
         assert not negative.any()
@@ -233,7 +233,7 @@ def test_vae_decodes(family_models: FamilyModels, name: str, layout: str) -> Non
     vae, latents = family_models.diffusers(name).vae, normal(1, 4, 9, 8)
     with torch.inference_mode():
         theirs = vae.decode(latents / vae.config.scaling_factor).sample
-    assert relative(family_models.ours(name, layout).decode(latents), theirs) < PARTS
+    assert relative(decoded(family_models.ours(name, layout), latents), theirs) < PARTS
 
 
 # ---- whole runs ----
@@ -340,7 +340,7 @@ def test_version_2_file_without_the_projection(family_models: FamilyModels, tmp_
     assert len(kept) == len(state) - 2
     ours = load(write(kept, tmp_path / "model.safetensors"))
     context, _ = their_prompts(family_models.diffusers("sd2"), PROMPTS)
-    found = pairs(ours.model.config, ours.model.prompts, [request(prompt) for prompt in PROMPTS])
+    found = pairs(ours.model.config, ours.model.prompts, fitted(ours, [request(prompt) for prompt in PROMPTS]))
     assert relative(torch.cat([positive.context for _, positive in found]), context) < PARTS
 
 

@@ -90,7 +90,7 @@ def test_unet(pair: Pair, timestep: int) -> None:
 
 @pytest.mark.parametrize("size", [(9, 7), (3, 1), (17, 8), (5, 24)])
 def test_unet_at_sizes_that_do_not_halve_evenly(pair: Pair, size: tuple[int, int]) -> None:
-    ours, theirs = (copy.deepcopy(unet).double() for unet in (pair[0].model.unet, pair[1].unet))
+    ours, theirs = (copy.deepcopy(unet.float()).double() for unet in (pair[0].model.unet, pair[1].unet))
     context = normal(1, pair[0].config.text_encoders[0].max_length, ours.config.context_dim).double()
     latents = normal(1, 4, *size).double()
     with torch.inference_mode():
