@@ -47,7 +47,7 @@ PARSED = {
     "(cat:+.5)": [("cat", 0.5)],
     "(cat:2.)": [("cat", 2.0)],
     "(a ratio of 16:9)": [("a ratio of 16", 9.0)],
-    "(a ratio of 16:9 )": [("a ratio of 16:9 ", UP)],
+    "(a ratio of 16 : 9 )": [("a ratio of 16 ", 9.0)],
     "[cat:1.3]": [("cat:1.3", DOWN)],
     "a: cat:1.3) b)]": [("a: cat:1.3) b)]", 1.0)],
     "(a [b) c]": [("a ", UP), ("b", UP * DOWN), (" c", DOWN)],

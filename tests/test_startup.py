@@ -43,8 +43,8 @@ def test_a_run_imports_only_what_it_needs(tmp_path: Path) -> None:
             import torch, torch._meta_registrations, torch.export, torch.ao.quantization
         from ldmcli.cli import run
         assert run(sys.argv[2:]) == 0
-        from ldmcli.speed.startup import DEFERRED, _Deferred
-        deferred = [name for name in DEFERRED if type(sys.modules.get(name)) is _Deferred]
+        from ldmcli.speed.startup import DEFERRED, _Loader
+        deferred = [name for name in DEFERRED if type(sys.modules[name].__spec__.loader) is _Loader]
         print(json.dumps([sorted({name.partition(".")[0] for name in sys.modules}), deferred]))
     """
     imported, deferred = python(code, "lean", *DRAW, "-o", str(tmp_path / "lean.png"))
@@ -58,14 +58,14 @@ def test_a_run_imports_only_what_it_needs(tmp_path: Path) -> None:
 def test_what_was_deferred_is_there_when_it_is_asked_for() -> None:
     code = """
         import json, sys
-        from ldmcli.speed.startup import _Deferred, quicken, whole_torch
+        from ldmcli.speed.startup import _Loader, quicken, whole_torch
         quicken()
         import torch
         before = sys.modules["torch.export"]
         exports = torch.export.export.__module__  # as an attribute
         from torch.ao.quantization import QConfig  # by a module inside it
         same = sys.modules["torch.export"] is before is torch.export
-        left = type(torch._meta_registrations) is _Deferred
+        left = type(torch._meta_registrations.__spec__.loader) is _Loader
         whole_torch()
         from torch.utils.flop_counter import FlopCounterMode
         with torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -93,7 +93,7 @@ def whole_torch() -> None:
     for name in sorted(DEFERRED & sys.modules.keys()):
         module = sys.modules[name]
         if isinstance(module, _Deferred):
-            module.load()
+            _load(module)
 
 
 def _torch_folder() -> Path | None:
@@ -130,29 +130,30 @@ def may_have_gpu() -> bool:
 class _Deferred(types.ModuleType):
     """A module that is imported when something is looked up in it that is not there yet."""
 
-    def load(self) -> None:
-        """Import it now, into this same module object."""
-        with _loading:
-            spec = self.__spec__
-            if spec is None or not isinstance(spec.loader, _Loader):
-                return  # it is
-            self.__loader__ = spec.loader = spec.loader.real
-            spec.loader.exec_module(self)
-
     def __getattr__(self, name: str) -> object:
         pending = self.__spec__ is not None and isinstance(self.__spec__.loader, _Loader)
         # Names of this form are what Python itself and `inspect` look for in every module.
         if not pending or (name.startswith("__") and name != "__all__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        self.load()
+        _load(self)
         return getattr(self, name)
 
     def __dir__(self) -> list[str]:
-        self.load()
+        _load(self)
         return list(super().__dir__())
 
 
 _loading = threading.RLock()
+
+
+def _load(module: _Deferred) -> None:
+    """Import it now, into this same module object. No method: a module may have functions of any name."""
+    with _loading:
+        spec = module.__spec__
+        if spec is None or not isinstance(spec.loader, _Loader):
+            return  # it is
+        module.__loader__ = spec.loader = spec.loader.real
+        spec.loader.exec_module(module)
 
 
 class _Loader(importlib.abc.Loader):
