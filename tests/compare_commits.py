@@ -219,7 +219,8 @@ def rerun(after: Path, drawn: Path, folder: Path) -> list[str]:
 def check_out(revision: str, folder: Path) -> Path:
     """The files of a revision of this repository."""
     archive = subprocess.run(["git", "archive", revision], cwd=ROOT, capture_output=True, check=True).stdout
-    tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
     return folder
 
 
