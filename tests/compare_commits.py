@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "5ac5bce"
 COMMON = ("--dtype", "fp32", "--device", "cpu", "--no-cache", "--threads", "2", "--quiet", "--json")
+# What is written for other programs follows their wording, which changed on purpose.
+_WORDING = re.compile(r"(, )?(Version|Eta|Eta DDIM|Clip skip|Emphasis): [^,]*")
 # What differs from run to run, or with the version alone; `sha256` of a file, not of a model.
 VOLATILE = {"version", "versions", "time", "seconds", "worker", "check", "torch"}
 
@@ -43,11 +45,13 @@ def cases(models: Path) -> Iterator[Case]:
 
     def draw(name: str, *arguments: str, model: str = "", **paths: str) -> Case:
         chosen = [f"--{option}={models / path}" for option, path in ({"model": model} | paths).items() if path]
-        return Case(f"txt2img {name}", ("txt2img", *chosen, *arguments, "-s", "7", "-o", "out"))
+        size = ("-W", "96", "-H", "96") if model else ()  # files of small models say the size of large ones
+        return Case(f"txt2img {name}", ("txt2img", *chosen, *size, *arguments, "-s", "7", "-o", "out"))
 
     def batch(name: str, size: int, rows: Sequence[dict[str, Any]], *arguments: str, **paths: str) -> Case:
         chosen = [f"--{option}={models / path}" for option, path in paths.items()]
-        command = ("batch", "rows.jsonl", *chosen, *arguments, "-b", str(size), "--steps", "4", "-o", "out")
+        sides = ("-W", "96", "-H", "96") if "model" in paths else ()
+        command = ("batch", "rows.jsonl", *chosen, *sides, *arguments, "-b", str(size), "--steps", "4", "-o", "out")
         return Case(f"batch {name} -b {size}", command, tuple(rows))
 
     two = ("a red apple on a blue background", "a fox", "-n", "a dog")
@@ -145,7 +149,7 @@ def left_in(folder: Path) -> Found:
             found[f"pixels of {path.relative_to(folder)}"] = np.asarray(picture).astype(np.int16)
             text = dict(picture.text)  # type: ignore[attr-defined]
         record = _steady(json.loads(text.pop("ldmcli")))
-        text = {name: re.sub(r"Version: .*", "", value) for name, value in text.items()}
+        text = {name: _WORDING.sub("", value) for name, value in text.items()}
         found[f"record of {path.relative_to(folder)}"] = text | {"ldmcli": record}
     lines = [json.loads(line) for path in folder.glob("manifest/*.jsonl") for line in path.open()]
     if lines:
