@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = "5ac5bce"
 COMMON = ("--dtype", "fp32", "--device", "cpu", "--no-cache", "--threads", "2", "--quiet", "--json")
 # What is written for other programs follows their wording, which changed on purpose.
-_WORDING = re.compile(r"(, )?(Version|Eta|Eta DDIM|Clip skip|Emphasis): [^,]*")
+_WORDING = re.compile(r"(, )?(Version|Eta|Eta DDIM|Clip skip|Emphasis|Schedule type): [^,]*")
 # What differs from run to run, or with the version alone; `sha256` of a file, not of a model.
 VOLATILE = {"version", "versions", "time", "seconds", "worker", "check", "torch"}
 
