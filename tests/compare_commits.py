@@ -211,13 +211,11 @@ def resumed(before: Path, after: Path, case: Case, whole: Found, folder: Path) -
     return again + told + differences({k: v for k, v in whole.items() if k != "reports"}, finished)
 
 
-def rerun(after: Path, drawn: Path, folder: Path) -> list[str]:
-    """Draw a picture again from what it records: what then differs."""
-    found = run(after, Case("", ("txt2img", "--from-image", str(drawn), "-o", "out")), folder)
-    if found["exit code"] != 0:
-        return [f"exit code: {found['exit code']}"]
-    wanted = {k: v for k, v in left_in(drawn.parent).items() if k.endswith(drawn.name)}
-    return differences(wanted, {name: value for name, value in found.items() if " of " in name})
+def rerun(before: Path, after: Path, drawn: Path, folder: Path) -> list[str]:
+    """Draw a picture of `before` again from what it records, by both: what differs."""
+    case = Case("", ("txt2img", "--from-image", str(drawn), "-o", "out"))
+    old, new = (run(checkout, case, folder / side) for checkout, side in ((before, "before"), (after, "after")))
+    return differences(old, new) if old["reports"] else [f"nothing was drawn: {old['exit code']}"]
 
 
 def check_out(revision: str, folder: Path) -> Path:
@@ -249,7 +247,7 @@ def compare(before: Path, after: Path, scratch: Path, only: str) -> int:
         if case.name in ("batch embedded -b 4", "batch SD1 folder -b 4"):
             second = lambda case=case, old=old, into=folders[2]: resumed(before, after, case, old, into)  # noqa: E731
         elif case.name in ("txt2img embedded", "txt2img SD2-v file, rescale", "txt2img SDXL and refiner folders"):
-            second = lambda drawn=pictures[-1], into=folders[2]: rerun(after, drawn, into)  # noqa: E731
+            second = lambda drawn=pictures[-1], into=folders[2]: rerun(before, after, drawn, into)  # noqa: E731
         if second and pictures:
             tell(f"  … {'resumed' if case.rows else 'from the picture'}", second(), len(pictures) if case.rows else 1)
         for folder in folders:
