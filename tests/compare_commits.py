@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,13 @@ def cases(models: Path) -> Iterator[Case]:
     yield batch("LCM file", 4, lcm, model="lcm.safetensors")
 
 
+AGAIN = (
+    "txt2img embedded",
+    "txt2img SD2-v file, rescale",
+    "txt2img SDXL and refiner folders",
+    "batch embedded -b 4",
+    "batch SD1 folder -b 4",
+)
 WEIGHTED = "a (red apple:1.3) on a [blue] background, " + "with (pears) and oranges, " * 20
 
 
@@ -197,18 +204,17 @@ def _first_difference(old: Any, new: Any, where: str = "") -> str:
     return f"{where} {new!r} for {old!r}"[:400]
 
 
-def resumed(before: Path, after: Path, case: Case, whole: Found, folder: Path) -> list[str]:
-    """Stop a run of `before` after three pictures and let `after` finish it: what then differs from a whole run."""
+def resumed(before: Path, after: Path, case: Case, folder: Path) -> list[str]:
+    """Stop a run of `before` after three pictures and let both finish it: what differs."""
     cut = dataclasses.replace(case, arguments=(*case.arguments, "--max-images", "3"))
-    stopped = run(before, cut, folder)
-    drawn = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.png")}
+    stopped = run(before, cut, folder / "before")
+    shutil.copytree(folder / "before", folder / "after")
+    drawn = {path: path.stat().st_mtime_ns for path in (folder / "after" / "out").rglob("*.png")}
     if stopped["exit code"] != 75 or len(drawn) != 3:
         return [f"the run did not stop after three pictures: {stopped['exit code']}"]
-    finished = run(after, case, folder)
+    old, new = (run(checkout, case, folder / side) for checkout, side in ((before, "before"), (after, "after")))
     again = [f"drawn again: {path.name}" for path, when in drawn.items() if path.stat().st_mtime_ns != when]
-    reports = len(finished.pop("reports")), len(whole["reports"]) - 3
-    told = [] if reports[0] == reports[1] else [f"{reports[0]} pictures reported for {reports[1]}"]
-    return again + told + differences({k: v for k, v in whole.items() if k != "reports"}, finished)
+    return again + differences(old, new)
 
 
 def rerun(before: Path, after: Path, drawn: Path, folder: Path) -> list[str]:
@@ -243,13 +249,10 @@ def compare(before: Path, after: Path, scratch: Path, only: str) -> int:
         pictures = sorted((folders[0] / "out").rglob("*.png"))
         found = differences(old, new) if pictures else [f"nothing was drawn: {old['exit code']}"]
         tell(case.name, found, len(pictures))
-        second: Callable[[], list[str]] | None = None
-        if case.name in ("batch embedded -b 4", "batch SD1 folder -b 4"):
-            second = lambda case=case, old=old, into=folders[2]: resumed(before, after, case, old, into)  # noqa: E731
-        elif case.name in ("txt2img embedded", "txt2img SD2-v file, rescale", "txt2img SDXL and refiner folders"):
-            second = lambda drawn=pictures[-1], into=folders[2]: rerun(before, after, drawn, into)  # noqa: E731
-        if second and pictures:
-            tell(f"  … {'resumed' if case.rows else 'from the picture'}", second(), len(pictures) if case.rows else 1)
+        if case.name in AGAIN and case.rows:
+            tell("  … stopped, and resumed by both", resumed(before, after, case, folders[2]), len(pictures))
+        elif case.name in AGAIN and pictures:
+            tell("  … again, from the picture", rerun(before, after, pictures[-1], folders[2]), 1)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
     return wrong
