@@ -12,6 +12,7 @@ import pytest
 from readme_help import README, with_help
 
 from ldmcli.cli import cli
+from ldmcli.images.metadata import read_record
 
 ROOT = README.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "weights/README.md")]
@@ -32,10 +33,13 @@ def test_help_texts_are_those_that_ldm_prints() -> None:
     assert README.read_text() == with_help(README.read_text()), "run: make readme"
 
 
-def test_the_example_in_python_draws_three_pictures(tmp_path: Path) -> None:
+def test_the_example_in_python_draws_three_pictures_and_cancels(tmp_path: Path) -> None:
     (example,) = _blocks(README, "python")
-    _run_python(example, tmp_path)
+    printed = _run_python(example, tmp_path).splitlines()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+    assert read_record(tmp_path / "2.png")["request"]["prompt"] == "a fox"
+    assert printed.count("step 10 of 10") == 2  # two batches
+    assert printed[-1] == "cancelled"
 
 
 def test_diffusers_draws_the_embedded_model_as_printed(tmp_path: Path) -> None:
