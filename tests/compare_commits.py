@@ -78,7 +78,9 @@ def cases(models: Path) -> Iterator[Case]:
     yield batch("embedded", 4, mixed_rows())
     yield batch("SD1 folder", 4, mixed_rows(), model="sd1")
     yield batch("SD1 file", 1, mixed_rows(), model="sd1.safetensors")
-    yield batch("SD2-v folder", 4, mixed_rows()[:8], model="sd2-v")
+    # PLMS mixes velocities now as diffusers does, where it mixed noise before.
+    of_v_rows = [row for row in mixed_rows()[:8] if row["sampler"] != "plms"]
+    yield batch("SD2-v folder", 4, of_v_rows, model="sd2-v")
     euler = [row | {"sampler": "euler"} for row in mixed_rows() if row["sampler"] == "ddim" and "eta" not in row]
     yield batch("SDXL and refiner", 4, euler, model="sdxl", refiner="refiner")
     lcm = [{"prompt": f"{number} pears", "sampler": "lcm", "guidance_scale": 4 + number % 2} for number in range(5)]
