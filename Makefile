@@ -12,7 +12,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 OUT ?= runs/bench-gpu
 SCRATCH ?= runs/bench-gpu-scratch
 
-.PHONY: help demo train evaluate bench bench-gpu install install-test test test-slow lint format clean
+.PHONY: help demo train evaluate bench bench-gpu install install-test test test-slow lint format readme clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -54,6 +54,9 @@ lint: install-test ## ruff, import-linter and mypy
 format: install-test ## let ruff put the code in shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+readme: install-test ## put what `ldm` prints into README.md
+	$(BIN)/python tests/readme_help.py
 
 clean: ## remove the virtual environment and what tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -22,7 +22,7 @@ from ldmcli.batch.fields import as_fields
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.lines import MAX_LINE_BYTES, Digest, continues
 from ldmcli.batch.reading import FORMATS, RawRow, open_rows
-from ldmcli.batch.rows import IdIndex, checked_grid, derived_seed, items, parse_grid, survey
+from ldmcli.batch.survey import IdIndex, checked_grid, derived_seed, items, parse_grid, survey
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, UsageError
 from ldmcli.spec import MAX_SEED, GenerationRequest
 
@@ -737,7 +737,7 @@ def peak():
 _DRY_RUN = """
 import sys
 from ldmcli.batch.reading import open_rows
-from ldmcli.batch.rows import IdIndex, items, survey
+from ldmcli.batch.survey import IdIndex, items, survey
 from ldmcli.spec import GenerationRequest
 reader = open_rows(None, format=sys.argv[1])
 found = survey(items(reader, GenerationRequest("", steps=1, width=8, height=8), seed=1, ids=IdIndex()), 3)
@@ -779,7 +779,7 @@ _FIRST = """
 import itertools, sys
 from ldmcli.batch.plan import batches
 from ldmcli.batch.reading import open_rows
-from ldmcli.batch.rows import items
+from ldmcli.batch.survey import items
 from ldmcli.spec import GenerationRequest
 reader = open_rows(None, format=sys.argv[1])
 found = items(reader, GenerationRequest("", steps=1), seed=1)
@@ -851,7 +851,7 @@ def test_a_model_is_not_needed_to_read_rows() -> None:
     """Rows are checked before anything heavy is imported."""
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import ldmcli.batch.rows, ldmcli.batch.plan"],
+        [sys.executable, "-X", "importtime", "-c", "import ldmcli.batch.survey, ldmcli.batch.plan"],
         capture_output=True, env=environment(), check=True,
     )  # fmt: skip
     assert b"torch" not in done.stderr

@@ -4,12 +4,16 @@ import configparser
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from ldmcli.cli import _COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,10 +29,17 @@ def _listed(settings: configparser.ConfigParser, section: str, key: str) -> list
     return settings[section][key].split("\n")[1:]
 
 
-def test_every_package_is_listed(settings: configparser.ConfigParser) -> None:
-    on_disk = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "ldmcli").rglob("__init__.py")}
-    listed = {name for name in _listed(settings, "options", "packages") if ".weights." not in name}
-    assert listed == on_disk
+def test_every_folder_with_code_is_a_package() -> None:
+    folders = {path.parent for path in (ROOT / "ldmcli").rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+def test_no_two_rooms_share_a_file_name() -> None:
+    """But for the files of commands, which are named as the command."""
+    commands = {ROOT / "ldmcli" / "cli" / f"{name}.py" for name in _COMMANDS}
+    paths = set((ROOT / "ldmcli").rglob("*.py")) - commands
+    names = Counter(path.name for path in paths if path.name != "__init__.py")
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_constraints_satisfy_the_lower_bounds(settings: configparser.ConfigParser) -> None:
@@ -53,9 +64,9 @@ def test_a_wheel_runs_elsewhere_with_its_model(tmp_path: Path) -> None:
     copy = tmp_path / "tree"
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
     for name in names.stdout.decode().split("\n"):
-        if name and not name.startswith("tests/") and (ROOT / name).is_file():
+        if name and not name.startswith("tests/") and (ROOT / name).exists():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     subprocess.run([*pip, str(copy)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"

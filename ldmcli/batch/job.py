@@ -12,8 +12,8 @@ from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.lines import Digest, continues
 from ldmcli.batch.plan import shard
 from ldmcli.batch.reading import RowReader, open_rows
-from ldmcli.batch.rows import IdIndex, Survey, items, survey
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
+from ldmcli.batch.survey import IdIndex, Survey, items, survey
 from ldmcli.errors import printable
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec

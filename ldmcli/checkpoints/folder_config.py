@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldmcli.checkpoints.fields import MAX_CONFIG_BYTES, Fields
+from ldmcli.checkpoints.json_fields import MAX_CONFIG_BYTES, Fields
 from ldmcli.config import Defaults, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import BadDataError

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldmcli.checkpoints.buildable import betas_of
 from ldmcli.checkpoints.families import LCM_DEFAULTS
-from ldmcli.checkpoints.fields import MAX_CONFIG_BYTES, Fields
+from ldmcli.checkpoints.json_fields import MAX_CONFIG_BYTES, Fields
 from ldmcli.config import Defaults, ScheduleConfig, Walk
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import BadDataError, printable

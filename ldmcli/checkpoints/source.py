@@ -18,9 +18,9 @@ from ldmcli.checkpoints.families import (
     lacks_only_vae,
     require_family,
 )
-from ldmcli.checkpoints.fields import MAX_CONFIG_BYTES
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
+from ldmcli.checkpoints.json_fields import MAX_CONFIG_BYTES
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX
 from ldmcli.checkpoints.layout import GENERATION, weight_names
 from ldmcli.checkpoints.training import schedule_of_file
@@ -110,7 +110,7 @@ def embedded_model() -> Path:
     package = Path(__file__).resolve().parent.parent
     for weights in (package / "weights", package.parent / "weights"):
         if (weights / EMBEDDED_NAME / "model_index.json").is_file():
-            return weights / EMBEDDED_NAME
+            return (weights / EMBEDDED_NAME).resolve()  # in a clone, what the package links to
     raise MissingInputError(
         f"the embedded model {EMBEDDED_NAME} was not installed with this copy of ldmcli; name a model with --model, or "
         "take the folder weights/ from ldmcli's repository."

@@ -16,8 +16,8 @@ from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.dimensions import vae_from_shapes
 from ldmcli.checkpoints.families import describe_single_file, require_family, with_article
-from ldmcli.checkpoints.fields import MAX_CONFIG_BYTES
 from ldmcli.checkpoints.files import WeightFile, open_weights
+from ldmcli.checkpoints.json_fields import MAX_CONFIG_BYTES
 from ldmcli.checkpoints.key_map import VAE_PREFIX, of_vae_encoder, old_diffusers_vae_key, original_vae_keys
 from ldmcli.checkpoints.source import list_keys, open_part
 from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ldmcli.cli.arguments import STDIN, read_prompts
 from ldmcli.cli.options import (
     REQUEST_OPTIONS,
     json_option,
@@ -28,7 +29,6 @@ from ldmcli.cli.options import (
     verbosity_options,
 )
 from ldmcli.cli.output import Output, open_output
-from ldmcli.cli.prompts import STDIN, read_prompts
 from ldmcli.cli.terminal import StepBar
 from ldmcli.errors import UsageError, printable
 from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, RuntimeSpec

@@ -20,7 +20,7 @@ from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.pipeline import DiffusionModel, Pipeline
-from ldmcli.session.opening import Opened
+from ldmcli.session.opened import Opened
 from ldmcli.spec import FittedRequest
 from ldmcli.speed.compiled import compiled
 from ldmcli.speed.cuda.graph import CudaRecorder, Graphs

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from ldmcli.config import UNDECIDED, ModelConfig
 from ldmcli.disk.cache import hash_store
 from ldmcli.errors import LdmError
-from ldmcli.session.opening import Opened, open_spec
+from ldmcli.session.opened import Opened, open_spec
 from ldmcli.spec import FittedRequest, GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
 
