@@ -65,7 +65,7 @@ def test_a_run_and_its_account(tmp_path: Path) -> None:
     assert "3 done + 0 failed = 3 rows" in done.err
     assert_whole(tmp_path / "out", 3)
     assert pixels(tmp_path / "sheet.png").shape[1] > 3 * 16
-    first = manifest(tmp_path / "out")[0]
+    first = min(manifest(tmp_path / "out"), key=lambda record: record["number"])  # threads write a batch in any order
     assert (first["row"], first["line"], first["id"], first["seed"]) == (1, 2, "1", first["request"]["seed"])
     assert first["request"]["prompt"] == "a red apple"
 
@@ -122,6 +122,26 @@ def test_bad_rows_are_told_of_and_the_rest_is_drawn(tmp_path: Path) -> None:
     again = batch(path, "-o", tmp_path / "out")
     assert (again.code, again.out) == (3, b"")
     assert len(manifest(tmp_path / "out")) == 5  # none is told of twice
+
+
+def test_what_failed_is_listed_with_its_prompt(tmp_path: Path) -> None:
+    batch(prompt_file(tmp_path, "rows.jsonl", BAD), "-o", tmp_path / "out")
+    listed = ldm("batch", "--status", tmp_path / "out", "--failed", "--json").records
+    assert [(one["row"], one["line"], one["prompt"], one["code"]) for one in listed] == [
+        (2, 2, "b", 65), (3, 3, None, 65), (4, 4, None, 65),
+    ]  # fmt: skip
+    told = ldm("batch", "--status", tmp_path / "out", "--failed").out.decode()
+    assert "row 2, line 2 “b”: seed 'abc'" in told
+    assert_refused(ldm("batch", "--failed"), 2, "--status DIR")
+
+
+def test_remarks_come_once_a_run(tmp_path: Path) -> None:
+    rows = [{"prompt": "a (cat:1.2)", "guidance_scale": 0}, {"prompt": "b BREAK", "guidance_scale": 0.5}]
+    path = prompt_file(tmp_path, "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = batch(path, "-o", tmp_path / "out")
+    assert done.code == 0, done
+    assert done.err.count("guidance below 1 draws what the negative prompt says") == 1
+    assert done.err.count("--prompt-syntax weighted") == 1
 
 
 def test_strict_draws_nothing_where_a_row_is_bad(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ class BadRow:
     line: int  # in the input, counted from 1
     id: str
     problems: tuple[str, ...]
+    prompt: str = ""  # as far as it could be read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ldmcli.batch.plan import shard
 from ldmcli.batch.reading import RowReader, open_rows
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.batch.survey import IdIndex, Survey, items, survey
+from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import printable
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
@@ -58,6 +59,7 @@ class Job:
         self.runtime = spec.runtime
         self.digest: Digest | None = None
         self._cuts = 0
+        self._remarks: set[str] = set()
 
     def survey(self) -> Survey:
         """Go through all rows of this shard, telling of the bad ones; then the input is opened anew."""
@@ -81,7 +83,7 @@ class Job:
             seed=self.spec.seed,
             count=self.spec.count,
             grid=self.grid,
-            fit=lambda request: self.session.fit(request).recorded,
+            fit=self._fit,
             check_prompt=self._check_prompt,
             ids=IdIndex(),
         )
@@ -119,8 +121,22 @@ class Job:
     def _open(self) -> RowReader:
         return open_rows(self.spec.path, format=self.spec.format, prompt_column=self.spec.prompt_column)
 
+    def _fit(self, request: GenerationRequest) -> GenerationRequest:
+        fitted = self.session.fit(request)
+        if fitted.guidance_scale < 1:
+            self._remark(UNREAD_PROMPT)
+        return fitted.recorded
+
+    def _remark(self, sentence: str, kind: str = "") -> None:
+        """Warn of something once a run."""
+        if (kind or sentence) not in self._remarks:
+            self._remarks.add(kind or sentence)
+            _log.warning("%s", sentence)
+
     def _check_prompt(self, request: GenerationRequest) -> None:
         for text in (request.prompt, request.negative_prompt):
+            if request.prompt_syntax == "plain" and "syntax" not in self._remarks and (hint := syntax_hint(text)):
+                self._remark(hint, "syntax")
             cut = self.session.cut_text(text, request)
             if cut and self._cuts < _SHOWN_CUTS:
                 self._cuts += 1

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.pictures import PICTURE_PATH
 from ldmcli.disk.opening import open_regular, shown
@@ -122,7 +123,8 @@ class ManifestWriter:
         """Add the line of a row that cannot be drawn: it has no number, and the code of bad data."""
         error = " ".join(bad.problems)[:_MAX_ERROR]
         record = {"row": bad.row, "number": None, "status": FAILED, "id": bad.id, "line": bad.line, "error": error}
-        self._write(record | {"code": BadDataError.exit_code, "worker": self.worker, "time": _now()})
+        record |= {"code": BadDataError.exit_code, "worker": self.worker, "time": _now()}
+        self._write(record | ({"request": {PROMPT: bad.prompt}} if bad.prompt else {}))
 
     def _write(self, record: dict[str, Any]) -> None:
         line = _line(record)

@@ -52,7 +52,8 @@ class Row:
         found = list(dict.fromkeys(self.problems))
         if len(found) > MAX_PROBLEMS:
             found[MAX_PROBLEMS:] = [f"{len(found) - MAX_PROBLEMS} more problems."]
-        return BadRow(self.raw.row, self.raw.line, self.id, tuple(found))
+        prompt = (self.raw.fields or {}).get(PROMPT)
+        return BadRow(self.raw.row, self.raw.line, self.id, tuple(found), prompt if isinstance(prompt, str) else "")
 
     def check_pictures(
         self, variants: Variants, seed: int, check_prompt: Callable[[GenerationRequest], object] | None

@@ -64,7 +64,11 @@ class Worker:
 
     def close(self) -> None:
         """Wait for what is being written, and let go of model and manifest."""
-        self._threads.shutdown()
+        try:
+            self._threads.shutdown()
+        except KeyboardInterrupt:
+            self._threads.shutdown(cancel_futures=True)  # what is half written is finished
+            raise
         self._session.close()
         self._manifest.close()
 

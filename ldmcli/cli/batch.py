@@ -86,6 +86,7 @@ class _Shard(click.ParamType):
 @option("--extend", is_flag=True, help="Go on although rows were added at the end of FILE.")
 @option("--retry-failed", is_flag=True, help="Draw only what failed before.")
 @option("--status", metavar="DIR", help="Tell how far the run in DIR is, and do nothing else.")
+@option("--failed", is_flag=True, help="With --status: list what failed, with its prompt and why.")
 @option("--max-images", type=click.IntRange(1), metavar="N", help="End after N pictures.")
 @option("--time-limit", type=_Duration(), metavar="TIME", help="End after 90s, 55m, 1.5h …; the same command goes on.")
 @option("--shard", type=_Shard(), metavar="I/N", default="1/1", help="Only every N-th row, from the I-th on.")
@@ -125,6 +126,11 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     from ldmcli.batch.devices import parse_devices
     from ldmcli.batch.job import Job
 
+    if options["failed"]:
+        if not options["status"]:
+            raise click.UsageError("--failed goes with --status DIR.", context)
+        _print_failures(Path(options["status"]), as_json=options["as_json"])
+        return
     if options["status"]:
         _print_status(Path(options["status"]), as_json=options["as_json"])
         return
@@ -328,6 +334,17 @@ def _print_status(folder: Path, *, as_json: bool) -> None:
     for name, value in facts.items():
         shown = "unknown" if value is None else printable(str(value), 4096)
         click.echo(f"{name.replace('_', ' ')}: {shown}")
+
+
+def _print_failures(folder: Path, *, as_json: bool) -> None:
+    from ldmcli.batch.ledger import failures
+
+    for facts in failures(folder):
+        if as_json:
+            click.echo(json.dumps(facts))
+        else:
+            prompt = "" if facts["prompt"] is None else f" “{printable(facts['prompt'])}”"
+            click.echo(f"row {facts['row']}, line {facts['line']}{prompt}: {printable(str(facts['error']), 1000)}")
 
 
 def _print_totals(found: "Survey", *, as_json: bool) -> None:

@@ -30,6 +30,7 @@ from ldmcli.cli.options import (
 )
 from ldmcli.cli.output import Output, open_output
 from ldmcli.cli.terminal import StepBar
+from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
 from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
@@ -233,9 +234,14 @@ def _checked(requests: Iterator[GenerationRequest], session: "Session", *, eager
     """The requests fitted to the model, prompts' lengths looked at. `eager` checks all before the first is drawn;
     requests from an endless standard input are checked as they come."""
     read: set[str] = set()  # negative prompts whose length was looked at: one, which all requests share
+    hinted = False
 
     def check(request: GenerationRequest) -> FittedRequest:
+        nonlocal hinted
         fitted = session.fit(request)
+        if not hinted and fitted.prompt_syntax == "plain" and (hint := syntax_hint(fitted.prompt)):
+            hinted = True
+            _log.warning("%s", hint)
         for text in (fitted.prompt, *({fitted.negative_prompt} - read)):
             if cut := session.cut_text(text, fitted):
                 limit = session.token_limit
@@ -243,7 +249,7 @@ def _checked(requests: Iterator[GenerationRequest], session: "Session", *, eager
                     "a prompt is longer than the %d tokens the model reads; cut off: “%s”", limit, printable(cut)
                 )
         if not read and fitted.guidance_scale < 1:
-            _log.warning("guidance below 1 draws what the negative prompt says; 1 is unguided")
+            _log.warning(UNREAD_PROMPT)
         read.add(fitted.negative_prompt)
         return fitted
 
