@@ -1,6 +1,6 @@
 """Wrappers of a model: classifier-free guidance (Ho & Salimans 2022), what tempers it, and what joins the latents.
 
-Each takes a model and gives one; `pipeline.chain` says in which order they stand.
+Each takes a model and gives one; `DiffusionModel._chain` in pipeline.py says in which order they stand.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,11 @@
 """One model, opened, loaded on first need, and drawn with."""
 
 import dataclasses
+import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -63,7 +65,7 @@ class Session:
         self._drawer: Drawer | None = None
         self._sha256: Future[str] | None = None
         self._lock = threading.RLock()
-        self._cancelled = threading.Event()
+        self._drawing: weakref.WeakSet[threading.Event] = weakref.WeakSet()
 
     @property
     def config(self) -> ModelConfig:
@@ -159,19 +161,28 @@ class Session:
         the beginning and of every step; what it raises ends the drawing. Raises CancelledError after `cancel`, and
         DeviceLostError where the device cannot be used any more.
         """
-        self._cancelled.clear()
-        batch: list[FittedRequest] = []
-        for request in requests:
-            batch.append(request if isinstance(request, FittedRequest) else self.fit(request))
-            if len(batch) == batch_size:
-                yield from self._draw(batch, on_step)
-                batch = []
-        if batch:
-            yield from self._draw(batch, on_step)
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} is not 1 or more")
+        cancelled = threading.Event()
+        self._drawing.add(cancelled)
+
+        def step(progress: Progress) -> None:
+            if cancelled.is_set():
+                raise CancelledError("drawing was cancelled.")
+            if on_step:
+                on_step(progress)
+
+        def drawn() -> "Iterator[Picture]":
+            waiting = iter(requests)
+            while batch := list(itertools.islice(waiting, batch_size)):
+                yield from self._draw([r if isinstance(r, FittedRequest) else self.fit(r) for r in batch], step)
+
+        return drawn()
 
     def cancel(self) -> None:
-        """Have a `draw` in another thread end at its next step."""
-        self._cancelled.set()
+        """Have every `draw` that was called so far end at its next step."""
+        for cancelled in list(self._drawing):
+            cancelled.set()
 
     def load(self, first: Sequence[FittedRequest] = ()) -> None:
         """Read the model now, unless it is there; the prompts of `first` are encoded meanwhile."""
@@ -211,15 +222,9 @@ class Session:
             _log.debug("%s loaded in %.2f s: %s", self.name, time.perf_counter() - started, runtime.to_dict())
             return self._drawer
 
-    def _draw(self, batch: Sequence[FittedRequest], on_step: Callable[[Progress], object] | None) -> "list[Picture]":
+    def _draw(self, batch: Sequence[FittedRequest], on_step: Callable[[Progress], object]) -> "list[Picture]":
         with self._lock:
-            return self._loaded(batch).draw(batch, lambda progress: self._step(progress, on_step))
-
-    def _step(self, progress: Progress, on_step: Callable[[Progress], object] | None) -> None:
-        if self._cancelled.is_set():
-            raise CancelledError("drawing was cancelled.")
-        if on_step:
-            on_step(progress)
+            return self._loaded(batch).draw(batch, on_step)
 
     def _settled(self) -> Opened:
         if self.undecided:
