@@ -688,7 +688,7 @@ def test_a_read_only_folder_is_refused_but_its_status_is_told(tmp_path: Path) ->
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "images").write_text("mine")
-    with pytest.raises(CannotCreateError, match=r"images' is there already and is not a folder"):
+    with pytest.raises(CannotCreateError, match=r"images is there already and is not a folder"):
         write_picture(tmp_path, picture_path(item(0)), PNG)
     assert Ledger.load(tmp_path).counts(1).pending == 1
 

@@ -9,7 +9,8 @@ from ldmcli.speed.cuda.convolutions import PAYS, chosen_for
 @pytest.mark.parametrize(
     ("device", "steps", "tried"), [("cuda", PAYS, True), ("cuda", PAYS - 1, False), ("cpu", PAYS, False)]
 )
-def test_long_jobs_on_a_gpu_try(device: str, steps: int, tried: bool) -> None:
+def test_long_jobs_on_a_gpu_try(device: str, steps: int, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with chosen_for(torch.device(device), steps):
         assert torch.backends.cudnn.benchmark == tried
     assert not torch.backends.cudnn.benchmark

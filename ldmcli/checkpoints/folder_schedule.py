@@ -241,10 +241,15 @@ def _walked(fields: Fields, sampler: str, schedule: ScheduleConfig) -> ScheduleC
         ends_clean=ends_clean,
         lower_order_final=lower_order_final,
         euler_at_final=fields.flag("euler_at_final"),
-        distilled_steps=fields.whole("original_inference_steps", 50, high=schedule.training_steps),
+        distilled_steps=_distilled_steps(fields, sampler, schedule.training_steps),
         walk=_walk(fields, sampler, schedule.prediction_type),
         note=_CLIPS if fields.flag("clip_sample") else "",
     )
+
+
+def _distilled_steps(fields: Fields, sampler: str, training_steps: int) -> int:
+    """Of a latent consistency model; no other sampler looks at it."""
+    return fields.whole("original_inference_steps", 50, high=training_steps) if sampler == "lcm" else 50
 
 
 def _walk(fields: Fields, sampler: str, prediction_type: str) -> Walk:

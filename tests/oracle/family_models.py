@@ -1,6 +1,7 @@
 """The small models of `random_families` in every layout, and diffusers drawing with them."""
 
 import inspect
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,12 @@ class FamilyModels:
         if alike == name:
             return save(self.diffusers(name), path)
         shutil.copytree(self.path(alike), path, copy_function=os.link, ignore=shutil.ignore_patterns("scheduler"))
-        self.diffusers(name).scheduler.save_pretrained(path / "scheduler")
+        scheduler = self.diffusers(name).scheduler
+        scheduler.save_pretrained(path / "scheduler")
+        index = json.loads((path / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        (path / "model_index.json").unlink()  # a link: the other model keeps its own
+        (path / "model_index.json").write_text(json.dumps(index))
         return path
 
     def ours(self, name: str, layout: str = "folder", refiner: str | None = None) -> Pipeline:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ldmcli.checkpoints.files import WeightFile
 from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae, on_meta
 from ldmcli.checkpoints.source import ModelSource, open_model
+from ldmcli.conditioning.pairs import size_vector
 from ldmcli.config import TextEncoderConfig, UNetConfig
 from ldmcli.networks.unet import UNet
 
@@ -150,7 +151,7 @@ def loaded(source: ModelSource) -> dict[str, nn.Module]:
 
     cpu = torch.device("cpu")
     with mock.patch("ldmcli.checkpoints.load.read_tensors", read_shapes):
-        texts = load_text_encoders(source, cpu, torch.float32).encoders
+        texts = load_text_encoders(source, cpu, torch.float32)
         modules: dict[str, Any] = {
             text.part: e.model for text, e in zip(source.config.text_encoders, texts, strict=True)
         }
@@ -277,7 +278,7 @@ def test_full_size_sdxl_unet_equals_diffusers(dtype: torch.dtype, side: int, tol
     latents, context, pooled = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes_of_inputs)
     numbers = torch.tensor([[1024.0, 768.0, 0.0, 16.0, 512.0, 512.0]])
     with torch.inference_mode():
-        time = ours.embed_time(torch.tensor([500.0])) + ours.embed_added(pooled, numbers)
+        time = ours.embed_time(torch.tensor([500.0])) + ours.add_embedding(size_vector(pooled, numbers, ours.config))
         found = ours(latents, time, ours.project_context(context))
         with torch.device("meta"):
             theirs = build_parts("sdxl", small=False)["unet"].eval()

@@ -387,7 +387,9 @@ def test_prediction_type_is_found_out(family_models: FamilyModels, tmp_path: Pat
     """A file of 2.x may be of either kind, and its network tells: v is about minus the image at the noisiest step."""
     import copy
 
-    unet = copy.deepcopy(family_models.ours("sd2", "file").model.unet)
+    unet = copy.deepcopy(
+        family_models.ours("sd2", "file").model.unet.float()
+    )  # which unpacks weights that were laid out
     latents = torch.full((1, 4, 8, 8), 0.5)
     for bias, wanted in ((2.0, "epsilon"), (-4.0, "v_prediction")):
         unet.conv_out.bias.fill_(bias)

@@ -89,16 +89,16 @@ def test_other_prediction_types(
     model_folder: Path, random_model: Any, tmp_path: Path, prediction_type: str, eta: float
 ) -> None:
     folder = copy_with(model_folder, tmp_path / "model", {"prediction_type": prediction_type})
-    request = GenerationRequest("a pear", seed=4, steps=10, eta=eta, guidance_scale=3.0)
+    request = GenerationRequest("a pear", seed=4, steps=10, sampler="ddim", eta=eta, guidance_scale=3.0)
     assert_same((load(folder), random_model), [request], prediction_type=prediction_type)
 
 
 @pytest.mark.parametrize(
     "schedule",
     [
-        {"set_alpha_to_one": True, "steps_offset": 0},
+        {"set_alpha_to_one": True},
         {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
-        {"num_train_timesteps": 500, "steps_offset": 3},
+        {"num_train_timesteps": 500},
         {"num_train_timesteps": 20, "trained_betas": [0.01 + 0.004 * i for i in range(20)]},
     ],
 )
@@ -115,7 +115,7 @@ def test_other_schedules(
 def test_other_spacings(model_folder: Path, random_model: Any, tmp_path: Path, spacing: str) -> None:
     """DDIM only: diffusers' PLMS assumes equal strides in its first step, which these do not have."""
     folder = copy_with(model_folder, tmp_path / "model", {"timestep_spacing": spacing})
-    request = GenerationRequest("a pear", seed=4, steps=6, guidance_scale=3.0)
+    request = GenerationRequest("a pear", seed=4, steps=6, sampler="ddim", guidance_scale=3.0)
     assert_same((load(folder), random_model), [request], timestep_spacing=spacing)
 
 
