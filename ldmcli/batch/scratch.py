@@ -1,9 +1,8 @@
 """A database for as long as a run lasts: on disk in a temporary file without a name, so that rows cost no memory."""
 
-import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from ldmcli.errors import StorageError, printable
@@ -20,26 +19,28 @@ class Scratch:
 
     def __call__(self, command: str, *values: Any) -> tuple[Any, ...] | None:
         """Run a command, and return its first row."""
-        with self._held():
-            row: tuple[Any, ...] | None = self._store.execute(command, values).fetchone()
-            return row
+        try:  # no context manager: a million rows feel it
+            with self._lock:
+                row: tuple[Any, ...] | None = self._store.execute(command, values).fetchone()
+                return row
+        except sqlite3.Error as error:
+            raise _no_room(error) from None
 
     def change(self, command: str, rows: Iterable[tuple[Any, ...]]) -> int:
         """Run a command for each of the rows, and return how many of the table it changed."""
-        with self._held():
-            return self._store.executemany(command, rows).rowcount
+        try:
+            with self._lock:
+                return self._store.executemany(command, rows).rowcount
+        except sqlite3.Error as error:
+            raise _no_room(error) from None
 
     def close(self) -> None:
         """Forget everything."""
         self._store.close()
 
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                yield
-        except sqlite3.Error as error:
-            raise StorageError(
-                f"the account of the rows cannot be kept in the temporary folder: {printable(str(error))}; make room, "
-                "or set TMPDIR to a folder that has it."
-            ) from None
+
+def _no_room(error: sqlite3.Error) -> StorageError:
+    return StorageError(
+        f"the account of the rows cannot be kept in the temporary folder: {printable(str(error))}; make room, or set "
+        "TMPDIR to a folder that has it."
+    )
