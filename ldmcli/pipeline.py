@@ -23,7 +23,7 @@ from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.sampling.denoiser import Denoiser, Model, predicting
 from ldmcli.sampling.guidance import guided, in_interval, paired, with_channels, within
 from ldmcli.sampling.noise import SeededNoise
-from ldmcli.sampling.samplers import SAMPLERS
+from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
 from ldmcli.spec import FittedRequest
 from ldmcli.speed.cpu.heap import give_back_free_memory

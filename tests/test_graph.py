@@ -21,7 +21,7 @@ from ldmcli.networks.inputs import Conditioning
 from ldmcli.networks.unet import UNet
 from ldmcli.sampling.denoiser import Model, predicting
 from ldmcli.sampling.guidance import guided, in_interval, within
-from ldmcli.sampling.samplers import SAMPLERS
+from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
 from ldmcli.speed.cuda.graph import KEPT, PAYS, CudaRecorder, Graphs, recorded, state_of
 

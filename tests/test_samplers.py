@@ -21,7 +21,7 @@ from ldmcli.config import ScheduleConfig
 from ldmcli.sampling import catalogue as samplers
 from ldmcli.sampling.denoiser import Model, predicting
 from ldmcli.sampling.noise import SeededNoise
-from ldmcli.sampling.samplers import SAMPLERS
+from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,7 +21,7 @@ from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.pipeline import Pipeline
 from ldmcli.sampling.denoiser import Denoiser, Prediction, predicting
 from ldmcli.sampling.guidance import controlled, guided, with_channels
-from ldmcli.sampling.samplers import SAMPLERS
+from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
 from ldmcli.spec import GenerationRequest
 

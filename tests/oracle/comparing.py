@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.pipeline import Pipeline
-from ldmcli.sampling.samplers import SAMPLERS
+from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, fit_to_model
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {

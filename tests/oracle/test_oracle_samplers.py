@@ -21,7 +21,7 @@ from ldmcli.sampling.catalogue import SPACINGS
 from ldmcli.sampling.denoiser import predicting
 from ldmcli.sampling.guidance import rescaled
 from ldmcli.sampling.noise import SeededNoise
-from ldmcli.sampling.samplers import SAMPLERS
+from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import SMALLEST_LEVEL, Schedule, Step
 
 TOLERANCE = 2e-5
