@@ -76,7 +76,7 @@ class _Shard(click.ParamType):
     "--grid", metavar="FIELD=V,V,…", multiple=True, help="Draw each row with each of these values; may be repeated."
 )
 @option("-s", "--seed", type=int, default=0, show_default=True,
-        help="Rows without a seed get one made of this and their id.")  # fmt: skip
+        help="Rows without a seed, or with -1, get one made of this and their id.")  # fmt: skip
 @option("-c", "--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures for each row.")
 @option("-b", "--batch-size", type=click.IntRange(1, 1024),
         help="Pictures computed at once; rows of equal settings share a batch.  [default: 8 of a small model's on a "
