@@ -9,6 +9,7 @@ from ldmcli.batch.devices import cores_each
 from ldmcli.batch.dispatch import Dispatcher
 from ldmcli.batch.feed import Feed, Stop
 from ldmcli.batch.items import Item, Outcome, Setup
+from ldmcli.batch.pictures import clean_temporaries
 from ldmcli.batch.process import Failed, Ready, WorkerProcess
 from ldmcli.speed.cpu.threads import available_cores
 from ldmcli.speed.startup import quicken, settle_down
@@ -58,8 +59,8 @@ class _Processes:
     """Processes that draw, and what each has in hand."""
 
     def __init__(self, setups: Sequence[Setup], feed: Feed, stop: Stop) -> None:
-        self._stop = stop
-        self._dispatcher = Dispatcher(setups[0].folder, feed)
+        self._stop, self._folder = stop, setups[0].folder
+        self._dispatcher = Dispatcher(self._folder, feed)
         self._failure: Exception | None = None
         self._processes = [WorkerProcess(setup, f"worker-{i}") for i, setup in enumerate(setups)]
 
@@ -79,6 +80,8 @@ class _Processes:
                 process.kill()
             for process in self._processes:
                 process.join()
+            if self._processes:  # killed, maybe while they wrote
+                clean_temporaries(self._folder)
             self._dispatcher.close()
 
     def _hand_out(self) -> None:
