@@ -3,17 +3,14 @@
 What was compiled is kept in the user's cache, where the next process finds it; tracing takes a while in each.
 """
 
-import contextlib
 import logging
 import os
-import stat
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldmcli.disk.cache import cache_folder
+from ldmcli.disk.cache import cache_folder, make_private
 from ldmcli.errors import printable
 from ldmcli.speed.memory import is_out_of_memory
 from ldmcli.speed.startup import whole_torch
@@ -90,23 +87,11 @@ def keep_on_disk() -> None:
         return
     folder = base / "compile"
     try:
-        _make(folder)
+        make_private(folder)  # code is run from there
     except OSError as error:
         _log.debug("cache: %s goes unused: %s", printable(str(folder)), printable(str(error)))
         return
     os.environ[_FOLDER] = str(folder)
-
-
-def _make(folder: Path) -> None:
-    """See that the folder and its parent are there and no one else's: code is run from there. Raises OSError."""
-    for path in reversed([folder, *(p for p in folder.parents if not p.exists())]):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-    for status in (os.stat(folder.parent), os.lstat(folder)):
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise PermissionError("it is not this user's folder")
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError("others can write to it")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
