@@ -21,6 +21,7 @@ from ldmcli.batch.dispatch import Dispatcher, StartError, noted
 from ldmcli.batch.feed import Batch, Feed, Stop
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.local import run_local
+from ldmcli.batch.process import WorkerProcess
 from ldmcli.batch.worker import Worker
 from ldmcli.errors import LdmError, UsageError
 
@@ -118,12 +119,24 @@ def test_two_processes_draw_what_one_does_though_one_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("ldmcli"), "propagate", True)
+    given: dict[str, set[int]] = {}
+
+    def give(process: WorkerProcess, batch: Batch) -> None:
+        given.setdefault(process.name, set()).update(item.number for item in batch.items)
+        really_give(process, batch)
+
+    really_give = WorkerProcess.give
+    monkeypatch.setattr(WorkerProcess, "give", give)
     row = items(12, **SLOW)
     found: list[Outcome] = []
+    killed = False
     for outcome in run_local(setup_in(tmp_path / "two"), batches(row, 2), TWO, stop=Stop()):
         found.append(outcome)
-        if len(found) == 3:  # by a worker that has more in hand; another may still be loading
-            os.kill(children()[int(outcome.worker.removeprefix("worker-"))], signal.SIGKILL)
+        if not killed:  # a worker that stands still, with something in hand
+            pid = children()[int(outcome.worker.removeprefix("worker-"))]
+            os.kill(pid, signal.SIGSTOP)
+            killed = bool(given[outcome.worker] - lines_of(tmp_path / "two").keys())
+            os.kill(pid, signal.SIGKILL if killed else signal.SIGCONT)
     assert statuses(found) == dict.fromkeys(range(12), "done")
     assert lines_of(tmp_path / "two") == {number: ["done"] for number in range(12)}
     assert max(outcome.attempts for outcome in found) == 2
