@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 def on_a_terminal(*arguments: str | Path, stream: str, env: dict[str, str] | None = None) -> tuple[Result, str]:
     """Run `ldm` with `stream` a terminal; returns the result and what the terminal received."""
     controller, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
+    termios.tcsetwinsize(terminal, (24, 40))
     process = start(*arguments, env=env, stdin=subprocess.DEVNULL, **{stream: terminal})
     os.close(terminal)
     received = b""
@@ -105,6 +106,17 @@ def test_headers_are_read_without_torch() -> None:
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.err.splitlines()}
         assert result.code == 0
         assert not imported & {"torch", "transformers", "numpy", "safetensors"}
+
+
+def test_a_terminal_of_another_encoding_takes_help_and_facts(tmp_path: Path) -> None:
+    environ = {"PYTHONIOENCODING": "latin-1"}
+    for command in ("--help", "txt2img --help", "batch --help", "samplers", "models"):
+        assert ldm(*command.split(), env=environ).code == 0
+    path = tmp_path / "one.png"
+    drawn = ldm("txt2img", "-m", tiny_model(), "ein Kätzchen ★", "--steps", "1", "-o", path, env=environ)
+    assert drawn.code == 0
+    facts = ldm("info", path, env=environ)
+    assert (facts.code, "Kätzchen ?".encode("latin-1") in facts.out) == (0, True)
 
 
 def test_help_and_version() -> None:
@@ -256,7 +268,9 @@ def test_a_named_file_with_a_bar_on_the_terminal(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["one.png"]
     assert "/3" in terminal  # the bar
     assert "step" in terminal
+    assert "loading tiny …" in terminal
     assert "loaded in" in terminal  # -v
+    assert all(len(line) <= 40 for line in re.split("[\r\n]+", terminal) if "ldm:" not in line)
     assert "\x1b[3" not in terminal  # no colour
     assert b"tEXt" not in path.read_bytes()
 

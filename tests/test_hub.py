@@ -436,6 +436,22 @@ def test_models_at_hand(hub: Hub, run: Any, tmp_path: Path) -> None:
     assert "cannot be run" in lines[4]
 
 
+def test_what_is_listed_is_a_name_to_type(hub: Hub, run: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine").symlink_to(tiny_model())
+    (own / "single.safetensors").symlink_to(tiny_single_file())
+    hub.add("lab/emoji", tiny_model())
+    pulled(run("pull", "lab/emoji"))
+    (tmp_path / "here" / "lab").mkdir()
+    listed = [record["name"] for record in run("models", "--json", LDM_MODELS=str(own)).records]
+    assert listed == [str(EMBEDDED.parent), "mine", "single.safetensors", "lab/emoji@main"]
+    for name in (*listed, "single", EMBEDDED.parent.name):
+        assert_opened(run("txt2img", "x", "-m", name, "-W", "63", LDM_MODELS=str(own)))
+    assert run("info", "mine", LDM_MODELS=str(own)).code == 0
+    assert_refused(run("txt2img", "x", "-m", "mine"), 66, "mine")
+
+
 def test_models_without_a_cache_or_weights(run: Any) -> None:
     result = run("models")
     assert (result.code, result.err) == (0, "")

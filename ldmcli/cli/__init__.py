@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import logging
 import os
 import signal
@@ -137,11 +138,13 @@ def _invoke(arguments: Sequence[str]) -> int:
 
 
 def _open_streams() -> bool:
-    """Give closed standard streams a place to lead to, lest a file opened later take their number; returns whether
-    standard output was open."""
+    """Give closed standard streams a place to lead to, lest a file opened later take their number, and have standard
+    output take any text; returns whether that was open."""
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:
         setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack characters that help texts have
     return "stdout" not in closed
 
 

@@ -225,9 +225,10 @@ def _draw(
     done, total = run.counts().images, found.images if found else None
     with (
         contextlib.closing(outcomes),
-        bar(total=total, initial=done, unit="img") as progress,
+        bar(total=total, initial=done, unit="img", desc="loading") as progress,
     ):
         for outcome in outcomes:
+            progress.set_description_str(refresh=False)
             _report(outcome, folder, as_json=options["as_json"])
             progress.update()
 

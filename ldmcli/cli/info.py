@@ -25,11 +25,12 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     the same, and the exit code is that of the first that could not.
     """
     from ldmcli.checkpoints.inspection import inspect
+    from ldmcli.hub.shelf import find_here
 
     codes = []
     for file in files:
         try:
-            facts = inspect(expanded(file), allow_pickle=allow_pickle)
+            facts = inspect(find_here(file) or expanded(file), allow_pickle=allow_pickle)
         except LdmError as error:
             if len(files) == 1:
                 raise

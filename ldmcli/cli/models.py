@@ -13,8 +13,9 @@ from ldmcli.cli.options import json_option, verbosity_options
 def models(as_json: bool) -> None:
     """List the models at hand: what to type after --model, the family and the size on disk.
 
-    These are the embedded one, those in the folder weights/ (here, and beside the program), and those in the cache of
-    the Hugging Face hub. What is there but cannot be run is listed with the reason. Only headers are read.
+    These are the embedded one, those in the folder weights/ (here, and beside the program), in the folder that
+    LDM_MODELS names, and in the cache of the Hugging Face hub. What is there but cannot be run is listed with the
+    reason. Only headers are read.
     """
     from ldmcli.errors import printable
     from ldmcli.hub.shelf import models_at_hand

@@ -135,8 +135,8 @@ def runtime_spec(options: Mapping[str, Any]) -> RuntimeSpec:
 # Which weights.
 _MODEL = (
     option("-m", "--model", metavar="MODEL",
-           help="Diffusers folder, .safetensors file, or ORG/NAME[@REVISION] of the Hugging Face hub.  [default: the "
-           "embedded model]"),
+           help="Diffusers folder, .safetensors file, a name in the folder LDM_MODELS, or ORG/NAME[@REVISION] of the "
+           "Hugging Face hub.  [default: the embedded model]"),
     option("--vae", metavar="MODEL", help="Another VAE, a folder or file, or TAESD, for a quick look."),
     option("--refiner", metavar="MODEL", help="An SDXL refiner for the last steps."),
     option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ldmcli.errors import printable
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -21,6 +23,11 @@ def bar(**settings: Any) -> "tqdm[Any]":
     quiet = not _log.isEnabledFor(logging.INFO)
     # None lets tqdm look whether stderr is a terminal.
     return tqdm(disable=quiet or None, file=sys.stderr, dynamic_ncols=True, leave=False, **settings)
+
+
+def loading(name: str) -> "tqdm[Any]":
+    """A line that says that `name` is loading; close it to take it away."""
+    return bar(bar_format="{desc}", desc=f"loading {printable(name)} …")
 
 
 def write_result(data: bytes) -> None:

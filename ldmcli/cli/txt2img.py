@@ -29,7 +29,7 @@ from ldmcli.cli.options import (
     verbosity_options,
 )
 from ldmcli.cli.output import Output, open_output
-from ldmcli.cli.terminal import StepBar
+from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
 from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, RuntimeSpec
@@ -106,9 +106,10 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
         _log.info("seed %d", first.seed)
     # 3. The pictures.
     quicken()
-    session = _with_runtime(session, record)
-    session.stopwatch.add("imports", process_age())
-    session.load([first])
+    with contextlib.closing(loading(session.name)):
+        session = _with_runtime(session, record)
+        session.stopwatch.add("imports", process_age())
+        session.load([first])
     settle_down()
     session.begin_hashing()
     written = _Written(session, output, options, record)

@@ -1,4 +1,4 @@
-"""The models at hand: embedded, in weights/ folders, and in the hub's cache. Reads headers only, without torch."""
+"""The models at hand: embedded, in weights/ folders and $LDM_MODELS, in the hub's cache. Reads headers, without torch."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.checkpoints.layout import INDEX
-from ldmcli.checkpoints.source import embedded_model, open_model
+from ldmcli.checkpoints.source import EMBEDDED_NAME, embedded_model, open_model
 from ldmcli.errors import LdmError
-from ldmcli.hub.fetch import CachedModel, cached_models
+from ldmcli.hub.fetch import CachedModel, cached_models, locate
 
 _WEIGHTS = ".safetensors"
 _MAX_ENTRIES = 1000  # looked at in one folder
@@ -33,8 +33,23 @@ class ShelfModel:
         return {**dataclasses.asdict(self), "path": str(self.path)}
 
 
+def find_model(name: str, *, half: bool) -> Path:
+    """Where the model called `name` is on disk; one of the hub is fetched if need be, and a path to nothing is returned
+    as it stands. Raises LdmError."""
+    return find_here(name) or locate(name, half=half)
+
+
+def find_here(name: str) -> Path | None:
+    """What `name` means without the hub: a path, what is called so in $LDM_MODELS, or the embedded model."""
+    path = Path(os.path.expanduser(name))
+    own = _own_folder()
+    inside = (own / name, own / f"{name}{_WEIGHTS}") if own and name and not path.is_absolute() else ()
+    found = next((candidate for candidate in (path, *inside) if os.path.lexists(candidate)), None)
+    return embedded_model() if found is None and name == EMBEDDED_NAME else found
+
+
 def models_at_hand() -> Iterator[ShelfModel]:
-    """Each model once: the embedded one, weights/ beside the program and here, the hub's cache."""
+    """Each model once: the embedded one, weights/ beside the program and here, $LDM_MODELS, the hub's cache."""
     seen: set[str] = set()
     for model in itertools.chain(_embedded(), _on_shelves(), _in_cache()):
         real = os.path.realpath(model.path)
@@ -50,19 +65,32 @@ def _embedded() -> Iterator[ShelfModel]:
 
 
 def _on_shelves() -> Iterator[ShelfModel]:
-    """What is in weights/: folders with an index, and weight files."""
+    """What is in weights/ and $LDM_MODELS: folders with an index, and weight files."""
     package = Path(__file__).resolve().parent.parent
     for shelf in (Path("weights"), package.parent / "weights", package / "weights"):
         for path in _entries(shelf):
             if path.name.endswith(_WEIGHTS) or (path / INDEX).is_file():
                 yield _described(_typed(path), "folder", path)
+    if own := _own_folder():
+        for path in _entries(own):
+            if path.name.endswith(_WEIGHTS) or (path / INDEX).is_file():
+                name = _typed(path) if os.path.lexists(path.name) else path.name
+                yield _described(name, "folder", path)
+
+
+def _own_folder() -> Path | None:
+    """The user's folder of models, if one is named."""
+    named = os.environ.get("LDM_MODELS")
+    return Path(os.path.expanduser(named)) if named else None
 
 
 def _in_cache() -> Iterator[ShelfModel]:
     """What is in the hub's cache: repositories in diffusers layout, and, of others, weight files that can be run."""
     for model in cached_models():
         if (model.path / INDEX).is_file():
-            yield _described(model.name, "hub", model.path, model.size)
+            # Where a folder here is called like the organisation, the name alone would be a path.
+            hidden = "@" not in model.name and os.path.isdir(model.name.partition("/")[0])
+            yield _described(f"{model.name}@main" if hidden else model.name, "hub", model.path, model.size)
         else:
             yield from (found for found in _single_files(model) if found.family)
 

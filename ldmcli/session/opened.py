@@ -9,7 +9,7 @@ from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model, w
 from ldmcli.checkpoints.vae_source import VAESource, open_vae
 from ldmcli.conditioning.chunks import tokenize
 from ldmcli.errors import BadDataError, UsageError, printable
-from ldmcli.hub.fetch import locate
+from ldmcli.hub.shelf import find_model
 from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, ModelSpec, fit_to_model
 from ldmcli.speed.memory import check_memory
 
@@ -68,7 +68,7 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
     Raises LdmError."""
 
     def located(name: str) -> Path:
-        return locate(name, half=half)
+        return find_model(name, half=half)
 
     path = embedded_model() if spec.model is None else located(spec.model)
     model = open_model(path, allow_pickle=spec.allow_pickle, own_vae=not spec.vae)
