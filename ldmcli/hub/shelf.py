@@ -1,4 +1,4 @@
-"""The models at hand: embedded, in weights/ folders and $LDM_MODELS, in the hub's cache. Reads headers, without torch."""
+"""The models at hand: embedded, in weights/ and $LDM_MODELS, in the hub's cache. Reads headers only, without torch."""
 
 import contextlib
 import dataclasses
