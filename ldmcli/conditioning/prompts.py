@@ -12,8 +12,7 @@ from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.errors import LdmError
 from ldmcli.networks.clip import TextTransformer
 
-_MAX_HELD = 512  # prompts
-_MAX_BYTES = 128 << 20  # of theirs; a prompt takes 0.2 to 0.6 MB, more where it is read in chunks
+_MAX_BYTES = 128 << 20  # a prompt takes 0.2 to 0.6 MB, more where it is read in chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,29 +55,29 @@ class TextEncoder:
 
 class PromptEncoder:
     """A model's text encoders as one: SDXL has two, whose states stand side by side. It remembers the prompts that were
-    used last, bounded in number and size."""
+    used last, `max_bytes` of them."""
 
-    def __init__(
-        self, encoders: Sequence[TextEncoder], *, max_held: int = _MAX_HELD, max_bytes: int = _MAX_BYTES
-    ) -> None:
+    def __init__(self, encoders: Sequence[TextEncoder], *, max_bytes: int = _MAX_BYTES) -> None:
         self.encoders = tuple(encoders)
-        self._max_held, self._max_bytes = max_held, max_bytes
+        self._max_bytes = max_bytes
         self._held: OrderedDict[tuple[str, str, bool, int], EncodedPrompt] = OrderedDict()
         self._bytes = 0
 
     def encode(
         self, prompts: Sequence[str], *, syntax: str = "plain", chunked: bool = False, clip_skip: int = 1
     ) -> list[EncodedPrompt]:
-        """Each prompt encoded, those together that are not held. See `chunks.tokenize` for `syntax` and `chunked`."""
-        how = syntax, chunked, clip_skip
-        missing = [p for p in dict.fromkeys(prompts) if (p, *how) not in self._held]
-        encoded = self._encoded(missing, syntax=syntax, chunked=chunked, clip_skip=clip_skip)
-        fresh = dict(zip(missing, encoded, strict=True))
-        # Looked up before anything is added: what is added may push out what this call needs.
-        wanted = [fresh[p] if p in fresh else self._used((p, *how)) for p in prompts]
-        for prompt, one in fresh.items():
-            self._add((prompt, *how), one)
-        return wanted
+        """Each prompt encoded, unless it is held. See `chunks.tokenize` for `syntax` and `chunked`."""
+        keys = [(prompt, syntax, chunked, clip_skip) for prompt in prompts]
+        found = {key: self._held[key] for key in keys if key in self._held}
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        found |= zip(missing, self._encoded([key[0] for key in missing], syntax, chunked, clip_skip), strict=True)
+        self._bytes += sum(found[key].size for key in missing)
+        self._held |= found
+        for key in found:
+            self._held.move_to_end(key)
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._held.popitem(last=False)[1].size
+        return [found[key] for key in keys]
 
     def chunks(self, prompt: str, *, syntax: str, chunked: bool) -> int:
         """How many chunks the prompt is read in."""
@@ -86,55 +85,32 @@ class PromptEncoder:
         return max(len(tokenized.chunks) for tokenized in found)
 
     @torch.inference_mode()
-    def _encoded(self, prompts: Sequence[str], *, syntax: str, chunked: bool, clip_skip: int) -> list[EncodedPrompt]:
-        """Distinct prompts. A chunk's tokens are max_length rows of the context; chunks follow one another, each
-        encoded by itself. The pooled projection is the last encoder's, of the first chunk, and has no weights applied,
-        as in A1111."""
-        if not prompts:
-            return []
-        # By encoder, then by prompt. Two tokenizers may cut a long prompt into different numbers of chunks.
-        chunks = [
+    def _encoded(self, prompts: Sequence[str], syntax: str, chunked: bool, clip_skip: int) -> list[EncodedPrompt]:
+        """Distinct prompts, all by one encoder before the next. Two tokenizers may cut a long prompt into different
+        numbers of chunks. The pooled projection is the last encoder's."""
+        read = [
             [tokenize(encoder.tokenizer, prompt, syntax=syntax, chunked=chunked).chunks for prompt in prompts]
             for encoder in self.encoders
         ]
-        counts = [max(map(len, of_prompt)) for of_prompt in zip(*chunks, strict=True)]
-        encoded = []
-        for encoder, of_encoder in zip(self.encoders, chunks, strict=True):
-            (empty,) = tokenize(encoder.tokenizer, "").chunks
-            filled = [(*row, *[empty] * (n - len(row))) for row, n in zip(of_encoder, counts, strict=True)]
-            encoded.append(_encode(encoder, filled, clip_skip))
-        return [_side_by_side(parts) for parts in zip(*encoded, strict=True)]
-
-    def _used(self, key: tuple[str, str, bool, int]) -> EncodedPrompt:
-        self._held.move_to_end(key)
-        return self._held[key]
-
-    def _add(self, key: tuple[str, str, bool, int], encoded: EncodedPrompt) -> None:
-        # A view of what was pooled for many prompts would hold all of it.
-        pooled = None if encoded.pooled is None else encoded.pooled.clone()
-        self._held[key] = EncodedPrompt(encoded.context, pooled)
-        self._bytes += self._held[key].size
-        while len(self._held) > self._max_held or self._bytes > self._max_bytes:
-            _, oldest = self._held.popitem(last=False)
-            self._bytes -= oldest.size
+        counts = [max(map(len, of_prompt)) for of_prompt in zip(*read, strict=True)]
+        parts = []
+        for encoder, chunks in zip(self.encoders, read, strict=True):
+            empty = tokenize(encoder.tokenizer, "").chunks
+            filled = (row + empty * (count - len(row)) for row, count in zip(chunks, counts, strict=True))
+            parts.append([_encode(encoder, row, clip_skip) for row in filled])
+        return [
+            EncodedPrompt(torch.cat([part.context for part in of_prompt], dim=-1), of_prompt[-1].pooled)
+            for of_prompt in zip(*parts, strict=True)
+        ]
 
 
-def _encode(encoder: TextEncoder, prompts: Sequence[Sequence[Chunk]], clip_skip: int) -> list[EncodedPrompt]:
-    """What one encoder makes of each prompt's chunks; equal rows of ids are encoded once, each by itself, so that a
-    prompt's numbers do not depend on its neighbours."""
-    rows = list(dict.fromkeys(chunk.ids for chunks in prompts for chunk in chunks))
-    outputs = [encoder.encode(torch.tensor([row], dtype=torch.long), clip_skip=clip_skip) for row in rows]
-    states = torch.cat([states for states, _ in outputs])
-    pooled = [p for _, p in outputs if p is not None]
-    all_pooled = torch.cat(pooled) if pooled else None
-    row_of = {ids: i for i, ids in enumerate(rows)}
-
-    def join(chunks: Sequence[Chunk]) -> EncodedPrompt:
-        context = torch.cat([emphasized(states[row_of[chunk.ids]], chunk.weights) for chunk in chunks])
-        first = row_of[chunks[0].ids]
-        return EncodedPrompt(context[None], None if all_pooled is None else all_pooled[first : first + 1])
-
-    return [join(chunks) for chunks in prompts]
+def _encode(encoder: TextEncoder, chunks: Sequence[Chunk], clip_skip: int) -> EncodedPrompt:
+    """What one encoder makes of a prompt. A chunk's tokens are max_length rows of the context; chunks follow one
+    another, each encoded by itself, so that its numbers do not depend on its neighbours. What is pooled is the first
+    chunk, without weights, as in A1111."""
+    outputs = [encoder.encode(torch.tensor([chunk.ids]), clip_skip=clip_skip) for chunk in chunks]
+    states = [emphasized(states[0], chunk.weights) for (states, _), chunk in zip(outputs, chunks, strict=True)]
+    return EncodedPrompt(torch.cat(states)[None], outputs[0][1])
 
 
 def emphasized(states: Tensor, weights: Sequence[float]) -> Tensor:
@@ -152,10 +128,3 @@ def emphasized(states: Tensor, weights: Sequence[float]) -> Tensor:
     if not weighted.isfinite().all():
         raise LdmError("the weights of a prompt leave nothing that can be scaled back; use weights nearer to 1.")
     return weighted
-
-
-def _side_by_side(parts: Sequence[EncodedPrompt]) -> EncodedPrompt:
-    """The encoders' contexts of one prompt joined along the width."""
-    if len(parts) == 1:
-        return parts[0]
-    return EncodedPrompt(torch.cat([part.context for part in parts], dim=-1), parts[-1].pooled)

@@ -10,21 +10,25 @@ AUTOMATIC1111 wiki, "Features", sections Attention/emphasis and BREAK.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
 from ldmcli.errors import UsageError, printable
 
-_ROUND, _SQUARE = 1.1, 1 / 1.1
+_WEIGHTS = {"(": 1.1, "[": 1 / 1.1}  # of all between the bracket and its closing one
+_OPENING = {")": "(", "]": "["}
 _MAX_DEPTH = 64  # what a weight costs to compute; 64 round brackets already multiply by 446
 _MARK = re.compile(
-    r"\\(?P<escaped>[()\[\]\\]?) | (?P<open>[(\[]) | :\s*(?P<weight>[+-]?[.\d]+)\s*\) | (?P<close>[)\]])", re.VERBOSE
+    r"""\\(?P<escaped>[()\[\]\\]?) | (?P<open>[(\[]) | :\s*(?P<weight>[+-]?[.\d]+)\s*\) | (?P<close>[)\]])
+    | (?P<text>[^()\[\]\\:]+|:)""",
+    re.VERBOSE,
 )
 # No whitespace around it in the expression: a search that retries within a megabyte of spaces is quadratic.
 _BREAK = re.compile(r"\bBREAK\b")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Piece:
     """Text of one weight. `after_break`: it starts a new chunk, even where it is empty."""
 
@@ -40,52 +44,45 @@ def parse(prompt: str) -> list[Piece]:
     nested too deep.
     """
     scan = _Scan()
-    end = 0
     for mark in _MARK.finditer(prompt):
-        if end < mark.start():
-            scan.add(prompt[end : mark.start()])
-        end = mark.end()
-        if mark["escaped"]:
-            scan.add(mark["escaped"])
-        elif mark["escaped"] == "":
-            scan.end_text()  # the backslash goes, but what it keeps apart stays apart: `a\BREAK`, `(a[\]b)`
-            scan.add("")
-        elif mark["open"]:
-            scan.open(mark["open"])
-        elif mark["weight"] and scan.opened["("]:
-            scan.close("(", _number(mark["weight"]))
-        elif mark["close"] == ")" and scan.opened["("]:
-            scan.close("(", _ROUND)
-        elif mark["close"] == "]" and scan.opened["["]:
-            scan.close("[", _SQUARE)
+        kind = mark.lastgroup
+        if kind == "open":
+            scan.open(mark[0])
+        elif kind == "escaped":
+            if not mark["escaped"]:
+                scan.end_text()  # the backslash goes, but what it keeps apart stays apart: `a\BREAK`, `(a[\]b)`
+            scan.text.append(mark["escaped"])
+        elif kind in ("weight", "close") and scan.opened[opening := _OPENING[mark[0][-1]]]:
+            scan.close(opening, _WEIGHTS[opening] if kind == "close" else _number(mark["weight"]))
         else:
-            scan.add(mark[0])
-    if end < len(prompt):
-        scan.add(prompt[end:])
-    return _merged(scan.finish())
+            scan.text.append(mark[0])
+    scan.end_text()
+    for opening, starts in scan.opened.items():
+        while starts:
+            scan.close(opening, _WEIGHTS[opening])
+    if not all(math.isfinite(piece.weight) for piece in scan.pieces):
+        raise UsageError("a prompt's weights multiply to a number that is not finite.")
+    return _merged(scan.pieces)
 
 
 class _Scan:
-    """The pieces so far, and for each kind of bracket the pieces at which those still open began."""
+    """The pieces so far, the text since the last of them, and for each kind of bracket the pieces at which those still
+    open began."""
 
     def __init__(self) -> None:
-        self.pieces: list[tuple[str, bool]] = []
-        self.weights: list[float] = []
+        self.pieces: list[Piece] = []
+        self.text: list[str] = []
         self.opened: dict[str, list[int]] = {"(": [], "[": []}
-        self._text: list[str] = []
-
-    def add(self, text: str) -> None:
-        self._text.append(text)
 
     def end_text(self) -> None:
         """Make pieces of the text since the last bracket; the whitespace around a BREAK goes."""
-        if not self._text:
+        if not self.text:
             return
-        first, *others = _BREAK.split("".join(self._text))
-        self._text.clear()
-        self._append(first.rstrip() if others else first, after_break=False)
-        for i, other in enumerate(others, 1):
-            self._append(other.strip() if i < len(others) else other.lstrip(), after_break=True)
+        texts = _BREAK.split("".join(self.text))
+        self.text.clear()
+        for i, text in enumerate(texts):
+            text = text.lstrip() if i else text
+            self.pieces.append(Piece(text.rstrip() if i < len(texts) - 1 else text, 1.0, after_break=i > 0))
 
     def open(self, bracket: str) -> None:
         self.end_text()
@@ -99,22 +96,8 @@ class _Scan:
     def close(self, bracket: str, weight: float) -> None:
         """Multiply all since the last such bracket: innermost first, since weights are compared to the last bit."""
         self.end_text()
-        for i in range(self.opened[bracket].pop(), len(self.weights)):
-            self.weights[i] *= weight
-
-    def finish(self) -> list[Piece]:
-        """All pieces; brackets still open end here."""
-        self.end_text()
-        for bracket, weight in (("(", _ROUND), ("[", _SQUARE)):
-            while self.opened[bracket]:
-                self.close(bracket, weight)
-        if not all(map(math.isfinite, self.weights)):
-            raise UsageError("a prompt's weights multiply to a number that is not finite.")
-        return [Piece(text, w, is_break) for (text, is_break), w in zip(self.pieces, self.weights, strict=True)]
-
-    def _append(self, text: str, *, after_break: bool) -> None:
-        self.pieces.append((text, after_break))
-        self.weights.append(1.0)
+        for piece in self.pieces[self.opened[bracket].pop() :]:
+            piece.weight *= weight
 
 
 def _number(text: str) -> float:
@@ -130,11 +113,10 @@ def _number(text: str) -> float:
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
     """Neighbours of the same weight as one piece: they are tokenised together."""
-    groups: list[list[Piece]] = []
-    for piece in pieces:
-        if groups and not piece.after_break and piece.weight == groups[-1][0].weight:
-            groups[-1].append(piece)
-        else:
-            groups.append([piece])
-    merged = [dataclasses.replace(group[0], text="".join(piece.text for piece in group)) for group in groups]
+    sections = itertools.accumulate(piece.after_break for piece in pieces)
+    groups = itertools.groupby(zip(pieces, sections, strict=True), lambda pair: (pair[0].weight, pair[1]))
+    merged = []
+    for _, group in groups:
+        first, *others = (piece for piece, _ in group)
+        merged.append(dataclasses.replace(first, text="".join([first.text, *(piece.text for piece in others)])))
     return merged or [Piece("", 1.0)]
