@@ -394,19 +394,17 @@ def test_equal_prompts_are_encoded_once(tiny: TinyEncoder) -> None:
     assert torch.equal(again[0].context, found[3].context)
 
 
-def test_what_is_held_is_bounded_in_number_and_size(tiny: TinyEncoder) -> None:
+def test_what_is_held_is_bounded_in_size(tiny: TinyEncoder) -> None:
     size = PromptEncoder([tiny]).encode(["a"])[0].size
-    for encoder, most in (
-        (PromptEncoder([tiny], max_held=2), 2),
-        (PromptEncoder([tiny], max_bytes=3 * size), 3),
-    ):
-        wanted = [one.context for one in encoder.encode(["a", "b", "c", "d", "a"])]
-        assert torch.equal(wanted[0], wanted[4])
-        assert len(encoder._held) == most
-        encoder.encode(["c"])
-        encoder.encode(["e"])  # pushes out what was used longest ago
-        assert [key[0] for key in encoder._held][-2:] == ["c", "e"]
-        assert encoder._bytes == most * size
+    encoder = PromptEncoder([tiny], max_bytes=3 * size)
+    wanted = encoder.encode(["a", "b", "c", "d", "a"])
+    assert torch.equal(wanted[0].context, wanted[4].context)
+    encoder.encode(["d", "e"])  # "d" is held, "e" pushes out what was used longest ago
+    tiny.calls.clear()
+    encoder.encode(["c", "d", "e"])
+    assert tiny.calls == []
+    encoder.encode(["a"])
+    assert tiny.calls == [1]
 
 
 def test_what_is_held_is_held_for_its_settings(tiny: TinyEncoder) -> None:

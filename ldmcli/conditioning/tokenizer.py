@@ -75,16 +75,15 @@ class ClipTokenizer:
     def __init__(
         self, vocabulary: Vocabulary, max_length: int, *, cleaned: bool = False, rows: int | None = None
     ) -> None:
-        missing = [token for token in (_BOS, _EOS) if token not in vocabulary.ids]
-        if missing:
-            raise BadDataError(f"the tokenizer's vocabulary has no {printable(missing[0])} token.")
         self._vocabulary = vocabulary
         self._rows = rows
         self.max_length = max_length
         self.cleaned = cleaned
-        self.bos_id = vocabulary.ids[_BOS]
-        self.eos_id = vocabulary.ids[_EOS]
-        self.pad_id = self._id(vocabulary.pad_token)
+        self.bos_id, self.eos_id = (self._checked(token, vocabulary.ids.get(token)) for token in (_BOS, _EOS))
+        pad = vocabulary.ids.get(vocabulary.pad_token)
+        if pad is None:  # the backend, which takes time to make, knows the ids of added words
+            pad = self._backend.token_to_id(vocabulary.pad_token)
+        self.pad_id = self._checked(vocabulary.pad_token, pad)
         self.comma_id = vocabulary.ids.get(",</w>")
 
     def framed(self, ids: Sequence[int]) -> tuple[int, ...]:
@@ -102,24 +101,19 @@ class ClipTokenizer:
             ids += [*encoding.ids, *mark]
             starts += [start + offset for offset, _ in encoding.offsets] + [end] * len(mark)
         if self._rows is not None and max(ids, default=0) >= self._rows:
-            self._check_row(self._backend.id_to_token(max(ids)), max(ids))
+            self._checked(self._backend.id_to_token(max(ids)), max(ids))
         return Tokens(text, ids, starts)
 
-    def _id(self, token: str) -> int:
-        found = self._vocabulary.ids.get(token)
-        if found is None:  # the backend, which takes time to make, knows the ids of added words
-            found = self._backend.token_to_id(token)
-        if found is None:
+    def _checked(self, token: str, number: int | None) -> int:
+        """The token's number, which must be a row of the text encoder."""
+        if number is None:
             raise BadDataError(f"the tokenizer's vocabulary has no {printable(token)} token.")
-        self._check_row(token, found)
-        return int(found)
-
-    def _check_row(self, token: str, number: int) -> None:
         if self._rows is not None and number >= self._rows:
             raise BadDataError(
                 f"the tokenizer gives token '{printable(token)}' the number {number}, and the text encoder knows 0 to "
                 f"{self._rows - 1}; they are not of one model."
             )
+        return number
 
     def _runs(self, text: str) -> Iterator[tuple[int, int, list[int]]]:
         """Where the stretches between OpenCLIP's marks start and end, and the id of the mark that follows, if any.
@@ -210,19 +204,21 @@ def _added_words(
     folder: Path, settings: Mapping[str, Any], whole: Mapping[str, Any], named: Sequence[AddedWord]
 ) -> tuple[AddedWord, ...]:
     """The added words in the order in which they get ids: those with numbers, those of a name, and those without."""
-    named = [*named, *(_word(folder, settings[key], special=True) for key in _other_names(settings))]
+    others = (value for key, value in settings.items() if key.endswith("_token") and key not in _NAMED)
+    is_word = (value for value in others if isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+    named = [*named, *(_word(folder, value, special=True) for value in is_word)]
     extra = _words(folder, settings.get("extra_special_tokens"))
     special = {word.content for word in named}
-    numbered: list[tuple[Any, Any]] = []
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        numbered = list(decoder.items())
+        numbered: list[tuple[Any, Any]] = list(decoder.items())
     else:
         kept = special | {word.content for word in extra}
-        for content, number in _json_beside(folder, "added_tokens.json").items():
-            numbered.append((number, {"content": content, "special": content in kept}))
-        for word in whole.get("added_tokens") or []:
-            numbered.append((word.get("id") if isinstance(word, dict) else None, word))
+        listed = _json_beside(folder, "added_tokens.json").items()
+        numbered = [(number, {"content": content, "special": content in kept}) for content, number in listed]
+        numbered += [
+            (word.get("id") if isinstance(word, dict) else None, word) for word in whole.get("added_tokens") or []
+        ]
         extra = extra or _words(folder, settings.get("additional_special_tokens"))
     try:
         words = {int(number): _word(folder, word) for number, word in numbered}
@@ -240,15 +236,6 @@ def _words(folder: Path, values: Any) -> list[AddedWord]:
     if not isinstance(values, list):
         raise _unreadable(folder, values)
     return [_word(folder, value, special=True) for value in values]
-
-
-def _other_names(settings: Mapping[str, Any]) -> list[str]:
-    """The fields of the configuration that name a token as the usual ones do."""
-    return [key for key, value in settings.items() if key.endswith("_token") and key not in _NAMED and _is_word(value)]
-
-
-def _is_word(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and "content" in value)
 
 
 def _word(folder: Path, value: Any, *, special: bool = False) -> AddedWord:
@@ -290,8 +277,7 @@ def clip_vocabulary() -> Vocabulary:
 def _byte_alphabet() -> list[str]:
     """One printable character for each byte, in CLIP's order: printable Latin-1 first, the rest from U+0100 on."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(kept)
-    return [chr(i) for i in kept] + [chr(256 + i) for i in range(others)]
+    return [*map(chr, kept), *map(chr, range(256, 512 - len(kept)))]
 
 
 def _pairs(merges: Sequence[Any], source: Path) -> list[tuple[str, str]]:
