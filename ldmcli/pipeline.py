@@ -14,7 +14,6 @@ from ldmcli.conditioning.pairs import is_guided, pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import ModelConfig
 from ldmcli.errors import NotFiniteError
-from ldmcli.images.pixels import rounded
 from ldmcli.networks.inputs import Conditioning, joined
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.tiling import decode_tiled
@@ -239,3 +238,9 @@ class Pipeline:
 
 def _as_it_is(prepared: Any) -> Any:
     return prepared
+
+
+def rounded(image: Tensor) -> Tensor:
+    """One image (1, 3, height, width) in about -1…1 as (height, width, 3) uint8, rounded to nearest; on its device."""
+    pixels = (image[0] / 2 + 0.5).clamp(0, 1).mul(255).round()
+    return pixels.to(torch.uint8).permute(1, 2, 0).contiguous()

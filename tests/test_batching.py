@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.errors import UsageError
-from ldmcli.images.pixels import rounded
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline import Pipeline, rounded
 from ldmcli.sampling.schedule import Schedule
 from ldmcli.spec import GenerationRequest, fit_to_model
 

@@ -75,14 +75,8 @@ def _check_regular(path: Path, status: os.stat_result, wanted: tuple[str, str]) 
         inside = _listing(path, wanted[0])
         have = f" (it has {', '.join(inside)})" if inside else ""
         raise bad_file(path, f"is a folder{have}", wanted[1])
-    kinds = (
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    )
-    what = next((name for test, name in kinds if test(status.st_mode)), "no regular file")
-    raise bad_file(path, f"is {what}", wanted[1])
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    raise bad_file(path, f"is {kinds.get(stat.S_IFMT(status.st_mode), 'no regular file')}", wanted[1])
 
 
 def _cannot_open(path: Path, error: OSError | ValueError, suffix: str) -> LdmError:
@@ -105,9 +99,7 @@ def _missing_message(path: Path, suffix: str) -> str:
         if not path.parent.exists():
             return f"{shown(path)} does not exist, nor does its folder; check the path."
         names = _listing(path.parent, "", _LISTED)
-        near = difflib.get_close_matches(path.name[:255], names, 3, 0.6)
-        near = near or _listing(path.parent, suffix)
-        if near:
+        if near := difflib.get_close_matches(path.name[:255], names, 3, 0.6) or _listing(path.parent, suffix):
             return f"{shown(path)} does not exist; its folder has {', '.join(near)}."
     return f"{shown(path)} does not exist; check the path."
 

@@ -17,9 +17,8 @@ from ldmcli.disk.opening import open_regular, shown
 from ldmcli.errors import CannotCreateError, LdmError, StorageError, printable
 
 _CANNOT_CREATE = {
-    errno.EACCES, errno.EBUSY, errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP,
-    errno.ENAMETOOLONG, errno.ENODEV, errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EPERM,
-    errno.EROFS,
+    errno.EACCES, errno.EBUSY, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENODEV, errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _MARKED = 4096  # bytes at the start of a file, among which its marker stands
@@ -56,7 +55,7 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
         except FileNotFoundError:
             return
     if not overwrite:
-        raise CannotCreateError(f"{shown(path)} is there already; choose another name or --overwrite.")
+        raise _taken(path)
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise CannotCreateError(f"{shown(path)} is not a regular file and is not replaced.")
 
@@ -184,17 +183,16 @@ def named_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn what the system says into one sentence with the path, of the class that carries the exit code."""
     try:
         yield
+    except FileExistsError as error:
+        raise _taken(path) from error
     except OSError as error:
-        raise _translated(error, path, doing) from error
+        kind = CannotCreateError if error.errno in _CANNOT_CREATE else StorageError
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        cure = "; free some space and run again" if error.errno in _FULL else ""
+        raise kind(f"cannot {doing} {shown(path)}: {reason}{cure}.") from error
     except ValueError as error:  # a NUL in the path, or one that has no encoding
         raise CannotCreateError(f"cannot {doing} {shown(path)}: {error}.") from error
 
 
-def _translated(error: OSError, path: Path, doing: str) -> LdmError:
-    if isinstance(error, FileExistsError):
-        return CannotCreateError(f"{shown(path)} is there already; choose another name or --overwrite.")
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    if error.errno in _FULL:
-        return StorageError(f"cannot {doing} {shown(path)}: {reason}; free some space and run again.")
-    kind = CannotCreateError if error.errno in _CANNOT_CREATE else StorageError
-    return kind(f"cannot {doing} {shown(path)}: {reason}.")
+def _taken(path: Path) -> CannotCreateError:
+    return CannotCreateError(f"{shown(path)} is there already; choose another name or --overwrite.")

@@ -22,7 +22,6 @@ from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.gallery.html import MARK, Card, Page, render
 from ldmcli.images.metadata import read_record
 
-MANIFESTS = "manifest"
 BRIEF_PAGE_SIZE = 10_000  # prompts on a page of the list that searches all: ≈ 5 MB, which a browser filters at once
 _MAX_NUMBER = (1 << 63) - 1  # of SQLite
 _SETTINGS = (
@@ -84,7 +83,7 @@ def _collect(rows: sqlite3.Connection, folder: Path, base: str) -> tuple[int, in
     rows.execute("CREATE TABLE card (row INTEGER, number INTEGER, done INTEGER, card TEXT, PRIMARY KEY (row, number))")
     if not folder.is_dir():
         raise MissingInputError(f"{shown(folder)} is no folder; name one that ldm batch or ldm txt2img wrote to.")
-    is_batch = (folder / MANIFESTS).is_dir()
+    is_batch = (folder / "manifest").is_dir()
     found = _from_manifests(folder, base) if is_batch else _from_pictures(folder, base)
     # A picture can have several lines, of attempts; one that was drawn stays drawn, else the last line counts.
     rows.executemany(
@@ -185,12 +184,12 @@ def _cards(rows: sqlite3.Connection, pages: list[str], page_size: int) -> Iterat
 
 def _names(index: Path, kind: str, count: int, size: int) -> list[str]:
     """The files of `count` cards, `size` to a page: index.html, page-2.html …; beside another index, with its name."""
-    pages = max(1, -(-count // size))
-    first = index.name if kind == "page" else _name(index, kind, 1)
-    return [first, *(_name(index, kind, number) for number in range(2, pages + 1))]
+    return [_name(index, kind, number) for number in range(1, max(1, -(-count // size)) + 1)]
 
 
 def _name(index: Path, kind: str, number: int) -> str:
+    if (kind, number) == ("page", 1):
+        return index.name
     prefix = "" if index.name == "index.html" else f"{index.stem}-"
     return f"{prefix}{kind}.html" if number == 1 else f"{prefix}{kind}-{number}.html"
 
@@ -198,12 +197,10 @@ def _name(index: Path, kind: str, number: int) -> str:
 def _write_pages(folder: Path, page: Page, cards: Iterable[Card], size: int) -> None:
     """Write every page; the first one last, so that it never leads to one that is not there yet."""
     cards = iter(cards)
-    first = list(itertools.islice(cards, size))
-    for number, name in enumerate(page.names[1:], 1):
-        here = render(page._replace(here=number), list(itertools.islice(cards, size)))
-        write_exact(folder / name, here, overwrite=True)
-    for name in page.names[:1]:
-        write_exact(folder / name, render(page, first), overwrite=True)
+    texts = (render(page._replace(here=i), list(itertools.islice(cards, size))) for i in range(len(page.names)))
+    first = zip(page.names[:1], [*itertools.islice(texts, 1)], strict=True)
+    for name, text in itertools.chain(zip(page.names[1:], texts, strict=True), first):
+        write_exact(folder / name, text, overwrite=True)
 
 
 def _remove_left_over(index: Path, kind: str, pages: int) -> None:
