@@ -104,3 +104,6 @@ def test_how_near_reconstructions_are() -> None:
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     near, far = (measures.structural_similarity(images, images + strength * noise) for strength in (0.1, 0.5))
     assert 1 > near > far > 0
+    blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    edges = recipe_module("ablate_vae").edge_strength
+    assert edges(blurred) < 0.8 * edges(images)
