@@ -63,13 +63,8 @@ def share(found: list[str], wanted: list[str]) -> float:
     return float(np.mean([one == other for one, other in zip(found, wanted, strict=True)]))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"sampler": "plms", "steps": 20}, {"sampler": "ddim", "steps": 50}],
-    ids=["as the model says", "plms", "more steps"],
-)
+@pytest.mark.parametrize("settings", [{}, {"sampler": "plms", "steps": 20}], ids=["as the model says", "plms"])
 def test_backgrounds_and_hearts_have_their_colours(draw: Draw, settings: dict[str, object]) -> None:
-    """PLMS at 20 steps and DDIM at 50 included."""
     places = list(BACKGROUNDS)
     pictures = draw(*(f"a penguin on {place}" for place in places), **settings)
     assert share(grounds(pictures), places) == 1
@@ -79,17 +74,16 @@ def test_backgrounds_and_hearts_have_their_colours(draw: Draw, settings: dict[st
 
 
 def test_seeds_vary_place_and_size(draw: Draw) -> None:
-    pictures = draw(*["a red apple on a blue background"] * 12)
-    assert grounds(pictures) == ["blue"] * 12
+    pictures = draw(*["a red apple on a blue background"] * 8)
+    assert grounds(pictures) == ["blue"] * 8
     masks = [foreground(picture) for picture in pictures]
     centres = np.array([np.argwhere(mask).mean(axis=0) for mask in masks])
-    sides = np.sqrt([mask.sum() for mask in masks])
     assert centres.std(axis=0).min() > 1.5
-    assert sides.std() > 2
+    assert np.sqrt([mask.sum() for mask in masks]).std() > 2
 
 
 def test_a_negative_prompt_takes_its_colour_away(draw: Draw) -> None:
-    prompts = ["a heart on a gray background"] * 12
+    prompts = ["a heart on a gray background"] * 8
     plain = [heart_colour(picture) for picture in draw(*prompts)]
     without = [heart_colour(picture) for picture in draw(*prompts, negative_prompt=f"{plain[0]} heart")]
     assert len(set(plain)) > 2
@@ -98,18 +92,16 @@ def test_a_negative_prompt_takes_its_colour_away(draw: Draw) -> None:
 
 def test_red_heart_against_red(draw: Draw) -> None:
     """A prompt that asks for red is not denied it; guidance by what "red" alone does not say turns it towards pink."""
-    prompts = ["red heart on a white background"] * 8
+    prompts = ["red heart on a white background"] * 4
+
+    def blue(pictures: np.ndarray) -> float:
+        return float(np.median([np.median(picture[foreground(picture)], axis=0)[2] for picture in pictures]))
+
     plain = draw(*prompts)
-    assert [heart_colour(picture) for picture in plain] == ["red"] * 8
-    blues = []
-    for guidance in (2.5, 5.0, 7.5):
-        without = draw(*prompts, negative_prompt="red", guidance_scale=guidance)
-        blues.append([np.median(picture[foreground(picture)], axis=0)[2] for picture in without])
-    little, more, much = np.median(blues, axis=1)
-    assert np.median([np.median(picture[foreground(picture)], axis=0)[2] for picture in plain]) + 5 < little
-    assert little + 10 < more < much - 10
+    assert [heart_colour(picture) for picture in plain] == ["red"] * 4
+    little, much = (blue(draw(*prompts, negative_prompt="red", guidance_scale=scale)) for scale in (2.5, 7.5))
+    assert blue(plain) + 5 < little < much - 20
 
 
 def test_unknown_words_leave_the_rest(draw: Draw) -> None:
-    pictures = draw("a gramophone on a blue background", "zxqv, blue background", "blåbær ☃ on blue")
-    assert grounds(pictures[:2]) == ["blue"] * 2
+    assert grounds(draw("a gramophone on a blue background", "zxqv, blue background")) == ["blue"] * 2

@@ -56,28 +56,19 @@ PARSED = {
     "(a)(b:1.1)": [("ab", UP)],
     "BREAKFAST BREAKs": [("BREAKFAST BREAKs", 1.0)],
     "break": [("break", 1.0)],
+    "a BREAK b": [("a", 1.0, False), ("b", 1.0, True)],
+    "a,\n BREAK\t, b": [("a,", 1.0, False), (", b", 1.0, True)],
+    "BREAK a": [("", 1.0, False), ("a", 1.0, True)],
+    "a BREAK": [("a", 1.0, False), ("", 1.0, True)],
+    "a BREAK BREAK b": [("a", 1.0, False), ("", 1.0, True), ("b", 1.0, True)],
+    "(a)BREAK(b:2)": [("a", UP, False), ("", 1.0, False), ("", 1.0, True), ("b", 2.0, False)],
+    # A1111 makes a word of this one.
+    "(a BREAK b:2) c": [("a", 2.0, False), ("b", 2.0, True), (" c", 1.0, False)],
 }
 
 
 @pytest.mark.parametrize(("prompt", "pieces"), PARSED.items())
-def test_parsing(prompt: str, pieces: list[tuple[str, float]]) -> None:
-    assert parse(prompt) == [Piece(*piece) for piece in pieces]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "pieces"),
-    [
-        ("a BREAK b", [("a", 1.0, False), ("b", 1.0, True)]),
-        ("a,\n BREAK\t, b", [("a,", 1.0, False), (", b", 1.0, True)]),
-        ("BREAK a", [("", 1.0, False), ("a", 1.0, True)]),
-        ("a BREAK", [("a", 1.0, False), ("", 1.0, True)]),
-        ("a BREAK BREAK b", [("a", 1.0, False), ("", 1.0, True), ("b", 1.0, True)]),
-        ("(a)BREAK(b:2)", [("a", UP, False), ("", 1.0, False), ("", 1.0, True), ("b", 2.0, False)]),
-        # A1111 makes a word of this one.
-        ("(a BREAK b:2) c", [("a", 2.0, False), ("b", 2.0, True), (" c", 1.0, False)]),
-    ],
-)
-def test_break(prompt: str, pieces: list[tuple[str, float, bool]]) -> None:
+def test_parsing(prompt: str, pieces: list[tuple[Any, ...]]) -> None:
     assert parse(prompt) == [Piece(*piece) for piece in pieces]
 
 
@@ -124,35 +115,14 @@ def test_escaped_text_comes_back(text: str, weight: float) -> None:
     assert parse(f"({escaped}:{weight:.3f})") == [Piece(text, weight if text else 1.0)]
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "(",
-        ")",
-        "[",
-        "([",
-        "(a)",
-        "(a:1.1)[b]",
-        "\\(",
-        "\\",
-        ":",
-        ":1",
-        "1",
-        " ",
-        "BREAK ",
-        " BREAK",
-        "(:",
-        "a(a)[",
-        "(\\",
-    ],
-)
-@pytest.mark.parametrize("start", ["", "(" * 60, "(a:"])
-def test_hostile_prompts_are_parsed_in_time(start: str, unit: str) -> None:
-    """A fifth of a second or so; anything quadratic would take minutes."""
+@pytest.mark.parametrize("start", ["", "(a:", "(" * 60])
+def test_hostile_prompts_are_parsed_in_time(start: str) -> None:
+    """A tenth of a second or so; anything quadratic would take minutes."""
     started = time.process_time()
-    with contextlib.suppress(LdmError):
-        parse(start + unit * (200_000 // len(unit)))
-    assert time.process_time() - started < 10
+    for unit in (*"()[\\:1 ", "([", "(a)", "(a:1.1)[b]", "\\(", ":1", "BREAK ", " BREAK", "(:", "a(a)[", "(\\"):
+        with contextlib.suppress(LdmError):
+            parse(start + unit * (100_000 // len(unit)))
+    assert time.process_time() - started < 20
 
 
 # ---- chunks ----
@@ -211,13 +181,10 @@ def test_weights_stand_beside_their_tokens(tokenizer: ClipTokenizer, chunked: bo
     assert [chunk.ids[:5] for chunk in found.chunks] == [(BOS, 320, CAT, 256, EOS), (BOS, 8853, EOS, EOS, EOS)]
     assert [chunk.weights[:5] for chunk in found.chunks] == [(1, 1, 1.5, 1, 1), (1, DOWN, 1, 1, 1)]
     assert all(set(chunk.weights[5:]) == {1.0} for chunk in found.chunks)
-
-
-def test_weights_move_with_their_tokens(tokenizer: ClipTokenizer) -> None:
-    found = tokenize(tokenizer, "cat " * 60 + "(, cat:2)" + "[cat]" * 20, syntax="weighted", chunked=True)
-    assert words(found) == [61, 21]
-    assert found.chunks[0].weights[60:63] == (1, 2, 1)
-    assert found.chunks[1].weights[:4] == (1, 2, DOWN, DOWN)
+    moved = tokenize(tokenizer, "cat " * 60 + "(, cat:2)" + "[cat]" * 20, syntax="weighted", chunked=True)
+    assert words(moved) == [61, 21]
+    assert moved.chunks[0].weights[60:63] == (1, 2, 1)
+    assert moved.chunks[1].weights[:4] == (1, 2, DOWN, DOWN)
 
 
 @pytest.mark.parametrize(
@@ -239,16 +206,6 @@ def test_break_without_chunking(tokenizer: ClipTokenizer, prompt: str, expected:
     assert found.cut_text.strip() == cut
 
 
-def test_openclip_pads_with_zeros() -> None:
-    vocabulary = clip_vocabulary()
-    tokenizer = ClipTokenizer(type(vocabulary)(vocabulary.ids, vocabulary.merges, "!"), 77, cleaned=True)
-    found = tokenize(tokenizer, "cat! " * 40, chunked=True)
-    assert [chunk.ids for chunk in found.chunks] == [
-        (BOS, *[CAT, 256] * 37, CAT, EOS),
-        (BOS, *[256, *[CAT, 256] * 2], EOS, *[0] * 70),
-    ]
-
-
 def test_short_encoders() -> None:
     """The embedded model reads 24 tokens; the comma rule must end with fewer than its 20, too."""
     for length in (3, 4, 24):
@@ -265,11 +222,6 @@ def test_endless_prompts(tokenizer: ClipTokenizer, options: dict[str, Any]) -> N
     assert len(tokenize(tokenizer, part * 128, **options).chunks) == 128
     with pytest.raises(UsageError, match="128 chunks"):
         tokenize(tokenizer, part * 128 + "cat", **options)
-
-
-def test_unknown_syntax(tokenizer: ClipTokenizer) -> None:
-    with pytest.raises(ValueError, match="compel"):
-        tokenize(tokenizer, "a cat", syntax="compel")
 
 
 # ---- conditioning ----
@@ -361,25 +313,12 @@ def test_each_chunk_has_its_own_mean(tiny: TinyEncoder) -> None:
     assert close(found.context, torch.cat(parts, dim=1))
 
 
-@pytest.mark.parametrize("weights", [[0.0] * 77, [1e300] * 77])
-def test_weights_that_leave_nothing(weights: list[float]) -> None:
+def test_weights_that_leave_nothing_are_refused_and_the_dtype_stays() -> None:
     states = torch.randn(77, 8, generator=torch.Generator().manual_seed(0))
-    if weights[0]:
-        assert close(emphasized(states, weights), states)  # all weigh the same: no weight at all
-    else:
-        with pytest.raises(LdmError, match="nearer to 1"):
-            emphasized(states, weights)
-
-
-def test_emphasis_keeps_the_dtype() -> None:
-    states = torch.randn(77, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert emphasized(states, [1.0, 1.2, *[1.0] * 75]).dtype == torch.bfloat16
-
-
-def test_chunks_follow_one_another(tiny: TinyEncoder) -> None:
-    (found,) = PromptEncoder([tiny]).encode(["cat " * 100], chunked=True)
-    ids = [read(tiny.tokenizer, "cat " * n).ids for n in (75, 25)]
-    assert close(found.context, torch.cat([alone(tiny, row) for row in ids], dim=1))
+    assert close(emphasized(states, [1e300] * 77), states)  # all weigh the same: no weight at all
+    assert emphasized(states.bfloat16(), [1.0, 1.2, *[1.0] * 75]).dtype == torch.bfloat16
+    with pytest.raises(LdmError, match="nearer to 1"):
+        emphasized(states, [0.0] * 77)
 
 
 def test_equal_prompts_are_encoded_once(tiny: TinyEncoder) -> None:
@@ -423,7 +362,7 @@ def test_company_does_not_matter(two: PromptEncoder) -> None:
         assert close(found.context, by_itself.context)
         assert found.pooled is not None
         assert by_itself.pooled is not None
-        assert close(found.pooled, by_itself.pooled)
+        assert torch.equal(found.pooled, by_itself.pooled)
 
 
 def test_two_encoders(two: PromptEncoder) -> None:
@@ -441,22 +380,9 @@ def test_two_encoders(two: PromptEncoder) -> None:
     assert found.pooled is not None
     assert found.pooled.shape == (1, 6)
     assert weighted.pooled is not None
-    assert plain.pooled is not None
-    assert broken.pooled is not None
-    assert torch.equal(weighted.pooled, plain.pooled)
-    assert torch.equal(broken.pooled, plain.pooled)
-
-
-def test_nothing_said(two: PromptEncoder) -> None:
-    (long,) = two.encode(["cat " * 160], chunked=True)
-    nothing = long.zeros
-    assert nothing.context.shape == long.context.shape
-    assert not nothing.context.any()
-    assert long.pooled is not None
+    assert all(one.pooled is not None and torch.equal(one.pooled, weighted.pooled) for one in (plain, broken))
+    nothing = found.zeros
     assert nothing.pooled is not None
-    assert nothing.pooled.shape == long.pooled.shape
+    assert (nothing.context.shape, nothing.pooled.shape) == (found.context.shape, found.pooled.shape)
+    assert not nothing.context.any()
     assert not nothing.pooled.any()
-
-
-def test_no_prompts(tiny: TinyEncoder) -> None:
-    assert PromptEncoder([tiny]).encode([]) == []

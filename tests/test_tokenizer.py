@@ -30,42 +30,13 @@ TEXTS = st.one_of(
     st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=12).map(" ".join),
     st.lists(st.sampled_from(PIECES), min_size=60, max_size=150).map(" ".join),
 )
-# Written down from transformers 5.23 (CLIPTokenizer) and, where OpenCLIP differs, open_clip 3.3 with ftfy 6.3.
-GOLDEN = {
-    "": [],
-    "a photo of a cat": [320, 1125, 539, 320, 2368],
-    "a photograph of an astronaut riding a horse": [320, 8853, 539, 550, 18376, 6765, 320, 4558],
-    "It's 1984,   O'Brien's CAFÉ!": [585, 568, 272, 280, 279, 275, 267, 334, 262, 13504, 568, 15304, 256],
-    "猫 🎉": [163, 234, 360, 3986],
-    "NAÏVE crème brûlée": [1097, 35689, 563, 1075, 12138, 614, 711, 127, 119, 75, 13489],
-    "cafe\u0301": [15304],
-    "a 👩‍👩‍👧‍👦 family, ❤️": [320, 26304, 26304, 48938, 4244, 964, 355, 1315, 267, 1752],
-    "東京の夜景": [48338, 21078, 105, 21575, 23170, 250, 48132, 363],
-    "schÃ¶ne GrÃ¼ÃŸe": [844, 127, 352, 126, 370, 1422, 709, 127, 352, 126, 376, 19339, 127, 123, 324],
-    "doesnâ€™t": [2397, 77, 127, 351, 34919, 11675, 339],
-    "“curly” — it’s": [728, 506, 20795, 728, 507, 2005, 585, 728, 503, 338],
-    "Tom &amp; Jerry": [2435, 261, 6259, 282, 9164],
-    "&amp;lt;b&amp;gt; &eacute;": [261, 6259, 282, 3333, 282, 321, 261, 6259, 282, 4725, 282, 261, 68, 19734, 282],
-    "3.14 and 1,000,000": [274, 269, 272, 275, 537, 272, 267, 271, 271, 271, 267, 271, 271, 271],
-    "they'll we've I'm you'd": [889, 1342, 649, 1200, 328, 880, 592, 1896],
-    "wow!!! so... good?!": [2781, 995, 706, 678, 886, 2835],
-    "  two  spaces\tand\na line ": [1237, 9006, 537, 320, 1148],
-    "ﬁne Ⅷ ½": [171, 105, 223, 1422, 158, 227, 371, 33613],
-    "straße ΣΑΣ": [1894, 127, 253, 324, 139, 225, 138, 109, 139, 481],
-    "<end_of_text> a <|endoftext|> b": [283, 806, 318, 539, 318, 4160, 285, 320, 49407, 321],
-    "\ufeffbom\u200b": [171, 119, 379, 19469, 9844],
-}
-OPENCLIP_GOLDEN = GOLDEN | {
-    "schÃ¶ne GrÃ¼ÃŸe": [844, 7255, 1422, 709, 6522, 127, 253, 324],
-    "doesnâ€™t": [2503, 713],
-    "“curly” — it’s": [257, 20795, 257, 2005, 585, 568],
-    "Tom &amp; Jerry": [2435, 261, 9164],
-    "&amp;lt;b&amp;gt; &eacute;": [283, 321, 285, 4166],
-    "ﬁne Ⅷ ½": [3797, 158, 227, 371, 33613],
-    "straße ΣΑΣ": [1894, 127, 253, 324, 139, 225, 138, 109, 139, 480],  # a final sigma
-    "<end_of_text> a <|endoftext|> b": [49407, 320, 27, 347, 40786, 4160, 91, 285, 321],
-    "\ufeffbom\u200b": [19469, 9844],
-}
+SENTENCES = [
+    "", "a photo of a cat", "a photograph of an astronaut riding a horse", "It's 1984,   O'Brien's CAFÉ!", "猫 🎉",
+    "NAÏVE crème brûlée", "cafe\u0301", "a 👩‍👩‍👧‍👦 family, ❤️", "東京の夜景", "schÃ¶ne GrÃ¼ÃŸe", "doesnâ€™t",
+    "“curly” — it’s", "Tom &amp; Jerry", "&amp;lt;b&amp;gt; &eacute;", "3.14 and 1,000,000", "they'll we've I'm you'd",
+    "wow!!! so... good?!", "  two  spaces\tand\na line ", "ﬁne Ⅷ ½", "straße ΣΑΣ",
+    "<end_of_text> a <|endoftext|> b", "\ufeffbom\u200b",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +71,6 @@ def read(tokenizer: ClipTokenizer, prompt: str) -> OneChunk:
     return OneChunk(chunk.ids, found.cut_text)
 
 
-@pytest.mark.parametrize(("prompt", "ids"), GOLDEN.items())
-def test_golden_ids(tokenizer: ClipTokenizer, prompt: str, ids: list[int]) -> None:
-    padding = [49407] * (76 - len(ids))
-    assert read(tokenizer, prompt).ids == (49406, *ids, *padding)
-
-
-@pytest.mark.parametrize(("prompt", "ids"), OPENCLIP_GOLDEN.items())
-def test_golden_openclip_ids(openclip_tokenizer: ClipTokenizer, prompt: str, ids: list[int]) -> None:
-    assert read(openclip_tokenizer, prompt).ids == (49406, *ids, 49407, *[0] * (75 - len(ids)))
-
-
 @pytest.fixture(scope="module")
 def openclip_tokenizer() -> ClipTokenizer:
     return ClipTokenizer(dataclasses.replace(clip_vocabulary(), pad_token="!"), 77, cleaned=True)
@@ -127,33 +87,9 @@ def openai_tokenizer() -> Any:
 # Characters of Unicode 14, which Python 3.11 knows: of newer letters the libraries' tables differ.
 ASSIGNED = st.text(st.characters(exclude_categories=["Cs", "Cn"]))
 OPENCLIP_PIECES = [
-    *(
-        "<start_of_text>",
-        "<end_of_text>",
-        "<END_OF_TEXT>",
-        ":<end_of_text>",
-        "<end_of_text",
-        "'ſ",
-        "<ſtart_of_text>",
-        "K",
-    ),
-    *(
-        "&amp;",
-        "&amp;amp;lt;",
-        "a\u0345",
-        "\u0345",
-        "\u212a",
-        "&lt;end_of_text&gt;",
-        "&nbsp;",
-        "&#x27;",
-        "&#0;",
-        "&",
-        "Ã©",
-        "â€œ",
-        "â€",
-        "ÂŁ",
-        "\x9d",
-    ),
+    *("<start_of_text>", "<end_of_text>", "<END_OF_TEXT>", ":<end_of_text>", "<end_of_text", "'ſ", "<ſtart_of_text>"),
+    *("K", "&amp;", "&amp;amp;lt;", "a\u0345", "\u0345", "\u212a", "&lt;end_of_text&gt;", "&nbsp;", "&#x27;", "&#0;"),
+    *("&", "Ã©", "â€œ", "â€", "ÂŁ", "\x9d"),
 ]
 OPENCLIP_TEXTS = st.one_of(
     ASSIGNED,
@@ -173,10 +109,10 @@ def test_cleaned_text_is_tokenized_as_by_open_clip(
     assert tokens.starts == sorted(tokens.starts)
 
 
-@pytest.mark.parametrize("piece", [*PIECES, *OPENCLIP_PIECES])
-def test_each_piece_cleaned(openclip_tokenizer: ClipTokenizer, openai_tokenizer: Any, piece: str) -> None:
-    for text in (piece, f"a{piece}b", f" {piece} ", piece * 3, f"{piece} " * 100):
-        assert list(read(openclip_tokenizer, text).ids) == openai_tokenizer(text)[0].tolist()
+def test_each_piece_cleaned(openclip_tokenizer: ClipTokenizer, openai_tokenizer: Any) -> None:
+    for piece in (*PIECES, *OPENCLIP_PIECES, *SENTENCES):
+        for text in (piece, f"a{piece}b", f" {piece} ", piece * 3, f"{piece} " * 100):
+            assert list(read(openclip_tokenizer, text).ids) == openai_tokenizer(text)[0].tolist(), text
 
 
 @pytest.mark.parametrize(
@@ -207,10 +143,10 @@ def test_ascii_text_is_tokenized_as_by_openai(tokenizer: ClipTokenizer, openai_t
     assert list(read(tokenizer, text).ids[: end + 1]) == theirs[: end + 1]
 
 
-@pytest.mark.parametrize("piece", PIECES)
-def test_each_piece(tokenizer: ClipTokenizer, transformers_tokenizer: Any, piece: str) -> None:
-    for text in (piece, f"a{piece}b", f" {piece} ", piece * 3, f"{piece} " * 100):
-        assert read(tokenizer, text).ids == their_ids(transformers_tokenizer, text)
+def test_each_piece(tokenizer: ClipTokenizer, transformers_tokenizer: Any) -> None:
+    for piece in (*PIECES, *SENTENCES):
+        for text in (piece, f"a{piece}b", f" {piece} ", piece * 3, f"{piece} " * 100):
+            assert read(tokenizer, text).ids == their_ids(transformers_tokenizer, text), text
 
 
 @pytest.mark.parametrize(
@@ -248,7 +184,7 @@ def test_embedded_model(embedded_folder: Path) -> None:
     ours = open_model(embedded_folder).tokenizers[0]
     theirs = CLIPTokenizer.from_pretrained(embedded_folder / "tokenizer", local_files_only=True)
     assert ours.max_length == theirs.model_max_length
-    for text in (*GOLDEN, *PIECES, "a red apple on a blue background " * 9):
+    for text in (*SENTENCES, *PIECES, "a red apple on a blue background " * 9):
         if "\x00" not in text:
             assert read(ours, text).ids == their_ids(theirs, text)
 
@@ -296,37 +232,24 @@ def test_incomplete_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("vocab.json", "{"),
-        ("vocab.json", "[1, 2]"),
-        ("vocab.json", '{"a": "b"}'),
-        ("vocab.json", b"\xff\xfe\x00"),
-        ("vocab.json", "[" * 100_000),
-        ("merges.txt", "a b c\n"),
-        ("merges.txt", b"\xff\xff"),
+        *(("vocab.json", text) for text in (b"{", b"[1, 2]", b'{"a": "b"}', b"\xff\xfe\x00", b"[" * 100_000)),
+        *(("merges.txt", text) for text in (b"a b c\n", b"\xff\xff")),
+        *(("tokenizer.json", text) for text in (b"{}", b'{"model": null}', b'{"model": []}')),
+        *(
+            ("tokenizer.json", b'{"model": {"vocab": %b, "merges": %b}}' % (vocab, merges))
+            for vocab, merges in (
+                (b"null", b"[]"),
+                (b'{"a": 0}', b'[["a"]]'),
+                (b'{"a": 0}', b"null"),
+                (b'{"a": 0}', b"[7]"),
+            )
+        ),
     ],
 )
-def test_damaged_folder(folder: Path, name: str, content: str | bytes) -> None:
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_damaged_folder(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
     with pytest.raises(BadDataError):
         vocabulary_from_folder(folder)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {},
-        {"model": None},
-        {"model": []},
-        {"model": {"vocab": None, "merges": []}},
-        {"model": {"vocab": {"a": 0}, "merges": [["a"]]}},
-        {"model": {"vocab": {"a": 0}, "merges": None}},
-        {"model": {"vocab": {"a": 0}, "merges": [7]}},
-    ],
-)
-def test_damaged_tokenizer_json(tmp_path: Path, model: Any) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
-    with pytest.raises(BadDataError):
-        vocabulary_from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("token", ["<|startoftext|>", "<|endoftext|>"])

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from ldmcli.conditioning.syntax import Piece, parse
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.errors import BadDataError, UsageError
-from ldmcli.spec import PROMPT_SYNTAXES
 
 _BACKTRACK = 20  # A1111's comma_padding_backtrack
 _MAX_CHUNKS = 128  # 9600 tokens; the U-Net's attention grows with every one
@@ -39,8 +38,6 @@ def tokenize(tokenizer: ClipTokenizer, prompt: str, *, syntax: str = "plain", ch
 
     Raises UsageError for a prompt of too many chunks and as `parse` does.
     """
-    if syntax not in PROMPT_SYNTAXES:
-        raise ValueError(f"no such prompt syntax: {syntax}")
     room = tokenizer.max_length - 2
     if room < 1:
         raise BadDataError(f"a text encoder of {tokenizer.max_length} tokens reads no prompt.")
