@@ -1,9 +1,12 @@
 """What the tests of the command line share: `ldm` as a real process, and a random model that draws in a moment."""
 
 import atexit
+import contextlib
 import dataclasses
 import functools
+import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights" / "tiny-emoji" / "model_index.json"
 LDM = (sys.executable, "-m", "ldmcli")
@@ -109,6 +113,37 @@ def ldm(
     return result
 
 
+def ldm_here(
+    *arguments: str | bytes | Path,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Result:
+    """What `ldm ARGUMENTS` does, in this process: a hundred times faster, for all that is not about processes."""
+    from ldmcli.cli import run
+
+    log = logging.getLogger("ldmcli")
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        streams = {name: stack.enter_context(tempfile.TemporaryFile()) for name in ("stdin", "stdout", "stderr")}
+        streams["stdin"].write(stdin)
+        streams["stdin"].seek(0)
+        for name, stream in streams.items():
+            patch.setattr(sys, name, io.TextIOWrapper(stream, "utf-8", errors="backslashreplace", write_through=True))
+        for name in set(os.environ) - set(environment(env)):
+            patch.delenv(name)
+        for name, value in environment(env).items():
+            patch.setenv(name, value)
+        if cwd:
+            patch.chdir(cwd)
+        began = time.perf_counter()
+        code = run([os.fsdecode(argument) for argument in arguments])
+        seconds = time.perf_counter() - began
+        log.handlers.clear()
+        out, err = ((stream.seek(0), stream.read())[1] for stream in (streams["stdout"], streams["stderr"]))
+        return Result(code, out, err.decode("utf-8", "backslashreplace"), seconds)
+
+
 def assert_refused(result: Result, code: int, *words: str, seconds: float = SECONDS) -> str:
     """Assert that `result` is a refusal: its exit code, nothing on stdout, one readable sentence with `words`."""
     assert result.code == code, result
@@ -155,8 +190,6 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def pixels(png: Path | bytes) -> np.ndarray:
     """The pixels of a whole, sound PNG, by Pillow."""
-    import io
-
     from PIL import Image
 
     data = png if isinstance(png, bytes) else png.read_bytes()

@@ -1,4 +1,4 @@
-"""What `ldm` does when all goes well, and how it says no to a wrong command line. Every test runs the real program."""
+"""What `ldm` does when all goes well, and how it says no to a wrong command line."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from cli_support import (
     copy_model,
     error_sentence,
     ldm,
+    ldm_here,
     pixels,
     start,
     tiny_model,
@@ -120,23 +121,23 @@ def test_a_terminal_of_another_encoding_takes_help_and_facts(tmp_path: Path) -> 
 
 
 def test_help_and_version() -> None:
-    top = ldm("--help").out.decode()
+    top = ldm_here("--help").out.decode()
     assert "txt2img" in top
     assert "Exit codes" in top
     for options in (["-h"], ["txt2img", "-h"], ["info", "-h"]):
-        assert ldm(*options).out.startswith(b"Usage: ldm ")
-    version = ldm("-V")
+        assert ldm_here(*options).out.startswith(b"Usage: ldm ")
+    version = ldm_here("-V")
     assert (version.code, version.err) == (0, "")
     assert version.out.startswith(b"ldm ")
-    assert ldm().err.startswith("Usage: ldm ")
+    assert ldm_here().err.startswith("Usage: ldm ")
 
 
 def test_completion() -> None:
-    script = ldm(env={"_LDM_COMPLETE": "bash_source"})
+    script = ldm_here(env={"_LDM_COMPLETE": "bash_source"})
     assert script.code == 0
     assert b"_LDM_COMPLETE=bash_complete" in script.out
     words = {"_LDM_COMPLETE": "bash_complete", "COMP_WORDS": "ldm txt2img --ste", "COMP_CWORD": "2"}
-    assert ldm(env=words).out == b"plain,--steps\n"
+    assert ldm_here(env=words).out == b"plain,--steps\n"
 
 
 # ---- one run and its pictures ----
@@ -170,10 +171,10 @@ def test_metadata_reads_as_a1111_reads_it(drawn: Drawn) -> None:
 
 
 def test_info_tells_what_a_picture_holds(drawn: Drawn) -> None:
-    shown = ldm("info", drawn.result.paths[0])
+    shown = ldm_here("info", drawn.result.paths[0])
     assert shown.err == ""
     assert f"prompt: {PROMPT}" in shown.out.decode()
-    facts = ldm("info", "--json", drawn.result.paths[1]).records
+    facts = ldm_here("info", "--json", drawn.result.paths[1]).records
     assert len(facts) == 1
     assert facts[0]["kind"] == "picture"
     assert facts[0]["request"]["seed"] == 6
@@ -209,17 +210,19 @@ def test_options_win_over_the_picture(drawn: Drawn, tmp_path: Path) -> None:
     copy = copy_model(tmp_path / "other")
     options = ("a dog", "--steps", "1", "-s", "9", "-W", "8", "--sampler", "plms", "-m", copy, "--no-metadata")
     picture = drawn.result.paths[0]
-    again = ldm("txt2img", "--from-image", picture, *options, "-o", tmp_path / "new.png", "--json", "--device", "cpu")
+    again = ldm_here(
+        "txt2img", "--from-image", picture, *options, "-o", tmp_path / "new.png", "--json", "--device", "cpu"
+    )
     assert (again.code, again.err) == (0, "")
     expected = {"prompt": "a dog", "steps": 1, "seed": 9, "width": 8, "height": 16, "sampler": "plms"}
     assert (expected | {"negative_prompt": NEGATIVE, "model": "other"}).items() <= again.records[0].items()
     assert pixels(tmp_path / "new.png").shape == (16, 8, 3)
-    assert_refused(ldm("info", tmp_path / "new.png"), 65, "no text at all")
-    assert_refused(ldm("txt2img", "--from-image", tmp_path / "new.png"), 65, "no ldmcli record")
+    assert_refused(ldm_here("info", tmp_path / "new.png"), 65, "no text at all")
+    assert_refused(ldm_here("txt2img", "--from-image", tmp_path / "new.png"), 65, "no ldmcli record")
 
 
 def test_a_picture_whose_model_has_changed_or_gone(drawn: Drawn, tmp_path: Path) -> None:
-    text = ldm("info", "--json", drawn.result.paths[0]).records[0]
+    text = ldm_here("info", "--json", drawn.result.paths[0]).records[0]
     record = {name: text[name] for name in ("version", "request", "model", "runtime")}
     data = drawn.result.paths[0].read_bytes()
     start_of_text = data.index(b"tEXt") - 4
@@ -232,8 +235,10 @@ def test_a_picture_whose_model_has_changed_or_gone(drawn: Drawn, tmp_path: Path)
         return file
 
     gone = with_model(str(tmp_path / "gone.safetensors"), "0" * 64)
-    assert_refused(ldm("txt2img", "--from-image", gone), 66, "gone.safetensors", "not exist")
-    changed = ldm("txt2img", "--from-image", with_model(str(tiny_model()), "0" * 64), "-o", tmp_path, "--steps", "1")
+    assert_refused(ldm_here("txt2img", "--from-image", gone), 66, "gone.safetensors", "not exist")
+    changed = ldm_here(
+        "txt2img", "--from-image", with_model(str(tiny_model()), "0" * 64), "-o", tmp_path, "--steps", "1"
+    )
     assert changed.code == 0
     assert changed.err.count("is not the one the picture was made with") == 1
 
@@ -246,7 +251,7 @@ def test_overwrite_spares_what_the_run_itself_has_drawn(tmp_path: Path) -> None:
     names = [tmp_path / "ldm-5.png", tmp_path / "ldm-5-2.png"]
     for _ in range(2):
         options = ("-m", tiny_model(), "--steps", "2", "-s", "5", "-o", tmp_path, "--overwrite")
-        assert ldm("txt2img", "a pear", "a tiger", *options).paths == names
+        assert ldm_here("txt2img", "a pear", "a tiger", *options).paths == names
         assert sorted(tmp_path.iterdir()) == sorted(names)
         drawn = [Image.open(name).text["parameters"].splitlines()[0] for name in names]
         assert drawn == ["a pear", "a tiger"]
@@ -257,10 +262,10 @@ def test_a_named_file_with_a_bar_on_the_terminal(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"old")
     common = ("txt2img", "-m", tiny_model(), "x", "--steps", "3", "-o", path)
-    assert_refused(ldm(*common), 73, "one.png", "--overwrite")
+    assert_refused(ldm_here(*common), 73, "one.png", "--overwrite")
     assert path.read_bytes() == b"old"
     os.mkfifo(tmp_path / "pipe.png")
-    assert_refused(ldm(*common[:-1], tmp_path / "pipe.png", "--overwrite"), 73, "not a regular file")
+    assert_refused(ldm_here(*common[:-1], tmp_path / "pipe.png", "--overwrite"), 73, "not a regular file")
     environ = {"NO_COLOR": "1", "LDM_VERBOSE": "1"}
     result, terminal = on_a_terminal(*common, "--overwrite", "--no-metadata", stream="stderr", env=environ)
     assert (result.code, result.out) == (0, f"{path}\n".encode())
@@ -283,12 +288,12 @@ def test_png_data_on_stdout_and_every_option_from_the_environment(tmp_path: Path
         "LDM_COUNT": "1", "LDM_BATCH_SIZE": "2", "LDM_OUTPUT": "-", "LDM_DTYPE": "fp32", "LDM_DEVICE": "cpu",
         "LDM_ATTENTION": "math", "LDM_QUIET": "1", "LDM_ON_LONG_PROMPT": "error",
     }  # fmt: skip
-    result = ldm("txt2img", "x", "--steps", "2", env=environ, cwd=tmp_path)
+    result = ldm_here("txt2img", "x", "--steps", "2", env=environ, cwd=tmp_path)
     assert (result.code, result.err) == (0, "")
     assert pixels(result.out).shape == (16, 8, 3)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "piped.png").write_bytes(result.out)
-    record = ldm("info", tmp_path / "piped.png", env={"LDM_JSON": "1"}).records[0]
+    record = ldm_here("info", tmp_path / "piped.png", env={"LDM_JSON": "1"}).records[0]
     expected = {"steps": 2, "seed": 3, "guidance_scale": 1, "eta": 0.5, "negative_prompt": "no", "sampler": "ddim"}
     assert expected.items() <= record["request"].items()
     assert {"device": "cpu", "dtype": "fp32", "attention": "math"}.items() <= record["runtime"].items()
@@ -311,10 +316,10 @@ def test_every_option_has_its_variable() -> None:
                 plain = max(parameter.opts, key=len).lstrip("-").replace("-", "_").upper()
                 wanted = "LDM_GUIDANCE_SCALE" if plain == "CFG_SCALE" else f"LDM_{plain}"
                 assert parameter.envvar in (wanted, "LDM_GUIDANCE_SCALE"), f"{name} {parameter.name}"
-    assert_refused(ldm("txt2img", "x", env={"LDM_STEPS": "0"}), 2, "steps 0")
-    assert_refused(ldm("txt2img", "x", env={"LDM_STEPS": "many"}), 2, "--steps", "many")
-    assert_refused(ldm("txt2img", "x", "--steps", "0", env={"LDM_STEPS": "1"}), 2, "steps 0")
-    assert_refused(ldm("txt2img", "x", env={"LDM_OVERWRITE": "perhaps"}), 2, "--overwrite", "perhaps")
+    assert_refused(ldm_here("txt2img", "x", env={"LDM_STEPS": "0"}), 2, "steps 0")
+    assert_refused(ldm_here("txt2img", "x", env={"LDM_STEPS": "many"}), 2, "--steps", "many")
+    assert_refused(ldm_here("txt2img", "x", "--steps", "0", env={"LDM_STEPS": "1"}), 2, "steps 0")
+    assert_refused(ldm_here("txt2img", "x", env={"LDM_OVERWRITE": "perhaps"}), 2, "--overwrite", "perhaps")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +333,7 @@ def test_every_option_has_its_variable() -> None:
     ],
 )
 def test_outputs_that_cannot_be_meant(tmp_path: Path, options: list[str], words: list[str]) -> None:
-    assert_refused(ldm("txt2img", "-m", tiny_model(), "x", *options, cwd=tmp_path), 2, *words)
+    assert_refused(ldm_here("txt2img", "-m", tiny_model(), "x", *options, cwd=tmp_path), 2, *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,7 +349,7 @@ def test_no_png_data_for_a_terminal() -> None:
 def test_prompts_from_standard_input(tmp_path: Path) -> None:
     """A byte order mark, CRLF, blank lines, no final newline; other PROMPTs beside it; a random seed is reported."""
     lines = "\ufeffone é\r\n\r\n   \ntwo\nthree".encode()
-    result = ldm(
+    result = ldm_here(
         "txt2img", "-m", tiny_model(), "zero", "-", "--steps", "1", "-g", "100", "-o", tmp_path, "--json", stdin=lines
     )
     assert result.code == 0
@@ -409,7 +414,7 @@ def test_endless_input_in_bounded_memory_until_the_reader_leaves(tmp_path: Path)
 
 def test_no_prompts_are_no_error(tmp_path: Path) -> None:
     for lines in (b"", b"\n \r\n\n", b"\xef\xbb\xbf"):
-        result = ldm("txt2img", "-m", tiny_model(), "-", "-o", tmp_path / "none", stdin=lines)
+        result = ldm_here("txt2img", "-m", tiny_model(), "-", "-o", tmp_path / "none", stdin=lines)
         assert (result.code, result.out) == (0, b"")
         assert result.err == "ldm: 0 prompts on standard input, nothing to draw\n"
 
@@ -447,7 +452,7 @@ def test_no_prompts_are_no_error(tmp_path: Path) -> None:
     ],
 )
 def test_values_out_of_range_are_named_before_anything_is_opened(options: list[str], words: list[str]) -> None:
-    sentence = assert_refused(ldm("txt2img", "x", "-m", "nowhere", *options), 2, *words)
+    sentence = assert_refused(ldm_here("txt2img", "x", "-m", "nowhere", *options), 2, *words)
     assert len(sentence) < 700
 
 
@@ -477,33 +482,33 @@ def test_a_huge_count_starts_at_once(tmp_path: Path) -> None:
 
 def test_a_single_file(tmp_path: Path) -> None:
     path = tiny_single_file()
-    result = ldm("txt2img", "x", "-m", path, "-W", "16", "-H", "8", "--steps", "1", "-s", "1", "-o", tmp_path)
+    result = ldm_here("txt2img", "x", "-m", path, "-W", "16", "-H", "8", "--steps", "1", "-s", "1", "-o", tmp_path)
     assert result.code == 0
     assert pixels(*result.paths).shape == (8, 16, 3)
 
 
 def test_info_of_models(tmp_path: Path) -> None:
-    folder = ldm("info", "--json", tiny_model()).records[0]
+    folder = ldm_here("info", "--json", tiny_model()).records[0]
     assert (folder["kind"], folder["default_size"]) == ("model", "16x16")
     assert folder["parts"]["unet"]["block_channels"] == [8, 16]
-    single = ldm("info", "--json", tiny_single_file()).records[0]
+    single = ldm_here("info", "--json", tiny_single_file()).records[0]
     assert single["is"] == "Stable Diffusion 1.x checkpoint"
-    shown = ldm("info", tiny_single_file()).out.decode()
+    shown = ldm_here("info", tiny_single_file()).out.decode()
     assert "block channels: (32, 32)" in shown
-    assert ldm("info", "--json", tiny_model() / "vae" / "diffusion_pytorch_model.safetensors").records[0]["is"] == (
-        "VAE only"
-    )
+    assert ldm_here("info", "--json", tiny_model() / "vae" / "diffusion_pytorch_model.safetensors").records[0][
+        "is"
+    ] == ("VAE only")
 
 
 def test_info_of_several_files_tells_all_that_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     files = [tiny_model(), tmp_path / "broken.png", tmp_path / "gone.png", tiny_single_file()]
-    result = ldm("info", *files)
+    result = ldm_here("info", *files)
     assert result.code == 65
     told = result.out.decode().splitlines()
     assert [line for line in told if not line.startswith("  ")] == [f"{files[0]}:", f"{files[3]}:"]
     assert [line[: len("ldm: error: ")] for line in result.err.splitlines()] == ["ldm: error: "] * 2
-    facts = ldm("info", "--json", *files).records
+    facts = ldm_here("info", "--json", *files).records
     assert [(one["path"], one["kind"]) for one in facts] == [(str(files[0]), "model"), (str(files[3]), "model")]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_support import assert_refused, ldm
+from cli_support import assert_refused, ldm_here
 
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import ManifestWriter
@@ -131,7 +131,7 @@ def test_a_run_becomes_pages_in_the_order_of_its_rows(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [f"prompt number {n}" for n in range(25)], failed=[3])
     with ManifestWriter(run, "one") as writer:
         writer.append_bad(BadRow(26, 27, "bad", ("steps 'x' is not a whole number.",)))
-    result = ldm("gallery", run, "--page-size", "10", "--json")
+    result = ldm_here("gallery", run, "--page-size", "10", "--json")
     assert result.records == [{"path": str(run / "index.html"), "pictures": 24, "failed": 2, "pages": 3}]
     pages = [Reader(run / name) for name in ("index.html", "page-2.html", "page-3.html")]
     prompts = [prompt for page in pages for prompt in page.prompts]
@@ -157,7 +157,7 @@ def test_the_policy_names_what_is_there_and_nothing_comes_from_elsewhere(tmp_pat
     import hashlib
 
     run = make_run(tmp_path / "run", HOSTILE)
-    assert ldm("gallery", run).code == 0
+    assert ldm_here("gallery", run).code == 0
     page = Reader(run / "index.html")
     policy = next(found["content"] or "" for tag, found in page.tags if "http-equiv" in found)
     assert policy.startswith("default-src 'none'; img-src 'self'")
@@ -186,13 +186,13 @@ def test_pictures_by_any_name_are_shown_and_foreign_ones_said(tmp_path: Path) ->
         file.write(picture(request=recipe("odd", 9)))
     (folder / "foreign.png").write_bytes(picture())
     (folder / "text.png").write_text("no picture")
-    result = ldm("gallery", folder)
+    result = ldm_here("gallery", folder)
     assert "2 PNG files carry no readable ldmcli record" in result.err
     found = [os.fsencode(folder) + b"/" + urllib.parse.unquote_to_bytes(s) for s in
              Reader(folder / "index.html").all("img", "src")]  # fmt: skip
     assert sorted(found) == sorted([odd, *(os.fsencode(folder / name) for name in names)])
     elsewhere = tmp_path / "site" / "my pages#1.html"
-    assert ldm("gallery", folder, "-o", elsewhere, "--page-size", "4").out == os.fsencode(elsewhere) + b"\n"
+    assert ldm_here("gallery", folder, "-o", elsewhere, "--page-size", "4").out == os.fsencode(elsewhere) + b"\n"
     page = Reader(elsewhere)
     assert {path.name for path in elsewhere.parent.iterdir()} == {
         "my pages#1.html", "my pages#1-page-2.html", "my pages#1-prompts.html",
@@ -209,7 +209,7 @@ def test_a_manifest_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     gone = line | {"number": 6, "row": 7, "path": line["path"].replace("-0.png", "-77.png"), "request": {"width": [1]}}
     redrawn = line | {"status": "failed", "error": "a later attempt"}
     manifest.write_text("".join(json.dumps(entry) + "\n" for entry in (line, other, gone, redrawn)) + '{"torn')
-    result = ldm("gallery", run)
+    result = ldm_here("gallery", run)
     assert result.code == 0, result
     page = Reader(run / "index.html")
     assert "passwd" not in "".join(page.all("img", "src"))
@@ -219,36 +219,38 @@ def test_a_manifest_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
 
 def test_a_shorter_gallery_leaves_no_old_pages_and_foreign_files_stay(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [f"p{n}" for n in range(6)])
-    assert ldm("gallery", run, "--page-size", "1").code == 0
+    assert ldm_here("gallery", run, "--page-size", "1").code == 0
     assert (run / "page-6.html").is_file()
     (run / "page-7.html").write_text("mine")
-    assert ldm("gallery", run, "--page-size", "4").code == 0
+    assert ldm_here("gallery", run, "--page-size", "4").code == 0
     assert {path.name for path in run.glob("*.html")} == {"index.html", "page-2.html", "prompts.html", "page-7.html"}
-    assert ldm("gallery", run).code == 0
+    assert ldm_here("gallery", run).code == 0
     assert {path.name for path in run.glob("*.html")} == {"index.html", "page-7.html"}
     before = (run / "index.html").read_bytes()
-    assert ldm("gallery", run).code == 0
+    assert ldm_here("gallery", run).code == 0
     assert (run / "index.html").read_bytes() == before
     (run / "index.html").write_text("mine too")
-    assert_refused(ldm("gallery", run), 73, "index.html", "--output")
+    assert_refused(ldm_here("gallery", run), 73, "index.html", "--output")
     assert (run / "index.html").read_text() == "mine too"
 
 
 def test_nothing_to_show(tmp_path: Path) -> None:
-    assert_refused(ldm("gallery", tmp_path / "nowhere"), 66, "no folder")
+    assert_refused(ldm_here("gallery", tmp_path / "nowhere"), 66, "no folder")
     (tmp_path / "empty").mkdir()
-    assert_refused(ldm("gallery", tmp_path / "empty"), 66, "neither")
-    assert_refused(ldm("gallery", tmp_path, "--page-size", "0"), 2, "page-size")
+    assert_refused(ldm_here("gallery", tmp_path / "empty"), 66, "neither")
+    assert_refused(ldm_here("gallery", tmp_path, "--page-size", "0"), 2, "page-size")
     assert not list(tmp_path.glob("*.html"))
     (tmp_path / "run" / "manifest").mkdir(parents=True)
-    result = ldm("gallery", tmp_path / "run")
+    result = ldm_here("gallery", tmp_path / "run")
     assert (result.code, result.err) == (0, "ldm: pictures: 0; failed: 0; pages: 1\n")
     assert "0 pictures" in Reader(tmp_path / "run" / "index.html").text
 
 
 def test_the_variable_for_where_pictures_go_is_not_for_pages(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ["a"])
-    assert ldm("gallery", run, env={"LDM_OUTPUT": str(tmp_path / "pictures")}).out == os.fsencode(run / "index.html\n")
+    assert ldm_here("gallery", run, env={"LDM_OUTPUT": str(tmp_path / "pictures")}).out == os.fsencode(
+        run / "index.html\n"
+    )
     assert not (tmp_path / "pictures").exists()
 
 
@@ -276,7 +278,7 @@ def test_what_is_unseen_is_spelled_out() -> None:
 @needs_browser
 def test_hostile_prompts_are_inert_in_a_browser(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", HOSTILE, failed=[1])
-    ldm("gallery", run, "--page-size", "5")
+    ldm_here("gallery", run, "--page-size", "5")
     for name in ("index.html", "page-2.html", "prompts.html"):
         dom, console = browse(run / name, tmp_path / "profile", "--dump-dom")
         assert re.search(r"<title>run( – \d)?</title>", dom)
@@ -299,7 +301,7 @@ def test_hostile_prompts_are_inert_in_a_browser(tmp_path: Path) -> None:
 def test_the_filter_works_in_a_browser(tmp_path: Path) -> None:
     prompts = ["a red apple", "a green pear", "Red APPLE pie", "100% & more", "an apple"]
     run = make_run(tmp_path / "run", prompts)
-    ldm("gallery", run, "--page-size", "3")
+    ldm_here("gallery", run, "--page-size", "3")
     dom, console = browse(run / "index.html", tmp_path / "profile", "--dump-dom", fragment="#q=apple%20red")
     assert console == ""
     assert len(shown_cards(dom)) == 2
@@ -320,7 +322,7 @@ def test_pictures_from_the_disk_are_seen_in_a_browser(tmp_path: Path) -> None:
     folder = tmp_path / "odd # 100% 'names'"
     folder.mkdir()
     (folder / "a #?%41 \"b'.png").write_bytes(picture((250, 0, 10), recipe("red", 1)))
-    ldm("gallery", folder)
+    ldm_here("gallery", folder)
     _, console = browse(folder / "index.html", tmp_path / "profile", f"--screenshot={tmp_path / 'shot.png'}")
     assert console == ""
     seen = pixels_of_any(tmp_path / "shot.png")
