@@ -80,33 +80,26 @@ def on_a_terminal(*arguments: str | Path, stream: str, env: dict[str, str] | Non
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [
-        (["--help"], 0),
-        (["--version"], 0),
-        (["txt2img", "--help"], 0),
-        (["info", "--help"], 0),
-        ([], 2),
-        (["txt2img"], 2),
-        (["txt2img", "x", "--steps", "many"], 2),
-        (["txt2img", "x", "--steps", "0"], 2),
-        (["txt2img", "x", "-m", "nowhere.safetensors"], 66),
-        (["info", "nowhere.png"], 66),
-    ],
+    [([], 2), (["txt2img", "x", "--steps", "0"], 2), (["txt2img", "x", "-m", "nowhere.safetensors"], 66)],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(arguments: list[str], code: int) -> None:
-    result = ldm(*arguments, program=[sys.executable, "-X", "importtime", "-m", "ldmcli"])
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.err.splitlines() if "|" in line}
+    result, imported = with_imports(*arguments)
     assert result.code == code
     assert "click" in imported
     assert not imported & HEAVY
 
 
 def test_headers_are_read_without_torch() -> None:
-    for path in (tiny_model(), tiny_single_file()):
-        result = ldm("info", path, program=[sys.executable, "-X", "importtime", "-m", "ldmcli"])
-        imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.err.splitlines()}
-        assert result.code == 0
-        assert not imported & {"torch", "transformers", "numpy", "safetensors"}
+    result, imported = with_imports("info", tiny_model(), tiny_single_file())
+    assert result.code == 0
+    assert not imported & {"torch", "transformers", "numpy", "safetensors"}
+
+
+def with_imports(*arguments: str | Path) -> tuple[Result, set[str]]:
+    """Run `ldm`; returns the result and the packages that it imported."""
+    result = ldm(*arguments, program=[sys.executable, "-X", "importtime", "-m", "ldmcli"])
+    lines = [line for line in result.err.splitlines() if "|" in line]
+    return result, {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
 
 
 def test_a_terminal_of_another_encoding_takes_help_and_facts(tmp_path: Path) -> None:

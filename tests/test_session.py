@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_support import ldm, pixels, tiny_model
+from cli_support import ldm_here, pixels, tiny_model
 from conftest import load, loaded, open_session
 from oracle.comparing import pictures_of, pixels_apart
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def test_the_record_is_what_txt2img_writes(session: Session, tmp_path: Path) -> 
     request = asked(1)[0]
     settings = ["--steps", "3", "--width", "16", "--height", "16", "--guidance-scale", "7.5", "--sampler", "ddim"]
     how = ["--device", "cpu", "--dtype", "fp32", "--threads", "1", "--no-cache", "-s", "0"]
-    written = ldm("txt2img", request.prompt, "-m", tiny_model(), *settings, *how, "-o", tmp_path)
+    written = ldm_here("txt2img", request.prompt, "-m", tiny_model(), *settings, *how, "-o", tmp_path)
     (path,) = written.paths
     record = read_record(path)
     (picture,) = session.draw([request])
