@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cli_support import until
@@ -19,26 +19,17 @@ from ldmcli.disk.writing import check_may_write, prepare_folder, write_exact, wr
 from ldmcli.errors import CannotCreateError, StorageError
 
 
-def run_python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-
 def test_names_count_up_and_overwrite_replaces(tmp_path: Path) -> None:
+    os.symlink("nowhere", tmp_path / "cat-2.png")
+    (tmp_path / "cat-3.png").mkdir()
     names = [write_new(tmp_path, "cat", str(i).encode(), overwrite=False).name for i in range(3)]
-    assert names == ["cat.png", "cat-2.png", "cat-3.png"]
+    assert names == ["cat.png", "cat-4.png", "cat-5.png"]
     assert write_new(tmp_path, "cat", b"new", overwrite=True) == tmp_path / "cat.png"
     assert (tmp_path / "cat.png").read_bytes() == b"new"
-    assert sorted(os.listdir(tmp_path)) == ["cat-2.png", "cat-3.png", "cat.png"]
+    assert len(os.listdir(tmp_path)) == 5
 
 
-def test_dangling_links_and_folders_count_as_taken(tmp_path: Path) -> None:
-    os.symlink("nowhere", tmp_path / "cat.png")
-    (tmp_path / "cat-2.png").mkdir()
-    assert write_new(tmp_path, "cat", b"x", overwrite=False).name == "cat-3.png"
-
-
-def test_write_exact_keeps_what_is_there(tmp_path: Path) -> None:
+def test_one_name_is_kept_unless_overwritten(tmp_path: Path) -> None:
     path = write_exact(tmp_path / "a.png", b"old", overwrite=False)
     with pytest.raises(CannotCreateError, match="there already"):
         write_exact(path, b"new", overwrite=False)
@@ -80,29 +71,26 @@ def test_mode_honours_umask(tmp_path: Path, mask: int) -> None:
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_prepare_folder_makes_parents_and_leaves_nothing(tmp_path: Path) -> None:
+def test_folders_are_made_with_their_parents_and_made_anew(tmp_path: Path) -> None:
     for _ in range(2):
         prepare_folder(tmp_path / "a" / "b")
     assert os.listdir(tmp_path / "a" / "b") == []
-
-
-@pytest.mark.parametrize("end", ["file", "file/below", "x" * 300, "loop", "a\0b"])
-def test_folders_that_cannot_be(tmp_path: Path, end: str) -> None:
-    (tmp_path / "file").touch()
-    os.symlink(tmp_path / "loop", tmp_path / "loop")
-    with pytest.raises(CannotCreateError):
-        prepare_folder(tmp_path / end)
-
-
-def test_folders_in_proc_are_refused() -> None:
-    if Path("/proc/self").exists():
-        with pytest.raises(CannotCreateError):
-            prepare_folder(Path("/proc/pictures"))
-
-
-def test_a_folder_that_has_gone_is_made_anew(tmp_path: Path) -> None:
     assert write_new(tmp_path / "gone" / "too", "a", b"x", overwrite=False).read_bytes() == b"x"
     assert write_exact(tmp_path / "gone" / "a.png", b"x", overwrite=True).read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("end", ["file\x1b[2J", "file\x1b[2J/below", "x" * 300, "loop", "a\0b", "/proc/pictures"])
+def test_folders_that_cannot_be(tmp_path: Path, end: str) -> None:
+    (tmp_path / "file\x1b[2J").touch()
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    acts: list[Callable[[Path], object]] = [
+        prepare_folder,
+        lambda path: write_exact(path / "a.png", b"", overwrite=False),
+    ]
+    for act in acts:
+        with pytest.raises(CannotCreateError) as caught:
+            act(tmp_path / end)
+        assert str(caught.value).isprintable()
 
 
 def test_only_new_and_own_files_are_written(tmp_path: Path) -> None:
@@ -124,14 +112,6 @@ def test_only_new_and_own_files_are_written(tmp_path: Path) -> None:
             check_may_write(never, b"our mark", "sheet", "--sheet")
 
 
-Write = Callable[..., Path]
-WRITERS: list[Write] = [
-    lambda folder, overwrite: write_new(folder, "a", b"new", overwrite=overwrite),
-    lambda folder, overwrite: write_exact(folder / "b.png", b"new", overwrite=overwrite),
-]
-
-
-@pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     ("fault", "expected"),
@@ -146,25 +126,24 @@ WRITERS: list[Write] = [
 def test_a_fault_leaves_the_folder_as_it_was(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    write: Write,
     overwrite: bool,
     fault: BaseException,
     expected: type[BaseException],
 ) -> None:
-    if overwrite:
-        (tmp_path / "a.png").write_bytes(b"old")
-        (tmp_path / "b.png").write_bytes(b"old")
-    before = sorted(os.listdir(tmp_path))
-
     def fail(*_: object) -> int:
         raise fault
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(expected):
-        write(tmp_path, overwrite)
-    monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path)) == before
-    assert all((tmp_path / name).read_bytes() == b"old" for name in before)
+    if overwrite:
+        (tmp_path / "a.png").write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        for write in (
+            lambda: write_new(tmp_path, "a", b"new", overwrite=overwrite),
+            lambda: write_exact(tmp_path / "a.png", b"new", overwrite=overwrite),
+        ):
+            with pytest.raises(expected):
+                write()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"] * overwrite
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES, errno.EIO])
@@ -200,72 +179,49 @@ def test_a_folder_that_cannot_sync_is_no_fault(tmp_path: Path, monkeypatch: pyte
     assert write_new(tmp_path, "a", b"x", overwrite=False).read_bytes() == b"x"
 
 
-def test_a_real_size_limit_is_a_storage_error(tmp_path: Path) -> None:
-    code = """
-        import resource, sys
-        from pathlib import Path
-        from ldmcli.errors import StorageError
-        from ldmcli.disk.writing import write_new
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        try:
-            write_new(Path(sys.argv[1]), "a", bytes(100_000), overwrite=False)
-        except StorageError as error:
-            print(error)
-    """
-    finished = run_python(code, tmp_path)
-    assert "File too large" in finished.stdout, finished.stderr
-    assert os.listdir(tmp_path) == []
-
-
-def on_tmpfs(tmp_path: Path, options: str, code: str) -> str:
-    """Run `code` with a tmpfs of its own on argv[1], in a mount namespace that ends with it; its stdout."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting needs root on Linux")
-    mount = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o {options} tmpfs "$0" && exec "$@"', str(tmp_path)]
+# Says what keeps it from writing much into the folder argv[1], and that little can be written afterwards.
+FILL = """
+import os, resource, sys
+from pathlib import Path
+from ldmcli.disk.writing import prepare_folder, write_new
+from ldmcli.errors import LdmError
+folder = Path(sys.argv[1])
+if sys.argv[2:]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+refused = 0
+for act in (prepare_folder, lambda folder: write_new(folder, "a", bytes(100_000), overwrite=False)):
     try:
-        probe = subprocess.run([*mount, "true"], capture_output=True, timeout=30)
-    except FileNotFoundError:
-        pytest.skip("no unshare")
-    if probe.returncode != 0:
-        pytest.skip("cannot mount here")
-    command = [*mount, sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+        act(folder)
+    except LdmError as error:
+        print(type(error).__name__, error)
+        assert os.listdir(folder) == []
+        refused += 1
+if refused == 1:
+    write_new(folder, "a", bytes(1000), overwrite=False)
+"""
 
 
-def test_a_full_disk_is_a_storage_error_and_can_go_on(tmp_path: Path) -> None:
-    code = """
-        import os, sys
-        from pathlib import Path
-        from ldmcli.errors import StorageError
-        from ldmcli.disk.writing import write_new
-        folder = Path(sys.argv[1])
-        write_new(folder, "a", bytes(40_000), overwrite=False)
-        try:
-            write_new(folder, "a", bytes(40_000), overwrite=False)
-        except StorageError as error:
-            print(error)
-        assert os.listdir(folder) == ["a.png"]
-        write_new(folder, "a", bytes(10_000), overwrite=False)
-        assert sorted(os.listdir(folder)) == ["a-2.png", "a.png"]
-    """
-    assert "No space left" in on_tmpfs(tmp_path, "size=64k", code)
+def test_a_real_size_limit_is_a_storage_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FILL, str(tmp_path), "limit"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert re.fullmatch("StorageError .* File too large.*\n", done.stdout), done.stderr
 
 
-def test_a_read_only_folder_cannot_be_prepared(tmp_path: Path) -> None:
-    code = """
-        import sys
-        from pathlib import Path
-        from ldmcli.errors import CannotCreateError
-        from ldmcli.disk.writing import check_may_write, prepare_folder, write_new
-        for act in (prepare_folder, lambda folder: write_new(folder, "a", b"x", overwrite=True)):
-            try:
-                act(Path(sys.argv[1]))
-            except CannotCreateError as error:
-                print(error)
-    """
-    assert on_tmpfs(tmp_path, "ro", code).count("Read-only file system") == 2
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("size=64k", ["StorageError .* No space left"]), ("ro", ["CannotCreateError .* Read-only file system"] * 2)],
+)
+def test_full_and_read_only_disks(tmp_path: Path, options: str, said: list[str]) -> None:
+    """On a tmpfs of its own, in a mount namespace that ends with the process."""
+    mount = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o {options} tmpfs "$0" && exec "$@"', str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root on Linux")
+    command = [*mount, sys.executable, "-c", FILL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == len(said)
+    assert all(re.match(pattern, line) for pattern, line in zip(said, lines, strict=True)), lines
 
 
 def test_two_processes_with_one_stem_lose_nothing(tmp_path: Path) -> None:
@@ -273,14 +229,14 @@ def test_two_processes_with_one_stem_lose_nothing(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from ldmcli.disk.writing import write_new
-        for i in range(40):
+        for i in range(20):
             print(write_new(Path(sys.argv[1]), "same", f"{sys.argv[2]} {i}".encode(), overwrite=False))
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
     writers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "AB"]
     paths = [path for writer in writers for path in writer.communicate(timeout=120)[0].split()]
-    assert len(set(paths)) == 80
-    assert {path.read_text() for path in tmp_path.iterdir()} == {f"{n} {i}" for n in "AB" for i in range(40)}
+    assert len(set(paths)) == 40
+    assert {path.read_text() for path in tmp_path.iterdir()} == {f"{n} {i}" for n in "AB" for i in range(20)}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -293,7 +249,7 @@ def test_a_kill_leaves_no_torn_file(tmp_path: Path, overwrite: bool) -> None:
         while True:
             write_new(Path(sys.argv[1]), "a", b"x" * 2_000_000, overwrite={overwrite})
     """
-    for delay in (0.0, 0.003, 0.01, 0.03, None):  # the last writes one whole file at least
+    for delay in (0.0, 0.01, None):  # the last writes one whole file at least
         command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
         writer = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert writer.stdout is not None
@@ -305,17 +261,3 @@ def test_a_kill_leaves_no_torn_file(tmp_path: Path, overwrite: bool) -> None:
     sizes = {path.stat().st_size for path in tmp_path.glob("[!.]*")}
     assert sizes == {2_000_000}
     assert all(re.fullmatch(r"\.ldm-.*\.part", path.name) for path in tmp_path.glob(".*"))
-
-
-def test_errors_escape_names(tmp_path: Path) -> None:
-    (tmp_path / "\x1b[2J").touch()
-    acts: list[Callable[[], object]] = [
-        lambda: prepare_folder(tmp_path / "\x1b[2J"),
-        lambda: write_exact(tmp_path / "\x1b[2J", b"", overwrite=False),
-        lambda: write_exact(tmp_path / "\x1b[2J" / "a.png", b"", overwrite=False),
-        lambda: check_may_write(tmp_path / "\x1b[2J", b"mark", "sheet", "--sheet"),
-    ]
-    for act in acts:
-        with pytest.raises(CannotCreateError) as caught:
-            act()
-        assert "\x1b" not in str(caught.value)
