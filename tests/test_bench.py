@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import Result, assert_refused, ldm, start, tiny_model
+from cli_support import Result, assert_refused, ldm_here, start, tiny_model
 
 from ldmcli import bench as clocks
 from ldmcli.cli.bench import _words
@@ -23,21 +23,37 @@ pytestmark = pytest.mark.timeout(600)
 SD15 = ModelConfig("sd1", UNetConfig(), VAEConfig(), (TextEncoderConfig(),), ScheduleConfig())
 
 
-def bench(*arguments: str | Path, **settings: Any) -> Result:
-    return ldm("bench", "--device", "cpu", "--dtype", "fp32", "--threads", "1", *arguments, **settings)
+MEASURED = clocks.rate
 
 
-def found_by(*arguments: str | Path, **settings: Any) -> dict[str, Any]:
-    result = bench(*arguments, "--json", **settings)
+@pytest.fixture(autouse=True)
+def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's rate of products is taken for known: measuring it takes seconds."""
+    monkeypatch.setattr(clocks, "rate", lambda weight, *_: 1e9 if len(weight) == 4 else 1e8)
+
+
+def bench(*arguments: str | Path) -> Result:
+    common = ("--device", "cpu", "--dtype", "fp32", "--threads", "1", "-m", tiny_model())
+    return ldm_here("bench", *common, *arguments)
+
+
+def found_by(*arguments: str | Path) -> dict[str, Any]:
+    result = bench(*arguments, "--json")
     assert result.code == 0, result.err
     (found,) = result.records
     return found
 
 
-def test_cold_starts_are_told_by_phases(tmp_path: Path) -> None:
-    found = found_by("--clock", "cold", "--runs", "1", "--steps", "2", env={"TMPDIR": str(tmp_path)})
-    assert found["model"] == "tiny-emoji"
-    assert found["floor"] is None
+def test_a_report_of_all_clocks_for_a_terminal_and_a_file(tmp_path: Path) -> None:
+    result = bench("--runs", "1", "--steps", "2", "--json-file", tmp_path / "found.json")
+    assert result.code == 0, result.err
+    lines = {line.partition("  ")[0]: line for line in result.out.decode().splitlines()}
+    assert {"cold, ldm", "cold, ldm --no-cache", "image, ldm", "step, ldm"} < set(lines)
+    assert "first step after" in lines["cold, ldm"]
+    assert "denoise" in lines["cold, ldm"]
+    assert "× floor" in lines["step, ldm"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["model"], found["task"]["width"]) == ("tiny", 16)
     for name in ("ldm", "ldm --no-cache"):
         record = found["contenders"][name]
         (whole,), (first,), (phases,) = record["samples"]["cold"], record["samples"]["first_step"], record["phases"]
@@ -45,13 +61,16 @@ def test_cold_starts_are_told_by_phases(tmp_path: Path) -> None:
         assert {"imports", "weights", "denoise", "vae", "png", "rest"} <= set(phases)
         assert sum(phases.values()) == pytest.approx(whole, abs=1e-3)
         assert record["peaks"]["cold"][0] >= record["peaks"]["first_step"][0] > 1e8
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_where_nothing_is_kept_one_cold_start_counts() -> None:
-    found = found_by("--clock", "cold", "--runs", "1", "--steps", "1", "--no-cache", "-m", tiny_model())
+def test_where_nothing_is_kept_one_cold_start_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = {"phases": {"imports": 1.0}, "marks": {"first_step": 1.5}, "peaks": {"first_step": 1}}
+    monkeypatch.setattr(clocks, "_cold_start", lambda words: (2.0, reported))
+    found = found_by("--clock", "cold", "--runs", "1", "--no-cache")
+    assert found["floor"] is None
     assert found["contenders"]["ldm"]["samples"] == {}
-    assert len(found["contenders"]["ldm --no-cache"]["samples"]["cold"]) == 1
+    assert found["contenders"]["ldm --no-cache"]["samples"] == {"cold": [2.0], "first_step": [1.5]}
+    assert found["contenders"]["ldm --no-cache"]["phases"] == [{"imports": 1.0, "rest": 1.0}]
 
 
 def test_warm_pictures_and_their_steps() -> None:
@@ -59,33 +78,18 @@ def test_warm_pictures_and_their_steps() -> None:
     record, task = found["contenders"]["ldm"], found["task"]
     assert (len(record["samples"]["image"]), len(record["samples"]["step"])) == (2, 4)
     assert min(record["samples"]["image"]) > max(record["samples"]["step"])
-    assert (task["steps"], task["width"], task["batch_size"], task["dtype"]) == (3, 64, 2, "fp32")
+    assert (task["steps"], task["width"], task["batch_size"], task["dtype"]) == (3, 16, 2, "fp32")
     assert found["floor"]["image"] > 3 * found["floor"]["step"] > 0
     assert record["peaks"]["host"][0] > 1e8
 
 
-def test_one_step_is_timed_behind_another() -> None:
-    """The first of a run is none to go by: where one is asked for, two are made."""
-    found = found_by("--clock", "step", "--runs", "1", "--steps", "1")
-    assert len(found["contenders"]["ldm"]["samples"]["step"]) == 1
-
-
-def test_a_report_for_a_terminal(tmp_path: Path) -> None:
-    file = tmp_path / "found.json"
-    result = bench("--runs", "1", "--steps", "2", "-m", tiny_model(), "--json-file", file)
-    assert result.code == 0, result.err
-    lines = {line.partition("  ")[0]: line for line in result.out.decode().splitlines()}
-    assert {"cold, ldm", "cold, ldm --no-cache", "image, ldm", "step, ldm"} < set(lines)
-    assert "first step after" in lines["cold, ldm"]
-    assert "denoise" in lines["cold, ldm"]
-    assert "× floor" in lines["step, ldm"]
-    assert json.loads(file.read_text())["task"]["width"] == 16
-
-
-def test_a_report_replaces_reports_alone(tmp_path: Path) -> None:
-    common = ("--runs", "1", "--steps", "1", "--clock", "step", "-m", tiny_model(), "--json-file")
+def test_a_file_is_replaced_by_a_report_where_it_is_one(tmp_path: Path) -> None:
+    """One step is asked for: the first of a run is none to go by, and two are made."""
+    common = ("--runs", "1", "--steps", "1", "--clock", "step", "--json-file")
     for _ in range(2):
         assert bench(*common, tmp_path / "found.json").code == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["contenders"]["ldm"]["samples"]["step"]) == 1
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a pear"}\n')
     assert_refused(bench(*common, tmp_path / "prompts.jsonl"), 73, "no result of ldm bench", "--json-file")
     assert (tmp_path / "prompts.jsonl").read_text() == '{"prompt": "a pear"}\n'
@@ -126,21 +130,13 @@ def test_a_cold_start_is_typed_as_the_bench_was() -> None:
     ],
 )
 def test_refusals(arguments: list[str], code: int, words: list[str]) -> None:
-    assert_refused(ldm("bench", "-q", *arguments), code, *words)
+    assert_refused(ldm_here("bench", "-q", *arguments), code, *words)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "argument"),
-    [
-        (["--against", "diffusers"], "--against"),
-        (["--random-weights", "sd15"], "--random-weights"),
-        (["--profile"], "--profile"),
-        (["--compile-cache", "kept"], "--compile-cache"),
-        (["--markdown"], "Markdown"),
-    ],
-)
-def test_what_has_left_says_where_it_is(arguments: list[str], argument: str) -> None:
-    assert_refused(ldm("bench", *arguments), 2, arguments[0], "make bench", argument)
+@pytest.mark.parametrize("words", ["--against diffusers", "--random-weights sd15", "--profile", "--compile-cache kept"])
+def test_what_has_left_says_where_it_is(words: str) -> None:
+    assert_refused(ldm_here("bench", *words.split()), 2, words.split()[0], "make bench", f'BENCH="{words.split()[0]}')
+    assert_refused(ldm_here("bench", "--markdown"), 2, "--markdown", "make bench", "Markdown")
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
@@ -197,8 +193,7 @@ def test_a_small_model_counts_as_by_hand() -> None:
     assert decoding == conv(1, 4, 4) + conv(3, 4, v) + 4 * 2 * conv(3, v, v) + attention + conv(3, v, 3)
 
 
-def test_the_floor_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clocks, "rate", lambda weight, *_: 1e9 if len(weight) == 4 else 1e8)
+def test_the_floor_of_a_batch() -> None:
     with Session(ModelSpec(str(tiny_model()))) as session:
         request = session.fit(GenerationRequest("a pear", steps=3))
         one, three = (
@@ -214,5 +209,5 @@ def test_the_floor_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rate_is_measured_of_both_kinds(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(clocks, "_SECONDS", 0.0)
-    assert clocks.rate((6, 4, 3, 3), (2, 16, 8), dtype, torch.device("cpu")) > 0
-    assert clocks.rate((6, 4), (32,), dtype, torch.device("cpu")) > 0
+    assert MEASURED((6, 4, 3, 3), (2, 16, 8), dtype, torch.device("cpu")) > 0
+    assert MEASURED((6, 4), (32,), dtype, torch.device("cpu")) > 0
