@@ -6,6 +6,7 @@ peak of the one that started it as its own.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,13 +64,8 @@ def measure(
 
 
 def new_record() -> dict[str, Any]:
-    """What is measured of one program: seconds by clock, each cold start's phases, bytes of memory by where."""
-    return {"samples": {}, "phases": [], "peaks": {}}
-
-
-def add(group: dict[str, list[float]], name: str, *values: float) -> None:
-    """Note values under a name of a record's `samples` or `peaks`."""
-    group.setdefault(name, []).extend(values)
+    """What is measured of one program: seconds by clock, each cold start's phases, bytes of memory by place."""
+    return {"samples": defaultdict(list), "phases": [], "peaks": defaultdict(list)}
 
 
 def time_cold(words: Sequence[str], runs: int, *, cached: bool) -> dict[str, dict[str, Any]]:
@@ -87,10 +84,10 @@ def time_cold(words: Sequence[str], runs: int, *, cached: bool) -> dict[str, dic
 
 def note_cold(record: dict[str, Any], seconds: float, peak: int, reported: dict[str, Any]) -> None:
     """Note a cold start: its wall time, its peak in bytes, and the phases, marks and peaks of its JSON line."""
-    add(record["samples"], "cold", seconds)
-    add(record["samples"], "first_step", reported["marks"]["first_step"])
-    add(record["peaks"], "cold", peak)
-    add(record["peaks"], "first_step", reported["peaks"]["first_step"])
+    record["samples"]["cold"].append(seconds)
+    record["samples"]["first_step"].append(reported["marks"]["first_step"])
+    record["peaks"]["cold"].append(peak)
+    record["peaks"]["first_step"].append(reported["peaks"]["first_step"])
     record["phases"].append({**reported["phases"], "rest": seconds - sum(reported["phases"].values())})
 
 
@@ -133,12 +130,13 @@ def time_warm(
             encode_png(picture.pixels(), {})
         seconds = time.perf_counter() - started
         if i >= 0:
-            add(record["samples"], "image", *[seconds] * image)
-            add(record["samples"], "step", *clock.seconds() * ("step" in clocks))
+            if image:
+                record["samples"]["image"].append(seconds)
+            if "step" in clocks and (times := clock.seconds()):
+                record["samples"]["step"] += times
             _log.info("warm, round %d of %d: %.2f s", i + 1, runs, seconds)
-    record["samples"] = {clock: seconds for clock, seconds in record["samples"].items() if seconds}
     for where, size in memory(device).items():
-        add(record["peaks"], where, size)
+        record["peaks"][where].append(size)
 
 
 class _Enough(Exception):
@@ -278,30 +276,22 @@ def work(config: "ModelConfig", width: int, height: int, samples: int) -> tuple[
 
 def rate(weight: tuple[int, ...], rows: tuple[int, ...], dtype: "torch.dtype", device: "torch.device") -> float:
     """Operations per second of a linear layer (out, in) over `rows`, or of a convolution (out, in, 3, 3) over (batch,
-    height, width): the best of the calls of about a second, so that the work of other programs hardly shows."""
+    height, width): the best of about a second, so that the work of other programs hardly shows."""
     import torch
     from torch.nn import functional as F
+    from torch.utils.benchmark import Timer
 
     w = torch.randn(weight, device=device).div_(math.prod(weight[1:]) ** 0.5).to(dtype)
     batch, *size = rows
     x = torch.randn(batch, weight[1], *size, device=device).to(dtype)
+    product: Callable[..., torch.Tensor] = F.linear
     if size:
         x, w = (each.contiguous(memory_format=torch.channels_last) for each in (x, w))
-    calls = 10 if device.type == "cuda" else 1  # so many in a row hide that each must be launched
-
-    def seconds() -> float:
-        clock = StepClock(str(device))
-        clock.tick()
-        for _ in range(calls):
-            F.conv2d(x, w, padding=1) if size else F.linear(x, w)
-        clock.tick()
-        return clock.seconds()[0] / calls
-
+        product = functools.partial(F.conv2d, padding=1)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        seconds()
-        started, best = time.perf_counter(), seconds()
-        while time.perf_counter() - started < _SECONDS:
-            best = min(best, seconds())
+        product(x, w)
+        timer = Timer("product(x, w)", globals=locals(), num_threads=torch.get_num_threads())
+        best = min(timer.blocked_autorange(min_run_time=_SECONDS).times)
     return 2 * math.prod(rows) * math.prod(weight) / best
 
 

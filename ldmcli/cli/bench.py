@@ -1,7 +1,6 @@
 """`ldm bench`: how long pictures take here."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -96,11 +95,15 @@ def bench(context: click.Context, **options: Any) -> None:
         raise UsageError("a cold start draws one picture; with --batch-size give --clock image,step.")
     if options["prompt"] == "-":
         raise UsageError("--prompt takes the text itself, not - for standard input.")
-    json_file = expanded(options["json_file"]) if options["json_file"] is not None else None
-    if json_file is not None:
-        _check_json_file(json_file)
     from ldmcli.bench import measure, report
+    from ldmcli.disk.writing import check_may_write, write_exact
     from ldmcli.session import Session
+
+    json_file = expanded(options["json_file"]) if options["json_file"] is not None else None
+    if json_file is not None:  # refused before anything is measured
+        if not json_file.absolute().parent.is_dir():
+            raise CannotCreateError(f"there is no folder for '{printable(str(json_file))}'; make it first.")
+        check_may_write(json_file, b'"ldmcli": "', "result of ldm bench", "--json-file")
 
     with Session(model_spec(options), runtime_spec(options)) as session:
         request = session.fit(GenerationRequest(options["prompt"], seed=options["seed"], **request_settings(options)))
@@ -108,7 +111,7 @@ def bench(context: click.Context, **options: Any) -> None:
         GenerationRequest(request.prompt, seed=last)  # refused where it is out of range
         found = measure(session, request, _words(context), options["clocks"], options["runs"], options["batch_size"])
     if json_file is not None:
-        _write_json(json_file, found)
+        write_exact(json_file, json.dumps(found).encode("ascii") + b"\n", overwrite=True)
     click.echo(json.dumps(found) if options["as_json"] else report(found))
 
 
@@ -124,18 +127,3 @@ def _words(context: click.Context) -> list[str]:
         text = ":".join(map(str, value)) if isinstance(value, tuple) else value
         words.append(name if value is True else f"{name}={text}")
     return [*words, "--", context.params["prompt"]]
-
-
-def _check_json_file(path: Path) -> None:
-    """Refuse a file that may not be written, before anything is measured. Raises CannotCreateError."""
-    from ldmcli.disk.writing import check_may_write
-
-    if not path.absolute().parent.is_dir():
-        raise CannotCreateError(f"there is no folder for '{printable(str(path))}'; make it first.")
-    check_may_write(path, b'"ldmcli": "', "result of ldm bench", "--json-file")
-
-
-def _write_json(path: Path, found: dict[str, Any]) -> None:
-    from ldmcli.disk.writing import write_exact
-
-    write_exact(path, json.dumps(found).encode("ascii") + b"\n", overwrite=True)

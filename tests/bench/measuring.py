@@ -16,7 +16,7 @@ from bench.ours import cold_words
 from bench.processes import ContenderError, Worker, environment, python, run
 from bench.step_profile import ENVIRONMENT as PROFILED
 
-from ldmcli.bench import add, machine, new_record, note_cold
+from ldmcli.bench import machine, new_record, note_cold
 
 NO_CACHE = "ldm --no-cache"  # its cold start keeps nothing on disk and finds nothing compiled
 _log = logging.getLogger("ldmcli.bench")
@@ -155,11 +155,11 @@ class _Run:
                     # Another prompt each time: one that was seen before need not be encoded.
                     answer = worker.ask("draw", steps=steps, prompt=f"{i + 1} {job.prompt}", decode=image)
                     if image:
-                        add(record["samples"], "image", answer["seconds"])
+                        record["samples"]["image"].append(answer["seconds"])
                     if "step" in self._plan.clocks:
-                        add(record["samples"], "step", *answer["steps"])
+                        record["samples"]["step"] += answer["steps"]
                     for where, size in worker.ask("memory").items():
-                        add(record["peaks"], where, size)
+                        record["peaks"][where].append(size)
                     self._release(name)
                     _log.info("warm, round %d of %d: %s %.2f s", i + 1, self._plan.runs, name, answer["seconds"])
 
