@@ -170,7 +170,7 @@ class StepClock:
         self._marks: list[Any] = []
 
     def on_step(self, progress: "Progress") -> None:
-        """Note that a step has ended, for `Session.draw`, which also tells of the beginning."""
+        """Note that a step has ended, for `Session.draw`, which also calls at the beginning."""
         if progress.done:
             self.tick()
 

@@ -20,7 +20,7 @@ from cli_support import assert_refused, ldm_here
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import ManifestWriter
 from ldmcli.batch.pictures import picture_path
-from ldmcli.gallery.html import MARK, visible
+from ldmcli.gallery.html import visible
 from ldmcli.images.encode import encode_png
 from ldmcli.images.metadata import text_chunks
 from ldmcli.spec import GenerationRequest
@@ -315,30 +315,3 @@ def test_the_filter_works_in_a_browser(tmp_path: Path) -> None:
     assert ">1 of 2 on this page<" in dom
     dom, console = browse(run / "page-2.html", tmp_path / "profile", "--dump-dom", fragment="#q=%E0%A4%A")
     assert (len(shown_cards(dom)), console) == (2, "")
-
-
-@needs_browser
-def test_pictures_from_the_disk_are_seen_in_a_browser(tmp_path: Path) -> None:
-    folder = tmp_path / "odd # 100% 'names'"
-    folder.mkdir()
-    (folder / "a #?%41 \"b'.png").write_bytes(picture((250, 0, 10), recipe("red", 1)))
-    ldm_here("gallery", folder)
-    _, console = browse(folder / "index.html", tmp_path / "profile", f"--screenshot={tmp_path / 'shot.png'}")
-    assert console == ""
-    seen = pixels_of_any(tmp_path / "shot.png")
-    assert (seen == (250, 0, 10)).all(axis=-1).mean() > 0.02
-    assert tuple(seen[2, 2]) == (255, 255, 255)
-    browse(
-        folder / "index.html", tmp_path / "profile", "--blink-settings=preferredColorScheme=0",
-        f"--screenshot={tmp_path / 'dark.png'}",
-    )  # fmt: skip
-    assert pixels_of_any(tmp_path / "dark.png")[2, 2].max() < 40
-    assert MARK in (folder / "index.html").read_text()
-
-
-def pixels_of_any(path: Path) -> np.ndarray:
-    """The RGB pixels of a PNG of any mode."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))

@@ -1,1 +1,1 @@
-"""What the U-Net is told beside the latents: prompts, and how they become numbers."""
+"""What conditions the U-Net beside the latents: prompts, and how they become numbers."""

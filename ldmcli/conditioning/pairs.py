@@ -1,4 +1,4 @@
-"""Requests to the conditions that a U-Net is told: of each its negative prompt's and its prompt's."""
+"""Requests to the conditionings of a U-Net: of each its negative prompt's and its prompt's."""
 
 from collections.abc import Sequence
 
@@ -11,21 +11,20 @@ from ldmcli.networks.inputs import Conditioning
 from ldmcli.networks.layers import sinusoids
 from ldmcli.spec import FittedRequest
 
-# How pleasing SDXL's refiner is told the picture is, for prompts and for negative prompts: its authors' numbers.
+# The aesthetic scores that condition SDXL's refiner, for prompts and for negative prompts: its authors' numbers.
 _AESTHETIC, _NEGATIVE_AESTHETIC = 6.0, 2.5
 
 Pair = tuple[Conditioning, Conditioning]
 
 
 def is_guided(config: ModelConfig, request: FittedRequest) -> bool:
-    """Whether a request is drawn with its negative prompt too. A model that reads the guidance scale is not pushed as
-    well."""
+    """Whether a request is drawn with its negative prompt too: not by a model that reads the guidance scale itself."""
     return request.guidance_scale != 1 and not config.unet.guidance_dim
 
 
 def pairs(config: ModelConfig, prompts: PromptEncoder, requests: Sequence[FittedRequest]) -> list[Pair]:
-    """The conditions of each request's negative prompt and prompt; without guidance, twice the prompt's. The requests
-    agree in all but prompts and seed."""
+    """The conditionings of each request's negative prompt and prompt; without guidance, twice the prompt's. The
+    requests agree in all but prompts and seed."""
     settings = requests[0]
     guided = is_guided(config, settings)
     zeros = [config.zero_empty_negative and not r.negative_prompt for r in requests]
@@ -37,12 +36,11 @@ def pairs(config: ModelConfig, prompts: PromptEncoder, requests: Sequence[Fitted
     positives, negatives = encoded[: len(requests)], iter(encoded[len(requests) :])
     found = []
     for request, positive, none in zip(requests, positives, zeros, strict=True):
-        told = _conditioning(config.unet, request, positive)
-        if not guided:
-            found.append((told, told))
-            continue
-        negative = positive.zeros if none else next(negatives)
-        found.append((_conditioning(config.unet, request, negative, negative=True), told))
+        wanted = unwanted = _conditioning(config.unet, request, positive)
+        if guided:
+            negative = positive.zeros if none else next(negatives)
+            unwanted = _conditioning(config.unet, request, negative, negative=True)
+        found.append((unwanted, wanted))
     return found
 
 
@@ -75,8 +73,8 @@ def _conditioning(
 
 
 def _numbers(config: UNetConfig, r: FittedRequest, *, negative: bool) -> list[float]:
-    """What SDXL is told of a picture: its original size, where it was cropped, and its size; the refiner, in place of
-    the last, how pleasing it is."""
+    """What SDXL is conditioned on: a picture's original size, its crop and its size; the refiner, in place of the last,
+    its aesthetic score."""
     numbers: list[float] = [r.original_height, r.original_width, r.crop_top, r.crop_left]
     if config.added_numbers == len(numbers) + 2:
         return [*numbers, r.height, r.width]

@@ -17,7 +17,7 @@ _MAX_BYTES = 128 << 20  # a prompt takes 0.2 to 0.6 MB, more where it is read in
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as text encoders tell it: `context` (1, tokens, width) and, where one pools, `pooled` (1, width)."""
+    """What text encoders make of a prompt: `context` (1, tokens, width) and, where one pools, `pooled` (1, width)."""
 
     context: Tensor
     pooled: Tensor | None

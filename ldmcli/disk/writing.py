@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ldmcli.disk.opening import open_regular, shown
-from ldmcli.errors import CannotCreateError, LdmError, StorageError, printable
+from ldmcli.errors import CannotCreateError, LdmError, StorageError
 
 _CANNOT_CREATE = {
     errno.EACCES, errno.EBUSY, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
@@ -82,13 +82,12 @@ def is_marked(path: Path, marker: bytes) -> bool:
 
 
 def write_new(folder: Path, stem: str, data: bytes, *, overwrite: bool) -> Path:
-    """Write `data` as the first free of `stem.png`, `stem-2.png` … in `folder`, and return that path.
+    """Write `data` as the first free of `stem.png`, `stem-2.png` … in `folder`, and return that path. `stem` is a plain
+    file name.
 
     With `overwrite`, `stem.png` is replaced. Processes may choose the same stem at once: each gets its
     own file. Raises as `write_exact` does.
     """
-    if stem in ("", ".", "..") or "/" in stem:
-        raise CannotCreateError(f"'{printable(stem)}' cannot be a file name.")
     if overwrite:
         return write_exact(folder / f"{stem}.png", data, overwrite=True)
     with named_errors(folder / f"{stem}.png", "write"):

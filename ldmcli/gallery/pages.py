@@ -108,14 +108,13 @@ def _from_manifests(folder: Path, base: str) -> Iterator[tuple[int, int, bool, C
         row = min(line["row"], _MAX_NUMBER)
         number = -1 if line["number"] is None else min(line["number"], _MAX_NUMBER)
         done = line["status"] == DONE
-        path, fault = "", str(line.get("error") or "It failed, and the manifest does not say why.")
-        if done:
-            path, fault = _found(line.get("path", ""), folder, base)
+        failure = str(line.get("error") or "It failed, and the manifest does not say why.")
+        path, fault = _found(line.get("path", ""), folder, base) if done else ("", failure)
         extra = line.get("extra")  # the columns of the input that are no field of a request
         more = [f"{name}: {value}" for name, value in extra.items()] if isinstance(extra, dict) else []
         name = " · ".join([f"line {line.get('line')}", line["id"], *more])
-        card = Card(f"row{row}" if number < 0 else f"p{number}", path=path, fault=fault)
-        yield row, number, done, _told(card, line.get("request"), name)
+        anchor = f"row{row}" if number < 0 else f"p{number}"
+        yield row, number, done, _card(anchor, line.get("request"), name, path, fault)
 
 
 def _from_pictures(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Card]]:
@@ -129,36 +128,39 @@ def _from_pictures(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Ca
             others += 1
             continue
         name = path.relative_to(folder).as_posix()
-        yield 1, number, True, _told(Card(f"p{number}", path=os.path.normpath(os.path.join(base, name))), request, name)
+        yield 1, number, True, _card(f"p{number}", request, name, os.path.normpath(os.path.join(base, name)))
         number += 1
     if others:
         _log.warning("%d PNG files carry no readable ldmcli record and are left out", others)
 
 
 def _pngs(folder: Path) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder, onerror=_tell_unreadable):
+    for where, folders, names in os.walk(folder, onerror=_warn_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(".png") and not name.startswith("."):
                 yield Path(where, name)
 
 
-def _tell_unreadable(error: OSError) -> None:
+def _warn_unreadable(error: OSError) -> None:
     _log.warning("%s cannot be read and is left out: %s", shown(Path(str(error.filename))), error.strerror)
 
 
-def _told(card: Card, request: Any, name: str) -> Card:
-    """The card with what a request says, and where it comes from."""
+def _card(anchor: str, request: Any, name: str, path: str, fault: str = "") -> Card:
+    """The card of a picture with what its request says, and where it comes from."""
     request = request if isinstance(request, dict) else {}
     width, height = request.get("width"), request.get("height")
     size = (width, height) if all(isinstance(side, int) and side > 0 for side in (width, height)) else None
     values = request | {"size": "{}×{}".format(*size) if size else None}
     settings = [text.format(values[key]) for key, text in _SETTINGS if values.get(key) is not None]
-    return card._replace(
-        prompt=str(request.get("prompt", "")),
+    return Card(
+        anchor,
+        str(request.get("prompt", "")),
+        path,
+        size,
         negative_prompt=str(request.get("negative_prompt") or ""),
-        size=size,
         settings=" · ".join([*settings, name]),
+        fault=fault,
     )
 
 

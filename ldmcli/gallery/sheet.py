@@ -17,7 +17,7 @@ from ldmcli.errors import BadDataError, LdmError, printable
 from ldmcli.images.encode import encode_image
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageFont
 
     _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -123,13 +123,16 @@ def _drawn(pictures: list[SheetPicture]) -> tuple["Image.Image", int]:
         for line, words in enumerate(text):
             draw.text((left, top + grid.cell + _UNDER + line * grid.line), words, fill=_INK, font=grid.font)
         try:
-            _paste(sheet, draw, _fitted(entry.path, grid.cell), (left, top), grid.cell)
+            picture = _fitted(entry.path, grid.cell)
         except LdmError as error:
             _log.debug("%s", error)
             unreadable += 1
-            draw.rectangle((left, top, left + grid.cell - 1, top + grid.cell - 1), fill=_FAULT, outline=_EDGE)
-            middle = left + grid.cell // 2, top + grid.cell // 2
-            draw.text(middle, "cannot be read", fill=_INK, font=grid.font, anchor="mm")
+            picture = Image.new("RGB", (grid.cell, grid.cell), _FAULT)
+            middle = (grid.cell // 2, grid.cell // 2)
+            ImageDraw.Draw(picture).text(middle, "cannot be read", fill=_INK, font=grid.font, anchor="mm")
+        left, top = left + (grid.cell - picture.width) // 2, top + (grid.cell - picture.height) // 2
+        sheet.paste(picture, (left, top))
+        draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=_EDGE)
     return sheet, unreadable
 
 
@@ -145,15 +148,6 @@ def _grid(count: int) -> _Grid:
         if math.prod(grid.size) <= MAX_PIXELS:
             break
     return grid
-
-
-def _paste(
-    sheet: "Image.Image", draw: "ImageDraw.ImageDraw", picture: "Image.Image", corner: tuple[int, int], cell: int
-) -> None:
-    """Put `picture` into the middle of its cell, with an edge around it."""
-    left, top = corner[0] + (cell - picture.width) // 2, corner[1] + (cell - picture.height) // 2
-    sheet.paste(picture, (left, top))
-    draw.rectangle((left, top, left + picture.width - 1, top + picture.height - 1), outline=_EDGE)
 
 
 def _fitted(path: Path, cell: int) -> "Image.Image":

@@ -22,7 +22,7 @@ def iterate_text(path: Path) -> Iterator[tuple[str, str]]:
     """Each (keyword, text) of a PNG's tEXt, zTXt and iTXt chunks in file order, the rest skipped unread.
 
     Bounded in memory and time: MAX_TEXT_BYTES for all text together, decompressed or not. Text that is broken or too
-    large is passed over and told at the end: whoever finds what they look for before need not know. Raises
+    large is passed over and reported at the end: whoever finds what they look for before need not know. Raises
     MissingInputError when there is no such file or it cannot be opened, BadDataError when it is no PNG, is damaged or
     is cut off before its end, StorageError when reading fails.
     """
