@@ -31,30 +31,20 @@ def own_interrupts() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_garbage() -> Iterator[None]:
-    """A command that failed in the test's own process before it had read a model left garbage uncollected."""
+def own_process() -> Iterator[None]:
+    """What a command that ran in the test's own process left behind is undone: the collector that one switched off
+    which failed before it had read a model; the log, to which pytest listens in one way where it propagates and in
+    another where it does not; the number of threads that torch computes with."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
     yield
     gc.enable()
-
-
-@pytest.fixture(autouse=True)
-def own_log() -> Iterator[None]:
-    """What a command that ran in the test's own process made of the program's log is undone: pytest listens to it in
-    one way where it propagates and in another where it does not, and twice where that changes meanwhile."""
-    yield
     logger = logging.getLogger("ldmcli")
     logger.handlers.clear()
     logger.setLevel(logging.NOTSET)
     logger.propagate = True
-
-
-@pytest.fixture(autouse=True)
-def own_threads() -> Iterator[None]:
-    """A command that ran in the test's own process chose how many threads torch computes with: that is undone, too."""
-    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
-    yield
-    if before is not None:
-        sys.modules["torch"].set_num_threads(before)
+    if torch:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

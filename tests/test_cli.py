@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from cli_support import (
     A1111,
-    EMBEDDED,
     LDM,
     Result,
     assert_refused,
@@ -503,14 +502,3 @@ def test_info_of_several_files_tells_all_that_can_be_read(tmp_path: Path) -> Non
     assert [line[: len("ldm: error: ")] for line in result.err.splitlines()] == ["ldm: error: "] * 2
     facts = ldm_here("info", "--json", *files).records
     assert [(one["path"], one["kind"]) for one in facts] == [(str(files[0]), "model"), (str(files[3]), "model")]
-
-
-@pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded model is not in this checkout")
-def test_the_embedded_model_by_default(tmp_path: Path) -> None:
-    result = ldm("txt2img", "a red apple", "-s", "1", "--steps", "5", cwd=tmp_path)
-    assert (result.code, result.out) == (0, b"ldm-1.png\n")
-    picture = pixels(tmp_path / "ldm-1.png")
-    assert picture.std() > 10  # a picture, not one colour
-    record = ldm("info", "--json", tmp_path / "ldm-1.png").records[0]
-    assert (record["model"]["name"], record["model"]["path"]) == ("tiny-emoji", "")
-    assert record["request"]["width"] == picture.shape[1]

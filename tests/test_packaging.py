@@ -18,17 +18,6 @@ from ldmcli.cli import _COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def settings() -> configparser.ConfigParser:
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg")
-    return parser
-
-
-def _listed(settings: configparser.ConfigParser, section: str, key: str) -> list[str]:
-    return settings[section][key].split("\n")[1:]
-
-
 def test_every_folder_with_code_is_a_package() -> None:
     folders = {path.parent for path in (ROOT / "ldmcli").rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
@@ -42,16 +31,16 @@ def test_no_two_rooms_share_a_file_name() -> None:
     assert not [name for name, count in names.items() if count > 1]
 
 
-def test_constraints_satisfy_the_lower_bounds(settings: configparser.ConfigParser) -> None:
+def test_constraints_satisfy_the_lower_bounds() -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
-    wanted = _listed(settings, "options", "install_requires")
-    for extra in settings["options.extras_require"]:
-        wanted += _listed(settings, "options.extras_require", extra)
-    for requirement in map(Requirement, wanted):
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    wanted = "\n".join([settings["options"]["install_requires"], *settings["options.extras_require"].values()])
+    for requirement in map(Requirement, filter(None, wanted.split("\n"))):
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} has no pin in constraints.txt"
         assert requirement.specifier.contains(pins[name]), f"{name} {pins[name]} is below {requirement.specifier}"

@@ -219,7 +219,7 @@ def test_a_team_of_two_takes_the_step_of_one(run: Path, batches: Any, tmp_path: 
 
 def test_the_ablation_makes_a_table_and_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, ablate = copy_run(run, tmp_path / "copy"), recipe_module("ablate_vae")
-    options = (*SMOKE, folder, "--start-steps", "2", "--steps", "3", "--images", "8")
+    options = (*SMOKE, folder, "--start-steps", "1", "--steps", "2", "--batch", "4", "--images", "4")
     call_main("ablate_vae", *options)
     table = (folder / "ablation" / "table.md").read_text()
     assert len(table.splitlines()) == 8
