@@ -34,10 +34,13 @@ def own_interrupts() -> None:
 def own_process() -> Iterator[None]:
     """What a command that ran in the test's own process left behind is undone: the collector that one switched off
     which failed before it had read a model; the log, to which pytest listens in one way where it propagates and in
-    another where it does not; the number of threads that torch computes with."""
+    another where it does not; the number of threads that torch computes with; what signals do."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else 0
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     gc.enable()
     logger = logging.getLogger("ldmcli")
     logger.handlers.clear()

@@ -4,7 +4,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -244,15 +243,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return f"{ended.value.code} {capsys.readouterr().err}"
 
 
-@pytest.fixture
-def signals() -> Any:
-    """train.py takes SIGTERM for Ctrl-C."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("signals")
 def test_what_train_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +260,6 @@ def test_what_train_refuses(
         assert "another training is at work" in refused(capsys, *SMOKE, tmp_path / "a")
 
 
-@pytest.mark.usefixtures("signals")
 def test_stages_that_are_done_are_left_out_and_those_after_from_are_not(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
