@@ -179,7 +179,7 @@ def test_again_in_the_same_folder(drawn: Drawn, tmp_path: Path) -> None:
         os.link(path, tmp_path / path.name)
     before = [path.read_bytes() for path in drawn.result.paths]
     arguments = ("txt2img", "-m", tiny_model(), PROMPT, "-n", NEGATIVE, "-s", "5", "-c", "2", "--steps", "2")
-    again = ldm(*arguments, "-b", "2", "-q", cwd=tmp_path)
+    again = ldm_here(*arguments, "-b", "2", "-q", cwd=tmp_path)
     assert (again.code, again.err) == (0, "")
     assert again.out == b"ldm-5-2.png\nldm-6-2.png\n"
     assert [(tmp_path / path.name).read_bytes() for path in drawn.result.paths] == before
