@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_support import ldm_here, pixels, tiny_model
+from cli_support import ldm_here, pixels, tiny_model, tiny_single_file
 from conftest import load, loaded, open_session
 from oracle.comparing import pictures_of, pixels_apart
 from torch import Tensor, nn
@@ -224,9 +224,9 @@ def test_closing_gives_memory_back_and_drawing_reads_it_again(session: Session) 
     assert np.array_equal(drawn(session, asked(1))[0], kept)
 
 
-def test_two_sessions_do_not_disturb_each_other(session: Session, model_folder: Path) -> None:
-    others = asked(3, width=64, height=64)
-    with open_session(model_folder) as other:
+def test_two_sessions_do_not_disturb_each_other(session: Session) -> None:
+    others = asked(3, width=24)
+    with open_session(tiny_single_file()) as other:
         wanted = drawn(session, asked(3)), drawn(other, others)
         found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for one, two in zip(session.draw(asked(3)), other.draw(others), strict=True):
