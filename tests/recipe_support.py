@@ -38,37 +38,22 @@ def call_main(name: str, *arguments: object) -> None:
         recipe_module(name).main()
 
 
-def recipe_command(name: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(RECIPE / f"{name}.py"), *map(str, arguments)]
-
-
-def in_one_thread() -> dict[str, str]:
-    """The environment of stages this small."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def finish(command: list[str]) -> str:
-    """What a command prints; it must succeed."""
-    done = subprocess.run(command, env=in_one_thread(), capture_output=True, text=True, timeout=300, check=False)
+def finish(*command: object) -> str:
+    """What a Python command prints; it must succeed. One thread is enough for stages this small."""
+    words, env = [sys.executable, *map(str, command)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def glyphs() -> list[Image.Image]:
     """A picture for each of EMOJI: a disc, a square, a triangle and a ring."""
-    pictures = []
-    for number in range(len(EMOJI)):
-        picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-        draw = ImageDraw.Draw(picture)
-        if number == 0:
-            draw.ellipse((0, 0, 63, 63), fill=(220, 20, 30, 255))
-        elif number == 1:
-            draw.rectangle((0, 0, 63, 63), fill=(240, 240, 255, 255))
-        elif number == 2:
-            draw.polygon(((0, 0), (63, 0), (32, 63)), fill=(255, 60, 40, 255))
-        else:
-            draw.ellipse((0, 0, 63, 63), outline=(255, 210, 60, 255), width=16)
-        pictures.append(picture)
+    pictures = [Image.new("RGBA", (64, 64), (0, 0, 0, 0)) for _ in EMOJI]
+    disc, square, triangle, ring = map(ImageDraw.Draw, pictures)
+    disc.ellipse((0, 0, 63, 63), fill=(220, 20, 30, 255))
+    square.rectangle((0, 0, 63, 63), fill=(240, 240, 255, 255))
+    triangle.polygon(((0, 0), (63, 0), (32, 63)), fill=(255, 60, 40, 255))
+    ring.ellipse((0, 0, 63, 63), outline=(255, 210, 60, 255), width=16)
     return pictures
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import termios
@@ -457,16 +456,7 @@ def test_values_out_of_range_are_named_before_anything_is_opened(options: list[s
     ],
 )
 def test_sizes_that_the_model_cannot_draw(options: list[str], words: list[str]) -> None:
-    assert_refused(ldm("txt2img", "x", "-m", tiny_model(), *options, measure=True), 2, *words)
-
-
-def test_a_huge_count_starts_at_once(tmp_path: Path) -> None:
-    process = start("txt2img", "x", "-m", tiny_model(), "-q", "--steps", "1", "-c", str(10**12), "-o", tmp_path)
-    assert process.stdout is not None
-    assert process.stdout.readline().endswith(b".png\n")
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGTERM
+    assert_refused(ldm_here("txt2img", "x", "-m", tiny_model(), *options), 2, *words)
 
 
 # ---- other models ----

@@ -72,22 +72,26 @@ def ended(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGKILL, 137, "")],
 )
 def test_a_signal_stops_at_once_and_leaves_whole_pictures(
     tmp_path: Path, number: signal.Signals, code: int, word: str
 ) -> None:
-    process = drawing(tmp_path, "--steps", "1", "-c", "1000000")
+    process = drawing(tmp_path, "--steps", "1", "-c", str(10**12))
     until(lambda: len(list(tmp_path.glob("ldm-*.png"))) > 3, "a fourth picture")
     process.send_signal(number)
     began = time.monotonic()
     status, err = ended(process)
     assert time.monotonic() - began < 20
     assert status == code
-    assert error_sentence(err) == f"ldm: error: {word}."
-    for path in tmp_path.iterdir():
-        assert path.name.startswith("ldm-"), path  # no temporary file
+    if word:
+        assert error_sentence(err) == f"ldm: error: {word}."
+    for path in tmp_path.glob("ldm-*.png"):
         pixels(path)
+    others = [path.name for path in tmp_path.iterdir() if not path.name.startswith("ldm-")]
+    assert len(others) <= (number == signal.SIGKILL)
+    assert all(name.startswith(".ldm-") and name.endswith(".part") for name in others)
 
 
 @pytest.mark.parametrize(
@@ -155,20 +159,6 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-def test_kill_9_leaves_whole_pictures(tmp_path: Path) -> None:
-    process = drawing(tmp_path, "--steps", "1", "-c", "1000000")
-    until(lambda: len(list(tmp_path.glob("ldm-*.png"))) > 5, "a sixth picture")
-    process.kill()
-    ended(process)
-    pictures = list(tmp_path.glob("ldm-*.png"))
-    assert len(pictures) > 5
-    for path in pictures:
-        pixels(path)
-    others = [path.name for path in tmp_path.iterdir() if path not in pictures]
-    assert len(others) <= 1
-    assert all(name.startswith(".ldm-") and name.endswith(".part") for name in others)
-
-
 # ---- standard streams ----
 
 
@@ -183,17 +173,11 @@ def shell(line: str) -> tuple[list[int], bytes]:
     return [int(code) for code in done.stdout.split()], done.stderr
 
 
-def test_a_reader_that_leaves(tmp_path: Path) -> None:
-    """A closed pipe ends the run in silence, as it ends `cat`: 141."""
+def test_a_reader_that_leaves() -> None:
+    """A closed pipe ends the run in silence, as it ends `cat`."""
     for line in ('"$@" --help | true', f'"$@" info {tiny_model()} | true'):
         codes, err = shell(line)
         assert (codes[0] in (0, 141), err) == (True, b"")
-    prompts = tmp_path / "prompts"
-    prompts.write_text("a\nb\nc\nd\ne\nf\n" * 50)
-    folder = tmp_path / "out"
-    codes, err = shell(f'"$@" txt2img - -m {tiny_model()} -q -s 1 --steps 1 -o {folder} <{prompts} | head -1 >&2')
-    assert (codes, err) == ([141, 0], os.fsencode(folder / "ldm-1.png") + b"\n")
-    assert 1 <= len(list(folder.iterdir())) < 300
 
 
 def test_closed_and_full_standard_streams(tmp_path: Path) -> None:
@@ -298,15 +282,3 @@ def test_the_output_folder_goes_away_while_drawing(tmp_path: Path) -> None:
     feed(process, 1)
     assert ended(process) == (0, "")
     pixels(folder / "ldm-1.png")
-
-
-def test_two_runs_in_one_folder_keep_each_others_pictures(tmp_path: Path) -> None:
-    both = [start("txt2img", "-m", tiny_model(), "x", "-q", "-s", "1", "-c", "3", "--steps", "1", "-o", tmp_path)
-            for _ in range(2)]  # fmt: skip
-    out = [process.communicate(timeout=100) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert [err for _, err in out] == [b"", b""]
-    paths = [line for data, _ in out for line in data.splitlines()]
-    assert len(set(paths)) == 6
-    for path in tmp_path.iterdir():
-        pixels(path)

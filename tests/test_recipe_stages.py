@@ -22,7 +22,6 @@ from recipe_support import (
     call_main,
     copy_run,
     finish,
-    recipe_command,
     recipe_module,
     take_team_step,
     write_dataset,
@@ -42,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe") / "run"
     write_dataset(folder)
     options = ("--processes", "1", "--minutes-scale", "0.05")
-    (folder / "printed.txt").write_text(finish(recipe_command("train", *SMOKE, folder, *options)))
+    (folder / "printed.txt").write_text(finish(RECIPE / "train.py", *SMOKE, folder, *options))
     return folder
 
 
@@ -204,8 +203,7 @@ def test_a_team_of_two_takes_the_step_of_one(run: Path, batches: Any, tmp_path: 
     torch.save(batches.draw(8, torch.full((1000,), 1e-3), seed=4), folder / "batch.pt")
     script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import recipe_support as support\n"
     (folder / "step.py").write_text(f"{script}support.take_team_step(support.Path({str(folder)!r}))\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finish([*torchrun, str(folder / "step.py")])
+    finish("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "step.py")
     take_team_step(folder)
     alone, first, second = (training.load(folder / f"rank_{name}.pt") for name in ("0_of_1", "0_of_2", "1_of_2"))
     assert torch.equal(first["weights"], second["weights"])
