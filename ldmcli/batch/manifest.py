@@ -17,7 +17,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
@@ -28,8 +28,9 @@ from ldmcli.errors import BadDataError, CannotCreateError
 from ldmcli.spec import GenerationRequest
 
 DONE, FAILED = "done", "failed"
+STATES = {DONE: 1, FAILED: 0}
+State = tuple[int, int, int, int, str]  # number, row, one of STATES, pictures of the row, key
 _FOLDER = "manifest"
-_WORKER = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 _KEY = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _MAX_LINE = 1 << 26  # two texts of a request escaped in full take 12 MiB
 _MAX_ERROR = 10_000
@@ -49,16 +50,6 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class State(NamedTuple):
-    """What the ledger needs of a line. A row that cannot be drawn has no number; its other fields say nothing."""
-
-    row: int
-    number: int | None
-    done: bool
-    key: str
-    pictures: int  # of the row
-
-
 def key_of(item: Item) -> str:
     """16 hex digits that tell a picture's recipe and id from every other.
 
@@ -76,8 +67,6 @@ class ManifestWriter:
     """
 
     def __init__(self, folder: Path, worker: str) -> None:
-        if not _WORKER.fullmatch(worker):
-            raise CannotCreateError(f"{worker!r} cannot name the manifest of a worker: letters, digits, - _ and . can.")
         self.worker = worker
         self.path = folder / _FOLDER / f"{worker}.jsonl"
         make_folder(self.path.parent)
@@ -100,10 +89,8 @@ class ManifestWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file; twice does no harm."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Let go of the file."""
+        os.close(self._descriptor)
 
     def append(self, outcome: Outcome) -> None:
         """Add the line of one picture; it is on the disk when this returns. The picture must be there by then."""
@@ -157,6 +144,11 @@ def read_states(folder: Path) -> Iterator[State]:
     return _read(folder, _state)
 
 
+def bad_state(row: int) -> State:
+    """A row that cannot be drawn stands for one picture, whose number is the row's, negative, and its state too."""
+    return -row, row, -1, 1, ""
+
+
 def _read(folder: Path, parse: Callable[[bytes], _T | None]) -> Iterator[_T]:
     for path in sorted((folder / _FOLDER).glob("*.jsonl")):
         damaged = 0
@@ -188,14 +180,15 @@ def _line(record: dict[str, Any]) -> bytes:
 
 def _state(line: bytes) -> State | None:
     head = _HEAD.match(line)
-    if head and line[-_CHECK_LENGTH:] == _CHECK % zlib.crc32(memoryview(line)[:-_CHECK_LENGTH]):
+    if head and line[-_CHECK_LENGTH:] == _CHECK % zlib.crc32(line[:-_CHECK_LENGTH]):
         row, number, status, key, pictures = head.groups()
-        return State(int(row), int(number), status == b"done", key.decode(), int(pictures))
+        return int(number), int(row), STATES[status.decode()], int(pictures), key.decode()
     record = _parsed(line)
     if record is None:
         return None
-    done, key, pictures = record["status"] == DONE, record.get("key", ""), record.get("pictures", 0)
-    return State(record["row"], record["number"], done, key, pictures)
+    if record["number"] is None:
+        return bad_state(record["row"])
+    return record["number"], record["row"], STATES[record["status"]], record["pictures"], record["key"]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

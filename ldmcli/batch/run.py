@@ -1,20 +1,24 @@
-"""One run over a prompt file: its account opened or resumed, rows fed to an engine, outcomes taken in."""
+"""One run over a prompt file: rows chosen and put together in batches, fed to an engine, outcomes taken in."""
 
 import dataclasses
 import itertools
+import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from ldmcli.batch.feed import Stop
+from ldmcli.batch.dispatch import Stop
+from ldmcli.batch.fields import OWN, REQUEST_FIELDS
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.ledger import Counts, Ledger
 from ldmcli.batch.manifest import ManifestWriter
-from ldmcli.batch.plan import batches, shard
 
 _INPUT = "input"  # the manifest of rows that no worker ever sees
 
 Engine = Callable[[Iterable[list[Item]], Stop], Iterator[Outcome]]
+_Row = TypeVar("_Row", Item, BadRow, Item | BadRow)
+_settings = operator.attrgetter(*(f"request.{name}" for name in REQUEST_FIELDS if name not in OWN))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +38,8 @@ class Run:
     def __init__(
         self, folder: Path, ledger: Ledger, limits: Limits, *, rows: int | None = None, retry_failed: bool = False
     ) -> None:
-        self.ledger = ledger
         self.rows = rows
-        self._folder = folder
+        self._folder, self._ledger = folder, ledger
         self._limits = limits
         self._retry_failed = retry_failed
         self._deadline = time.monotonic() + limits.seconds if limits.seconds is not None else None
@@ -51,28 +54,56 @@ class Run:
             if first is None:
                 return  # nothing to draw, nothing to load
             for outcome in engine(itertools.chain([first], plan), stop):
-                self.ledger.note(outcome)
+                self._ledger.note(outcome)
                 yield outcome
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     stop.request()
 
     def counts(self) -> Counts:
         """The account; without the number of rows as long as that is not known."""
-        return self.ledger.counts(self.rows)
+        return self._ledger.counts(self.rows)
 
     def _wanted(self, found: Iterable[Item | BadRow], manifest: ManifestWriter) -> Iterator[Item]:
         """The pictures to draw, as many as the limits allow; bad rows are noted on the way. An engine reads this in a
         thread of its own."""
         rows = asked = last = 0
-        for one in shard(found, self._limits.shard[0] - 1, self._limits.shard[1]):
+        for one in shard(found, self._limits.shard):
             if one.row != last:
                 rows, last = rows + 1, one.row
             if isinstance(one, BadRow):
-                if self.ledger.note_bad(one):
+                if self._ledger.note_bad(one):
                     manifest.append_bad(one)
-            elif self.ledger.wanted(one, retry_failed=self._retry_failed):
+            elif self._ledger.wanted(one, retry_failed=self._retry_failed):
                 if asked == self._limits.max_images:
                     return
                 asked += 1
                 yield one
         self.rows = rows
+
+
+def shard(found: Iterable[_Row], part: tuple[int, int]) -> Iterator[_Row]:
+    """A part (number from 1, of how many): every count-th row, all pictures of a row together."""
+    number, count = part
+    return (one for one in found if (one.row - number) % count == 0)
+
+
+def batches(items: Iterable[Item], size: int, *, window: int = 1024) -> Iterator[list[Item]]:
+    """Batches of at most `size` pictures whose requests differ in texts and seed alone.
+
+    A batch goes out as soon as it is full, so an input that waits for its user still flows; and it goes out unfilled
+    once `window` pictures have come since its first. So at most `window` are held back, and the order is the same
+    every time: it depends on the items alone.
+    """
+    waiting: dict[tuple[object, ...], tuple[int, list[Item]]] = {}  # with the arrival of the first, which is the oldest
+    for arrival, item in enumerate(items):
+        settings = _settings(item)
+        _, batch = waiting.setdefault(settings, (arrival, []))
+        batch.append(item)
+        if len(batch) == size:
+            yield waiting.pop(settings)[1]
+        if waiting:
+            oldest, (first, batch) = next(iter(waiting.items()))
+            if arrival - first >= window - 1:
+                del waiting[oldest]
+                yield batch
+    yield from (batch for _, batch in waiting.values())

@@ -35,8 +35,8 @@ from ldmcli.speed.startup import may_have_gpu
 if TYPE_CHECKING:
     from ldmcli.batch.items import Outcome, Setup
     from ldmcli.batch.job import Job, JobSpec
+    from ldmcli.batch.rows import Survey
     from ldmcli.batch.run import Engine, Run
-    from ldmcli.batch.survey import Survey
 
 _log = logging.getLogger(__name__)
 _STDIN = "-"
@@ -123,7 +123,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     Exit codes: 0 all done, 3 some rows failed, 65 --strict or another run's folder, 75 not finished or locked: the same
     command goes on; the others as everywhere.
     """
-    from ldmcli.batch.devices import parse_devices
+    from ldmcli.batch.local import parse_devices
     from ldmcli.batch.job import Job
 
     if options["failed"]:
@@ -204,7 +204,7 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
         clean_temporaries(folder)
         limits = Limits(options["max_images"], options["time_limit"], options["shard"])
         rows = found.rows if found else None
-        run = Run(folder, Ledger.load(folder), limits, rows=rows, retry_failed=options["retry_failed"])
+        run = Run(folder, Ledger(folder), limits, rows=rows, retry_failed=options["retry_failed"])
         if found:
             _log.info("%d rows, %d pictures, %d of them done", found.rows, found.images, run.counts().images)
         with _stopping() as stop:
@@ -221,7 +221,7 @@ def _draw(
 ) -> None:
     """Report every picture as it comes."""
     folder = Path(options["output"])
-    outcomes = run.draw(job.items(told=found is None), engine, batch_size=options["batch_size"], stop=stop.stop)
+    outcomes = run.draw(job.items(reporting=found is None), engine, batch_size=options["batch_size"], stop=stop.stop)
     done, total = run.counts().images, found.images if found else None
     with (
         contextlib.closing(outcomes),
@@ -249,10 +249,9 @@ def _engine(options: dict[str, Any], devices: tuple[str, ...] | None) -> "Callab
 
 
 def _local_engine(devices: tuple[str, ...], setup: "Setup") -> "Engine":
-    from ldmcli.batch.devices import present
     from ldmcli.batch.local import run_local
 
-    return lambda batches, stop: run_local(setup, batches, present(devices), stop=stop)
+    return lambda batches, stop: run_local(setup, batches, devices, stop=stop)
 
 
 def _ray_engine(address: str | None, workers: int | None, setup: "Setup") -> "Engine":
@@ -299,7 +298,7 @@ class _Signals:
     """Asks for the end of a run at the first SIGINT or SIGTERM, and interrupts it at the second."""
 
     def __init__(self) -> None:
-        from ldmcli.batch.feed import Stop
+        from ldmcli.batch.dispatch import Stop
 
         self.stop = Stop()
         self.number: int | None = None
