@@ -38,10 +38,10 @@ _SYNONYMS = {
     SIZE: "resolution image_size",
 }
 # Options elsewhere that a row has none of; a column of the name is probably meant as one.
-_OPTIONS = frozenset(
-    "scale strength denoisingstrength model checkpoint vae lora loras embedding refiner controlnet image initimage mask "
-    "batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed variationseed "
-    "styles clipstopatlastlayers".split()
+_OPTIONS = (
+    " scale strength denoisingstrength model checkpoint vae lora loras embedding refiner controlnet image initimage "
+    "mask batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed "
+    "variationseed styles clipstopatlastlayers "
 )
 _TYPES = {field.name: field.type for field in dataclasses.fields(GenerationRequest)} | {"count": int}
 _WHOLE = {name for name, kind in _TYPES.items() if kind in (int, int | None)}
@@ -193,7 +193,7 @@ def near(name: str, names: Iterable[str]) -> str:
 
 def suspected(title: str) -> str:
     """What a column may have been meant as that is no field; "" where nothing speaks for it."""
-    if _bare(title[:100]) in _OPTIONS:
+    if f" {_bare(title[:100])} " in _OPTIONS:
         return "rows cannot choose it, and the manifest keeps it as a remark."
     return near(title, COLUMNS)
 

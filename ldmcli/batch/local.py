@@ -80,9 +80,9 @@ def run_local(
     """
     devices = present(devices)
     if len(devices) == 1:
-        with contextlib.closing(Feed(map(Batch, batches), stop)) as feed:
-            with _worker(_on(setup, devices[0]), "worker-0") as worker:
-                yield from worker.run(feed)
+        feed = contextlib.closing(Feed(map(Batch, batches), stop))
+        with feed as plan, _worker(_on(setup, devices[0]), "worker-0") as worker:
+            yield from worker.run(plan)
         return
     cores = cores_each(devices, available_cores())
     with contextlib.closing(Dispatcher(setup.folder, batches, stop)) as dispatcher:
@@ -243,7 +243,7 @@ def _work(pipe: Connection, setup: Setup, name: str, level: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # results are the parent's to print
-    sender = _Sender(pipe)
+    sender = _Sender(pipe)  # type: ignore[arg-type]
     logger = logging.getLogger("ldmcli")
     logger.handlers[:] = [sender]
     logger.setLevel(level)

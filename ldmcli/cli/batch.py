@@ -123,8 +123,8 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     Exit codes: 0 all done, 3 some rows failed, 65 --strict or another run's folder, 75 not finished or locked: the same
     command goes on; the others as everywhere.
     """
-    from ldmcli.batch.local import parse_devices
     from ldmcli.batch.job import Job
+    from ldmcli.batch.local import parse_devices
 
     if options["failed"]:
         if not options["status"]:
