@@ -5,10 +5,10 @@ import dataclasses
 import hashlib
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter, key_of, read_manifests
@@ -106,17 +106,21 @@ class Feed:
         return False
 
 
-class Hand(Protocol):
-    """A worker in a process of its own, as whoever hands out batches sees it."""
+class RemoteWorker(ABC):
+    """A worker in another process, as whoever hands out batches sees it."""
 
-    ready: bool  # to draw
-    held: list[Batch]  # less what is done
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ready = self.finishing = False
+        self.held: list[Batch] = []  # less what is done
 
+    @abstractmethod
     def give(self, batch: Batch) -> None:
         """Let it draw a batch after those that it holds."""
 
+    @abstractmethod
     def finish(self) -> None:
-        """Let it end after the batch in hand."""
+        """Let it end after the batch in hand, and draw no more; twice does no harm."""
 
 
 class Dispatcher:
@@ -135,9 +139,8 @@ class Dispatcher:
         """Whether the run is to end before its plan does."""
         return self.failure is not None or self._stop.requested
 
-    def hand_out(self, workers: Iterable[Hand]) -> None:
+    def hand_out(self, workers: Sequence[RemoteWorker]) -> None:
         """Give each worker what it may hold; all of them finish when nothing is left, in the plan or in hand."""
-        workers = list(workers)
         try:
             for worker in workers:
                 while not self.ending and worker.ready and (batch := self.next(worker.held)):

@@ -10,8 +10,7 @@ from ldmcli import __version__
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.lines import Digest, continues
 from ldmcli.batch.reading import RowReader, open_rows
-from ldmcli.batch.rows import Survey, items, survey
-from ldmcli.batch.run import shard
+from ldmcli.batch.rows import Survey, items, shard, survey
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.batch.settings import parse_grid
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
@@ -62,8 +61,8 @@ class Job:
         self._remarks: set[str] = set()
 
     def survey(self) -> Survey:
-        """Go through all rows of this shard, logging the bad ones; then the input is opened anew."""
-        found = survey(shard(self.items(), self.spec.shard), _SHOWN_BAD_ROWS)
+        """Go through all rows, logging the bad ones; then the input is opened anew."""
+        found = survey(self.items(), _SHOWN_BAD_ROWS)
         for bad in found.first_bad:
             _log_bad(bad)
         if found.bad_rows > len(found.first_bad):
@@ -75,11 +74,12 @@ class Job:
         return found
 
     def items(self, *, reporting: bool = False) -> Iterator[Item | BadRow]:
-        """The rows' pictures, once; `reporting`: bad rows are logged as they pass."""
+        """The pictures of this shard's rows, once; `reporting`: bad rows are logged as they pass."""
         spec, fit, check = self.spec, self._fit, self._check_prompt
-        for one in items(
+        found = items(
             self.reader, spec.common, seed=spec.seed, count=spec.count, grid=self.grid, fit=fit, check_prompt=check
-        ):
+        )
+        for one in shard(found, spec.shard):
             if reporting and isinstance(one, BadRow):
                 _log_bad(one)
             yield one

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-from ldmcli.batch.dispatch import POLL, Batch, Dispatcher, Feed, Stop
+from ldmcli.batch.dispatch import POLL, Batch, Dispatcher, Feed, RemoteWorker, Stop
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.pictures import clean_temporaries
 from ldmcli.errors import LdmError, UsageError, printable
@@ -158,14 +158,12 @@ def _settled(process: "_Process", dispatcher: Dispatcher) -> Iterator[Outcome]:
     yield from dispatcher.died(process.held)
 
 
-class _Process:
+class _Process(RemoteWorker):
     """The parent's end of a worker process. `pipe` has something to receive when the process has written something or
     is gone."""
 
     def __init__(self, setup: Setup, name: str) -> None:
-        self.name = f"{name} ({setup.runtime.device})"
-        self.ready = self.finishing = False
-        self.held: list[Batch] = []
+        super().__init__(f"{name} ({setup.runtime.device})")
         self._arguments = (setup, name)
         # Not forked: CUDA and torch's threads do not outlive a fork.
         context = multiprocessing.get_context("spawn")
@@ -192,13 +190,13 @@ class _Process:
         return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
     def give(self, batch: Batch) -> None:
-        """See Hand. A process that is dead is found out when it is listened to."""
+        """A process that is dead is found out when it is listened to."""
         self.held.append(batch)
         with contextlib.suppress(OSError):
             self.pipe.send(batch)
 
     def finish(self) -> None:
-        """See Hand; nothing is in hand where it still loads."""
+        """Nothing is in hand where it still loads."""
         if self.finishing:
             return
         self.finishing = True

@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 
 def key_of(item: Item) -> str:
-    """16 hex digits that tell a picture's recipe and id from every other.
+    """16 hex digits that differ for every two recipes or ids of pictures.
 
     What a request does not say of itself is left out, so that a field added to requests one day changes no key.
     """
@@ -133,8 +133,8 @@ class ManifestWriter:
 def read_manifests(folder: Path) -> Iterator[dict[str, Any]]:
     """The sound lines of all manifests of the run in `folder`, file by file, one in memory at a time.
 
-    Fields can be relied on as far as `_is_sound` looks at them. Damaged lines are counted and logged: what they told
-    of counts as not done. Raises StorageError where reading fails, MissingInputError where a file may not be read.
+    Fields can be relied on as far as `_is_sound` looks at them. Damaged lines are counted and logged: their
+    pictures count as not done. Raises StorageError where reading fails, MissingInputError where a file may not be read.
     """
     return _read(folder, _parsed)
 
@@ -159,7 +159,7 @@ def _read(folder: Path, parse: Callable[[bytes], _T | None]) -> Iterator[_T]:
             else:
                 yield parsed
         if damaged:
-            _log.warning("%s: damaged lines left out: %d; what they told of is drawn again", shown(path), damaged)
+            _log.warning("%s: damaged lines left out: %d; their pictures are drawn again", shown(path), damaged)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

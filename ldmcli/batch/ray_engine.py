@@ -17,7 +17,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
-from ldmcli.batch.dispatch import HELD, POLL, Batch, Dispatcher, StartError, Stop, noted
+from ldmcli.batch.dispatch import HELD, POLL, Batch, Dispatcher, RemoteWorker, StartError, Stop, noted
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.errors import LdmError, UsageError, printable
 
@@ -115,23 +115,19 @@ class RayWorker:
         self._stopped = True
 
 
-class _Actor:
+class _Actor(RemoteWorker):
     """An actor, as the driver sees it."""
 
     def __init__(self, name: str, handle: Any) -> None:
-        self.name = name
-        self.ready = self.finishing = False
-        self.held: list[Batch] = []
+        super().__init__(name)
         self.tasks: dict[Any, Batch | None] = {handle.open.remote(): None}  # under way; without a batch it loads
         self._handle = handle
 
     def give(self, batch: Batch) -> None:
-        """See Hand."""
         self.held.append(batch)
         self.tasks[self._handle.draw.remote(batch)] = batch
 
     def finish(self) -> None:
-        """See Hand."""
         if not self.finishing:
             self.finishing = True
             self._handle.stop.remote()
@@ -185,7 +181,7 @@ def _taken(task: Any, actor: _Actor, dispatcher: Dispatcher) -> Iterator[Outcome
 
 
 def _connect(address: str | None) -> None:
-    """Join the cluster, or start one that ends with this process; all of Ray's own talk is left out."""
+    """Join the cluster, or start one that ends with this process; none of Ray's own messages are shown."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "(?s).")  # its nodes' lines would go to standard output
     if address is None:

@@ -147,12 +147,12 @@ def open_rows(path: Path | None, *, format: str | None = None, prompt_column: st
 def _format_of(path: Path | None) -> str:
     choice = f"give --format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     if path is None:
-        raise UsageError(f"standard input has no name to tell its format by; {choice}.")
+        raise UsageError(f"standard input has no name that gives its format; {choice}.")
     name = path.name.lower().removesuffix(".gz")
     ending = name.rpartition(".")[2] if "." in name else ""
     kind = _ALIASES.get(ending, ending)
     if kind not in FORMATS:
-        raise UsageError(f"the name {printable(repr(path.name))} does not tell the file's format; {choice}.")
+        raise UsageError(f"the name {printable(repr(path.name))} does not give the file's format; {choice}.")
     return kind
 
 

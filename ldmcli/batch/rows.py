@@ -98,6 +98,12 @@ def items(
             number += 1
 
 
+def shard(found: Iterable[Item | BadRow], part: tuple[int, int]) -> Iterator[Item | BadRow]:
+    """A part (number from 1, of how many): every so many-th row, all pictures of a row together."""
+    number, count = part
+    return (one for one in found if (one.row - number) % count == 0)
+
+
 def derived_seed(seed: int, id: str) -> int:
     """The seed of a row that gives none: 32 bits of a hash of the run's seed and its id, so as to be short."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{id}".encode()).digest()[:4], "big")

@@ -1,12 +1,10 @@
 """One run over a prompt file: rows chosen and put together in batches, fed to an engine, outcomes taken in."""
 
-import dataclasses
 import itertools
 import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from ldmcli.batch.dispatch import Stop
 from ldmcli.batch.fields import OWN, REQUEST_FIELDS
@@ -17,32 +15,29 @@ from ldmcli.batch.manifest import ManifestWriter
 _INPUT = "input"  # the manifest of rows that no worker ever sees
 
 Engine = Callable[[Iterable[list[Item]], Stop], Iterator[Outcome]]
-_Row = TypeVar("_Row", Item, BadRow, Item | BadRow)
 _settings = operator.attrgetter(*(f"request.{name}" for name in REQUEST_FIELDS if name not in OWN))
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Where a run ends before its input does: after so many pictures, or at so many seconds; and which part of the rows
-    is this run's, as (number from 1, of how many)."""
-
-    max_images: int | None = None
-    seconds: float | None = None
-    shard: tuple[int, int] = (1, 1)
-
-
 class Run:
-    """What is drawn of an input into a folder, and the account of it. Use it under the folder's lock. `rows` is how
-    many rows of the input are this run's, None where that is not known before the end."""
+    """What is drawn of an input into a folder, and the account of it. Use it under the folder's lock.
+
+    `rows` is how many rows the input has, None where that is not known before the end. The run may end before its
+    input does: after `max_images` pictures, or at `seconds`.
+    """
 
     def __init__(
-        self, folder: Path, ledger: Ledger, limits: Limits, *, rows: int | None = None, retry_failed: bool = False
+        self,
+        folder: Path,
+        *,
+        rows: int | None = None,
+        max_images: int | None = None,
+        seconds: float | None = None,
+        retry_failed: bool = False,
     ) -> None:
         self.rows = rows
-        self._folder, self._ledger = folder, ledger
-        self._limits = limits
-        self._retry_failed = retry_failed
-        self._deadline = time.monotonic() + limits.seconds if limits.seconds is not None else None
+        self._folder, self._ledger = folder, Ledger(folder)
+        self._max_images, self._retry_failed = max_images, retry_failed
+        self._deadline = None if seconds is None else time.monotonic() + seconds
 
     def draw(
         self, found: Iterable[Item | BadRow], engine: Engine, *, batch_size: int, stop: Stop
@@ -67,24 +62,18 @@ class Run:
         """The pictures to draw, as many as the limits allow; bad rows are noted on the way. An engine reads this in a
         thread of its own."""
         rows = asked = last = 0
-        for one in shard(found, self._limits.shard):
+        for one in found:
             if one.row != last:
                 rows, last = rows + 1, one.row
             if isinstance(one, BadRow):
                 if self._ledger.note_bad(one):
                     manifest.append_bad(one)
             elif self._ledger.wanted(one, retry_failed=self._retry_failed):
-                if asked == self._limits.max_images:
+                if asked == self._max_images:
                     return
                 asked += 1
                 yield one
         self.rows = rows
-
-
-def shard(found: Iterable[_Row], part: tuple[int, int]) -> Iterator[_Row]:
-    """A part (number from 1, of how many): every count-th row, all pictures of a row together."""
-    number, count = part
-    return (one for one in found if (one.row - number) % count == 0)
 
 
 def batches(items: Iterable[Item], size: int, *, window: int = 1024) -> Iterator[list[Item]]:

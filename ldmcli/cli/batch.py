@@ -186,9 +186,8 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
 
 def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]", options: dict[str, Any]) -> int:
     """Draw what is still to be drawn, and return the exit code."""
-    from ldmcli.batch.ledger import Ledger
     from ldmcli.batch.pictures import clean_temporaries
-    from ldmcli.batch.run import Limits, Run
+    from ldmcli.batch.run import Run
     from ldmcli.batch.runfile import record_rows
     from ldmcli.disk.lock import folder_lock
     from ldmcli.disk.writing import prepare_folder
@@ -202,9 +201,9 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
     with folder_lock(folder):
         job.open_run(folder, found, extend=options["extend"])
         clean_temporaries(folder)
-        limits = Limits(options["max_images"], options["time_limit"], options["shard"])
+        limits = {"max_images": options["max_images"], "seconds": options["time_limit"]}
         rows = found.rows if found else None
-        run = Run(folder, Ledger(folder), limits, rows=rows, retry_failed=options["retry_failed"])
+        run = Run(folder, rows=rows, retry_failed=options["retry_failed"], **limits)
         if found:
             _log.info("%d rows, %d pictures, %d of them done", found.rows, found.images, run.counts().images)
         with _stopping() as stop:
@@ -270,7 +269,7 @@ def _account(run: "Run", stop: "_Signals", options: dict[str, Any]) -> int:
     if stop.number is not None:
         _log.warning("stopped by %s; the same command goes on", signal.Signals(stop.number).name)
         return 128 + stop.number
-    limited = any(options[name] for name in ("max_images", "time_limit", "retry_failed"))
+    limited = options["retry_failed"] or options["max_images"] or options["time_limit"] is not None
     if counts.pending and limited:
         raise TryAgainError(f"{counts.pending} rows are still to be drawn; the same command goes on.")
     if not holds and not (limited and counts.rows is None):
