@@ -24,8 +24,8 @@ from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 def setup_in(folder: Path, **fields: Any) -> Setup:
     """A run of the small random model in `folder`; `fields` are those of a Setup or of a RuntimeSpec."""
     model = ModelSpec(str(fields.pop("model", tiny_model())))
-    own = {name: fields.pop(name) for name in ("batch_size", "metadata") if name in fields}
-    return Setup(folder, model, RuntimeSpec(**({"device": "cpu", "dtype": "fp32", "cache": False} | fields)), **own)
+    metadata = fields.pop("metadata", True)
+    return Setup(folder, model, RuntimeSpec(**({"device": "cpu", "dtype": "fp32", "cache": False} | fields)), metadata)
 
 
 def item(number: int, prompt: str | None = None, **fields: Any) -> Item:

@@ -54,5 +54,4 @@ class Setup:
     folder: Path
     model: ModelSpec = ModelSpec()
     runtime: RuntimeSpec = RuntimeSpec()
-    batch_size: int = 1
     metadata: bool = True

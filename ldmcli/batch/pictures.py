@@ -10,10 +10,10 @@ from ldmcli.batch.items import Item
 from ldmcli.disk.writing import make_folder, named_errors, write_exact
 from ldmcli.errors import StorageError
 
-PICTURE_PATH = re.compile(r"images/\d{5,19}/\d{1,19}-\d{1,20}(-\d{1,19})?\.png", re.ASCII)
 _IMAGES = "images"
 _PER_FOLDER = 10_000
 _NAME = re.compile(r"(\d{1,19})-\d{1,20}(?:-(\d{1,19}))?\.png", re.ASCII)
+PICTURE_PATH = re.compile(rf"{_IMAGES}/\d{{5,19}}/{_NAME.pattern}", re.ASCII)
 
 
 def picture_path(item: Item) -> str:

@@ -236,7 +236,7 @@ def _setup(job: "Job", options: dict[str, Any]) -> "Setup":
     from ldmcli.batch.items import Setup
 
     folder = Path(options["output"]).resolve()
-    return Setup(folder, job.model, job.runtime, options["batch_size"], job.spec.metadata)
+    return Setup(folder, job.model, job.runtime, job.spec.metadata)
 
 
 def _engine(options: dict[str, Any], devices: tuple[str, ...] | None) -> "Callable[[Setup], Engine]":
