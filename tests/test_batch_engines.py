@@ -23,7 +23,7 @@ from ldmcli.batch.worker import Worker
 from ldmcli.errors import LdmError, UsageError
 
 TWO = ("cpu", "cpu")
-SLOW = {"steps": 100}  # pictures that take long enough to be killed over
+SLOW = {"steps": 30}  # pictures that take long enough to be killed over
 
 
 def workers_of(parent: int) -> list[int]:
