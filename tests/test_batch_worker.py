@@ -20,7 +20,7 @@ from ldmcli.batch import worker as worker_module
 from ldmcli.batch.dispatch import Batch, Feed, Stop
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.worker import Worker
-from ldmcli.errors import LdmError, NotFiniteError, StorageError
+from ldmcli.errors import LdmError, StorageError
 from ldmcli.images.metadata import read_record
 from ldmcli.pipeline import Pipeline
 from ldmcli.session.drawing import DeviceLostError
@@ -75,19 +75,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, bad: dict[str, Exception]) -> list
 # ---- what is drawn ----
 
 
-def test_the_same_pictures_in_batches_of_any_size(one_thread: None, tmp_path: Path) -> None:
-    row = items(8)
-    found = {}
-    for size in (1, 3, 8):
-        with opened(tmp_path / str(size)) as worker:
-            outcomes = drawn(worker, list(batches(row, size)))
-        assert statuses(outcomes) == dict.fromkeys(range(8), "done")
-        found[size] = pictures(tmp_path / str(size), outcomes)
-    assert len({picture.tobytes() for picture in found[1]}) == 8
-    assert pixels_apart(found[1], found[3]) <= 1
-    assert pixels_apart(found[1], found[8]) <= 1
-
-
 def test_outcomes_manifest_and_files_agree(worker: Worker, tmp_path: Path) -> None:
     outcomes = drawn(worker, [items(3)])
     assert lines_of(tmp_path) == {number: ["done"] for number in range(3)}
@@ -114,18 +101,12 @@ def test_prompts_of_all_lengths_in_one_batch(worker: Worker, tmp_path: Path) -> 
     assert pixels_apart(together, alone) <= 1
 
 
-def test_settings_that_a_batch_should_not_mix_are_drawn_apart(worker: Worker) -> None:
-    mixed = [item(0), item(1, steps=3), item(2, width=24)]
-    assert statuses(drawn(worker, [mixed])) == {0: "done", 1: "done", 2: "done"}
-
-
 # ---- rows that fail ----
 
 
 @pytest.mark.parametrize(
     ("error", "words", "code"),
     [
-        (NotFiniteError("the U-Net gave numbers that are not finite."), "the U-Net gave numbers", 1),
         (RuntimeError("shapes \x1b[31m do not\nmatch"), r"RuntimeError: shapes \x1b[31m do not", 1),
         (StorageError("something."), "something.", 74),
     ],
@@ -133,37 +114,14 @@ def test_settings_that_a_batch_should_not_mix_are_drawn_apart(worker: Worker) ->
 def test_one_bad_row_takes_no_other_with_it(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str, code: int
 ) -> None:
-    row = items(8)
-    asked = poisoned(monkeypatch, {"prompt 5": error})
-    outcomes = drawn(worker, [row])
+    poisoned(monkeypatch, {"prompt 5": error})
+    outcomes = drawn(worker, batches(items(8), 8))
     assert statuses(outcomes) == dict.fromkeys(range(8), "done") | {5: "failed"}
     (failed,) = (outcome for outcome in outcomes if outcome.status == "failed")
     assert failed.error.startswith(words)
     assert failed.error.isprintable()
     assert failed.code == code
-    assert [len(prompts) for prompts in asked] == [8, 4, 4, 2, 1, 1, 2]
     assert lines_of(tmp_path)[5] == ["failed"]
-
-
-def test_weights_of_a_prompt_that_cannot_be(worker: Worker) -> None:
-    """What is wrong with a prompt may show before anything is drawn; its neighbours are."""
-    row = [item(n, prompt, prompt_syntax="weighted") for n, prompt in enumerate(["a", "(b:0)", "c"])]
-    found = statuses(drawn(worker, [row]))
-    assert (found[0], found[2]) == ("done", "done")
-
-
-def test_a_record_says_which_pictures_were_drawn_in_32_bits(one_thread: None, tmp_path: Path) -> None:
-    with opened(tmp_path, dtype="bf16") as worker:
-        worker._session.load()
-        assert worker._session._drawer is not None
-        unet = worker._session._drawer.pipeline.model.unet
-        overflow = lambda _module, _inputs, out: out if out.dtype == torch.float32 else out * float("inf")  # noqa: E731
-        handle = unet.register_forward_hook(overflow)
-        (first,) = drawn(worker, [items(1)])
-        handle.remove()
-        (second,) = drawn(worker, [[item(1)]])
-    found = [read_record(tmp_path / outcome.path)["runtime"]["dtype"] for outcome in (first, second)]
-    assert found == ["fp32", "bf16"]
 
 
 def test_a_lost_device_ends_the_run(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a batch run is asked for: the rows of an input, fitted to a model, and the identity that run.json keeps."""
 
+import collections
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,8 +58,7 @@ class Job:
         self.session.close()
         self.runtime = spec.runtime
         self._digest: Digest | None = None  # of the input that was surveyed
-        self._cuts = 0
-        self._remarks: set[str] = set()
+        self._remarks: collections.Counter[str] = collections.Counter()
 
     def survey(self) -> Survey:
         """Go through all rows, logging the bad ones; then the input is opened anew."""
@@ -68,7 +68,7 @@ class Job:
         if found.bad_rows > len(found.first_bad):
             _log.error("and %d more bad rows", found.bad_rows - len(found.first_bad))
         self._digest = self.reader.digest()
-        self._cuts = _SHOWN_CUTS  # they are known now
+        self._remarks["cut"] = _SHOWN_CUTS  # they are known now
         if self.spec.path is not None:
             self.reader = self._open()
         return found
@@ -116,26 +116,22 @@ class Job:
     def _fit(self, request: GenerationRequest) -> GenerationRequest:
         fitted = self.session.fit(request)
         if fitted.guidance_scale < 1:
-            self._remark(UNREAD_PROMPT)
+            self._remark("unread", UNREAD_PROMPT)
         return fitted.recorded
 
-    def _remark(self, sentence: str, kind: str = "") -> None:
-        """Warn of something once a run."""
-        if (kind or sentence) not in self._remarks:
-            self._remarks.add(kind or sentence)
+    def _remark(self, kind: str, sentence: str, limit: int = 1) -> None:
+        """Warn of something, a few times a run."""
+        if self._remarks[kind] < limit:
+            self._remarks[kind] += 1
             _log.warning("%s", sentence)
 
     def _check_prompt(self, request: GenerationRequest) -> None:
         for text in (request.prompt, request.negative_prompt):
-            if request.prompt_syntax == "plain" and "syntax" not in self._remarks and (hint := syntax_hint(text)):
-                self._remark(hint, "syntax")
-            cut = self.session.cut_text(text, request)
-            if cut and self._cuts < _SHOWN_CUTS:
-                self._cuts += 1
-                limit = self.session.token_limit
-                _log.warning(
-                    "a prompt is longer than the %d tokens the model reads; cut off: “%s”", limit, printable(cut)
-                )
+            if request.prompt_syntax == "plain" and not self._remarks["syntax"] and (hint := syntax_hint(text)):
+                self._remark("syntax", hint)
+            if cut := self.session.cut_text(text, request):
+                limit = f"the {self.session.token_limit} tokens the model reads"
+                self._remark("cut", f"a prompt is longer than {limit}; cut off: “{printable(cut)}”", _SHOWN_CUTS)
 
 
 def _log_bad(bad: BadRow) -> None:

@@ -14,7 +14,7 @@ from ldmcli.batch.manifest import ManifestWriter
 
 _INPUT = "input"  # the manifest of rows that no worker ever sees
 
-Engine = Callable[[Iterable[list[Item]], Stop], Iterator[Outcome]]
+Engine = Callable[..., Iterator[Outcome]]  # of the batches, and stop=
 _settings = operator.attrgetter(*(f"request.{name}" for name in REQUEST_FIELDS if name not in OWN))
 
 
@@ -48,7 +48,7 @@ class Run:
             first = next(plan, None)
             if first is None:
                 return  # nothing to draw, nothing to load
-            for outcome in engine(itertools.chain([first], plan), stop):
+            for outcome in engine(itertools.chain([first], plan), stop=stop):
                 self._ledger.note(outcome)
                 yield outcome
                 if self._deadline is not None and time.monotonic() > self._deadline:

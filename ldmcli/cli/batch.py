@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,7 @@ from ldmcli.speed.cpu.threads import available_cores, is_small
 from ldmcli.speed.startup import may_have_gpu
 
 if TYPE_CHECKING:
-    from ldmcli.batch.items import Outcome, Setup
+    from ldmcli.batch.items import Outcome
     from ldmcli.batch.job import Job, JobSpec
     from ldmcli.batch.rows import Survey
     from ldmcli.batch.run import Engine, Run
@@ -160,8 +160,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     if found:
         steps = found.images * job.session.fit(job.spec.common).steps
         job.runtime = dataclasses.replace(job.spec.runtime, expected_steps=steps)
-    engine = _engine(options, devices)
-    context.exit(_run(job, found, engine, options))
+    context.exit(_run(job, found, _engine(job, devices, options), options))
 
 
 def _small_on_cpu(job: "Job") -> bool:
@@ -184,7 +183,7 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
     )
 
 
-def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]", options: dict[str, Any]) -> int:
+def _run(job: "Job", found: "Survey | None", engine: "Engine", options: dict[str, Any]) -> int:
     """Draw what is still to be drawn, and return the exit code."""
     from ldmcli.batch.pictures import clean_temporaries
     from ldmcli.batch.run import Run
@@ -207,7 +206,7 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
         if found:
             _log.info("%d rows, %d pictures, %d of them done", found.rows, found.images, run.counts().images)
         with _stopping() as stop:
-            _draw(run, job, found, engine(_setup(job, options)), stop, options)
+            _draw(run, job, found, engine, stop, options)
         if run.rows is not None and not found:
             record_rows(folder, run.rows)
         if options["sheet"]:
@@ -232,31 +231,19 @@ def _draw(
             progress.update()
 
 
-def _setup(job: "Job", options: dict[str, Any]) -> "Setup":
+def _engine(job: "Job", devices: tuple[str, ...] | None, options: dict[str, Any]) -> "Engine":
+    """What draws the batches: this process, several on this machine, or a Ray cluster."""
     from ldmcli.batch.items import Setup
 
-    folder = Path(options["output"]).resolve()
-    return Setup(folder, job.model, job.runtime, job.spec.metadata)
-
-
-def _engine(options: dict[str, Any], devices: tuple[str, ...] | None) -> "Callable[[Setup], Engine]":
-    """What draws the batches: this process, several on this machine, or a Ray cluster."""
+    setup = Setup(Path(options["output"]).resolve(), job.model, job.runtime, job.spec.metadata)
     if options["engine"] == "ray":
+        from ldmcli.batch.ray_engine import run_ray
+
         workers = len(devices) if devices and devices != ("all",) else None
-        return partial(_ray_engine, options["ray_address"], workers)
-    return partial(_local_engine, devices or (options["device"],))
-
-
-def _local_engine(devices: tuple[str, ...], setup: "Setup") -> "Engine":
+        return partial(run_ray, setup, address=options["ray_address"], workers=workers)
     from ldmcli.batch.local import run_local
 
-    return lambda batches, stop: run_local(setup, batches, devices, stop=stop)
-
-
-def _ray_engine(address: str | None, workers: int | None, setup: "Setup") -> "Engine":
-    from ldmcli.batch.ray_engine import run_ray
-
-    return lambda batches, stop: run_ray(setup, batches, address=address, workers=workers, stop=stop)
+    return partial(run_local, setup, devices=devices or (options["device"],))
 
 
 def _account(run: "Run", stop: "_Signals", options: dict[str, Any]) -> int:
