@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldmcli.batch.items import BadRow, Item
-from ldmcli.batch.rows import shard
 from ldmcli.batch.run import batches
+from ldmcli.batch.survey import shard
 from ldmcli.spec import GenerationRequest
 
 

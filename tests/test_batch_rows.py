@@ -21,8 +21,8 @@ from ldmcli.batch.fields import as_fields
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.lines import MAX_LINE_BYTES, Digest, continues
 from ldmcli.batch.reading import FORMATS, RawRow, open_rows
-from ldmcli.batch.rows import derived_seed, items, survey
 from ldmcli.batch.settings import checked_grid, parse_grid
+from ldmcli.batch.survey import derived_seed, items, survey
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, UsageError
 from ldmcli.spec import MAX_SEED, GenerationRequest
 
@@ -728,7 +728,7 @@ def test_any_values_are_pictures_or_problems(rows: list[dict[str, Any]]) -> None
 _READING = """
 import itertools, sys
 from ldmcli.batch.reading import open_rows
-from ldmcli.batch.rows import items, survey
+from ldmcli.batch.survey import items, survey
 from ldmcli.batch.run import batches
 from ldmcli.spec import GenerationRequest
 

@@ -11,9 +11,9 @@ from ldmcli import __version__
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.lines import Digest, continues
 from ldmcli.batch.reading import RowReader, open_rows
-from ldmcli.batch.rows import Survey, items, shard, survey
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.batch.settings import parse_grid
+from ldmcli.batch.survey import Survey, items, shard, survey
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import printable
 from ldmcli.session import Session

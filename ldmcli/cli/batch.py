@@ -35,8 +35,8 @@ from ldmcli.speed.startup import may_have_gpu
 if TYPE_CHECKING:
     from ldmcli.batch.items import Outcome
     from ldmcli.batch.job import Job, JobSpec
-    from ldmcli.batch.rows import Survey
     from ldmcli.batch.run import Engine, Run
+    from ldmcli.batch.survey import Survey
 
 _log = logging.getLogger(__name__)
 _STDIN = "-"
