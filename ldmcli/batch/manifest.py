@@ -89,8 +89,10 @@ class ManifestWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._descriptor)
+        """Let go of the file; twice does no harm."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1  # a plan that still waits for its input must not write to what gets this number
 
     def append(self, outcome: Outcome) -> None:
         """Add the line of one picture; it is on the disk when this returns. The picture must be there by then."""
