@@ -1,22 +1,31 @@
-"""What the tests of batch runs share: items and a setup for the small random model, and what a run left on disk."""
+"""What the tests of batch runs share: items and a setup for the small random model, `ldm batch` in this process, and
+what a run left on disk."""
 
+import hashlib
+import io
+import json
+import logging
+import sys
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cli_support import pixels, tiny_model
+from cli_support import Result, pixels, tiny_model
 
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import read_manifests
+from ldmcli.cli import run
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 
 
 def setup_in(folder: Path, **fields: Any) -> Setup:
     """A run of the small random model in `folder`; `fields` are those of a Setup or of a RuntimeSpec."""
     model = ModelSpec(str(fields.pop("model", tiny_model())))
-    own = {name: fields.pop(name) for name in ("batch_size", "metadata") if name in fields}
-    return Setup(folder, model, RuntimeSpec(**({"device": "cpu", "dtype": "fp32", "cache": False} | fields)), **own)
+    metadata = fields.pop("metadata", True)
+    return Setup(folder, model, RuntimeSpec(**({"device": "cpu", "dtype": "fp32", "cache": False} | fields)), metadata)
 
 
 def item(number: int, prompt: str | None = None, **fields: Any) -> Item:
@@ -36,7 +45,7 @@ def batches(of: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 
 def statuses(outcomes: Iterable[Outcome]) -> dict[int, str]:
-    """Each item's status; asserts that none is told of twice."""
+    """Each item's status; asserts that none came twice."""
     found = [(outcome.item.number, outcome.status) for outcome in outcomes]
     assert len(found) == len(dict(found)), found
     return dict(sorted(found))
@@ -54,3 +63,56 @@ def lines_of(folder: Path) -> dict[int, list[str]]:
     for record in read_manifests(folder):
         found.setdefault(record["number"], []).append(record["status"])
     return found
+
+
+# ---- the command ----
+
+
+def ldm_here(*arguments: str | Path, stdin: bytes = b"") -> Result:
+    """`ldm ARGUMENTS` in this process: a test that is not about processes needs none."""
+    logger = logging.getLogger("ldmcli")
+    logging_before = logger.handlers[:], logger.level, logger.propagate
+    streams_before = sys.stdin, sys.stdout, sys.stderr
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as given, io.BytesIO() as out, io.BytesIO() as err:
+        given.write(stdin)
+        given.seek(0)
+        sys.stdin, sys.stdout, sys.stderr = (io.TextIOWrapper(stream, "utf-8") for stream in (given, out, err))
+        try:
+            code = run([str(argument) for argument in arguments])
+            return Result(code, out.getvalue(), err.getvalue().decode(), time.perf_counter() - began)
+        finally:
+            sys.stdin, sys.stdout, sys.stderr = streams_before
+            logger.handlers[:], logger.level, logger.propagate = logging_before
+
+
+def batch(*arguments: str | Path, stdin: bytes = b"") -> Result:
+    """`ldm batch` with the random model and one step."""
+    return ldm_here(
+        "batch", *arguments, "-m", tiny_model(), "--steps", "1", "--dtype", "fp32", "--no-cache", stdin=stdin
+    )
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line) for path in sorted((folder / "manifest").glob("*")) for line in path.read_text().splitlines()
+    ]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return ldm_here("batch", "--status", folder, "--json").records[0]
+
+
+def assert_whole(folder: Path, rows: int) -> None:
+    """Every row is done exactly once, every picture is sound and the one in the manifest."""
+    done = [record for record in manifest(folder) if record["status"] == "done"]
+    assert sorted(record["row"] for record in done) == list(range(1, rows + 1))
+    for record in done:
+        data = (folder / record["path"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == record["sha256"]
+        assert pixels(data).shape == (16, 16, 3)
+    on_disk = {str(path.relative_to(folder)) for path in (folder / "images").rglob("*") if path.is_file()}
+    assert on_disk == {record["path"] for record in done}  # and nothing temporary is left
+    assert status(folder) | {"folder": ""} == {
+        "folder": "", "rows": rows, "done": rows, "failed": 0, "pending": 0, "images": rows, "failed_images": 0,
+    }  # fmt: skip

@@ -9,50 +9,52 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from batch_support import batches, item, items, lines_of, pictures, setup_in, statuses
 from cli_support import environment, until
 from oracle.comparing import pixels_apart
 
-from ldmcli.batch.devices import cores_each, parse_devices, present
-from ldmcli.batch.dispatch import Dispatcher, StartError, noted
-from ldmcli.batch.feed import Batch, Feed, Stop
+from ldmcli.batch import local
+from ldmcli.batch.dispatch import Batch, Dispatcher, Feed, StartError, Stop, noted
 from ldmcli.batch.items import Item, Outcome
-from ldmcli.batch.local import run_local
-from ldmcli.batch.process import WorkerProcess
+from ldmcli.batch.local import cores_each, parse_devices, present, run_local
 from ldmcli.batch.worker import Worker
 from ldmcli.errors import LdmError, UsageError
 
 TWO = ("cpu", "cpu")
-SLOW = {"steps": 100}  # pictures that take long enough to be killed over
+SLOW = {"steps": 30}  # pictures that take long enough to be killed over
 
 
-def children() -> list[int]:
-    """The processes that this one started by `multiprocessing`, less its tracker."""
+def workers_of(parent: int) -> list[int]:
+    """The processes that a process started by `multiprocessing`, less its tracker."""
     found = []
-    for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+    for path in Path(f"/proc/{parent}/task").glob("*/children"):
         found += [int(pid) for pid in path.read_text().split()]
-    return [pid for pid in found if b"spawn_main" in command_of(pid)]
-
-
-def command_of(pid: int) -> bytes:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+    return [pid for pid in found if b"spawn_main" in proc(pid, "cmdline")]
 
 
 def alive(pid: int) -> bool:
+    status = proc(pid, "stat").rpartition(b")")[2].split()
+    return bool(status) and status[0] != b"Z"
+
+
+def proc(pid: int, name: str) -> bytes:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    return b""
+
+
+def breaking() -> Iterator[list[Item]]:
+    """A plan that fails after a batch."""
+    yield items(2)
+    raise LdmError("the input is damaged.")
 
 
 @pytest.fixture(autouse=True)
 def no_children_left(one_thread: None) -> Iterator[None]:
     yield
-    assert children() == []
+    assert workers_of(os.getpid()) == []
 
 
 # ---- devices ----
@@ -77,7 +79,7 @@ def test_devices_that_are_none(text: str) -> None:
         parse_devices(text)
 
 
-def test_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_devices_and_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -86,9 +88,6 @@ def test_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert present(("all",)) == ("cpu",)
     assert present(("cpu", "cuda:0")) == ("cpu", "cuda:0")
-
-
-def test_cores_are_shared_out() -> None:
     assert cores_each(TWO, 8) == 4
     assert cores_each(("cpu",) * 9, 4) == 1
     assert cores_each(("cuda:0", "cpu"), 8) == 8
@@ -101,7 +100,7 @@ def test_one_device_needs_no_process(tmp_path: Path) -> None:
     seen = []
     for outcome in run_local(setup_in(tmp_path), batches(items(5), 2), ["cpu"], stop=Stop()):
         seen.append(outcome)
-        assert children() == []
+        assert workers_of(os.getpid()) == []
     assert statuses(seen) == dict.fromkeys(range(5), "done")
 
 
@@ -120,20 +119,20 @@ def test_two_processes_draw_what_one_does_though_one_is_killed(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("ldmcli"), "propagate", True)
     given: dict[str, set[int]] = {}
+    really_give = local._Process.give
 
-    def give(process: WorkerProcess, batch: Batch) -> None:
-        given.setdefault(process.name, set()).update(item.number for item in batch.items)
+    def give(process: local._Process, batch: Batch) -> None:
+        given.setdefault(process.name.split()[0], set()).update(item.number for item in batch.items)
         really_give(process, batch)
 
-    really_give = WorkerProcess.give
-    monkeypatch.setattr(WorkerProcess, "give", give)
+    monkeypatch.setattr(local._Process, "give", give)
     row = items(12, **SLOW)
     found: list[Outcome] = []
     killed = False
     for outcome in run_local(setup_in(tmp_path / "two"), batches(row, 2), TWO, stop=Stop()):
         found.append(outcome)
         if not killed:  # a worker that stands still, with something in hand
-            pid = children()[int(outcome.worker.removeprefix("worker-"))]
+            pid = workers_of(os.getpid())[int(outcome.worker.removeprefix("worker-"))]
             os.kill(pid, signal.SIGSTOP)
             killed = bool(given[outcome.worker] - lines_of(tmp_path / "two").keys())
             os.kill(pid, signal.SIGKILL if killed else signal.SIGCONT)
@@ -155,16 +154,9 @@ def test_stop_lets_workers_finish_their_batch(tmp_path: Path) -> None:
     assert lines_of(tmp_path) == {number: ["done"] for number in statuses(found)}
 
 
-def test_an_error_of_one_worker_ends_the_run(tmp_path: Path) -> None:
+def test_an_error_of_a_worker_or_of_the_plan_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(LdmError, match="does not exist"):
         list(run_local(setup_in(tmp_path, model=str(tmp_path / "none")), batches(items(4), 1), TWO, stop=Stop()))
-
-
-def test_an_error_of_the_plan_ends_the_run(tmp_path: Path) -> None:
-    def breaking() -> Iterator[list[Item]]:
-        yield items(2)
-        raise LdmError("the input is damaged.")
-
     with pytest.raises(LdmError, match="damaged"):
         list(run_local(setup_in(tmp_path), breaking(), TWO, stop=Stop()))
 
@@ -175,7 +167,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 if __name__ == "__main__":
     from batch_support import batches, items, setup_in
-    from ldmcli.batch.feed import Stop
+    from ldmcli.batch.dispatch import Stop
     from ldmcli.batch.local import run_local
     setup = setup_in(Path({folder!r}), model={model!r})
     for outcome in run_local(setup, batches(items(10_000, steps=100), 2), ("cpu", "cpu"), stop=Stop()):
@@ -195,8 +187,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
     )
     assert parent.stdout is not None
     parent.stdout.readline()
-    listing = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
-    workers = [pid for pid in map(int, listing.split()) if b"spawn_main" in command_of(pid)]
+    workers = workers_of(parent.pid)
     assert len(workers) == 2
     for pid in workers:
         os.kill(pid, signal.SIGINT)
@@ -214,11 +205,8 @@ def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
 
 @pytest.fixture
 def dispatcher(tmp_path: Path) -> Iterator[Dispatcher]:
-    feed = Feed([], Stop())
-    dispatcher = Dispatcher(tmp_path, feed)
-    yield dispatcher
-    dispatcher.close()
-    feed.close()
+    with contextlib.closing(Dispatcher(tmp_path, [], Stop())) as dispatcher:
+        yield dispatcher
 
 
 def handed_out(dispatcher: Dispatcher) -> list[Batch]:
@@ -244,56 +232,52 @@ def test_batches_of_the_dead_are_tried_again_then_apart_then_given_up(dispatcher
 
 
 def test_a_suspect_is_held_alone(tmp_path: Path) -> None:
-    feed = Feed([[item(5)], [item(6)]], Stop())
-    dispatcher = Dispatcher(tmp_path, feed)
-    list(dispatcher.died([Batch((item(0),))]))
-    assert dispatcher.next([Batch((item(9),))]) is None
-    suspect = dispatcher.next([])
-    assert suspect == Batch((item(0),), 2)
-    assert dispatcher.next([suspect]) is None
-    first = until(lambda: dispatcher.next([]), "the first batch")
-    second = until(lambda: dispatcher.next([first]), "the second batch")
-    assert dispatcher.next([first, second]) is None
-    until(lambda: dispatcher.next([]) or dispatcher.over, "the end of the plan")
+    with contextlib.closing(Dispatcher(tmp_path, [[item(5)], [item(6)]], Stop())) as dispatcher:
+        list(dispatcher.died([Batch((item(0),))]))
+        assert dispatcher.next([Batch((item(9),))]) is None
+        suspect = dispatcher.next([])
+        assert suspect == Batch((item(0),), 2)
+        assert dispatcher.next([suspect]) is None
+        first = until(lambda: dispatcher.next([]), "the first batch")
+        second = until(lambda: dispatcher.next([first]), "the second batch")
+        assert dispatcher.next([first, second]) is None
 
 
 def test_what_the_dead_had_noted_is_not_drawn_again(dispatcher: Dispatcher, tmp_path: Path) -> None:
     row = items(4)
-    worker = Worker(setup_in(tmp_path), "worker-0")
-    done = [future.result() for future in worker.submit(row[:3])]
-    worker.close()
+    with contextlib.closing(Worker(setup_in(tmp_path), "worker-0")) as worker:
+        done = [future.result() for future in worker.submit(row[:3])]
     lost = next(outcome for outcome in done if outcome.item.number == 1)
     (tmp_path / lost.path).write_bytes(b"something else")
     other = item(2, "another prompt")
-    told = list(dispatcher.died([Batch((row[0], row[1], other, row[3]))]))
-    assert [(outcome.item.number, outcome.status, outcome.worker) for outcome in told] == [(0, "done", "worker-0")]
-    assert told[0].sha256 == next(outcome.sha256 for outcome in done if outcome.item.number == 0)
+    found = list(dispatcher.died([Batch((row[0], row[1], other, row[3]))]))
+    assert [(outcome.item.number, outcome.status, outcome.worker) for outcome in found] == [(0, "done", "worker-0")]
+    assert found[0].sha256 == next(outcome.sha256 for outcome in done if outcome.item.number == 0)
     (again,) = handed_out(dispatcher)
     assert again.items == (row[1], other, row[3])
     assert noted(tmp_path, []) == {}
 
 
 def test_workers_that_always_die_loading(dispatcher: Dispatcher) -> None:
-    for _ in range(3):
-        dispatcher.started(lived=False)
-    dispatcher.started(lived=True)
-    for _ in range(3):
-        dispatcher.started(lived=False)
+    for lived in (False, False, False, True, False, False, False):
+        dispatcher.started(lived=lived)
     with pytest.raises(StartError, match="4 workers in a row"):
         dispatcher.started(lived=False)
 
 
-def test_a_feed_that_is_closed_reads_no_more() -> None:
-    read: list[Any] = []
+def test_a_feed_reads_little_ahead_and_nothing_after_it_is_closed() -> None:
+    read: list[int] = []
 
-    def plan() -> Iterator[list[Item]]:
+    def plan() -> Iterator[Batch]:
         for number in range(100):
             read.append(number)
-            yield [item(number)]
+            yield Batch([item(number)])
 
     feed = Feed(plan(), Stop())
     until(lambda: len(read) == 3, "reading ahead")
+    assert feed.get()
+    until(lambda: len(read) == 4, "reading on")
     feed.close()
     assert feed.get() is None
     time.sleep(0.3)
-    assert len(read) == 3
+    assert len(read) == 4

@@ -1,6 +1,5 @@
 """Pictures drawn together have the same settings, come in one order, and are never held back for long."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldmcli.batch.items import BadRow, Item
-from ldmcli.batch.plan import batches, shard
-from ldmcli.errors import UsageError
+from ldmcli.batch.run import batches
+from ldmcli.batch.survey import shard
 from ldmcli.spec import GenerationRequest
 
 
@@ -80,23 +79,11 @@ def test_every_picture_is_in_one_batch(steps: list[int], size: int, window: int)
 
 def test_shards_are_whole_rows() -> None:
     pictures = [item(i) for i in range(20)]
-    parts = [list(shard(pictures, index, 3)) for index in range(3)]
+    parts = [list(shard(pictures, (number, 3))) for number in (1, 2, 3)]
     assert [{one.row for one in part} for part in parts] == [{1, 4, 7, 10}, {2, 5, 8}, {3, 6, 9}]
     assert sorted(one.number for part in parts for one in part) == list(range(20))
-    assert list(shard(pictures, 0, 1)) == pictures
+    assert list(shard(pictures, (1, 1))) == pictures
     bad = BadRow(2, 2, "2", ("no.",))
-    assert list(shard([bad], 1, 3)) == [bad]
+    assert list(shard([bad], (2, 3))) == [bad]
     # A row stays in its shard whatever comes before it is drawn or not.
-    assert list(shard(pictures[10:], 1, 3)) == [one for one in parts[1] if one.number >= 10]
-
-
-@pytest.mark.parametrize(("index", "count"), [(3, 3), (-1, 3), (0, 0)])
-def test_shards_that_are_none(index: int, count: int) -> None:
-    with pytest.raises(UsageError, match="shard"):
-        shard([], index, count)
-
-
-def test_a_request_keeps_its_identity() -> None:
-    one = item(0)
-    other = dataclasses.replace(one, number=1)
-    assert next(batches([one, other], 2)) == [one, other]
+    assert list(shard(pictures[10:], (2, 3))) == [one for one in parts[1] if one.number >= 10]

@@ -17,8 +17,7 @@ from cli_support import until
 from oracle.comparing import pixels_apart
 
 from ldmcli.batch import ray_engine
-from ldmcli.batch.dispatch import StartError
-from ldmcli.batch.feed import Stop
+from ldmcli.batch.dispatch import StartError, Stop
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.local import run_local
 from ldmcli.batch.ray_engine import run_ray
@@ -82,7 +81,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, capfd: pytest.CaptureFixt
 @pytest.fixture
 def cluster() -> Iterator[str]:
     """The address of a cluster that another process started, with the token that it wants in this one's environment."""
-    ray_engine._protect()
+    ray_engine._require_token()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

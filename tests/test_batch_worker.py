@@ -1,35 +1,34 @@
-"""A worker draws what it is given, whatever its neighbours do, and notes it."""
+"""A worker draws what it is given, whatever its neighbours do, and notes it, while it draws the next."""
 
 import contextlib
 import errno
-import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from batch_support import batches, item, items, lines_of, pictures, setup_in, statuses
+from cli_support import tiny_model
+from conftest import open_session
 from oracle.comparing import pixels_apart
 
-from ldmcli.batch import pictures as picture_files
-from ldmcli.batch.feed import Feed, Stop
+from ldmcli.batch import worker as worker_module
+from ldmcli.batch.dispatch import Batch, Feed, Stop
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.worker import Worker
-from ldmcli.errors import LdmError, NotFiniteError, StorageError
+from ldmcli.errors import LdmError, StorageError
 from ldmcli.images.metadata import read_record
 from ldmcli.pipeline import Pipeline
 from ldmcli.session.drawing import DeviceLostError
 from ldmcli.spec import FittedRequest
 
 
-@contextlib.contextmanager
-def opened(folder: Path, **fields: Any) -> Iterator[Worker]:
-    worker = Worker(setup_in(folder, **fields), "worker-0")
-    yield worker
-    worker.close()
+def opened(folder: Path, **fields: Any) -> "contextlib.closing[Worker]":
+    return contextlib.closing(Worker(setup_in(folder, **fields), "worker-0"))
 
 
 @pytest.fixture
@@ -38,8 +37,23 @@ def worker(one_thread: None, tmp_path: Path) -> Iterator[Worker]:
         yield worker
 
 
-def drawn(worker: Worker, plan: Sequence[Sequence[Item]]) -> list[Outcome]:
-    return list(worker.run(Feed(plan, Stop())))
+def run(worker: Worker, plan: Iterable[Sequence[Item]], stop: Stop | None = None) -> Iterator[Outcome]:
+    return worker.run(Feed(map(Batch, plan), stop or Stop()))
+
+
+def drawn(worker: Worker, plan: Iterable[Sequence[Item]]) -> list[Outcome]:
+    return list(run(worker, plan))
+
+
+def before_writing(monkeypatch: pytest.MonkeyPatch, look: Any) -> None:
+    """Let workers call `look` with the path of each picture before they write it."""
+    write = worker_module.write_picture
+
+    def looked_at(folder: Path, path: str, data: bytes) -> str:
+        look(path)
+        return write(folder, path, data)
+
+    monkeypatch.setattr(worker_module, "write_picture", looked_at)
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, bad: dict[str, Exception]) -> list[list[str]]:
@@ -59,19 +73,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, bad: dict[str, Exception]) -> list
 
 
 # ---- what is drawn ----
-
-
-def test_the_same_pictures_in_batches_of_any_size(one_thread: None, tmp_path: Path) -> None:
-    row = items(8)
-    found = {}
-    for size in (1, 3, 8):
-        with opened(tmp_path / str(size)) as worker:
-            outcomes = drawn(worker, list(batches(row, size)))
-        assert statuses(outcomes) == dict.fromkeys(range(8), "done")
-        found[size] = pictures(tmp_path / str(size), outcomes)
-    assert len({picture.tobytes() for picture in found[1]}) == 8
-    assert pixels_apart(found[1], found[3]) <= 1
-    assert pixels_apart(found[1], found[8]) <= 1
 
 
 def test_outcomes_manifest_and_files_agree(worker: Worker, tmp_path: Path) -> None:
@@ -100,62 +101,27 @@ def test_prompts_of_all_lengths_in_one_batch(worker: Worker, tmp_path: Path) -> 
     assert pixels_apart(together, alone) <= 1
 
 
-def test_settings_that_a_batch_should_not_mix_are_drawn_apart(worker: Worker) -> None:
-    mixed = [item(0), item(1, steps=3), item(2, width=24)]
-    assert statuses(drawn(worker, [mixed])) == {0: "done", 1: "done", 2: "done"}
-
-
 # ---- rows that fail ----
 
 
 @pytest.mark.parametrize(
-    ("error", "told", "code"),
+    ("error", "words", "code"),
     [
-        (NotFiniteError("the U-Net gave numbers that are not finite."), "the U-Net gave numbers", 1),
         (RuntimeError("shapes \x1b[31m do not\nmatch"), r"RuntimeError: shapes \x1b[31m do not", 1),
         (StorageError("something."), "something.", 74),
     ],
 )
 def test_one_bad_row_takes_no_other_with_it(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str, code: int
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str, code: int
 ) -> None:
-    row = items(8)
-    asked = poisoned(monkeypatch, {"prompt 5": error})
-    outcomes = drawn(worker, [row])
+    poisoned(monkeypatch, {"prompt 5": error})
+    outcomes = drawn(worker, batches(items(8), 8))
     assert statuses(outcomes) == dict.fromkeys(range(8), "done") | {5: "failed"}
     (failed,) = (outcome for outcome in outcomes if outcome.status == "failed")
-    assert failed.error.startswith(told)
+    assert failed.error.startswith(words)
     assert failed.error.isprintable()
     assert failed.code == code
-    assert [len(prompts) for prompts in asked] == [8, 4, 4, 2, 1, 1, 2]
     assert lines_of(tmp_path)[5] == ["failed"]
-
-
-def test_two_bad_rows_in_two_batches(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    poisoned(monkeypatch, {"prompt 0": ValueError("no"), "prompt 6": ValueError("no")})
-    found = statuses(drawn(worker, list(batches(items(7), 4))))
-    assert [number for number, status in found.items() if status == "failed"] == [0, 6]
-
-
-def test_weights_of_a_prompt_that_cannot_be(worker: Worker) -> None:
-    """What is wrong with a prompt may show before anything is drawn; its neighbours are."""
-    row = [item(n, prompt, prompt_syntax="weighted") for n, prompt in enumerate(["a", "(b:0)", "c"])]
-    found = statuses(drawn(worker, [row]))
-    assert (found[0], found[2]) == ("done", "done")
-
-
-def test_a_record_says_which_pictures_were_drawn_in_32_bits(one_thread: None, tmp_path: Path) -> None:
-    with opened(tmp_path, dtype="bf16") as worker:
-        worker._session.load()
-        assert worker._session._drawer is not None
-        unet = worker._session._drawer.pipeline.model.unet
-        overflow = lambda _module, _inputs, out: out if out.dtype == torch.float32 else out * float("inf")  # noqa: E731
-        handle = unet.register_forward_hook(overflow)
-        (first,) = drawn(worker, [items(1)])
-        handle.remove()
-        (second,) = drawn(worker, [[item(1)]])
-    found = [read_record(tmp_path / outcome.path)["runtime"]["dtype"] for outcome in (first, second)]
-    assert found == ["fp32", "bf16"]
 
 
 def test_a_lost_device_ends_the_run(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +129,7 @@ def test_a_lost_device_ends_the_run(worker: Worker, tmp_path: Path, monkeypatch:
     poisoned(monkeypatch, {"prompt 2": torch.AcceleratorError("CUDA error: an illegal memory access\nCUDA …")})
     outcomes = []
     with pytest.raises(DeviceLostError, match="illegal memory access") as raised:
-        outcomes.extend(worker.run(Feed([[one] for one in items(4)], Stop())))
+        outcomes.extend(run(worker, ([one] for one in items(4))))
     assert raised.value.exit_code == 75
     assert lines_of(tmp_path) == {0: ["done"], 1: ["done"]}
 
@@ -174,7 +140,7 @@ def test_a_lost_device_ends_the_run(worker: Worker, tmp_path: Path, monkeypatch:
 def test_a_full_disk_ends_the_run_after_what_fits(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, told = os.fsync, []
+    sync, reported = os.fsync, []
 
     def full(descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").resolve()
@@ -183,11 +149,11 @@ def test_a_full_disk_ends_the_run_after_what_fits(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    run = worker.run(Feed(list(batches(items(9), 3)), Stop()))
     with pytest.raises(StorageError, match="No space left"):
-        told.extend(run)
+        reported.extend(run(worker, batches(items(9), 3)))
     noted = {number for number, lines in lines_of(tmp_path).items() if lines == ["done"]}
     assert noted >= {0, 1, 2, 4, 5}
+    assert noted >= statuses(reported).keys()
     assert 3 not in noted
     assert not list(tmp_path.rglob("*.part"))
     monkeypatch.undo()
@@ -195,31 +161,58 @@ def test_a_full_disk_ends_the_run_after_what_fits(
     assert set(statuses(drawn(worker, [left]))) | noted == set(range(9))
 
 
-def test_outcomes_told_before_a_full_disk_are_noted(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
-    write = picture_files.write_picture
-
-    def full(folder: Path, path: str, data: bytes) -> str:
+def test_what_was_in_hand_when_the_disk_was_full_is_reported(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: str) -> None:
         if "00000004-" in path:
             raise StorageError("cannot write: No space left on device.")
-        return write(folder, path, data)
 
-    monkeypatch.setattr("ldmcli.batch.worker.write_picture", full)
-    run = worker.run(Feed(list(batches(items(9), 3)), Stop()))
+    before_writing(monkeypatch, full)
+    reported: list[int] = []
     with pytest.raises(StorageError):
-        told.extend(outcome.item.number for outcome in run)
-    assert told == [0, 1, 2, 4, 5, 6, 7, 8]  # the batch in hand, the third, is told of too
+        reported.extend(outcome.item.number for outcome in run(worker, batches(items(9), 3)))
+    assert reported == [0, 1, 2, 4, 5, 6, 7, 8]  # the batch in hand, the third, too
 
 
-# ---- stopping, and plans that fail ----
+# ---- stopping, waiting, and plans that fail ----
+
+
+def test_a_batch_is_drawn_while_the_one_before_is_written(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, second = poisoned(monkeypatch, {}), threading.Event()
+    draw = Pipeline.draw
+
+    def noted(self: Pipeline, requests: Sequence[FittedRequest], *more: Any) -> Any:
+        if requests[0].prompt == "prompt 2":
+            second.set()
+        return draw(self, requests, *more)
+
+    monkeypatch.setattr(Pipeline, "draw", noted)
+    before_writing(monkeypatch, lambda path: "00000001-" not in path or second.wait(60) or pytest.fail("not drawn"))
+    assert [outcome.item.number for outcome in run(worker, batches(items(4), 2))] == [0, 1, 2, 3]
+    assert [len(prompts) for prompts in asked] == [2, 2]
+
+
+def test_what_is_done_is_reported_before_more_is_waited_for(worker: Worker) -> None:
+    """Whoever hands out batches gives a third when the first is reported; and a plan may wait for its input."""
+    reported: list[int] = []
+
+    def plan() -> Iterator[list[Item]]:
+        yield items(1)
+        yield [item(1)]
+        while reported != [0, 1]:
+            pass
+        yield [item(2)]
+
+    for outcome in run(worker, plan()):
+        reported.append(outcome.item.number)
+    assert reported == [0, 1, 2]
 
 
 def test_stop_finishes_the_batch_in_hand(worker: Worker, tmp_path: Path) -> None:
     stop, found = Stop(), []
-    for outcome in worker.run(Feed(batches(items(100), 2), stop)):
+    for outcome in run(worker, batches(items(100), 2), stop):
         stop.request()
         found.append(outcome)
-    # Told of the first batch while the second is in hand: that one too, and no more.
+    # The first batch is reported while the second is in hand: that one too, and no more.
     assert statuses(found) == dict.fromkeys(range(4), "done")
     assert set(lines_of(tmp_path)) == set(range(4))
 
@@ -231,7 +224,7 @@ def test_stop_while_the_plan_waits(worker: Worker) -> None:
         yield items(1)
         release.wait(60)
 
-    for _ in worker.run(Feed(endless(), stop)):  # told of at once, though no more batches come
+    for _ in run(worker, endless(), stop):  # reported at once, though no more batches come
         stop.request()
     release.set()
 
@@ -241,28 +234,10 @@ def test_what_a_plan_raises_comes_after_its_batches(worker: Worker) -> None:
         yield items(2)
         raise LdmError("the input is damaged.")
 
-    found = []
+    found: list[Outcome] = []
     with pytest.raises(LdmError, match="damaged"):
-        found.extend(worker.run(Feed(breaking(), Stop())))
-    run = worker.run(Feed(breaking(), Stop()))
-    assert [next(run).item.number, next(run).item.number] == [0, 1]
-
-
-def test_a_feed_reads_little_ahead(worker: Worker) -> None:
-    read = []
-
-    def plan() -> Iterator[list[Item]]:
-        for number in range(1000):
-            read.append(number)
-            yield [item(number)]
-
-    feed = Feed(plan(), Stop())
-    run = worker.run(feed)
-    for _ in range(5):
-        next(run)
-    assert len(read) <= 5 + 1 + 1 + 2 + 1  # told of, in hand, got, waiting, read
-    feed.close()
-    run.close()
+        found.extend(run(worker, breaking()))
+    assert statuses(found) == {0: "done", 1: "done"}
 
 
 def test_nothing_to_draw(worker: Worker, tmp_path: Path) -> None:
@@ -273,4 +248,17 @@ def test_nothing_to_draw(worker: Worker, tmp_path: Path) -> None:
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(LdmError, match="does not exist"):
         Worker(setup_in(tmp_path, model=str(tmp_path / "none")), "worker-0")
-    logging.getLogger("ldmcli").debug("nothing is left behind")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_same_files_on_a_gpu(tmp_path: Path, size: int) -> None:
+    """Whether the device is waited for after every batch or not."""
+    row = [item(n, f"prompt {n} {n % 7}", steps=8, width=64, height=64) for n in range(24)]
+    with opened(tmp_path, device="cuda", dtype="fp16") as worker:
+        outcomes = drawn(worker, batches(row, size))
+    assert statuses(outcomes) == dict.fromkeys(range(24), "done")
+    with open_session(tiny_model(), device="cuda", dtype="fp16") as session:
+        wanted = [picture.pixels() for picture in session.draw((one.request for one in row), batch_size=size)]
+    assert np.array_equal(pictures(tmp_path, outcomes), np.stack(wanted))

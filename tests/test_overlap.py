@@ -1,29 +1,23 @@
-"""Drawing overlaps with what comes after it, and nothing else changes: pictures, errors, the order in which things are
-told. A device that computes by itself is waited for by whoever wants its numbers, in the thread that writes them."""
+"""Drawing overlaps with what comes after it, and nothing else changes: pictures, errors, the order of reports. A device
+that computes by itself is waited for by whoever wants its numbers, in the thread that writes them."""
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from batch_support import batches, item, items, pictures, setup_in, statuses
 from cli_support import tiny_model
 from conftest import open_session
 
-from ldmcli.batch.feed import Feed, Stop
-from ldmcli.batch.items import Item
-from ldmcli.batch.worker import Worker
 from ldmcli.cli import run
 from ldmcli.pipeline import Drawn, Pipeline
 from ldmcli.session.picture import Arrival
 from ldmcli.spec import FittedRequest, GenerationRequest
 from ldmcli.stopwatch import Stopwatch
-
-cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
 class Draws:
@@ -48,47 +42,6 @@ class Draws:
     def wait_for(self, seed: int) -> bool:
         with self._more:
             return self._more.wait_for(lambda: any(seed in batch for batch in self.seeds), 60)
-
-
-# ---- a worker ----
-
-
-@pytest.fixture
-def worker(one_thread: None, tmp_path: Path) -> Iterator[Worker]:
-    worker = Worker(setup_in(tmp_path), "worker-0")
-    yield worker
-    worker.close()
-
-
-def test_a_batch_is_drawn_while_the_one_before_is_written(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ldmcli.batch import worker as module
-
-    draws, write = Draws(monkeypatch), module.write_picture
-
-    def waiting(folder: Path, path: str, data: bytes) -> str:
-        assert "00000000-" not in path or draws.wait_for(2)
-        return write(folder, path, data)
-
-    monkeypatch.setattr(module, "write_picture", waiting)
-    outcomes = list(worker.run(Feed(list(batches(items(4), 2)), Stop())))
-    assert draws.seeds == [[0, 1], [2, 3]]
-    assert [outcome.item.number for outcome in outcomes] == [0, 1, 2, 3]
-
-
-def test_what_is_done_is_told_before_more_is_waited_for(worker: Worker) -> None:
-    """Whoever hands out batches gives a third when the first is told of; and a plan may wait for its input."""
-    told: list[int] = []
-
-    def plan() -> Iterator[list[Item]]:
-        yield items(1)
-        yield [item(1)]
-        while told != [0, 1]:
-            pass
-        yield [item(2)]
-
-    for outcome in worker.run(Feed(plan(), Stop())):
-        told.append(outcome.item.number)
-    assert told == [0, 1, 2]
 
 
 # ---- the command line ----
@@ -174,23 +127,11 @@ def test_pictures_that_arrive_on_a_cpu_are_there_at_once_and_share_their_time() 
 # ---- a GPU ----
 
 
-@pytest.mark.parametrize("size", [pytest.param(size, marks=cuda) for size in (1, 3)])
-def test_the_same_files_on_a_gpu(tmp_path: Path, size: int) -> None:
-    """Whether the device is waited for after every batch or not."""
-    row = [item(n, f"prompt {n} {n % 7}", steps=8, width=64, height=64) for n in range(24)]
-    worker = Worker(setup_in(tmp_path, device="cuda", dtype="fp16"), "worker-0")
-    outcomes = list(worker.run(Feed(list(batches(row, size)), Stop())))
-    worker.close()
-    assert statuses(outcomes) == dict.fromkeys(range(24), "done")
-    with open_session(tiny_model(), device="cuda", dtype="fp16") as session:
-        wanted = [picture.pixels() for picture in session.draw((one.request for one in row), batch_size=size)]
-    assert np.array_equal(pictures(tmp_path, outcomes), np.stack(wanted))
-
-
-@pytest.mark.parametrize("count", [pytest.param(3, marks=cuda)])
-def test_the_host_does_not_wait_on_a_gpu(embedded_folder: Path, count: int) -> None:
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_host_does_not_wait_on_a_gpu(embedded_folder: Path) -> None:
     """Between pictures that differ in nothing but their seeds nothing is waited for."""
-    asked = [GenerationRequest("a star", seed=seed, steps=8) for seed in range(count)]
+    asked = [GenerationRequest("a star", seed=seed, steps=8) for seed in range(3)]
     with open_session(embedded_folder, device="cuda") as session:
         for _ in range(2):
             wanted = [picture.pixels() for picture in session.draw(asked)]

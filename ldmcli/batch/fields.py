@@ -11,7 +11,7 @@ from typing import Any
 
 from ldmcli.errors import UsageError, printable
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.spec import GenerationRequest
+from ldmcli.spec import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
 
 PROMPT = "prompt"
 TEXTS = (PROMPT, "negative_prompt")  # kept as they are written, spaces included
@@ -38,36 +38,10 @@ _SYNONYMS = {
     SIZE: "resolution image_size",
 }
 # Options elsewhere that a row has none of; a column of the name is probably meant as one.
-_OPTIONS = frozenset(
-    [
-        "scale",
-        "strength",
-        "denoisingstrength",
-        "model",
-        "checkpoint",
-        "vae",
-        "lora",
-        "loras",
-        "embedding",
-        "refiner",
-        "controlnet",
-        "image",
-        "initimage",
-        "mask",
-        "batchsize",
-        "device",
-        "dtype",
-        "precision",
-        "hiresupscale",
-        "hiressteps",
-        "facerestoration",
-        "restorefaces",
-        "tiling",
-        "subseed",
-        "variationseed",
-        "styles",
-        "clipstopatlastlayers",
-    ]
+_OPTIONS = (
+    " scale strength denoisingstrength model checkpoint vae lora loras embedding refiner controlnet image initimage "
+    "mask batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed "
+    "variationseed styles clipstopatlastlayers "
 )
 _TYPES = {field.name: field.type for field in dataclasses.fields(GenerationRequest)} | {"count": int}
 _WHOLE = {name for name, kind in _TYPES.items() if kind in (int, int | None)}
@@ -142,7 +116,9 @@ def normal(name: str, value: Any) -> Any:
         return _SAMPLERS.get(_bare(value[:100]), value)
     if name == "schedule" and type(value) is str and value.lower() in SPACINGS:
         return value.lower()
-    return tuple(value) if name == "guidance_interval" and isinstance(value, list) else value
+    if name == "guidance_interval" and isinstance(value, list) and all(type(one) in (int, float) for one in value):
+        return tuple(value)
+    return value
 
 
 def as_fields(pairs: Iterable[tuple[str, str, Any]]) -> tuple[dict[str, Any], str]:
@@ -197,6 +173,15 @@ def problem_of(name: str, value: Any) -> str:
     return ""
 
 
+def own_problem(name: str, value: Any) -> str:
+    """As `problem_of`, for the fields in OWN, which every row has: the usual is seen at a glance."""
+    if name == "seed":
+        fine = type(value) is int and 0 <= value <= MAX_SEED
+    else:
+        fine = type(value) is str and value.isascii() and len(value) <= MAX_PROMPT_BYTES and "\0" not in value
+    return "" if fine else problem_of(name, value)
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """Advice for a name that is not known: the fields that are called about so."""
     bare = _bare(name[:100])
@@ -208,7 +193,7 @@ def near(name: str, names: Iterable[str]) -> str:
 
 def suspected(title: str) -> str:
     """What a column may have been meant as that is no field; "" where nothing speaks for it."""
-    if _bare(title[:100]) in _OPTIONS:
+    if f" {_bare(title[:100])} " in _OPTIONS:
         return "rows cannot choose it, and the manifest keeps it as a remark."
     return near(title, COLUMNS)
 

@@ -49,10 +49,9 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a worker needs to draw: picklable, so that it can be sent to another process or machine."""
+    """What a worker needs to draw: picklable, to go to another process or machine."""
 
     folder: Path
     model: ModelSpec = ModelSpec()
     runtime: RuntimeSpec = RuntimeSpec()
-    batch_size: int = 1
     metadata: bool = True

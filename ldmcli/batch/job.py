@@ -1,5 +1,6 @@
 """What a batch run is asked for: the rows of an input, fitted to a model, and the identity that run.json keeps."""
 
+import collections
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
-from ldmcli.batch.grid import parse_grid
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.lines import Digest, continues
-from ldmcli.batch.plan import shard
 from ldmcli.batch.reading import RowReader, open_rows
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
-from ldmcli.batch.survey import IdIndex, Survey, items, survey
+from ldmcli.batch.settings import parse_grid
+from ldmcli.batch.survey import Survey, items, shard, survey
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import printable
 from ldmcli.session import Session
@@ -57,48 +57,40 @@ class Job:
         self.model = self.session.spec  # asked for its prediction type once, not by every worker
         self.session.close()
         self.runtime = spec.runtime
-        self.digest: Digest | None = None
-        self._cuts = 0
-        self._remarks: set[str] = set()
+        self._digest: Digest | None = None  # of the input that was surveyed
+        self._remarks: collections.Counter[str] = collections.Counter()
 
     def survey(self) -> Survey:
-        """Go through all rows of this shard, telling of the bad ones; then the input is opened anew."""
-        index, count = self.spec.shard
-        found = survey(shard(self.items(), index - 1, count), _SHOWN_BAD_ROWS)
+        """Go through all rows, logging the bad ones; then the input is opened anew."""
+        found = survey(self.items(), _SHOWN_BAD_ROWS)
         for bad in found.first_bad:
-            _tell(bad)
+            _log_bad(bad)
         if found.bad_rows > len(found.first_bad):
             _log.error("and %d more bad rows", found.bad_rows - len(found.first_bad))
-        self.digest = self.reader.digest()
-        self._cuts = _SHOWN_CUTS  # they are known now
+        self._digest = self.reader.digest()
+        self._remarks["cut"] = _SHOWN_CUTS  # they are known now
         if self.spec.path is not None:
             self.reader = self._open()
         return found
 
-    def items(self, *, told: bool = False) -> Iterator[Item | BadRow]:
-        """The rows' pictures, once; `told`: with word of bad rows as they pass."""
+    def items(self, *, reporting: bool = False) -> Iterator[Item | BadRow]:
+        """The pictures of this shard's rows, once; `reporting`: bad rows are logged as they pass."""
+        spec, fit, check = self.spec, self._fit, self._check_prompt
         found = items(
-            self.reader,
-            self.spec.common,
-            seed=self.spec.seed,
-            count=self.spec.count,
-            grid=self.grid,
-            fit=self._fit,
-            check_prompt=self._check_prompt,
-            ids=IdIndex(),
+            self.reader, spec.common, seed=spec.seed, count=spec.count, grid=self.grid, fit=fit, check_prompt=check
         )
-        for one in found:
-            if told and isinstance(one, BadRow):
-                _tell(one)
+        for one in shard(found, spec.shard):
+            if reporting and isinstance(one, BadRow):
+                _log_bad(one)
             yield one
-        if self.digest is None:  # else they were told of when the rows were surveyed
+        if self._digest is None:  # else they were logged when the rows were surveyed
             for hint in self.reader.hints:
                 _log.warning("%s", hint)
 
     def open_run(self, folder: Path, found: Survey | None, *, extend: bool = False) -> None:
         """Begin the run in the folder's run.json, or see that it is this one. Raises BadDataError if it is another."""
         spec = self.spec
-        known = {"sha256": self.digest.sha256, "bytes": self.digest.size} if self.digest else {}
+        known = {"sha256": self._digest.sha256, "bytes": self._digest.size} if self._digest else {}
         settings = {name: value for name, value in spec.common.to_dict().items() if name not in ("prompt", "seed")}
         # Beside the request, all that may change a PNG.
         settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
@@ -124,27 +116,23 @@ class Job:
     def _fit(self, request: GenerationRequest) -> GenerationRequest:
         fitted = self.session.fit(request)
         if fitted.guidance_scale < 1:
-            self._remark(UNREAD_PROMPT)
+            self._remark("unread", UNREAD_PROMPT)
         return fitted.recorded
 
-    def _remark(self, sentence: str, kind: str = "") -> None:
-        """Warn of something once a run."""
-        if (kind or sentence) not in self._remarks:
-            self._remarks.add(kind or sentence)
+    def _remark(self, kind: str, sentence: str, limit: int = 1) -> None:
+        """Warn of something, a few times a run."""
+        if self._remarks[kind] < limit:
+            self._remarks[kind] += 1
             _log.warning("%s", sentence)
 
     def _check_prompt(self, request: GenerationRequest) -> None:
         for text in (request.prompt, request.negative_prompt):
-            if request.prompt_syntax == "plain" and "syntax" not in self._remarks and (hint := syntax_hint(text)):
-                self._remark(hint, "syntax")
-            cut = self.session.cut_text(text, request)
-            if cut and self._cuts < _SHOWN_CUTS:
-                self._cuts += 1
-                limit = self.session.token_limit
-                _log.warning(
-                    "a prompt is longer than the %d tokens the model reads; cut off: “%s”", limit, printable(cut)
-                )
+            if request.prompt_syntax == "plain" and not self._remarks["syntax"] and (hint := syntax_hint(text)):
+                self._remark("syntax", hint)
+            if cut := self.session.cut_text(text, request):
+                limit = f"the {self.session.token_limit} tokens the model reads"
+                self._remark("cut", f"a prompt is longer than {limit}; cut off: “{printable(cut)}”", _SHOWN_CUTS)
 
 
-def _tell(bad: BadRow) -> None:
+def _log_bad(bad: BadRow) -> None:
     _log.error("line %d: %s", bad.line, " ".join(bad.problems))

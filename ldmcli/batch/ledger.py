@@ -1,42 +1,41 @@
-"""What of a run is done, as its manifests and pictures on disk tell: who is drawn when it goes on, and the account.
+"""What of a run is done, by its manifests and pictures on disk: who is drawn when it goes on, and the account.
 
 A picture is done when a line of a manifest says so *and* its file is there and not empty; pictures' names are read,
 never the pictures.
 """
 
 import dataclasses
-import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
-from ldmcli.batch.manifest import DONE, FAILED, State, key_of, read_manifests, read_states
+from ldmcli.batch.manifest import FAILED, STATES, bad_state, key_of, read_manifests, read_states
 from ldmcli.batch.pictures import numbers_there
 from ldmcli.batch.runfile import read_run
 from ldmcli.batch.scratch import Scratch
-from ldmcli.disk.opening import PICTURES, open_regular
-from ldmcli.errors import BadDataError, LdmError, printable
+from ldmcli.errors import BadDataError, printable
 
-_DONE, _FAILED, _BAD = 1, 0, -1
 _TABLES = (
-    # A bad row stands there as a picture whose number is the row's, negative.
+    # The states are 1 done, 0 failed, -1 a row that cannot be drawn.
     "CREATE TABLE pictures (number INTEGER PRIMARY KEY, row INTEGER, state INTEGER, pictures INTEGER, key TEXT)",
-    "CREATE INDEX by_row ON pictures (row)",
-    "CREATE TABLE sound (number INTEGER PRIMARY KEY)",
+    "CREATE TABLE there (number INTEGER PRIMARY KEY)",
 )
+_INDEX = "CREATE INDEX by_row ON pictures (row)"
 _SET = (
     "INSERT INTO pictures VALUES (?, ?, ?, ?, ?) ON CONFLICT (number) DO UPDATE SET row = excluded.row, "
     "state = excluded.state, pictures = excluded.pictures, key = excluded.key WHERE excluded.state >= pictures.state"
 )
-# A row is settled when all its pictures are done or have failed.
+_DROP_LOST = "DELETE FROM pictures WHERE state = 1 AND number NOT IN (SELECT number FROM there)"
+# A row that an older version called bad and that was drawn since.
+_DROP_MENDED = "DELETE FROM pictures WHERE number < 0 AND row IN (SELECT row FROM pictures WHERE number >= 0)"
+# A row is settled when all its pictures are done or have failed; a bad row counts as one that failed.
 _COUNT = """
-    SELECT total(done), total(failed), total(drawn AND done >= pictures),
-        total(NOT drawn OR (done < pictures AND done + failed >= pictures))
+    SELECT total(done), total(failed), total(done >= pictures), total(done < pictures AND settled >= pictures)
     FROM (
-        SELECT sum(state = 1) AS done, sum(state = 0) AS failed, max(pictures) AS pictures, max(number) >= 0 AS drawn
+        SELECT sum(state = 1) AS done, sum(state = 0) AS failed, count(*) AS settled, max(pictures) AS pictures
         FROM pictures GROUP BY row
     )
 """
@@ -58,38 +57,19 @@ class Counts:
 
 
 class Ledger:
-    """The pictures of a run that are done or have failed, and its bad rows. `load` makes one from the disk.
+    """The pictures of the run in `folder` that are done or have failed, and its bad rows. Logs how many pictures are
+    gone that were done. One thread may ask what is wanted while another notes what came out."""
 
-    One thread may ask what is wanted while another notes what came out.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self._database = Scratch(*_TABLES)
-        self._has_bad = False
-
-    @classmethod
-    def load(cls, folder: Path) -> "Ledger":
-        """The ledger of the run in `folder`, empty for a new one. Logs how many pictures are gone that were done."""
-        ledger = cls()
-        ledger._database.change(_SET, map(_as_picture, read_states(folder)))
-        ledger._has_bad = ledger._database("SELECT 1 FROM pictures WHERE number < 0") is not None
+        self._database.change(_SET, read_states(folder))
         # After the manifests: a picture is there before its line, also while another process writes both.
-        ledger.verify(folder)
-        return ledger
-
-    def verify(self, folder: Path, *, hashes: bool = False) -> int:
-        """Make not done whose picture is gone or empty, or, with `hashes`, is not the one that was written: reading
-        every picture takes its time. Returns how many, and logs it."""
-        sound = _unchanged(folder) if hashes else numbers_there(folder)
-        self._database("DELETE FROM sound")
-        self._database.change("INSERT OR IGNORE INTO sound VALUES (?)", ((number,) for number in sound))
-        lost = self._database.change(
-            "DELETE FROM pictures WHERE state = ? AND number NOT IN (SELECT number FROM sound)", [(_DONE,)]
-        )
-        self._database("DELETE FROM sound")
-        if lost:
-            _log.warning("%d pictures that were done are gone, empty or changed; they count as not done", lost)
-        return lost
+        self._database.change("INSERT OR IGNORE INTO there VALUES (?)", zip(numbers_there(folder), strict=True))
+        if lost := self._database.change(_DROP_LOST, [()]):
+            _log.warning("%d pictures that were done are gone or empty; they count as not done", lost)
+        for command in ("DROP TABLE there", _DROP_MENDED, _INDEX):  # the index costs least when all is there
+            self._database(command)
+        self._has_bad = self._database("SELECT 1 FROM pictures WHERE number < 0") is not None
 
     def wanted(self, item: Item, *, retry_failed: bool = False) -> bool:
         """Whether `item` is to be drawn: if it is neither done nor failed, or with `retry_failed` only if it failed.
@@ -104,39 +84,29 @@ class Ledger:
             )
         if self._has_bad:
             self._database("DELETE FROM pictures WHERE number = ?", -item.row)  # an older version called it bad
-        return retry_failed and found[0] == _FAILED if found else not retry_failed
+        return retry_failed and found[0] == STATES[FAILED] if found else not retry_failed
 
     def note(self, outcome: Outcome) -> None:
         """Take in how a picture came out. Its line in a manifest comes first."""
         item = outcome.item
-        self._database(_SET, item.number, item.row, outcome.status == DONE, item.pictures, key_of(item))
+        self._database(_SET, item.number, item.row, STATES[outcome.status], item.pictures, key_of(item))
 
     def note_bad(self, bad: BadRow) -> bool:
         """Take in a row that cannot be drawn; True if that is news, which belongs into a manifest (`append_bad`)."""
         if self._database("SELECT 1 FROM pictures WHERE row = ?", bad.row):
             return False
         self._has_bad = True
-        self._database(_SET, -bad.row, bad.row, _BAD, 0, "")
+        self._database(_SET, *bad_state(bad.row))
         return True
 
-    def has_failed(self, row: int, number: int) -> bool:
-        """Whether picture `number` has failed, or where it is negative, the row is bad."""
-        found = self._database("SELECT state, (SELECT max(number) FROM pictures WHERE row = ?) FROM pictures "
-                               "WHERE number = ?", row, number)  # fmt: skip
-        return found is not None and (found[0] == _FAILED or (found[0] == _BAD and found[1] < 0))
+    def has_failed(self, number: int) -> bool:
+        """Whether a picture has failed or, where the number is negative, the row is bad."""
+        return self._database("SELECT 1 FROM pictures WHERE number = ? AND state < 1", number) is not None
 
     def counts(self, rows: int | None) -> Counts:
         """The account, for an input of so many rows."""
-        counted = self._database(_COUNT)
-        assert counted is not None
-        images, failed_images, done, failed = map(int, counted)
+        images, failed_images, done, failed = map(int, self._database(_COUNT) or ())
         return Counts(rows, done, failed, None if rows is None else rows - done - failed, images, failed_images)
-
-
-def _as_picture(state: State) -> tuple[int, int, int, int, str]:
-    if state.number is None:
-        return -state.row, state.row, _BAD, 0, ""
-    return state.number, state.row, _DONE if state.done else _FAILED, state.pictures, state.key
 
 
 def audit(counts: Counts) -> tuple[str, bool]:
@@ -157,36 +127,18 @@ def status(folder: Path) -> dict[str, Any]:
     """How far the run in `folder` is, in JSON values; needs neither lock nor model. Raises MissingInputError where
     there is no run, BadDataError where run.json is damaged."""
     identity = read_run(folder)
-    counts = Ledger.load(folder).counts(identity.rows)
-    return {"folder": str(folder), **dataclasses.asdict(counts)}
+    return {"folder": str(folder), **dataclasses.asdict(Ledger(folder).counts(identity.rows))}
 
 
 def failures(folder: Path) -> Iterator[dict[str, Any]]:
     """What has failed in the run in `folder`, in the order of its rows: row, line, id, seed (None for a bad row),
     prompt, error and code, in JSON values. Raises as `status` does."""
     read_run(folder)
-    ledger = Ledger.load(folder)
-    last = {_as_number(record): record for record in read_manifests(folder) if record["status"] == FAILED}
+    ledger = Ledger(folder)
+    failed = (record for record in read_manifests(folder) if record["status"] == FAILED)
+    last = {-record["row"] if record["number"] is None else record["number"]: record for record in failed}
     for number, record in sorted(last.items(), key=lambda one: (one[1]["row"], one[0])):
-        if ledger.has_failed(record["row"], number):
+        if ledger.has_failed(number):
             request = record.get("request")
             facts = {name: record.get(name) for name in ("row", "line", "id", "seed", "error", "code")}
             yield facts | {"prompt": request.get(PROMPT) if isinstance(request, dict) else None}
-
-
-def _as_number(record: Mapping[str, Any]) -> int:
-    return -record["row"] if record["number"] is None else record["number"]
-
-
-def _unchanged(folder: Path) -> Iterator[int]:
-    """The numbers of the pictures whose file has the hash that a manifest tells. One that was drawn twice has two."""
-    for record in read_manifests(folder):
-        if record["status"] != DONE:
-            continue
-        try:
-            with open_regular(folder / record["path"], PICTURES) as file:
-                digest = hashlib.file_digest(file, "sha256")
-        except LdmError:
-            continue
-        if digest.hexdigest() == record.get("sha256"):
-            yield record["number"]

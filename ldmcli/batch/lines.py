@@ -8,7 +8,7 @@ import io
 import re
 import sys
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class Digest:
     size: int
 
 
-class Lines(Iterator[Line]):
+class Lines(Iterable[Line]):
     """The lines of the file at `path`, or of standard input where it is None, each as soon as it is complete.
 
     Gzip is detected from its first bytes. Lines end in LF, CRLF or CR, the last one in any of them or nothing. Byte
@@ -65,25 +65,17 @@ class Lines(Iterator[Line]):
     def __iter__(self) -> Iterator[Line]:
         return self._lines
 
-    def __next__(self) -> Line:
-        return next(self._lines)
-
-    def close(self) -> None:
-        """Close the file; there are no more lines."""
-        self._lines.close()
-
     def digest(self) -> Digest:
         """Of the bytes read so far: at the end, of all."""
         return Digest(self._hash.hexdigest(), self._size)
 
-    def note(self, chunk: bytes) -> None:
-        """Take more bytes into the digest."""
+    def _note(self, chunk: bytes) -> None:
         self._hash.update(chunk)
         self._size += len(chunk)
 
-    def _read(self, path: Path | None) -> Generator[Line]:
+    def _read(self, path: Path | None) -> Iterator[Line]:
         with _opened(path) as content:
-            noted: Any = _Noted(content, self)
+            noted: Any = _Noted(content, self._note)
             text = io.TextIOWrapper(noted, "utf-8", "surrogateescape", newline="")
             number = 0
             while line := text.readline(MAX_LINE_BYTES + 1):
@@ -110,17 +102,17 @@ class Lines(Iterator[Line]):
 
 
 class _Noted(io.BufferedIOBase):
-    """A stream of bytes that tells of each chunk that is read of it."""
+    """A stream of bytes whose chunks are noted as they are read."""
 
-    def __init__(self, content: io.BufferedIOBase, lines: Lines) -> None:
-        self._content, self._lines = content, lines
+    def __init__(self, content: io.BufferedIOBase, note: Callable[[bytes], None]) -> None:
+        self._content, self._note = content, note
 
     def readable(self) -> bool:
         return True
 
     def read1(self, size: int = -1) -> bytes:
         chunk = self._content.read1(_CHUNK if size < 0 else size)
-        self._lines.note(chunk)
+        self._note(chunk)
         return chunk
 
 

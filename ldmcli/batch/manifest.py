@@ -17,7 +17,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
@@ -28,8 +28,9 @@ from ldmcli.errors import BadDataError, CannotCreateError
 from ldmcli.spec import GenerationRequest
 
 DONE, FAILED = "done", "failed"
+STATES = {DONE: 1, FAILED: 0}
+State = tuple[int, int, int, int, str]  # number, row, one of STATES, pictures of the row, key
 _FOLDER = "manifest"
-_WORKER = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
 _KEY = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _MAX_LINE = 1 << 26  # two texts of a request escaped in full take 12 MiB
 _MAX_ERROR = 10_000
@@ -49,18 +50,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class State(NamedTuple):
-    """What the ledger needs of a line. A row that cannot be drawn has no number; its other fields say nothing."""
-
-    row: int
-    number: int | None
-    done: bool
-    key: str
-    pictures: int  # of the row
-
-
 def key_of(item: Item) -> str:
-    """16 hex digits that tell a picture's recipe and id from every other.
+    """16 hex digits that differ for every two recipes or ids of pictures.
 
     What a request does not say of itself is left out, so that a field added to requests one day changes no key.
     """
@@ -76,8 +67,6 @@ class ManifestWriter:
     """
 
     def __init__(self, folder: Path, worker: str) -> None:
-        if not _WORKER.fullmatch(worker):
-            raise CannotCreateError(f"{worker!r} cannot name the manifest of a worker: letters, digits, - _ and . can.")
         self.worker = worker
         self.path = folder / _FOLDER / f"{worker}.jsonl"
         make_folder(self.path.parent)
@@ -103,7 +92,7 @@ class ManifestWriter:
         """Let go of the file; twice does no harm."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
-            self._descriptor = -1
+            self._descriptor = -1  # a plan that still waits for its input must not write to what gets this number
 
     def append(self, outcome: Outcome) -> None:
         """Add the line of one picture; it is on the disk when this returns. The picture must be there by then."""
@@ -146,8 +135,8 @@ class ManifestWriter:
 def read_manifests(folder: Path) -> Iterator[dict[str, Any]]:
     """The sound lines of all manifests of the run in `folder`, file by file, one in memory at a time.
 
-    Fields can be relied on as far as `_is_sound` looks at them. Damaged lines are counted and logged: what they told
-    of counts as not done. Raises StorageError where reading fails, MissingInputError where a file may not be read.
+    Fields can be relied on as far as `_is_sound` looks at them. Damaged lines are counted and logged: their
+    pictures count as not done. Raises StorageError where reading fails, MissingInputError where a file may not be read.
     """
     return _read(folder, _parsed)
 
@@ -155,6 +144,11 @@ def read_manifests(folder: Path) -> Iterator[dict[str, Any]]:
 def read_states(folder: Path) -> Iterator[State]:
     """What the ledger needs of the same lines, several times as fast. Raises as `read_manifests` does."""
     return _read(folder, _state)
+
+
+def bad_state(row: int) -> State:
+    """A row that cannot be drawn stands for one picture, whose number is the row's, negative, and its state too."""
+    return -row, row, -1, 1, ""
 
 
 def _read(folder: Path, parse: Callable[[bytes], _T | None]) -> Iterator[_T]:
@@ -167,7 +161,7 @@ def _read(folder: Path, parse: Callable[[bytes], _T | None]) -> Iterator[_T]:
             else:
                 yield parsed
         if damaged:
-            _log.warning("%s: damaged lines left out: %d; what they told of is drawn again", shown(path), damaged)
+            _log.warning("%s: damaged lines left out: %d; their pictures are drawn again", shown(path), damaged)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -188,14 +182,15 @@ def _line(record: dict[str, Any]) -> bytes:
 
 def _state(line: bytes) -> State | None:
     head = _HEAD.match(line)
-    if head and line[-_CHECK_LENGTH:] == _CHECK % zlib.crc32(memoryview(line)[:-_CHECK_LENGTH]):
+    if head and line[-_CHECK_LENGTH:] == _CHECK % zlib.crc32(line[:-_CHECK_LENGTH]):
         row, number, status, key, pictures = head.groups()
-        return State(int(row), int(number), status == b"done", key.decode(), int(pictures))
+        return int(number), int(row), STATES[status.decode()], int(pictures), key.decode()
     record = _parsed(line)
     if record is None:
         return None
-    done, key, pictures = record["status"] == DONE, record.get("key", ""), record.get("pictures", 0)
-    return State(record["row"], record["number"], done, key, pictures)
+    if record["number"] is None:
+        return bad_state(record["row"])
+    return record["number"], record["row"], STATES[record["status"]], record["pictures"], record["key"]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -10,11 +10,10 @@ from ldmcli.batch.items import Item
 from ldmcli.disk.writing import make_folder, named_errors, write_exact
 from ldmcli.errors import StorageError
 
-PICTURE_PATH = re.compile(r"images/\d{5,19}/\d{1,19}-\d{1,20}(-\d{1,19})?\.png", re.ASCII)
 _IMAGES = "images"
 _PER_FOLDER = 10_000
 _NAME = re.compile(r"(\d{1,19})-\d{1,20}(?:-(\d{1,19}))?\.png", re.ASCII)
-_TEMPORARY = re.compile(r"\.ldm-.*\.part")
+PICTURE_PATH = re.compile(rf"{_IMAGES}/\d{{5,19}}/{_NAME.pattern}", re.ASCII)
 
 
 def picture_path(item: Item) -> str:
@@ -45,29 +44,21 @@ def write_picture(folder: Path, path: str, data: bytes) -> str:
 def numbers_there(folder: Path) -> Iterator[int]:
     """The numbers of the pictures that are there and not empty, in any order. One listing for each subfolder."""
     for subfolder in _entries(folder / _IMAGES):
-        if not (subfolder.name.isdecimal() and subfolder.is_dir()):
-            continue
-        for entry in _entries(Path(subfolder.path)):
-            named = _NAME.fullmatch(entry.name)
-            if named is None or not _has_content(entry):
-                continue
-            number = int(named[1]) - 1 if named[2] is None else int(named[2])
-            if number // _PER_FOLDER == int(subfolder.name):
-                yield number
+        for entry in _entries(Path(subfolder.path)) if subfolder.name.isdecimal() else ():
+            if (named := _NAME.fullmatch(entry.name)) and _has_content(entry):
+                number = int(named[1]) - 1 if named[2] is None else int(named[2])
+                if number // _PER_FOLDER == int(subfolder.name):
+                    yield number
 
 
-def clean_temporaries(folder: Path) -> int:
-    """Remove what killed processes left half written, and return how many files that was. Only for who holds the
-    folder's lock: others' temporary files look the same."""
-    removed = 0
-    subfolders = (Path(entry.path) for entry in _entries(folder / _IMAGES) if entry.is_dir(follow_symlinks=False))
-    for place in (folder, folder / _IMAGES, *subfolders):
-        for entry in _entries(place):
-            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                with named_errors(Path(entry.path), "remove"):
-                    Path(entry.path).unlink(missing_ok=True)
-                removed += 1
-    return removed
+def clean_temporaries(folder: Path) -> None:
+    """Remove what killed processes left half written. Only for the holder of the folder's lock: others' temporary
+    files look the same."""
+    for place in ("", f"{_IMAGES}/", f"{_IMAGES}/*/"):
+        for path in folder.glob(f"{place}.ldm-*.part"):
+            if path.is_file() and not path.is_symlink():
+                with named_errors(path, "remove"):
+                    path.unlink(missing_ok=True)
 
 
 def _entries(folder: Path) -> Iterator["os.DirEntry[str]"]:

@@ -4,6 +4,7 @@ Ray schedules, restarts and retries; what is done is what the manifests and pict
 imported here alone, and only where it is asked for.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -16,12 +17,10 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
-from ldmcli.batch.dispatch import HELD, Dispatcher, StartError, noted
-from ldmcli.batch.feed import Batch, Feed, Stop
+from ldmcli.batch.dispatch import HELD, POLL, Batch, Dispatcher, RemoteWorker, StartError, Stop, noted
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.errors import LdmError, UsageError, printable
 
-_POLL = 0.1  # s between looks at the plan and at whether to stop
 _PATIENCE = 10  # s for a cluster's head to answer
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def run_ray(
     address: str | None = None,
     workers: int | None = None,
     stop: Stop,
-) -> Generator[Outcome, None, None]:
+) -> Generator[Outcome]:
     """Draw all batches on the Ray cluster at `address`, or on one of this machine's own for this run; by so many
     workers, or one a GPU. Otherwise as `local.run_local`. The machines must share the folder and have the model under
     the same name.
@@ -43,15 +42,14 @@ def run_ray(
     """
     if importlib.util.find_spec("ray") is None:
         raise UsageError("--engine ray needs Ray, which is not installed; pip install 'ldmcli[ray]'.")
-    feed = Feed(batches, stop)
-    try:
-        _connect(address)
-        yield from _Actors(setup, feed, workers, stop).run()
-    finally:
-        feed.close()
-        import ray
+    with contextlib.closing(Dispatcher(setup.folder, batches, stop)) as dispatcher:
+        try:
+            _connect(address)
+            yield from _run_actors(_actors(setup, workers), dispatcher)
+        finally:
+            import ray
 
-        ray.shutdown()
+            ray.shutdown()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ class RayWorker:
         self._worker: Any = None
         self._drawing = threading.Lock()
         self._stopped = False
-        # Ray repeats the tasks of an actor that died; they may have been done but for telling.
+        # Ray repeats the tasks of an actor that died; they may have been done but for the report.
         self._doubtful = HELD if ray.get_runtime_context().was_current_actor_reconstructed else 0
 
     def open(self) -> Report:
@@ -98,7 +96,9 @@ class RayWorker:
             report = self.open()
             if self._stopped or report.error:
                 return report
-            done = self._done(batch)
+            doubtful = batch.attempts > 1 or self._doubtful > 0
+            self._doubtful -= 1
+            done = noted(self._setup.folder, batch.items) if doubtful else {}
             try:
                 left = [item for item in batch.items if item.number not in done]
                 futures = self._worker.submit(left, batch.attempts) if left else []
@@ -114,95 +114,76 @@ class RayWorker:
         """Draw nothing more; what is in hand is finished."""
         self._stopped = True
 
-    def _done(self, batch: Batch) -> dict[int, Outcome]:
-        if self._doubtful <= 0 and batch.attempts == 1:
-            return {}
-        self._doubtful -= 1
-        return noted(self._setup.folder, batch.items)
+
+class _Actor(RemoteWorker):
+    """An actor, as the driver sees it."""
+
+    def __init__(self, name: str, handle: Any) -> None:
+        super().__init__(name)
+        self.tasks: dict[Any, Batch | None] = {handle.open.remote(): None}  # under way; without a batch it loads
+        self._handle = handle
+
+    def give(self, batch: Batch) -> None:
+        self.held.append(batch)
+        self.tasks[self._handle.draw.remote(batch)] = batch
+
+    def finish(self) -> None:
+        if not self.finishing:
+            self.finishing = True
+            self._handle.stop.remote()
 
 
-class _Actors:
-    """The actors, and what each has in hand."""
+def _actors(setup: Setup, workers: int | None) -> list[_Actor]:
+    import ray
 
-    def __init__(self, setup: Setup, feed: Feed, workers: int | None, stop: Stop) -> None:
-        import ray
+    count, share = _shares(ray.cluster_resources(), workers, on_cpu=setup.runtime.device == "cpu")
+    # One method draws, others write what they drew, and stop() must find a thread free.
+    options = {"max_restarts": -1, "max_task_retries": 1, "max_concurrency": HELD + 1, **share}
+    actor = ray.remote(**options)(RayWorker)
+    names = [f"ray-{i}" for i in range(count)]
+    return [_Actor(name, actor.remote(setup, name)) for name in names]
 
-        self._ray = ray
-        self._stop, self._stopped = stop, False
-        self._dispatcher = Dispatcher(setup.folder, feed)
-        self._failure: BaseException | None = None
-        count, share = _shares(ray.cluster_resources(), workers, on_cpu=setup.runtime.device == "cpu")
-        # One method draws, others write what they drew, and stop() must find a thread free.
-        options = {"max_restarts": -1, "max_task_retries": 1, "max_concurrency": HELD + 1, **share}
-        actor = ray.remote(**options)(RayWorker)
-        self._actors = [actor.remote(setup, f"ray-{i}") for i in range(count)]
-        self._held: list[list[Batch]] = [[] for _ in self._actors]
-        self._ready: set[int] = set()
-        # What is under way: which actor's, and what batch; none while it loads.
-        self._pending: dict[Any, tuple[int, Batch | None]] = {
-            actor.open.remote(): (i, None) for i, actor in enumerate(self._actors)
-        }
 
-    def run(self) -> Iterator[Outcome]:
-        """Feed all actors until nothing is left, in the plan or in hand; then raise what went wrong, if anything."""
-        try:
-            while True:
-                self._hand_out()
-                if not any(self._held) and (self._ending or self._dispatcher.over):
-                    break
-                for reference in self._ray.wait(list(self._pending), timeout=_POLL)[0] if self._pending else ():
-                    yield from self._take(reference)
-            if self._failure is not None:
-                raise self._failure
-        finally:
-            self._dispatcher.close()
+def _run_actors(actors: Sequence[_Actor], dispatcher: Dispatcher) -> Iterator[Outcome]:
+    """Feed all actors until nothing is left, in the plan or in hand; then raise what went wrong, if anything."""
+    import ray
 
-    @property
-    def _ending(self) -> bool:
-        return self._failure is not None or self._stop.requested
+    while any(actor.held or not actor.finishing for actor in actors):
+        dispatcher.hand_out(actors)
+        by_task = {task: actor for actor in actors for task in actor.tasks}
+        for task in ray.wait(list(by_task), timeout=POLL)[0] if by_task else ():
+            yield from _taken(task, by_task[task], dispatcher)
+    if dispatcher.failure is not None:
+        raise dispatcher.failure
 
-    def _hand_out(self) -> None:
-        if self._ending:
-            if not self._stopped:
-                self._stopped = True
-                for actor in self._actors:
-                    actor.stop.remote()
-            return
-        try:
-            for i in self._ready:
-                while batch := self._dispatcher.next(self._held[i]):
-                    self._held[i].append(batch)
-                    self._pending[self._actors[i].draw.remote(batch)] = i, batch
-        except Exception as error:  # of the plan
-            self._failure = error
 
-    def _take(self, reference: Any) -> Iterator[Outcome]:
-        """What came of a task."""
-        i, batch = self._pending.pop(reference)
-        if batch is not None:
-            self._held[i].remove(batch)
-        try:
-            report = self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:
-            reason = printable(str(error).strip().partition("\n")[0])
-            if batch is None:
-                self._failure = self._failure or StartError(f"a worker of Ray's cannot be started: {reason}.")
-                return
-            _log.warning("ray-%d died over a batch (%s)", i, reason)
-            yield from self._dispatcher.died([batch])
-            return
-        self._failure = self._failure or report.error
+def _taken(task: Any, actor: _Actor, dispatcher: Dispatcher) -> Iterator[Outcome]:
+    """What came of a task."""
+    import ray
+
+    batch = actor.tasks.pop(task)
+    if batch is not None:
+        actor.held.remove(batch)
+    try:
+        report = ray.get(task)
+    except ray.exceptions.RayError as error:
+        reason = _first_line(error)
         if batch is None:
-            self._ready.add(i)
-        yield from report.outcomes
+            failure = StartError(f"a worker of Ray's cannot be started: {reason}.")
+            dispatcher.failure = dispatcher.failure or failure
+            return
+        _log.warning("%s died over a batch (%s)", actor.name, reason)
+        yield from dispatcher.died([batch])
+        return
+    dispatcher.failure = dispatcher.failure or report.error
+    actor.ready = True
+    yield from report.outcomes
 
 
 def _connect(address: str | None) -> None:
-    """Join the cluster, or start one that ends with this process; all of Ray's own talk is left out."""
+    """Join the cluster, or start one that ends with this process; none of Ray's own messages are shown."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_DEDUP_LOGS_SKIP_REGEX", "(?s)."
-    )  # no line of its nodes: they would go to standard output
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "(?s).")  # its nodes' lines would go to standard output
     if address is None:
         _require_token()
     import ray  # which reads its environment when it is imported
@@ -217,7 +198,7 @@ def _connect(address: str | None) -> None:
             # Its token is in RAY_AUTH_TOKEN, or where else Ray looks for it.
             ray.init(address=address, **quiet)
     except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
-        reason = printable(str(error).strip().partition("\n")[0].rstrip("."))
+        reason = _first_line(error)
         if address is None:
             raise StartError(f"Ray cannot be started: {reason}.") from error
         raise StartError(
@@ -253,3 +234,7 @@ def _shares(resources: dict[str, float], workers: int | None, *, on_cpu: bool) -
         return count, {"num_gpus": min(1.0, gpus / count), "num_cpus": 1}
     count = workers or 1
     return count, {"num_cpus": max(1, int(resources.get("CPU", 1)) // count)}
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).strip().partition("\n")[0].rstrip("."))

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldmcli.batch.fields import EXTRAS, IDS, PROMPT, as_fields, column_name, field_named, from_text, suspected
-from ldmcli.batch.lines import Digest, Line, Lines, joined_hint
+from ldmcli.batch.lines import Line, Lines, joined_hint
 from ldmcli.batch.tables import Record, delimiter_of, records
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError, UsageError, printable
@@ -33,87 +33,51 @@ class RawRow:
     problem: str = ""
 
 
-class RowReader(Iterator[RawRow]):
+class RowReader(Iterable[RawRow]):
     """The rows of one input, once, in order. `hints` are remarks on what may be meant otherwise than it is read, all
     known after the last row."""
 
     def __init__(self, lines: Lines, kind: str, prompt_column: str | None) -> None:
-        self.name = lines.name
-        self.format = kind
         self.hints: list[str] = []
-        self._told: set[str] = set()
-        self._lines = lines
-        readers: dict[str, Callable[[], Generator[RawRow]]] = {
-            "txt": self._text,
-            "jsonl": partial(self._json, prompt_column),
-            "csv": partial(self._table, prompt_column),
-            "tsv": partial(self._table, prompt_column),
-        }
-        self._rows = readers[kind]()
+        self.digest = lines.digest  # of the decompressed bytes read so far: after the last row, of all
+        self._hinted: set[str] = set()
+        self._input, self._lines = lines, iter(lines)
+        self._prompt_column = prompt_column
+        parse = partial(_json_row, prompt_column=prompt_column) if kind == "jsonl" else self._text_row
+        self._rows = self._table(kind) if kind in ("csv", "tsv") else self._row_a_line(parse, comments=kind == "txt")
 
     def __iter__(self) -> Iterator[RawRow]:
         return self._rows
 
-    def __next__(self) -> RawRow:
-        return next(self._rows)
-
-    def close(self) -> None:
-        """Close the file; there are no more rows."""
-        self._rows.close()
-        self._lines.close()
-
-    def digest(self) -> Digest:
-        """Of the decompressed bytes read so far: after the last row, of all."""
-        return self._lines.digest()
-
-    def _text(self) -> Generator[RawRow]:
-        """A prompt a line; blank lines and those that begin with # are none."""
+    def _row_a_line(self, parse: Callable[[int, Line], RawRow], *, comments: bool) -> Generator[RawRow]:
+        """Blank lines, and with `comments` those that begin with #, are no rows."""
         row = 0
         for line in self._lines:
-            if (line.problem == "" and not line.text.strip()) or line.text.lstrip().startswith("#"):
+            if (not line.problem and not line.text.strip()) or (comments and line.text.lstrip().startswith("#")):
                 continue
             row += 1
-            if line.text.startswith("--"):
-                self._hint("options", f"line {line.number} begins with --, and plain text has no options: it is drawn "
-                           "as it stands; JSON lines, CSV and TSV have fields for them.")  # fmt: skip
-            yield _bad(row, line) if line.problem else RawRow(row, line.number, {PROMPT: line.text.rstrip("\r\n")})
-        self._note_joined()
+            yield RawRow(row, line.number, None, line.problem) if line.problem else parse(row, line)
+        self._hint_joined()
 
-    def _json(self, prompt_column: str | None) -> Generator[RawRow]:
-        """A JSON object a line."""
-        row = 0
-        for line in self._lines:
-            if line.problem == "" and not line.text.strip():
-                continue
-            row += 1
-            if line.problem:
-                yield _bad(row, line)
-                continue
-            try:
-                found = _JSON.decode(line.text)
-            except json.JSONDecodeError as error:  # its own text counts lines too, within the row
-                problem = f"{error.msg} at character {error.pos + 1}"
-            except (ValueError, RecursionError) as error:
-                problem = printable(str(error))
-            else:
-                yield _json_row(row, line.number, found, prompt_column)
-                continue
-            yield RawRow(row, line.number, None, f"the row is not valid JSON: {problem}.")
-        self._note_joined()
+    def _text_row(self, row: int, line: Line) -> RawRow:
+        if line.text.startswith("--"):
+            self._hint("options", f"line {line.number} begins with --, and plain text has no options: it is drawn as "
+                       "it stands; JSON lines, CSV and TSV have fields for them.")  # fmt: skip
+        return RawRow(row, line.number, {PROMPT: line.text.rstrip("\r\n")})
 
-    def _table(self, prompt_column: str | None) -> Generator[RawRow]:
+    def _table(self, kind: str) -> Generator[RawRow]:
         """A header, then a row a record."""
         filled = (line for line in self._lines if line.problem or line.text.strip())
         header = next(filled, None)
-        delimiter = "\t" if self.format == "tsv" else ""
-        if header and (told := _SEPARATOR.fullmatch(header.text)):
-            delimiter, header = told[1], next(filled, None)
+        delimiter = "\t" if kind == "tsv" else ""
+        if header and (named := _SEPARATOR.fullmatch(header.text)):
+            delimiter, header = named[1], next(filled, None)
         if header is None:
             return
-        delimiter = delimiter or delimiter_of(header.text, prompt_column or PROMPT)
+        delimiter = delimiter or delimiter_of(header.text, self._prompt_column or PROMPT)
         table = records(header, self._lines, delimiter)
         first = next(table)
-        columns = self._columns(first, prompt_column)
+        columns = self._columns(first)
         row = 0
         for record in table:
             if record.blank:
@@ -129,16 +93,16 @@ class RowReader(Iterator[RawRow]):
                 yield RawRow(row, record.line, None, f"the row has {have}, but the header has {len(columns)}.")
             else:
                 yield _table_row(row, record, columns, decimal_comma=delimiter != ",")
-        self._note_joined()
+        self._hint_joined()
 
-    def _columns(self, header: Record, prompt_column: str | None) -> list[_Column]:
+    def _columns(self, header: Record) -> list[_Column]:
         """For each column the field, or "", and its title. Raises BadDataError where the header cannot be meant,
         UsageError where it has not the column asked for."""
-        where = f"{shown(self.name)}, line {header.line}"
+        where = f"{shown(self._input.name)}, line {header.line}"
         if header.problem:
             raise BadDataError(f"{where}: {header.problem}")
         titles = [cell.strip() for cell in header.cells]
-        prompt = _prompt_index(titles, prompt_column, where)
+        prompt = _prompt_index(titles, self._prompt_column, where)
         columns: list[_Column] = []
         for i, title in enumerate(titles):
             field = PROMPT if i == prompt else field_named(title)
@@ -154,14 +118,14 @@ class RowReader(Iterator[RawRow]):
             raise BadDataError(f"{where}: the header has column {printable(repr(twice[0]))} twice; rename one.")
         return columns
 
-    def _note_joined(self) -> None:
-        if self._lines.joined:
-            self._hint("joined", joined_hint(self._lines.joined))
+    def _hint_joined(self) -> None:
+        if self._input.joined:
+            self._hint("joined", joined_hint(self._input.joined))
 
     def _hint(self, kind: str, sentence: str) -> None:
         """Keep the remark, the first of its kind."""
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._hinted:
+            self._hinted.add(kind)
             self.hints.append(sentence)
 
 
@@ -169,7 +133,7 @@ def open_rows(path: Path | None, *, format: str | None = None, prompt_column: st
     """The rows of a prompt file, or of standard input where `path` is None.
 
     `format` is one of FORMATS, by default what the name ends in; `prompt_column` the column (in JSON: the field) that
-    holds the prompts. Raises UsageError where the format cannot be told, and LdmError, here or at a row, where the
+    holds the prompts. Raises UsageError where the format is not known, and LdmError, here or at a row, where the
     input cannot be read. A row that is wrong raises nothing.
     """
     kind = _format_of(path) if format is None else _ALIASES.get(format, format)
@@ -183,24 +147,26 @@ def open_rows(path: Path | None, *, format: str | None = None, prompt_column: st
 def _format_of(path: Path | None) -> str:
     choice = f"give --format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     if path is None:
-        raise UsageError(f"standard input has no name to tell its format by; {choice}.")
+        raise UsageError(f"standard input has no name that gives its format; {choice}.")
     name = path.name.lower().removesuffix(".gz")
     ending = name.rpartition(".")[2] if "." in name else ""
     kind = _ALIASES.get(ending, ending)
     if kind not in FORMATS:
-        raise UsageError(f"the name {printable(repr(path.name))} does not tell the file's format; {choice}.")
+        raise UsageError(f"the name {printable(repr(path.name))} does not give the file's format; {choice}.")
     return kind
 
 
-def _bad(row: int, line: Line) -> RawRow:
-    return RawRow(row, line.number, None, line.problem)
-
-
-def _json_row(row: int, line: int, found: Any, prompt_column: str | None) -> RawRow:
-    """The row of a JSON value; null fields are left out."""
+def _json_row(row: int, line: Line, prompt_column: str | None) -> RawRow:
+    """The row of a JSON object; null fields are left out."""
+    try:
+        found = _JSON.decode(line.text)
+    except json.JSONDecodeError as error:  # its own text counts lines too, within the row
+        return RawRow(row, line.number, None, f"the row is not valid JSON: {error.msg} at character {error.pos + 1}.")
+    except (ValueError, RecursionError) as error:
+        return RawRow(row, line.number, None, f"the row is not valid JSON: {printable(str(error))}.")
     if not isinstance(found, dict):
         cure = "write one object a line (jq -c '.[]' FILE)" if isinstance(found, list) else 'write {"prompt": "…"}'
-        return RawRow(row, line, None, f"the row is not a JSON object; {cure}.")
+        return RawRow(row, line.number, None, f"the row is not a JSON object; {cure}.")
     if prompt_column is not None and prompt_column != PROMPT:
         shadowed = found.pop(PROMPT, None)
         found[PROMPT] = found.pop(prompt_column, None)
@@ -211,7 +177,7 @@ def _json_row(row: int, line: int, found: Any, prompt_column: str | None) -> Raw
     fields, problem = as_fields(
         (field_named(title) or title, title, value) for title, value in found.items() if value is not None
     )
-    return RawRow(row, line, fields, problem)
+    return RawRow(row, line.number, fields, problem)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,45 +1,43 @@
-"""One run over a prompt file: its account opened or resumed, rows fed to an engine, outcomes taken in."""
+"""One run over a prompt file: rows chosen and put together in batches, fed to an engine, outcomes taken in."""
 
-import dataclasses
 import itertools
+import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
-from ldmcli.batch.feed import Stop
+from ldmcli.batch.dispatch import Stop
+from ldmcli.batch.fields import OWN, REQUEST_FIELDS
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.ledger import Counts, Ledger
 from ldmcli.batch.manifest import ManifestWriter
-from ldmcli.batch.plan import batches, shard
 
 _INPUT = "input"  # the manifest of rows that no worker ever sees
 
-Engine = Callable[[Iterable[list[Item]], Stop], Iterator[Outcome]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Where a run ends before its input does: after so many pictures, or at so many seconds; and which part of the rows
-    is this run's, as (number from 1, of how many)."""
-
-    max_images: int | None = None
-    seconds: float | None = None
-    shard: tuple[int, int] = (1, 1)
+Engine = Callable[..., Iterator[Outcome]]  # of the batches, and stop=
+_settings = operator.attrgetter(*(f"request.{name}" for name in REQUEST_FIELDS if name not in OWN))
 
 
 class Run:
-    """What is drawn of an input into a folder, and the account of it. Use it under the folder's lock. `rows` is how
-    many rows of the input are this run's, None where that is not known before the end."""
+    """What is drawn of an input into a folder, and the account of it. Use it under the folder's lock.
+
+    `rows` is how many rows the input has, None where that is not known before the end. The run may end before its
+    input does: after `max_images` pictures, or at `seconds`.
+    """
 
     def __init__(
-        self, folder: Path, ledger: Ledger, limits: Limits, *, rows: int | None = None, retry_failed: bool = False
+        self,
+        folder: Path,
+        *,
+        rows: int | None = None,
+        max_images: int | None = None,
+        seconds: float | None = None,
+        retry_failed: bool = False,
     ) -> None:
-        self.ledger = ledger
         self.rows = rows
-        self._folder = folder
-        self._limits = limits
-        self._retry_failed = retry_failed
-        self._deadline = time.monotonic() + limits.seconds if limits.seconds is not None else None
+        self._folder, self._ledger = folder, Ledger(folder)
+        self._max_images, self._retry_failed = max_images, retry_failed
+        self._deadline = None if seconds is None else time.monotonic() + seconds
 
     def draw(
         self, found: Iterable[Item | BadRow], engine: Engine, *, batch_size: int, stop: Stop
@@ -50,29 +48,51 @@ class Run:
             first = next(plan, None)
             if first is None:
                 return  # nothing to draw, nothing to load
-            for outcome in engine(itertools.chain([first], plan), stop):
-                self.ledger.note(outcome)
+            for outcome in engine(itertools.chain([first], plan), stop=stop):
+                self._ledger.note(outcome)
                 yield outcome
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     stop.request()
 
     def counts(self) -> Counts:
         """The account; without the number of rows as long as that is not known."""
-        return self.ledger.counts(self.rows)
+        return self._ledger.counts(self.rows)
 
     def _wanted(self, found: Iterable[Item | BadRow], manifest: ManifestWriter) -> Iterator[Item]:
         """The pictures to draw, as many as the limits allow; bad rows are noted on the way. An engine reads this in a
         thread of its own."""
         rows = asked = last = 0
-        for one in shard(found, self._limits.shard[0] - 1, self._limits.shard[1]):
+        for one in found:
             if one.row != last:
                 rows, last = rows + 1, one.row
             if isinstance(one, BadRow):
-                if self.ledger.note_bad(one):
+                if self._ledger.note_bad(one):
                     manifest.append_bad(one)
-            elif self.ledger.wanted(one, retry_failed=self._retry_failed):
-                if asked == self._limits.max_images:
+            elif self._ledger.wanted(one, retry_failed=self._retry_failed):
+                if asked == self._max_images:
                     return
                 asked += 1
                 yield one
         self.rows = rows
+
+
+def batches(items: Iterable[Item], size: int, *, window: int = 1024) -> Iterator[list[Item]]:
+    """Batches of at most `size` pictures whose requests differ in texts and seed alone.
+
+    A batch goes out as soon as it is full, so an input that waits for its user still flows; and it goes out unfilled
+    once `window` pictures have come since its first. So at most `window` are held back, and the order is the same
+    every time: it depends on the items alone.
+    """
+    waiting: dict[tuple[object, ...], tuple[int, list[Item]]] = {}  # with the arrival of the first, which is the oldest
+    for arrival, item in enumerate(items):
+        settings = _settings(item)
+        _, batch = waiting.setdefault(settings, (arrival, []))
+        batch.append(item)
+        if len(batch) == size:
+            yield waiting.pop(settings)[1]
+        if waiting:
+            oldest, (first, batch) = next(iter(waiting.items()))
+            if arrival - first >= window - 1:
+                del waiting[oldest]
+                yield batch
+    yield from (batch for _, batch in waiting.values())

@@ -16,10 +16,9 @@ from ldmcli.errors import BadDataError, MissingInputError, printable
 RUN_FILE = "run.json"
 STDIN = "stdin"
 _FORMAT = 1
-_MAX_BYTES = 1 << 26
+_MAX_BYTES = 1 << 26  # a longer one is cut off, and so no JSON
 _CURE = "restore it, or choose another folder"
 _SHOWN_DIFFERENCES = 5
-_SHOWN_VALUE = 80
 # Shown beside a difference of the same part, none by themselves: a file that was moved is the same file.
 _NAMES = {"input.name", "model.name", "model.path"}
 _UNCOMPARED = {"rows", "versions"}
@@ -53,7 +52,7 @@ def open_run(
 ) -> None:
     """Begin the run `identity` in `folder`, or see that it is the one begun there.
 
-    With `extend`, the input may have grown: `is_extended` gets the `input` of before and tells whether today's only
+    With `extend`, the input may have grown: `is_extended` gets the `input` of before and says whether today's only
     adds rows after it; run.json then names today's. Raises BadDataError naming the differences, or where run.json is
     damaged or missing beside manifests; and as `write_exact` does.
     """
@@ -73,7 +72,7 @@ def open_run(
     if before.versions != identity.versions:
         changed = _listed(dict(_changes(before.versions, identity.versions)))
         _log.warning("%s was begun with other versions (%s); pictures may differ a little", shown(folder), changed)
-    if differences or (identity.rows is not None and before.rows != identity.rows):
+    if differences or identity.rows not in (None, before.rows):
         _write(folder, dataclasses.replace(identity, versions=before.versions))
     return None
 
@@ -83,16 +82,13 @@ def read_run(folder: Path) -> RunIdentity:
     path = folder / RUN_FILE
     if not os.path.lexists(path):
         raise MissingInputError(f"{shown(folder)} holds no run of ldm batch: there is no {RUN_FILE} in it.")
-    with open_regular(path, ("", _CURE)) as file:
-        raw = file.read(_MAX_BYTES + 1)
-    if len(raw) > _MAX_BYTES:
-        raise bad_file(path, f"is over {_MAX_BYTES >> 20} MiB, far too large for what it is", _CURE)
     try:
-        fields = json.loads(raw)
+        with open_regular(path, ("", _CURE)) as file:
+            fields = json.loads(file.read(_MAX_BYTES))
     except (ValueError, RecursionError) as error:
         raise bad_file(path, f"is damaged: {error}", _CURE) from None
     if isinstance(fields, dict) and fields.get("format") != _FORMAT:
-        found = printable(repr(fields.get("format")), _SHOWN_VALUE)
+        found = printable(repr(fields.get("format")), 80)
         raise bad_file(path, f"has format {found}, and this version knows {_FORMAT}", "use the version that began it")
     identity = _identity(fields)
     if identity is None:
@@ -117,8 +113,8 @@ def _identity(fields: Any) -> RunIdentity | None:
     with contextlib.suppress(TypeError, AttributeError):
         identity = RunIdentity(**{name: value for name, value in fields.items() if name != "format"})
         mappings = (identity.input, identity.model, identity.settings, identity.versions)
-        rows_are_sound = identity.rows is None or (type(identity.rows) is int and identity.rows >= 0)
-        if rows_are_sound and all(isinstance(mapping, dict) for mapping in mappings):
+        rows = 0 if identity.rows is None else identity.rows
+        if type(rows) is int and rows >= 0 and all(isinstance(mapping, dict) for mapping in mappings):
             return identity
     return None
 
@@ -153,13 +149,10 @@ def _refusal(folder: Path, differences: Mapping[str, tuple[Any, Any]], *, only_i
 
 
 def _listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    shown_ones = [
-        f"{printable(name, _SHOWN_VALUE)}: {_value(old)} -> {_value(new)}"
-        for name, (old, new) in list(differences.items())[:_SHOWN_DIFFERENCES]
-    ]
-    more = len(differences) - len(shown_ones)
-    return ", ".join(shown_ones) + (f" and {more} more" if more else "")
+    listed = [f"{printable(name, 80)}: {_value(old)} -> {_value(new)}" for name, (old, new) in differences.items()]
+    more = len(listed) - _SHOWN_DIFFERENCES
+    return ", ".join(listed[:_SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _value(value: Any) -> str:
-    return "none" if value is None else printable(json.dumps(value, ensure_ascii=False), _SHOWN_VALUE)
+    return "none" if value is None else printable(json.dumps(value, ensure_ascii=False), 80)

@@ -1,20 +1,60 @@
-"""The settings of rows: checked against command line, grid and model, once for all the rows that share them."""
+"""The settings of rows: checked against command line, --grid FIELD=VALUE,VALUE,… and model, once for all rows that
+share them."""
 
+import csv
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ldmcli.batch.fields import OWN, problem_of
-from ldmcli.batch.grid import MAX_COMBINATIONS, Grid
-from ldmcli.errors import UsageError
+from ldmcli.batch.fields import OWN, PROMPT, REQUEST_FIELDS, field_named, from_text, near, normal, problem_of
+from ldmcli.errors import UsageError, printable
 from ldmcli.spec import GenerationRequest
 
-MAX_PROBLEMS = 20  # reported of one row
-_MAX_KEPT = 2 * MAX_COMBINATIONS  # checked settings that are remembered, all combinations counted
+MAX_COMBINATIONS = 10_000
 
+Grid = Sequence[tuple[str, Sequence[Any]]]
 Fit = Callable[[GenerationRequest], GenerationRequest]
+
+
+def parse_grid(text: str) -> tuple[str, tuple[Any, ...]]:
+    """The field and its values. A value that holds a comma stands in double quotes. Raises UsageError where there is
+    no such field or a value is not one of its."""
+    title, equals, rest = text.partition("=")
+    name = field_named(title)
+    fields = [field for field in REQUEST_FIELDS if field != PROMPT]
+    if not equals or not title.strip():
+        raise UsageError(f"grid {printable(repr(text))} is not FIELD=VALUE,VALUE,…; an example is steps=20,50.")
+    if name not in fields:
+        advice = near(title, fields) or f"choose from {', '.join(fields)}."
+        raise UsageError(f"grid field {printable(repr(title))} is not known; {advice}")
+    try:
+        cells = next(csv.reader([rest], skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise UsageError(f"grid {printable(repr(text))} has quotes that do not match: {error}.") from None
+    if not cells:
+        raise UsageError(f"grid {printable(repr(text))} has no values; give one or more, with commas between.")
+    values = tuple(normal(name, from_text(name, cell)) for cell in cells)
+    for value in values:
+        if problem := problem_of(name, value):
+            raise UsageError(f"grid: {problem}")
+        if values.count(value) > 1:
+            raise UsageError(f"grid {printable(repr(text))} has {printable(repr(value))} twice; leave out one.")
+    return name, values
+
+
+def checked_grid(grid: Iterable[tuple[str, Sequence[Any]]]) -> Grid:
+    """The grid, if its fields differ and its combinations are not too many. Raises UsageError."""
+    grid = list(grid)
+    names = [name for name, _ in grid]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"the grid has field {name} twice; put all its values into one --grid.")
+    if (combinations := _combinations(grid)) > MAX_COMBINATIONS:
+        raise UsageError(f"the grid has {combinations} combinations; at most {MAX_COMBINATIONS} are accepted.")
+    return grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +62,8 @@ class Variants:
     """The requests of rows with certain settings, one for each combination of the grid, without their own texts and
     seed; beside each what the grid says of those. Or what is wrong with the settings."""
 
-    requests: tuple[tuple[GenerationRequest, Mapping[str, Any]], ...]
-    problems: tuple[str, ...] = ()
+    requests: Sequence[tuple[GenerationRequest, Mapping[str, Any]]]
+    problems: Sequence[str] = ()
 
     @functools.cached_property
     def largest_seed(self) -> int:
@@ -36,39 +76,33 @@ class Settings:
 
     def __init__(self, common: GenerationRequest, grid: Grid, fit: Fit) -> None:
         self._common, self._grid, self._fit = common, grid, fit
-        self._seen: dict[Any, Variants] = {}
-        self._kept = 0
+        # 1, 1.0 and True are equal, and not all of them are a number of steps: hence typed.
+        kept = 2 * MAX_COMBINATIONS // max(1, _combinations(grid))
+        self._checked = functools.lru_cache(kept, typed=True)(self._check)
 
     def of(self, settings: Mapping[str, Any], own: tuple[str, ...]) -> Variants:
         """The requests for a row that gives these settings itself, and the fields `own`, some of OWN."""
-        # 1, 1.0 and True are equal, and not all of them are a number of steps.
-        key = (own, tuple((name, type(value), repr(value)) for name, value in settings.items()))
-        found = self._seen.get(key)
-        if found is None:
-            found = self._check(settings, own)
-            self._kept += 1 + len(found.requests)
-            if self._kept > _MAX_KEPT:
-                self._seen.clear()
-                self._kept = 1 + len(found.requests)
-            self._seen[key] = found
-        return found
+        return self._checked(own, *settings, *settings.values())
 
-    def _check(self, settings: Mapping[str, Any], own: tuple[str, ...]) -> Variants:
+    def _check(self, own: tuple[str, ...], *given: Any) -> Variants:
+        """`given` are names, then their values."""
+        settings = dict(zip(given[: len(given) // 2], given[len(given) // 2 :], strict=True))
         alone = [problem for name, value in settings.items() if (problem := problem_of(name, value))]
         if alone:
-            return Variants((), tuple(alone))
+            return Variants((), alone)
         axes = [(name, values) for name, values in self._grid if name not in settings and name not in own]
-        names = [name for name, _ in axes]
         requests: list[tuple[GenerationRequest, Mapping[str, Any]]] = []
         problems: dict[str, None] = {}
         for values in itertools.product(*(values for _, values in axes)):
-            varied = dict(zip(names, values, strict=True))
+            varied = dict(zip((name for name, _ in axes), values, strict=True))
             try:
                 request = self._fit(dataclasses.replace(self._common, prompt="", **{**settings, **varied}))
             except UsageError as error:
                 problems[str(error)] = None
-                if len(problems) == MAX_PROBLEMS:
-                    break
             else:
                 requests.append((request, {name: varied[name] for name in OWN if name in varied}))
-        return Variants(() if problems else tuple(requests), tuple(problems))
+        return Variants(() if problems else requests, tuple(problems))
+
+
+def _combinations(grid: Grid) -> int:
+    return math.prod(len(values) for _, values in grid)

@@ -1,22 +1,24 @@
 """Raw rows as pictures to draw: every field checked, command line and grid worked in, numbers and seeds given."""
 
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-from ldmcli.batch.grid import MAX_COMBINATIONS, Grid, checked_grid, parse_grid
-from ldmcli.batch.ids import IdIndex
+from ldmcli.batch.fields import EXTRAS, IDS, OWN, PROMPT, REQUEST_FIELDS, own_problem, problem_of, unknown
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.reading import RawRow
-from ldmcli.batch.row import MAX_COUNT, MAX_ID, Row, derived_seed
-from ldmcli.batch.settings import Fit, Settings
-from ldmcli.errors import printable
-from ldmcli.spec import GenerationRequest
+from ldmcli.batch.scratch import IdIndex
+from ldmcli.batch.settings import Fit, Grid, Settings, Variants, checked_grid
+from ldmcli.errors import UsageError, printable
+from ldmcli.spec import MAX_SEED, GenerationRequest
 
-__all__ = [
-    "MAX_COMBINATIONS", "MAX_COUNT", "MAX_ID", "IdIndex", "Survey", "checked_grid", "derived_seed", "items",
-    "parse_grid", "survey",
-]  # fmt: skip
+MAX_COUNT = 1_000_000
+MAX_ID = 256
+_MAX_PROBLEMS = 20  # reported of one row
+_FIELDS = frozenset(REQUEST_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,10 @@ def survey(found: Iterable[Item | BadRow], limit: int) -> Survey:
             bad_rows += 1
             if len(first_bad) < limit:
                 first_bad.append(one)
-            continue
-        images += 1
-        request = one.request
-        pixel_steps += (request.width or 0) * (request.height or 0) * (request.steps or 0)
+        else:
+            images += 1
+            request = one.request
+            pixel_steps += (request.width or 0) * (request.height or 0) * (request.steps or 0)
     return Survey(rows, images, bad_rows, first_bad, pixel_steps)
 
 
@@ -56,8 +58,7 @@ def items(
     count: int = 1,
     grid: Grid = (),
     fit: Fit = lambda request: request,
-    check_prompt: Callable[[GenerationRequest], object] | None = None,
-    ids: IdIndex | None = None,
+    check_prompt: Callable[[GenerationRequest], object] = lambda request: None,
 ) -> Iterator[Item | BadRow]:
     """The pictures of each row in turn, or the row with all that is wrong with it.
 
@@ -73,27 +74,160 @@ def items(
     the command line gives a row. So mending it does not renumber the rows behind it.
 
     `fit` fills in the model's own and raises UsageError where it cannot draw the request; it sees settings, with empty
-    prompts, once for many rows. `check_prompt` sees the first request of each row, and may raise UsageError too. `ids`
-    finds ids that are there twice; leave it out where that was done already.
+    prompts, once for many rows. `check_prompt` sees the first request of each row, and may raise UsageError too.
     """
     grid = checked_grid(grid)
     settings = Settings(common, grid, fit)
+    ids = IdIndex()
     number = 0
     for raw in reader:
-        row = Row(raw, count)
-        if ids is not None and (taken := ids.claim(raw.row, raw.line, row.given_id)):
+        row = _Row(raw, count)
+        if taken := ids.claim(raw.row, raw.line, row.given_id):
             row.problems.append(f"id {printable(repr(row.id))} is taken already by {taken}; ids must differ.")
-        variants = settings.of(row.settings, row.own) if not row.problems else None
-        if variants is None or variants.problems:
-            row.problems += settings.of(row.settings, row.own).problems if variants is None else variants.problems
-        else:
+        variants = settings.of(row.settings, row.own)
+        row.problems += variants.problems
+        if not row.problems:
             row.check_pictures(variants, seed, check_prompt)
         pictures = row.count * math.prod(len(values) for name, values in grid if name not in row.given)
         if row.problems:
             yield row.bad()
             number += pictures
             continue
-        assert variants is not None
         for request in row.requests(variants, seed):
             yield Item(number, raw.row, raw.line, row.id, request, row.extra, pictures)
             number += 1
+
+
+def shard(found: Iterable[Item | BadRow], part: tuple[int, int]) -> Iterator[Item | BadRow]:
+    """A part (number from 1, of how many): every so many-th row, all pictures of a row together."""
+    number, count = part
+    return (one for one in found if (one.row - number) % count == 0)
+
+
+def derived_seed(seed: int, id: str) -> int:
+    """The seed of a row that gives none: 32 bits of a hash of the run's seed and its id, so as to be short."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{id}".encode()).digest()[:4], "big")
+
+
+class _Row:
+    """One raw row taken apart: its id, count, extra and fields, and what is wrong with them. `settings` are what many
+    rows have in common, and `own` which of the other fields it gives."""
+
+    def __init__(self, raw: RawRow, count: int) -> None:
+        self.raw = raw
+        self.problems: list[str] = [raw.problem] if raw.problem else []
+        fields = dict(raw.fields or {})
+        self.given = frozenset(fields)
+        self.extra = self._extra(fields)
+        self.given_id = self._id(fields)
+        self.id = str(raw.row) if self.given_id is None else self.given_id
+        self.count = self._count(fields, count)
+        if raw.fields is not None and PROMPT not in fields:
+            self.problems.append('the row has no prompt; give one, or "" to draw without.')
+        self.settings: dict[str, Any] = {}
+        self._own: dict[str, Any] = {}
+        unknown_names = []
+        for name, value in fields.items():
+            if name not in _FIELDS:
+                unknown_names.append(name)
+            elif isinstance(value, list | dict):
+                one = f"{name} {printable(repr(value))} is not a single value."
+                self.problems.append(problem_of(name, value) or one)
+            elif name not in OWN:
+                self.settings[name] = value
+            else:
+                self._own[name] = value
+                if problem := own_problem(name, value):
+                    self.problems.append(problem)
+        self.problems += map(unknown, unknown_names[:_MAX_PROBLEMS])
+        self.own = tuple(self._own)
+
+    def bad(self) -> BadRow:
+        """The row with its problems, each once."""
+        found = list(dict.fromkeys(self.problems))
+        if len(found) > _MAX_PROBLEMS:
+            found[_MAX_PROBLEMS:] = [f"{len(found) - _MAX_PROBLEMS} more problems."]
+        prompt = (self.raw.fields or {}).get(PROMPT)
+        return BadRow(self.raw.row, self.raw.line, self.id, tuple(found), prompt if isinstance(prompt, str) else "")
+
+    def check_pictures(
+        self, variants: Variants, seed: int, check_prompt: Callable[[GenerationRequest], object]
+    ) -> None:
+        """What can only be seen of the pictures themselves: seeds that count up too far, a prompt that is too long."""
+        # A derived one is far from the end.
+        largest = self._own.get("seed", variants.largest_seed)
+        if largest + self.count - 1 > MAX_SEED:
+            self.problems.append(f"seed {largest} with count {self.count} goes past {MAX_SEED}, the largest seed.")
+            return
+        try:
+            check_prompt(next(self.requests(variants, seed)))
+        except UsageError as error:
+            self.problems.append(str(error))
+
+    def requests(self, variants: Variants, seed: int) -> Iterator[GenerationRequest]:
+        """One for each picture."""
+        own = dict(self._own)
+        usual = own["seed"] if "seed" in own else derived_seed(seed, self.id)
+        for request, varied in variants.requests:
+            first = varied.get("seed", usual)
+            for i in range(self.count):
+                own["seed"] = first + i
+                yield _with_own(request, own)
+
+    def _id(self, fields: dict[str, Any]) -> str | None:
+        """The id as text; None where there is none, or none that can be used."""
+        given = [fields.pop(name) for name in IDS if name in fields]
+        if not given:
+            return None
+        value = given[0]
+        if len(given) == 2:
+            self.extra[IDS[1]] = _as_text(given[1])
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            self.problems.append(f"id {printable(repr(value))} is neither text nor a whole number.")
+            return None
+        text = str(value)
+        if not 0 < len(text) <= MAX_ID:
+            self.problems.append(f"id {printable(repr(text))} is not 1 to {MAX_ID} characters long.")
+        elif not _is_sound(text):
+            self.problems.append(f"id {printable(repr(text))} holds a NUL character or a lone surrogate; remove it.")
+        else:
+            return text
+        return None
+
+    def _count(self, fields: dict[str, Any], count: int) -> int:
+        value = fields.pop("count", count)
+        if type(value) is int and 1 <= value <= MAX_COUNT:
+            return value
+        self.problems.append(f"count {printable(repr(value))} is not a whole number from 1 to {MAX_COUNT}.")
+        return count
+
+    def _extra(self, fields: dict[str, Any]) -> dict[str, str]:
+        """What the row holds that is no field of a request, as text."""
+        extra: dict[str, str] = {}
+        for name in EXTRAS:
+            value = fields.pop(name, {})
+            if isinstance(value, dict):
+                extra |= {key: _as_text(inner) for key, inner in value.items() if key not in extra}
+            else:
+                self.problems.append(f"{name} {printable(repr(value))} is not a JSON object.")
+        for key, text in extra.items():
+            if not (_is_sound(key) and _is_sound(text)):
+                self.problems.append(f"{printable(repr(key))} holds a NUL character or a lone surrogate; remove it.")
+        return extra
+
+
+def _with_own(request: GenerationRequest, own: Mapping[str, Any]) -> GenerationRequest:
+    """`dataclasses.replace` without checking again what was checked: a tenth of the time, which a million rows feel."""
+    made = object.__new__(GenerationRequest)
+    vars(made).update(vars(request))
+    vars(made).update(own)
+    return made
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_sound(text: str) -> bool:
+    """Whether the text can be written to a file and read again by anyone."""
+    return "\0" not in text and (text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text))

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from ldmcli.batch.feed import Source
+from ldmcli.batch.dispatch import Feed
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
@@ -27,14 +27,14 @@ class Worker:
         self._setup = setup
         self._session = Session(setup.model, setup.runtime)
         self._session.load()
-        if setup.metadata:  # pictures that tell nothing need no hash
+        if setup.metadata:  # pictures without a record need no hash
             self._session.begin_hashing()
         self._manifest = ManifestWriter(setup.folder, name)
         self._writing = threading.Lock()  # a manifest has one writer at a time
         self._threads = ThreadPoolExecutor(_WRITERS, "png")
 
     def submit(self, items: Sequence[Item], attempts: int = 1) -> "list[Future[Outcome]]":
-        """Draw a batch; how each item came out is told by a future, once it is on the disk.
+        """Draw a batch: a future for each item, which has how it came out once that is on the disk.
 
         What the futures raise, a full disk say, ends the run; so does DeviceLostError.
         """
@@ -44,7 +44,7 @@ class Worker:
             for item, picture in zip(items, pictures, strict=True)
         ]
 
-    def run(self, batches: Source) -> Iterator[Outcome]:
+    def run(self, batches: Feed) -> Iterator[Outcome]:
         """Draw batches as they come until there are no more, each while the pictures of the one before are written.
 
         Raises what ends the run, after all that could still be noted.
@@ -54,7 +54,7 @@ class Worker:
             while not batches.over:
                 batch = batches.get()
                 drawn = self.submit(batch.items, batch.attempts) if batch else []
-                # Told of while a device is at work on what came after: whoever hands out batches waits for that.
+                # Reported while a device is at work on what came after: whoever hands out batches waits for that.
                 before, writing = writing, drawn
                 yield from results(before)
         except Exception:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,7 @@ from ldmcli.speed.cpu.threads import available_cores, is_small
 from ldmcli.speed.startup import may_have_gpu
 
 if TYPE_CHECKING:
-    from ldmcli.batch.items import Outcome, Setup
+    from ldmcli.batch.items import Outcome
     from ldmcli.batch.job import Job, JobSpec
     from ldmcli.batch.run import Engine, Run
     from ldmcli.batch.survey import Survey
@@ -123,8 +123,8 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     Exit codes: 0 all done, 3 some rows failed, 65 --strict or another run's folder, 75 not finished or locked: the same
     command goes on; the others as everywhere.
     """
-    from ldmcli.batch.devices import parse_devices
     from ldmcli.batch.job import Job
+    from ldmcli.batch.local import parse_devices
 
     if options["failed"]:
         if not options["status"]:
@@ -160,8 +160,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     if found:
         steps = found.images * job.session.fit(job.spec.common).steps
         job.runtime = dataclasses.replace(job.spec.runtime, expected_steps=steps)
-    engine = _engine(options, devices)
-    context.exit(_run(job, found, engine, options))
+    context.exit(_run(job, found, _engine(job, devices, options), options))
 
 
 def _small_on_cpu(job: "Job") -> bool:
@@ -184,11 +183,10 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
     )
 
 
-def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]", options: dict[str, Any]) -> int:
+def _run(job: "Job", found: "Survey | None", engine: "Engine", options: dict[str, Any]) -> int:
     """Draw what is still to be drawn, and return the exit code."""
-    from ldmcli.batch.ledger import Ledger
     from ldmcli.batch.pictures import clean_temporaries
-    from ldmcli.batch.run import Limits, Run
+    from ldmcli.batch.run import Run
     from ldmcli.batch.runfile import record_rows
     from ldmcli.disk.lock import folder_lock
     from ldmcli.disk.writing import prepare_folder
@@ -202,13 +200,13 @@ def _run(job: "Job", found: "Survey | None", engine: "Callable[[Setup], Engine]"
     with folder_lock(folder):
         job.open_run(folder, found, extend=options["extend"])
         clean_temporaries(folder)
-        limits = Limits(options["max_images"], options["time_limit"], options["shard"])
+        limits = {"max_images": options["max_images"], "seconds": options["time_limit"]}
         rows = found.rows if found else None
-        run = Run(folder, Ledger.load(folder), limits, rows=rows, retry_failed=options["retry_failed"])
+        run = Run(folder, rows=rows, retry_failed=options["retry_failed"], **limits)
         if found:
             _log.info("%d rows, %d pictures, %d of them done", found.rows, found.images, run.counts().images)
         with _stopping() as stop:
-            _draw(run, job, found, engine(_setup(job, options)), stop, options)
+            _draw(run, job, found, engine, stop, options)
         if run.rows is not None and not found:
             record_rows(folder, run.rows)
         if options["sheet"]:
@@ -221,7 +219,7 @@ def _draw(
 ) -> None:
     """Report every picture as it comes."""
     folder = Path(options["output"])
-    outcomes = run.draw(job.items(told=found is None), engine, batch_size=options["batch_size"], stop=stop.stop)
+    outcomes = run.draw(job.items(reporting=found is None), engine, batch_size=options["batch_size"], stop=stop.stop)
     done, total = run.counts().images, found.images if found else None
     with (
         contextlib.closing(outcomes),
@@ -233,32 +231,19 @@ def _draw(
             progress.update()
 
 
-def _setup(job: "Job", options: dict[str, Any]) -> "Setup":
+def _engine(job: "Job", devices: tuple[str, ...] | None, options: dict[str, Any]) -> "Engine":
+    """What draws the batches: this process, several on this machine, or a Ray cluster."""
     from ldmcli.batch.items import Setup
 
-    folder = Path(options["output"]).resolve()
-    return Setup(folder, job.model, job.runtime, options["batch_size"], job.spec.metadata)
-
-
-def _engine(options: dict[str, Any], devices: tuple[str, ...] | None) -> "Callable[[Setup], Engine]":
-    """What draws the batches: this process, several on this machine, or a Ray cluster."""
+    setup = Setup(Path(options["output"]).resolve(), job.model, job.runtime, job.spec.metadata)
     if options["engine"] == "ray":
+        from ldmcli.batch.ray_engine import run_ray
+
         workers = len(devices) if devices and devices != ("all",) else None
-        return partial(_ray_engine, options["ray_address"], workers)
-    return partial(_local_engine, devices or (options["device"],))
-
-
-def _local_engine(devices: tuple[str, ...], setup: "Setup") -> "Engine":
-    from ldmcli.batch.devices import present
+        return partial(run_ray, setup, address=options["ray_address"], workers=workers)
     from ldmcli.batch.local import run_local
 
-    return lambda batches, stop: run_local(setup, batches, present(devices), stop=stop)
-
-
-def _ray_engine(address: str | None, workers: int | None, setup: "Setup") -> "Engine":
-    from ldmcli.batch.ray_engine import run_ray
-
-    return lambda batches, stop: run_ray(setup, batches, address=address, workers=workers, stop=stop)
+    return partial(run_local, setup, devices=devices or (options["device"],))
 
 
 def _account(run: "Run", stop: "_Signals", options: dict[str, Any]) -> int:
@@ -271,7 +256,7 @@ def _account(run: "Run", stop: "_Signals", options: dict[str, Any]) -> int:
     if stop.number is not None:
         _log.warning("stopped by %s; the same command goes on", signal.Signals(stop.number).name)
         return 128 + stop.number
-    limited = any(options[name] for name in ("max_images", "time_limit", "retry_failed"))
+    limited = options["retry_failed"] or options["max_images"] or options["time_limit"] is not None
     if counts.pending and limited:
         raise TryAgainError(f"{counts.pending} rows are still to be drawn; the same command goes on.")
     if not holds and not (limited and counts.rows is None):
@@ -299,7 +284,7 @@ class _Signals:
     """Asks for the end of a run at the first SIGINT or SIGTERM, and interrupts it at the second."""
 
     def __init__(self) -> None:
-        from ldmcli.batch.feed import Stop
+        from ldmcli.batch.dispatch import Stop
 
         self.stop = Stop()
         self.number: int | None = None
