@@ -2,22 +2,16 @@
 what a run left on disk."""
 
 import hashlib
-import io
 import json
-import logging
-import sys
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cli_support import Result, pixels, tiny_model
+from cli_support import Result, ldm_here, pixels, tiny_model
 
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import read_manifests
-from ldmcli.cli import run
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 
 
@@ -66,24 +60,6 @@ def lines_of(folder: Path) -> dict[int, list[str]]:
 
 
 # ---- the command ----
-
-
-def ldm_here(*arguments: str | Path, stdin: bytes = b"") -> Result:
-    """`ldm ARGUMENTS` in this process: a test that is not about processes needs none."""
-    logger = logging.getLogger("ldmcli")
-    logging_before = logger.handlers[:], logger.level, logger.propagate
-    streams_before = sys.stdin, sys.stdout, sys.stderr
-    began = time.perf_counter()
-    with tempfile.TemporaryFile() as given, io.BytesIO() as out, io.BytesIO() as err:
-        given.write(stdin)
-        given.seek(0)
-        sys.stdin, sys.stdout, sys.stderr = (io.TextIOWrapper(stream, "utf-8") for stream in (given, out, err))
-        try:
-            code = run([str(argument) for argument in arguments])
-            return Result(code, out.getvalue(), err.getvalue().decode(), time.perf_counter() - began)
-        finally:
-            sys.stdin, sys.stdout, sys.stderr = streams_before
-            logger.handlers[:], logger.level, logger.propagate = logging_before
 
 
 def batch(*arguments: str | Path, stdin: bytes = b"") -> Result:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from batch_support import assert_whole, batch, ldm_here, manifest, status
-from cli_support import assert_refused, pixels, start, status_of, tiny_model, until
+from batch_support import assert_whole, batch, manifest, status
+from cli_support import assert_refused, ldm_here, pixels, start, status_of, tiny_model, until
 from test_faults import mounted
 
 PROMPTS = "# fruit\na red apple\n\nan orange\na pear\n"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from batch_support import assert_whole, ldm_here, manifest
-from cli_support import pixels, start, tiny_model
+from batch_support import assert_whole, manifest
+from cli_support import ldm_here, pixels, start, tiny_model
 
 slow = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
