@@ -10,9 +10,13 @@ GENERATION = "generation_config.json"  # how the model is best drawn with: trans
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_DIFFUSERS_STEM = "diffusion_pytorch_model"
 _MAX_SHARDS = 1000
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def stem_of(part: str) -> str:
+    """How the weight files of one part of a model begin."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def weight_names(stem: str, *, half: bool) -> tuple[str, ...]:
@@ -36,7 +40,7 @@ def needed_files(
     `read` gives the JSON object in one of them. Raises MissingInputError naming a file that is not among `files`, and
     BadDataError where `files` are no model that can be run.
     """
-    if INDEX not in files and any(file in files for file in weight_names(_DIFFUSERS_STEM, half=half)):
+    if INDEX not in files and any(file in files for file in weight_names(stem_of("vae"), half=half)):
         return ["config.json", *_network_files("", name, files, read, half=half)]
     _check_is_model(name, files)
     index = read(INDEX)
@@ -82,7 +86,7 @@ def _network_files(
     folder: str, name: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, half: bool
 ) -> list[str]:
     """The weights in `folder` ("" or ending in a slash): one file, or an index and its shards."""
-    names = weight_names("model" if folder.startswith("text_encoder") else _DIFFUSERS_STEM, half=half)
+    names = weight_names(stem_of(folder), half=half)
     found = next((folder + file for file in names if folder + file in files), None)
     if found is None:
         pickles = sorted(file for file in files if file.startswith(folder) and file.endswith(_PICKLES))
