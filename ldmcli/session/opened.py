@@ -10,7 +10,7 @@ from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.conditioning.chunks import tokenize
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.errors import BadDataError, UsageError, printable
-from ldmcli.hub.shelf import find_model
+from ldmcli.hub.listing import find_model
 from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, ModelSpec, fit_to_model
 from ldmcli.speed.memory import check_memory
 
