@@ -389,6 +389,10 @@ def test_odd_alignment(put: Callable[[bytes], Path]) -> None:
     assert found["byte"].tolist() == [7]
 
 
+def test_no_metadata_may_be_said_by_null(put: Callable[[bytes], Path]) -> None:
+    assert open_weights(put(safetensors({"__metadata__": None}))).metadata == {}
+
+
 def test_a_bool_is_0_or_1(put: Callable[[bytes], Path]) -> None:
     weights = open_weights(put(safetensors({"a": entry("BOOL", [3], [0, 3])}, b"\x00\x02\xff")))
     assert read_all(weights)["a"].view(torch.uint8).tolist() == [0, 1, 1]
