@@ -267,7 +267,6 @@ def tiny_model() -> Path:
 def make_model(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> Path:
     """Write random weights for these config.json and a tokenizer of bytes."""
     import torch
-
     from safetensors.torch import save_file
 
     from ldmcli.checkpoints import folder_config

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ldmcli.checkpoints.identity import FileHashes, model_sha256
 
 from ldmcli.checkpoints import identity
-from ldmcli.checkpoints.identity import FileHashes, model_sha256
 from ldmcli.checkpoints.source import open_model
 from ldmcli.disk.cache import EntryStore, cache_folder, hash_store
 from ldmcli.errors import LdmError, MissingInputError

@@ -272,7 +272,7 @@ def test_stray_tensors_of_a_single_file(
     assert caplog.messages == [f"{path} has tensors of no known part, which are ignored (trainer.step)"]
 
 
-@pytest.mark.parametrize(("part", "dtype"), zip(WEIGHTS, [torch.int8, torch.bool, torch.int64], strict=True))
+@pytest.mark.parametrize(("part", "dtype"), list(zip(WEIGHTS, [torch.int8, torch.bool, torch.int64], strict=True)))
 def test_whole_numbers_are_no_weights(folder: Path, part: str, dtype: torch.dtype) -> None:
     key = next(key for key, tensor in load_file(folder / WEIGHTS[part]).items() if tensor.ndim == 2)
     rewrite(folder / WEIGHTS[part], lambda state: state | {key: state[key].to(dtype)})

@@ -108,5 +108,5 @@ def test_whole_numbers_are_refused_in_one_sentence(tmp_path: Path) -> None:
     state = load_file(tiny_single_file())
     key = next(key for key, tensor in state.items() if key.startswith("cond_stage_model.") and tensor.ndim >= 2)
     save_file(state | {key: state[key].int()}, tmp_path / "a.safetensors")
-    drawn = quick("txt2img", "x", "-m", tmp_path / "a.safetensors", "-s", "1", "-o", tmp_path / "out")
+    drawn = quick("txt2img", "x", "-m", tmp_path / "a.safetensors", "-s", "1", "-o", tmp_path / "out", draws=True)
     assert_refused(drawn, 65, f"no floating numbers ({key}: I32)")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ldmcli.checkpoints.training import schedule_of_file
 
 from ldmcli.checkpoints.families import SD1, SD2, SDXL, Family
 from ldmcli.checkpoints.files import open_weights, write_tensors
-from ldmcli.checkpoints.training import schedule_of_file
 from ldmcli.config import UNDECIDED, ScheduleConfig
 from ldmcli.errors import BadDataError
 from ldmcli.sampling.schedule import Schedule
