@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from cli_support import assert_refused, copy_model, ldm, replace, tiny_model, tiny_single_file
 from hub_server import Hub
-from ldmcli.checkpoints.identity import model_sha256
 
 from ldmcli.checkpoints.layout import GENERATION, needed_files
 from ldmcli.checkpoints.source import open_model

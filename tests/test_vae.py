@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import open_model
-from ldmcli.checkpoints.vae_source import load_vae_from, open_vae
+from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig
 from ldmcli.errors import BadDataError, LdmError, MissingInputError
 from ldmcli.networks.taesd import TinyVAE
@@ -54,7 +55,7 @@ def written(state: State, path: Path) -> Path:
 def refusal(path: Path, config: ModelConfig, kind: type[LdmError] = BadDataError) -> str:
     """What opening and loading a VAE says."""
     with pytest.raises(kind) as caught:
-        load_vae_from(open_vae(path, config), torch.device("cpu"), torch.float32)
+        load_vae(open_vae(path, config), torch.device("cpu"), torch.float32)
     message = str(caught.value)
     assert message.startswith(str(path))
     assert message.endswith(".")
@@ -146,7 +147,7 @@ def test_damaged_vae(config: ModelConfig, kl_state: State, tmp_path: Path) -> No
     lacking = {key: tensor for key, tensor in kl_state.items() if key != "decoder.conv_out.weight"}
     assert "the tensor decoder.conv_out.weight is missing" in refusal(written(lacking, path), config)
     lacking = {key: tensor for key, tensor in kl_state.items() if key != "decoder.conv_norm_out.bias"}
-    told = "is not a VAE that can be read: it lacks tensors (decoder.conv_norm_out.bias)."
+    told = "is not the vae it should be: it lacks tensors (decoder.conv_norm_out.bias)."
     assert told in refusal(written(lacking, path), config)
     flat = kl_state | {"decoder.conv_in.weight": torch.zeros(3)}
     assert "has tensors of shapes that fit no VAE" in refusal(written(flat, path), config)
