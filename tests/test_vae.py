@@ -268,15 +268,6 @@ def test_upcast(config: ModelConfig, model_folder: Path, kl_state: State, tmp_pa
         assert open_vae(tmp_path, model).config.force_upcast is (own and models)
 
 
-def test_identity(config: ModelConfig, model_folder: Path, kl_state: State, tmp_path: Path) -> None:
-    path = written(kl_state, tmp_path / "ft-mse.safetensors")
-    assert open_vae(path, config).name == "ft-mse"
-    assert open_vae(path, config).weight_paths() == [path]
-    source = open_vae(model_folder / "vae", config)
-    assert source.name == "vae"
-    assert source.weight_paths() == [model_folder / "vae" / WEIGHTS]
-
-
 def test_looking_at_a_vae_needs_no_torch(model_folder: Path) -> None:
     script = f"""
 import sys

@@ -29,6 +29,7 @@ _CLIP_NAMES = (
 )  # fmt: skip
 _OPENCLIP_NAMES = ("token_embedding.weight", "transformer.resblocks.", "mlp.c_fc.weight", "positional_embedding")
 _MAX_YAML_BYTES = 1 << 18  # a second to parse; real ones have 4 kB
+_MAX_YAML_BRACKETS = 1000  # a dozen is usual; to find keys among them takes the square of the time
 _YAML_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 # What trainers and ModelSpec write in a header's metadata.
 _TYPE_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type", "ss_prediction_type")
@@ -231,6 +232,8 @@ def _from_yaml(path: Path) -> str | None:
     import yaml
 
     text = read_text(path, _MAX_YAML_BYTES)
+    if text.count("[") + text.count("{") > _MAX_YAML_BRACKETS:
+        raise BadDataError(f"{shown(path)} is not valid YAML of a model (it has thousands of brackets).")
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few could stand for any number
             raise BadDataError(f"{shown(path)} has aliases, which no configuration of a model needs.")
