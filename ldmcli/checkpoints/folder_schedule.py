@@ -48,12 +48,9 @@ _STAND_IN = {
 }
 
 # The fields that each class reads, with its defaults; the prediction type and zero terminal SNR are the model's.
+# fmt: off
 _LEVELS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
+    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
     "steps_offset": 0,
 }
 _LINSPACE = _LEVELS | {"timestep_spacing": "linspace"}
@@ -62,31 +59,16 @@ _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _CLIPPED = {"clip_sample": False, "clip_sample_range": 1.0}
 _THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _RESPACED = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "sigma_min": None,
+    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "sigma_min": None,
     "sigma_max": None,
 }
-_SOLVER = (
-    _LINSPACE
-    | _THRESHOLD
-    | _RESPACED
-    | {
-        "solver_order": 2,
-        "lower_order_final": True,
-        "final_sigmas_type": "zero",
-        "use_flow_sigmas": False,
-        "use_dynamic_shifting": False,
-    }
-)
+_SOLVER = _LINSPACE | _THRESHOLD | _RESPACED | {
+    "solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero", "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+}
 _DPM = _SOLVER | {
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
-    "euler_at_final": False,
-    "use_lu_lambdas": False,
-    "lambda_min_clipped": -math.inf,
-    "variance_type": None,
+    "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False, "use_lu_lambdas": False,
+    "lambda_min_clipped": -math.inf, "variance_type": None,
 }
 _READS: dict[str, Mapping[str, Any]] = {
     "ddim": _LEADING | _CLIPPED | _THRESHOLD | {"clip_sample": True, "set_alpha_to_one": True},
@@ -104,15 +86,13 @@ _READS: dict[str, Mapping[str, Any]] = {
     "lcm": _LEADING | _CLIPPED | _THRESHOLD | _SD_BETAS | {
         "beta_schedule": "scaled_linear", "original_inference_steps": 50, "timestep_scaling": 10.0,
     },
-}  # fmt: skip
+}
+# fmt: on
 # Of these no other value can be run.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
-    "variance_type": (None,),
+    **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting"), (False,)),
+    **dict.fromkeys(("variance_type", "solver_p", "shift_terminal"), (None,)),
     "predict_x0": (True,),
-    "solver_p": (None,),
-    "shift_terminal": (None,),
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # diffusers reads the last as the first
 }
 _SIGMAS = {

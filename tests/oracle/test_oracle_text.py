@@ -180,9 +180,10 @@ def test_open_clips_keys_are_held_to_the_same(tmp_path: Path) -> None:
     state |= {second: state[second][:-1], "text_projection": state["text_projection"].T, "more": torch.zeros(1)}
     with pytest.raises(BadDataError) as caught:
         loaded(tmp_path / "tower.safetensors", CONFIGS["sdxl"], state)
-    assert str(caught.value) == (
-        f"the file: it lacks tensors ({first}); it has tensors of the wrong shape ({second}: [383, 128] for "
-        "[384, 128], text_projection: [96, 128] for [128, 96]); it has tensors of no use here (more)."
+    assert str(caught.value).endswith(
+        f"tower.safetensors is not the text_encoder it should be: it lacks tensors ({first}); it has "
+        f"tensors of the wrong shape ({second}: [383, 128] for [384, 128], text_projection: [96, 128] for [128, 96]); "
+        "it has tensors of no use here (more)."
     )
 
 
