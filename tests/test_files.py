@@ -490,7 +490,10 @@ def test_shard_names_stay_inside(tmp_path: Path, name: object) -> None:
         open_sharded(shard(tmp_path / "model", {"a": name}))
 
 
-@pytest.mark.parametrize("weight_map", [None, {}, [], "x", {"a": "one.safetensors", "z": "one.safetensors"}])
+@pytest.mark.parametrize(
+    "weight_map",
+    [None, {}, [], "x", {"a": "one.safetensors", "z": "one.safetensors"}, {str(i): f"{i}" for i in range(2000)}],
+)
 def test_wrong_weight_maps(tmp_path: Path, weight_map: object) -> None:
     with pytest.raises(BadDataError):
         open_sharded(shard(tmp_path, weight_map, one=ones("a")))

@@ -199,7 +199,7 @@ HEADERS = [
 ]
 
 
-# ---- sound files that are another kind of thing ----
+# ---- sound files that are another kind of thing: more kinds are in test_families ----
 
 _MODEL = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -236,15 +236,6 @@ _POST = "post_quant_conv.weight"
 OTHER_KINDS = [
     Case("lora", _tensors({"lora_unet_mid.lora_down.weight": [4, 8], "lora_unet_mid.alpha": []}), ("LoRA",),
          told="LoRA"),
-    Case("vae", _tensors({"encoder.conv_in.weight": [4, 3, 3, 3], "decoder.conv_in.weight": [4, 4, 3, 3]}),
-         ("VAE only",), told="VAE only"),
-    Case("controlnet", _tensors({"control_model.input_hint_block.0.weight": [1]}), ("ControlNet",), told="ControlNet"),
-    Case("embedding", _tensors({"emb_params": [4, 768]}), ("textual-inversion embedding",), told="embedding"),
-    Case("text encoder", _tensors({"text_model.encoder.x": [1], "text_model.embeddings.x": [1]}),
-         ("CLIP text encoder",), told="CLIP text encoder"),
-    Case("flux", _tensors({"double_blocks.0.x": [1], "img_in.weight": [1]}), ("Flux",), told="Flux"),
-    Case("sdxl inpainting", _tensors({_MODEL: [4, 9, 3, 3], "conditioner.embedders.1.model.x": [1]}),
-         ("SDXL inpainting",), told="SDXL inpainting"),
     Case("unknown kind", _tensors({f"some\x1b[31m.{i}": [2] for i in range(9)}),
          ("no model", "some\\x1b[31m.0", "4 more"), told="unknown"),
     Case("inpainting model", _changed(lambda _: {_MODEL: [32, 9, 3, 3]}), ("inpainting",), told="inpainting"),
@@ -258,7 +249,7 @@ OTHER_KINDS = [
 ]  # fmt: skip
 
 
-# ---- folders ----
+# ---- folders: those with shards are in test_files ----
 
 
 def _part(change: Callable[[Path], object]) -> Callable[[Path], Path]:
@@ -287,41 +278,12 @@ def _into_a_pipe(weights: Path) -> None:
     os.mkfifo(weights)
 
 
-def _index(*names: str, outside: str | None = None) -> Callable[[Path], Path]:
-    """The same model whose U-Net is sharded: one tensor after the other in the files `names`, none of which is there
-    but, if `outside`, the first: a link to that."""
-
-    def change(weights: Path) -> None:
-        header, _ = read_safetensors(weights)
-        keys = [key for key in header if key != "__metadata__"]
-        weight_map = {key: names[i % len(names)] for i, key in enumerate(keys)}
-        weight_map |= {f"more.{i}": name for i, name in enumerate(names)}
-        weights.rename(weights.parents[2] / "outside.safetensors")
-        if outside is not None:
-            (weights.parent / names[0]).symlink_to(outside)
-        replace(weights.with_name(f"{weights.name}.index.json"), {"weight_map": weight_map})
-
-    return _part(change)
-
-
-def _index_link(weights: Path) -> None:
-    weights.unlink()
-    index = weights.with_name(f"{weights.name}.index.json")
-    index.symlink_to(index.name)
-
-
 FOLDERS = [
     Case("part cut short", _part(_cut_in_half), ("cut short",)),
     Case("part missing", _part(os.unlink), ("no diffusion_pytorch_model.safetensors",), 66),
     Case("part a pipe", _part(_into_a_pipe), ("pipe",)),
     Case("part a circle", _part(lambda weights: (weights.unlink(), weights.symlink_to(weights.name))), ("circle",)),
     Case("part pickled", _part(_only_pickled), ("pickle", "convert")),
-    Case("shard above", _index("../../outside.safetensors"), ("../../outside.safetensors", "beside")),
-    Case("shard link outside", _index("a.safetensors", outside="../../outside.safetensors"), ("out of the folder",)),
-    Case("shard missing", _index("one\x1b.safetensors"), ("one\\x1b.safetensors", "not exist"), 66),
-    Case("shard a device", _index("zero", outside="/dev/zero"), ("out of the folder",)),
-    Case("two thousand shards", _index(*(f"{i}.safetensors" for i in range(2000))), ("2000 files",)),
-    Case("index a circle", _part(_index_link), ("circle",)),
 ]
 
 ALL = [*PATHS, *OTHER_FILES, *HEADERS, *OTHER_KINDS, *FOLDERS]
