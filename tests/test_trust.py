@@ -34,9 +34,9 @@ def test_weights_that_are_not_what_they_should_be(tmp_path: Path, case: Case, co
     model = case.build(tmp_path / "built")
     arguments = ["info", model] if command == "info" else ["txt2img", "x", "-m", model, "-o", "out"]
     result = quick(*arguments, cwd=tmp_path / "here")
-    if command == "info" and case.told is not None:
+    if command == "info" and case.info is not None:
         assert result.code == 0, result
-        assert case.told in result.out.decode(), result
+        assert case.info in result.out.decode(), result
         assert all(line.isprintable() for line in result.out.decode().splitlines())
     else:
         assert len(assert_refused(result, case.code, *case.words)) < 1500

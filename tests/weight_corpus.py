@@ -26,14 +26,14 @@ Shapes = dict[str, list[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`build` makes it in an empty folder and says what to give to --model; `told` is in what `ldm info` prints where
+    """`build` makes it in an empty folder and says what to give to --model; `info` is in what `ldm info` prints where
     that is no error."""
 
     name: str
     build: Callable[[Path], Path]
     words: tuple[str, ...]
     code: int = 65
-    told: str | None = None
+    info: str | None = None
 
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
@@ -185,7 +185,7 @@ HEADERS = [
     Case("header of 99 MB", _sparse(b"{", 99 << 20, 100 << 20), ("claim",)),
     Case("million tensors", _many(1_000_000), ("claim",)),
     Case("half a million tensors", _many(500_000), ("far beyond any model",)),
-    Case("fifty thousand tensors", _many(50_000), ("no model",), told="unknown"),
+    Case("fifty thousand tensors", _many(50_000), ("no model",), info="unknown"),
     Case("half a million numbers", _header(b"{" + b",".join(b'"%d":0' % i for i in range(499_000)) + b"}"), ("more",)),
     Case("half a header", _many(50_000, -1_000_000), ("broken JSON",)),
     Case("deep header", _header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), ("deep",)),
@@ -194,8 +194,8 @@ HEADERS = [
     Case("name of 30 MB", _header(b'{"' + b"x" * (30 << 20) + b'":0}'), ("without dtype",)),
     Case("escapes of 32 MB", _header(b'{"a":"' + _ESCAPES + b'"}'), ("without dtype",)),
     Case("key twice", _header(b'{"a\\u001b":0,"a\\u001b":0}'), ("twice", "a\\x1b")),
-    Case("no tensors", _header({}, 0), ("no tensors",), told="unknown"),
-    Case("64 GB", _sparse(_BIG, len(_BIG), 8 + len(_BIG) + (1 << 36)), ("no model",), told="68719476736"),
+    Case("no tensors", _header({}, 0), ("no tensors",), info="unknown"),
+    Case("64 GB", _sparse(_BIG, len(_BIG), 8 + len(_BIG) + (1 << 36)), ("no model",), info="68719476736"),
 ]
 
 
@@ -235,17 +235,17 @@ _BLOCKS = {f"model.diffusion_model.input_blocks.{i}.x": [0] for i in range(20_00
 _POST = "post_quant_conv.weight"
 OTHER_KINDS = [
     Case("lora", _tensors({"lora_unet_mid.lora_down.weight": [4, 8], "lora_unet_mid.alpha": []}), ("LoRA",),
-         told="LoRA"),
+         info="LoRA"),
     Case("unknown kind", _tensors({f"some\x1b[31m.{i}": [2] for i in range(9)}),
-         ("no model", "some\\x1b[31m.0", "4 more"), told="unknown"),
-    Case("inpainting model", _changed(lambda _: {_MODEL: [32, 9, 3, 3]}), ("inpainting",), told="inpainting"),
-    Case("odd widths", _changed(_wider), ("33 channels", "32 norm groups"), told="Stable Diffusion 1"),
+         ("no model", "some\\x1b[31m.0", "4 more"), info="unknown"),
+    Case("inpainting model", _changed(lambda _: {_MODEL: [32, 9, 3, 3]}), ("inpainting",), info="inpainting"),
+    Case("odd widths", _changed(_wider), ("33 channels", "32 norm groups"), info="Stable Diffusion 1"),
     Case("endless width", _changed(lambda _: {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight":
-         [1 << 50, 0]}), ("dimension of 1125899906842624",), told="Stable Diffusion 1"),
-    Case("one token", _changed(lambda _: {_POSITIONS: [1, 64]}), ("1 tokens",), told="Stable Diffusion 1"),
-    Case("20000 blocks", _changed(lambda _: _BLOCKS), ("fit no Stable Diffusion",), told="Stable Diffusion 1"),
+         [1 << 50, 0]}), ("dimension of 1125899906842624",), info="Stable Diffusion 1"),
+    Case("one token", _changed(lambda _: {_POSITIONS: [1, 64]}), ("1 tokens",), info="Stable Diffusion 1"),
+    Case("20000 blocks", _changed(lambda _: _BLOCKS), ("fit no Stable Diffusion",), info="Stable Diffusion 1"),
     Case("tensor missing", _changed(_without(f"first_stage_model.{_POST}")), (_POST, "missing"),
-         told="Stable Diffusion 1"),
+         info="Stable Diffusion 1"),
 ]  # fmt: skip
 
 
