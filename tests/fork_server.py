@@ -1,6 +1,5 @@
-"""`ldm` in processes forked from one that has the command line loaded: starting Python takes longer than most refusals,
-and importing torch longer than small pictures. What a command needs of a process (memory, environment, working folder)
-it has of its own."""
+"""`ldm` in processes forked from one that has the command line loaded and no torch: starting Python takes longer than
+most refusals. What a command needs of a process (memory, environment, working folder) it has of its own."""
 
 import atexit
 import functools
@@ -17,8 +16,6 @@ from cli_support import Result, environment
 LEAN = 150 << 20  # bytes: what a command without torch may take
 _SERVER = """
 import json, os, sys, traceback
-if sys.argv[1:]:
-    import ldmcli.session.drawing, ldmcli.session.loading
 import ldmcli.cli.info, ldmcli.cli.txt2img, ldmcli.checkpoints.inspection, ldmcli.session.opened
 
 answers = os.fdopen(os.dup(1), "w")
@@ -45,8 +42,8 @@ for line in os.fdopen(os.dup(0)):
 
 
 @functools.cache
-def _server(*loaded: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", _SERVER, *loaded]
+def _server() -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", _SERVER]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     atexit.register(server.kill)
     return server
@@ -57,10 +54,8 @@ def quick(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     stdin: bytes = b"",
-    draws: bool = False,
 ) -> Result:
-    """Run `ldm ARGUMENTS` to its end, as `ldm` does, with torch loaded before where it `draws`; the result's peak is
-    measured and its seconds are of CPU time."""
+    """Run `ldm ARGUMENTS` to its end, as `ldm` does; the result's peak is measured and its seconds are of CPU time."""
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: os.path.join(folder, name) for name in ("in", "out", "err")}
         for name, path in paths.items():
@@ -70,7 +65,7 @@ def quick(
             "env": environment(env),
             "cwd": str(cwd or Path.cwd()),
         }
-        server = _server(*["torch"] * draws)
+        server = _server()
         assert server.stdin
         assert server.stdout
         server.stdin.write(json.dumps(asked | paths) + "\n")

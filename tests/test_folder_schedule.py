@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import assert_refused, reconfigured
+from cli_support import assert_refused, ldm_here, reconfigured
 from fork_server import quick
 
 from ldmcli.checkpoints.folder_schedule import FolderSchedule, folder_schedule
@@ -136,9 +136,9 @@ def test_two_ways_to_space_noise_levels_are_one_too_many(tmp_path: Path) -> None
 def test_a_refusal_is_one_sentence_and_another_sampler_draws(tmp_path: Path) -> None:
     folder = reconfigured(tmp_path / "m", "scheduler", _class_name=DPM, algorithm_type="dpmsolver", **SD)
     arguments = ("txt2img", "x", "-m", folder, "--steps", "2", "-o", tmp_path / "x.png")
-    refused = quick(*arguments, draws=True)
+    refused = ldm_here(*arguments)
     assert_refused(refused, 65, "algorithm_type is 'dpmsolver'", "choose another with --sampler")
-    assert quick(*arguments, "--sampler", "euler", draws=True).code == 0
+    assert ldm_here(*arguments, "--sampler", "euler").code == 0
 
 
 def test_a_guess_and_a_stand_in_are_said(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import assert_refused, copy_model, replace, tiny_single_file
+from cli_support import assert_refused, copy_model, ldm_here, replace, tiny_single_file
 from fork_server import quick
 from hub_server import Hub
 
@@ -138,7 +138,7 @@ def test_commands_draw_with_it_and_show_it(tmp_path: Path) -> None:
     facts = quick("info", "--json", folder).records[0]
     assert facts["defaults"] == {"sampler": "euler", "steps": 2, "guidance_scale": 3.0}
     one = ("txt2img", "x", "-m", folder, "-s", "1", "--json", "-o", tmp_path / "own.png")
-    (drawn,) = quick(*one, "--steps", "1", env={"LDM_GUIDANCE_SCALE": "7.5"}, draws=True).records
+    (drawn,) = ldm_here(*one, "--steps", "1", env={"LDM_GUIDANCE_SCALE": "7.5"}).records
     (shown,) = quick("info", "--json", tmp_path / "own.png").records
     for request in (drawn, shown["request"]):
         assert (request["sampler"], request["steps"], request["guidance_scale"]) == ("euler", 1, 7.5)
@@ -162,7 +162,7 @@ def test_it_comes_with_a_model_and_is_added_to_copies_without_it(tmp_path: Path)
         os.unlink((pulled / GENERATION).resolve())
         os.unlink(pulled / GENERATION)
         server.requests.clear()
-        drawn = quick("txt2img", "x", "-m", "lab/tiny", "--json", "-o", tmp_path / "hub.png", env=env, draws=True)
+        drawn = quick("txt2img", "x", "-m", "lab/tiny", "--json", "-o", tmp_path / "hub.png", env=env)
         assert drawn.records[0]["guidance_scale"] == 3.0
         assert set(server.took()) == {GENERATION}
         # Once it is there, nothing but the newest commit is asked for.

@@ -13,6 +13,7 @@ from cli_support import (
     chunk,
     copy_model,
     ldm,
+    ldm_here,
     pixels,
     reconfigured,
     replace,
@@ -199,7 +200,8 @@ def test_weights_that_overflow_never_give_a_black_picture(tmp_path: Path) -> Non
             data[start:end] = struct.pack("<f", 3e38) * ((end - start) // 4)
 
     rewritten(folder / UNET, change)
-    assert_refused(draw(folder, "--dtype", "fp32", cwd=tmp_path, draws=True), 1, "not finite")
+    arguments = ("-s", "1", "--steps", "1", "--dtype", "fp32", "-o", "out")
+    assert_refused(ldm_here("txt2img", "x", "-m", folder, *arguments, cwd=tmp_path), 1, "not finite")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -308,5 +310,5 @@ def wild_record() -> bytes:
     ids=" ".join,
 )
 def test_what_this_machine_cannot_do(tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]) -> None:
-    result = draw(tiny_model(), *options, env={"CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path, draws=True)
+    result = draw(tiny_model(), *options, env={"CUDA_VISIBLE_DEVICES": ""}, cwd=tmp_path)
     assert_refused(result, 2, *words)

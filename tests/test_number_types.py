@@ -9,8 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cli_support import assert_refused, tiny_single_file
-from fork_server import quick
+from cli_support import assert_refused, ldm_here, tiny_single_file
 from safetensors.torch import load_file, save_file
 
 from ldmcli.checkpoints import load as loading
@@ -108,5 +107,5 @@ def test_whole_numbers_are_refused_in_one_sentence(tmp_path: Path) -> None:
     state = load_file(tiny_single_file())
     key = next(key for key, tensor in state.items() if key.startswith("cond_stage_model.") and tensor.ndim >= 2)
     save_file(state | {key: state[key].int()}, tmp_path / "a.safetensors")
-    drawn = quick("txt2img", "x", "-m", tmp_path / "a.safetensors", "-s", "1", "-o", tmp_path / "out", draws=True)
+    drawn = ldm_here("txt2img", "x", "-m", tmp_path / "a.safetensors", "-s", "1", "-o", tmp_path / "out")
     assert_refused(drawn, 65, f"no floating numbers ({key}: I32)")

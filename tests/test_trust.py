@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import assert_refused, copy_model, pixels, tiny_single_file
+from cli_support import assert_refused, copy_model, ldm_here, pixels, tiny_single_file
 from conftest import load
 from fork_server import LEAN, quick
 from safetensors.torch import load_file
@@ -76,7 +76,7 @@ def test_weights_that_only_loading_can_judge(
     folder = copy_model(tmp_path / "model")
     rewritten(folder / UNET, change)
     arguments = ("-s", "1", "--steps", "1", "-o", "out", "--device", "cpu")
-    sentence = assert_refused(quick("txt2img", "x", "-m", folder, *arguments, cwd=tmp_path, draws=True), 65, *words)
+    sentence = assert_refused(ldm_here("txt2img", "x", "-m", folder, *arguments, cwd=tmp_path), 65, *words)
     assert sentence.count("extra\\x1b") in (0, 5)
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
@@ -139,7 +139,7 @@ def test_an_allowed_pickle_draws_what_safetensors_draw(tmp_path: Path) -> None:
     pictures = []
     small = ("--width", "64", "--height", "64")
     for model in (path, tiny_single_file()):
-        pictures += quick("txt2img", "x", "-m", model, *ALLOWED, *small, "-o", tmp_path / model.stem, draws=True).paths
+        pictures += ldm_here("txt2img", "x", "-m", model, *ALLOWED, *small, "-o", tmp_path / model.stem).paths
     assert (pixels(pictures[0]) == pixels(pictures[1])).all()
 
 
@@ -151,7 +151,7 @@ def test_an_allowed_pickle_in_a_folder(tmp_path: Path) -> None:
         path.unlink()
     assert_refused(quick("info", folder), 65, "pickle", "--allow-pickle")
     assert quick("info", "--allow-pickle", folder).code == 0
-    assert len(quick("txt2img", "x", "-m", folder, *ALLOWED, "-o", tmp_path / "out", draws=True).paths) == 1
+    assert len(ldm_here("txt2img", "x", "-m", folder, *ALLOWED, "-o", tmp_path / "out").paths) == 1
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "bare"])
