@@ -199,9 +199,10 @@ def pixels(png: Path | bytes) -> np.ndarray:
         return np.asarray(picture)
 
 
-def safetensors(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
+def safetensors(header: bytes | str | dict[str, Any], data: bytes = b"") -> bytes:
     """A safetensors file with any header."""
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    header = json.dumps(header) if isinstance(header, dict) else header
+    raw = header.encode() if isinstance(header, str) else header
     return struct.pack("<Q", len(raw)) + raw + data
 
 
@@ -266,9 +267,9 @@ def tiny_model() -> Path:
 def make_model(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> Path:
     """Write random weights for these config.json and a tokenizer of bytes."""
     import torch
+    from safetensors.torch import save_file
 
     from ldmcli.checkpoints import folder_config
-    from ldmcli.checkpoints.files import write_tensors
     from ldmcli.conditioning.tokenizer import _byte_alphabet
     from ldmcli.networks.clip import TextTransformer
     from ldmcli.networks.unet import UNet
@@ -295,39 +296,33 @@ def make_model(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: di
     }
     for name, module in modules.items():
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        write_tensors(folder / name / f"{stem}.safetensors", module.state_dict())
+        state = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
+        save_file(state, folder / name / f"{stem}.safetensors")
     return folder
 
 
 @functools.cache
 def tiny_single_file() -> Path:
     """The same kind of model as one file in Stable Diffusion's original layout (12 MB: CLIP's whole vocabulary)."""
-    import torch
+    from safetensors.torch import load_file, save_file
 
-    from ldmcli.checkpoints import folder_config
-    from ldmcli.checkpoints.files import open_weights, read_tensors, write_tensors
-    from ldmcli.checkpoints.key_map import original_unet_keys, original_vae_keys
+    from ldmcli.checkpoints.families import SD1
+    from ldmcli.checkpoints.key_map import UNET_PREFIX, VAE_PREFIX, disk_names
+    from ldmcli.checkpoints.source import open_model
 
     unet = _UNET | {"block_out_channels": [32, 32], "norm_num_groups": 32, "attention_head_dim": 8}
     unet |= {"cross_attention_dim": 64}
     vae = _VAE | {"block_out_channels": [32] * 4, "norm_num_groups": 32}
     text = _TEXT | {"hidden_size": 64, "num_attention_heads": 1, "vocab_size": 49408, "bos_token_id": 49406}
-    folder = make_model(_scratch() / "parts", unet, vae, text | {"eos_token_id": 49407})
-    state: dict[str, torch.Tensor] = {}
-    for part in ("unet", "vae", "text_encoder"):
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        weights = open_weights(folder / part / f"{stem}.safetensors")
-        tensors = dict(read_tensors(weights, weights.tensors, "cpu", torch.float16))
-        if part == "unet":
-            names = original_unet_keys(tensors, folder_config.unet_config(folder / part / "config.json"))
-        elif part == "vae":
-            names = original_vae_keys(tensors, folder_config.vae_config(folder / part / "config.json"))
-        else:
-            prefix = "cond_stage_model.transformer.text_model."
-            names = {key: prefix + key.removeprefix("text_model.") for key in tensors}
-        state |= {names[key]: tensor for key, tensor in tensors.items()}
+    model = open_model(make_model(_scratch() / "parts", unet, vae, text | {"eos_token_id": 49407}))
+    state = {}
+    for part, prefix in (("unet", UNET_PREFIX), ("vae", VAE_PREFIX), ("text_encoder", SD1.texts[0].prefix)):
+        source = model.part(part)
+        tensors = load_file(source.files[0].path)
+        names = disk_names(tensors, source.config, prefix, original=True)
+        state |= {names[key][0]: tensor.half() for key, tensor in tensors.items()}
     path = _scratch() / "single.safetensors"
-    write_tensors(path, state)
+    save_file(state, path)
     return path
 
 

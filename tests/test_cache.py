@@ -1,4 +1,4 @@
-"""The cache folder and its entries, and hashes of weight files remembered there."""
+"""The user's cache folder, and hashes of weight files remembered there."""
 
 import errno
 import hashlib
@@ -16,26 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import tiny_single_file
 
-from ldmcli.checkpoints import identity
-from ldmcli.checkpoints.identity import FileHashes, model_sha256
 from ldmcli.checkpoints.source import open_model
-from ldmcli.disk.cache import EntryStore, cache_folder, hash_store
+from ldmcli.disk import hashes
+from ldmcli.disk.cache import cache_folder
+from ldmcli.disk.hashes import FileHashes, user_hashes
 from ldmcli.errors import LdmError, MissingInputError
 
 OLD_NS = 1_600_000_000_000_000_000
+ABC = hashlib.sha256(b"abc").hexdigest()
 
 
-def name(number: int) -> str:
-    return f"{number:064x}"
+def remembering(folder: Path) -> FileHashes:
+    return FileHashes(folder / "ldmcli" / "hashes")
 
 
-def store_in(folder: Path, **limits: int) -> EntryStore:
-    return EntryStore(folder / "ldmcli" / "hashes", **limits)
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is old enough for its hash to be remembered."""
+    monkeypatch.setattr(hashes, "_TICK_NS", -(10**18))
+    path = tmp_path / "files" / "weights.bin"
+    path.parent.mkdir()
+    path.write_bytes(b"abc")
+    return path
 
 
-def entries(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder / "ldmcli" / "hashes"))
+def entry(folder: Path) -> Path:
+    (path,) = (folder / "ldmcli" / "hashes").iterdir()
+    return path
 
 
 # Where it is
@@ -63,131 +72,99 @@ def test_without_home_the_account_tells_it_or_there_is_none(monkeypatch: pytest.
     assert cache_folder({}) is None
 
 
-def test_a_disabled_cache_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    off = hash_store(enabled=False)
-    off.write(name(1), b"abc")
-    assert off.read(name(1)) is None
-    assert not os.listdir(tmp_path)
+def test_a_disabled_cache_keeps_nothing(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    off = user_hashes(enabled=False)
+    assert off.sha256(weights) == ABC
+    assert off.remembered(weights) is None
+    assert not (tmp_path / "cache").exists()
 
 
-def test_neither_the_cache_nor_hashing_imports_torch() -> None:
-    code = "import sys, ldmcli.disk.cache, ldmcli.checkpoints.identity; print('torch' in sys.modules)"
+def test_hashing_does_not_import_torch() -> None:
+    code = "import sys, ldmcli.disk.hashes, ldmcli.checkpoints.source; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-# Entries
+# What it is like
 
 
-def test_an_entry_comes_back_from_a_private_folder(tmp_path: Path) -> None:
+def test_entries_are_kept_in_a_private_folder(weights: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert remembering(home).remembered(weights) is None
+    assert not home.exists(), "reading makes no folder"
     old_mask = os.umask(0)
     try:
-        store_in(tmp_path / "home").write(name(1), b"abc")
+        remembering(home).sha256(weights)
     finally:
         os.umask(old_mask)
-    assert store_in(tmp_path / "home").read(name(1)) == b"abc"
-    folder = tmp_path / "home" / "ldmcli" / "hashes"
+    folder = entry(home).parent
     for made in (folder, folder.parent, folder.parent.parent):
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
-    assert entries(tmp_path / "home") == [name(1)]
-
-
-def test_reading_makes_no_folder(tmp_path: Path) -> None:
-    assert store_in(tmp_path).read(name(1)) is None
-    assert not os.listdir(tmp_path)
-
-
-def test_a_later_entry_stands_in_place_of_the_first(tmp_path: Path) -> None:
-    store = store_in(tmp_path)
-    store.write(name(1), b"abc")
-    store.write(name(1), b"")
-    assert store.read(name(1)) == b""
-
-
-def test_what_is_no_entry_is_a_miss(tmp_path: Path) -> None:
-    store = store_in(tmp_path)
-    store.write(name(1), b"payload")
-    folder = tmp_path / "ldmcli" / "hashes"
-    (folder / name(2) / "inner").mkdir(parents=True)
-    os.mkfifo(folder / name(3))
-    (folder / name(4)).symlink_to(folder / name(4))
-    (folder / name(5)).write_bytes(bytes(1 << 20))
-    assert [store.read(name(number)) for number in (1, 2, 3, 4, 5)] == [b"payload", None, None, None, None]
-    store.write(name(5), b"new")
-    assert store.read(name(5)) == b"new"
-
-
-def _file(base: Path) -> None:
-    base.write_text("in the way")
-
-
-def _loop(base: Path) -> None:
-    base.symlink_to(base)
-
-
-def _dangling(base: Path) -> None:
-    base.symlink_to(base.parent / "nowhere")
-
-
-def _file_for_store(base: Path) -> None:
-    base.mkdir(mode=0o700)
-    (base / "hashes").write_text("in the way")
-
-
-def _link_for_store(base: Path) -> None:
-    base.mkdir(mode=0o700)
-    (base.parent / "elsewhere").mkdir(mode=0o700)
-    (base / "hashes").symlink_to(base.parent / "elsewhere")
-
-
-def _open_to_all(base: Path) -> None:
-    base.mkdir()
-    base.chmod(0o777)
-
-
-def _open_store(base: Path) -> None:
-    (base / "hashes").mkdir(parents=True, mode=0o700)
-    base.chmod(0o700)
-    (base / "hashes").chmod(0o770)
-
-
-def _long_name(base: Path) -> Path:
-    return base.parent / ("x" * 300) / "ldmcli"
 
 
 @pytest.mark.parametrize(
-    "prepare", [_file, _loop, _dangling, _file_for_store, _link_for_store, _open_to_all, _open_store, _long_name]
+    "change",
+    [lambda entry: (entry / "inner").mkdir(parents=True), os.mkfifo, lambda entry: entry.symlink_to(entry)]
+    + [lambda entry, payload=payload: entry.write_bytes(payload) for payload in (
+        b"", b"[]", b"{", b"\xff", b"[" * 4000, b"null", b"{}", b'{"stamp": 1, "sha256": 2}', bytes(1 << 20),
+    )],
+)  # fmt: skip
+def test_what_is_no_entry_is_a_miss(weights: Path, tmp_path: Path, change: Any) -> None:
+    remembering(tmp_path).sha256(weights)
+    path = entry(tmp_path)
+    path.unlink()
+    change(path)
+    assert remembering(tmp_path).remembered(weights) is None
+    assert remembering(tmp_path).sha256(weights) == ABC
+
+
+def _made(folder: Path, mode: int = 0o700) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(mode)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda base: base.write_text("in the way"),
+        lambda base: base.symlink_to(base),
+        lambda base: base.symlink_to(base.parent / "nowhere"),
+        lambda base: (_made(base) / "hashes").write_text("in the way"),
+        lambda base: (_made(base) / "hashes").symlink_to(_made(base.parent / "elsewhere")),
+        lambda base: _made(base, 0o777),
+        lambda base: _made(_made(base) / "hashes", 0o770),
+    ],
+    ids=["file", "circle", "dangling", "file within", "link within", "open to all", "open within"],
 )
 def test_a_folder_that_cannot_be_used_is_told_once_and_left_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, prepare: Any
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, prepare: Any
 ) -> None:
-    base = prepare(tmp_path / "ldmcli") or tmp_path / "ldmcli"
+    prepare(tmp_path / "ldmcli")
     before = sorted(map(str, tmp_path.rglob("*")))
-    store = EntryStore(base / "hashes")
+    found = FileHashes(tmp_path / "ldmcli" / "hashes")
     with caplog.at_level(logging.DEBUG):
-        for number in range(3):
-            store.write(name(number), b"abc")
-            assert store.read(name(number)) is None
+        for _ in range(3):
+            assert found.sha256(weights) == ABC
+            assert found.remembered(weights) is None
     assert sorted(map(str, tmp_path.rglob("*"))) == before
     assert [record.levelno for record in caplog.records] == [logging.DEBUG]
     assert "goes unused" in caplog.text
 
 
-def test_entries_in_a_folder_that_others_can_write_to_are_not_read(tmp_path: Path) -> None:
-    store_in(tmp_path).write(name(1), b"abc")
+def test_entries_that_others_could_have_written_are_not_read(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembering(tmp_path).sha256(weights)
     (tmp_path / "ldmcli").chmod(0o777)
-    assert store_in(tmp_path).read(name(1)) is None
+    assert remembering(tmp_path).remembered(weights) is None
     (tmp_path / "ldmcli").chmod(0o755)
-    assert store_in(tmp_path).read(name(1)) == b"abc"
-
-
-def test_another_owner_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store_in(tmp_path).write(name(1), b"abc")
+    assert remembering(tmp_path).remembered(weights) == ABC
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    assert store_in(tmp_path).read(name(1)) is None
+    assert remembering(tmp_path).remembered(weights) is None
 
 
-def test_root_makes_no_folder_in_anothers_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_makes_no_folder_in_anothers_home(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.stat
 
     def owned_by_another(path: Any, **options: Any) -> os.stat_result:
@@ -197,89 +174,77 @@ def test_root_makes_no_folder_in_anothers_home(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(os, "stat", owned_by_another)
-    store_in(tmp_path).write(name(1), b"abc")
-    assert not os.listdir(tmp_path)
+    remembering(tmp_path).sha256(weights)
+    assert not (tmp_path / "ldmcli").exists()
 
 
 def test_a_full_disk_ends_the_writing_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    store = store_in(tmp_path)
-    store.write(name(1), b"abc")
     monkeypatch.setattr(os, "fsync", full)
+    found = remembering(tmp_path)
     with caplog.at_level(logging.DEBUG):
-        for number in range(2, 5):
-            store.write(name(number), b"abc")
-    assert entries(tmp_path) == [name(1)]
+        assert [found.sha256(weights) for _ in range(3)] == [ABC] * 3
+    assert not list((tmp_path / "ldmcli" / "hashes").iterdir())
     assert [("No space left" in record.message) for record in caplog.records] == [True]
 
 
-def test_what_was_written_first_goes_first_and_what_was_left_half_written(tmp_path: Path) -> None:
-    store = store_in(tmp_path, max_entries=3)
-    store.write(name(0), b"abc")
+def test_what_was_written_first_goes_first_and_what_was_left_half_written(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashes, "_MAX_ENTRIES", 3)
+    remembering(tmp_path).sha256(weights)
     folder = tmp_path / "ldmcli" / "hashes"
     (folder / ".ldm-12-0000000000000001.part").write_bytes(b"half")
     (folder / "folder").mkdir()
     for path in folder.iterdir():
         os.utime(path, (1_600_000_000, 1_600_000_000))
-    for number in range(1, 4):
-        store.write(name(number), b"abc")
-    assert entries(tmp_path) == [*map(name, (1, 2, 3)), "folder"]
+    before = set(folder.iterdir())
+    for number in range(3):
+        (tmp_path / f"{number}.bin").write_bytes(b"abc")
+        remembering(tmp_path).sha256(tmp_path / f"{number}.bin")
+    assert set(folder.iterdir()) & before == {folder / "folder"}
+    assert len(list(folder.iterdir())) == 4
 
 
 _WRITER = """
 import sys
 from pathlib import Path
-from ldmcli.disk.cache import EntryStore
-store = EntryStore(Path(sys.argv[1]))
+from ldmcli.disk import hashes
+hashes._TICK_NS = -(10**18)
 for number in range(100):
-    store.write(f"{number % 5:064x}", sys.argv[2].encode() * 50_000)
+    path = Path(sys.argv[2], f"{number % 5}.bin")
+    path.touch()
+    hashes.FileHashes(Path(sys.argv[1])).sha256(path)
 """
 
 
-def test_processes_may_write_the_same_entries_at_once(tmp_path: Path) -> None:
+def test_processes_may_write_the_same_entries_at_once(weights: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ldmcli" / "hashes"
-    writers = [subprocess.Popen([sys.executable, "-c", _WRITER, str(folder), letter]) for letter in "ab"]
-    store = EntryStore(folder)
+    writers = [subprocess.Popen([sys.executable, "-c", _WRITER, folder, tmp_path]) for _ in "ab"]
+    empty = hashlib.sha256(b"").hexdigest()
     for number in itertools.cycle(range(5)):
-        assert store.read(name(number)) in (None, b"a" * 50_000, b"b" * 50_000)
+        assert FileHashes(folder).remembered(tmp_path / f"{number}.bin") in (None, empty)
         if all(process.poll() is not None for process in writers):
             break
     assert [process.wait() for process in writers] == [0, 0]
-    assert entries(tmp_path) == [name(number) for number in range(5)]
+    assert len(list(folder.iterdir())) == 5
 
 
 # Remembered hashes
 
 
-@pytest.fixture
-def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that is old enough for its hash to be remembered."""
-    path = tmp_path / "weights.bin"
-    path.write_bytes(b"abc")
-    monkeypatch.setattr(identity, "_TICK_NS", -(10**18))
-    return path
-
-
-def remembering(folder: Path) -> FileHashes:
-    return FileHashes(EntryStore(folder / "ldmcli" / "hashes"))
-
-
 def test_a_hash_is_remembered_while_the_file_is_the_same(weights: Path, tmp_path: Path) -> None:
     assert remembering(tmp_path).remembered(weights) is None
     found = remembering(tmp_path).sha256(weights)
-    assert found == hashlib.sha256(b"abc").hexdigest()
+    assert found == ABC
     assert remembering(tmp_path).remembered(weights) == found
     link = tmp_path / "link"
     link.symlink_to(weights)
     assert remembering(tmp_path).remembered(link) == found
-
-
-def _content(path: Path) -> None:
-    path.write_bytes(b"abcd")
 
 
 def _same_size_and_time(path: Path) -> None:
@@ -289,31 +254,28 @@ def _same_size_and_time(path: Path) -> None:
 
 
 def _replaced(path: Path) -> None:
-    other = path.with_name("other")
-    other.write_bytes(b"xyz")
-    os.replace(other, path)
+    path.with_name("other").write_bytes(b"xyz")
+    os.replace(path.with_name("other"), path)
 
 
-def _moved(path: Path) -> None:
-    os.utime(path, ns=(OLD_NS, OLD_NS))
-
-
-def _gone(path: Path) -> None:
-    path.unlink()
-
-
-@pytest.mark.parametrize("change", [_content, _same_size_and_time, _replaced, _moved, _gone])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda path: path.write_bytes(b"abcd"), _same_size_and_time, _replaced, Path.unlink),
+        lambda path: os.utime(path, ns=(OLD_NS, OLD_NS)),
+    ],
+)
 def test_a_changed_file_is_hashed_again(weights: Path, tmp_path: Path, change: Any) -> None:
     remembering(tmp_path).sha256(weights)
     time.sleep(0.02)  # a tick of the file system's clock
     change(weights)
-    hashes = remembering(tmp_path)
-    assert hashes.remembered(weights) is None
+    found = remembering(tmp_path)
+    assert found.remembered(weights) is None
     if weights.exists():
-        assert hashes.sha256(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
+        assert found.sha256(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
     else:
         with pytest.raises(MissingInputError):
-            hashes.sha256(weights)
+            found.sha256(weights)
 
 
 def test_a_file_changed_just_now_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,36 +304,21 @@ def test_a_file_that_changes_under_the_hash_is_not_remembered(
     assert not (tmp_path / "ldmcli").exists()
 
 
-@pytest.mark.parametrize(
-    "payload",
-    [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"null", b"{}", b'{"stamp": 1, "sha256": 2}'],
-)
-def test_a_strange_memo_is_ignored(weights: Path, tmp_path: Path, payload: bytes) -> None:
+@pytest.mark.parametrize("said", [None, 7, "", "a" * 63, "A" * 64, "a" * 64 + "\n"])
+def test_only_a_hash_is_taken_for_one(weights: Path, tmp_path: Path, said: Any) -> None:
     remembering(tmp_path).sha256(weights)
-    entry = next((tmp_path / "ldmcli" / "hashes").iterdir())
-    hash_store = EntryStore(entry.parent)
-    hash_store.write(entry.name, payload)
-    assert remembering(tmp_path).remembered(weights) is None
-    assert remembering(tmp_path).sha256(weights) == hashlib.sha256(b"abc").hexdigest()
-
-
-@pytest.mark.parametrize("told", [None, 7, "", "a" * 63, "A" * 64, "a" * 64 + "\n"])
-def test_only_a_hash_is_taken_for_one(weights: Path, tmp_path: Path, told: Any) -> None:
-    remembering(tmp_path).sha256(weights)
-    entry = next((tmp_path / "ldmcli" / "hashes").iterdir())
-    hash_store = EntryStore(entry.parent)
-    memo = json.loads(hash_store.read(entry.name) or b"")
-    hash_store.write(entry.name, json.dumps(memo | {"sha256": told}).encode())
+    kept = entry(tmp_path)
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"sha256": said}))
     assert remembering(tmp_path).remembered(weights) is None
 
 
 def test_a_failed_hash_is_tried_again(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = FileHashes()
+    found = FileHashes()
     with monkeypatch.context() as broken:
         broken.setattr(hashlib, "file_digest", lambda file, kind: (_ for _ in ()).throw(OSError(5, "broken disk")))
         with pytest.raises(LdmError, match="broken disk"):
-            hashes.sha256(weights)
-    assert hashes.sha256(weights) == hashlib.sha256(b"abc").hexdigest()
+            found.sha256(weights)
+    assert found.sha256(weights) == ABC
 
 
 @pytest.fixture
@@ -390,39 +337,32 @@ def expected_sha256(folder: Path, *parts: str) -> str:
 def test_a_folders_identity_is_the_same_with_and_without_memory(
     copied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "_TICK_NS", -(10**18))
-    source = open_model(copied_model)
-    expected = expected_sha256(copied_model, "text_encoder", "unet", "vae")
-    assert model_sha256(source).result() == expected
-    assert model_sha256(source, remembering(tmp_path)).result() == expected
-    # The second time nothing is read.
-    monkeypatch.setattr(hashlib, "file_digest", None)
-    assert model_sha256(source, remembering(tmp_path)).result() == expected
-
-
-def test_hashing_leaves_the_processor_to_others(copied_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashes, "_TICK_NS", -(10**18))
     asked: list[tuple[int, int, int]] = []
     monkeypatch.setattr(os, "setpriority", lambda *arguments: asked.append(arguments))
-    model_sha256(open_model(copied_model)).result()
-    assert [(which, nice) for which, _, nice in asked] == [(os.PRIO_PROCESS, 19)]
+    source = open_model(copied_model)
+    expected = expected_sha256(copied_model, "text_encoder", "unet", "vae")
+    assert source.sha256(FileHashes()).result() == expected
+    assert [(which, nice) for which, _, nice in asked] == [(os.PRIO_PROCESS, 19)], "the processor is left to others"
     assert asked[0][1] not in (0, threading.get_native_id()), "the main thread keeps its own"
 
     def refused(*_: int) -> None:
         raise PermissionError
 
     monkeypatch.setattr(os, "setpriority", refused)
-    assert model_sha256(open_model(copied_model)).result()
+    assert source.sha256(remembering(tmp_path)).result() == expected
+    # The second time nothing is read.
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert source.sha256(remembering(tmp_path)).result() == expected
 
 
-def test_a_single_files_identity_is_the_files(model_file: Path, tmp_path: Path) -> None:
-    source = open_model(model_file)
-    expected = hashlib.sha256(model_file.read_bytes()).hexdigest()
-    hashes = remembering(tmp_path)
-    assert model_sha256(source, hashes).result() == expected
+def test_a_single_files_identity_is_the_files() -> None:
+    file = tiny_single_file()
+    assert open_model(file).sha256(FileHashes()).result() == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_what_fails_in_the_thread_is_told_by_the_future(copied_model: Path) -> None:
     source = open_model(copied_model)
     (copied_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(MissingInputError):
-        model_sha256(source).result()
+        source.sha256(FileHashes()).result()

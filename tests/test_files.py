@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import socket
 import struct
 import subprocess
@@ -15,31 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from cli_support import safetensors, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from weight_corpus import UNET
 
-from ldmcli.checkpoints.files import (
-    WeightFile,
-    file_sha256,
-    open_sharded,
-    open_weights,
-    read_tensors,
-    write_tensors,
-)
-from ldmcli.checkpoints.header import MAX_HEADER_BYTES, HeaderError, parse_header
-from ldmcli.errors import BadDataError, CannotCreateError, LdmError, MissingInputError, StorageError
+from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights, read_tensors
+from ldmcli.checkpoints.header import HeaderError, parse_header
+from ldmcli.errors import BadDataError, LdmError, MissingInputError, StorageError
 
 pytestmark = pytest.mark.timeout(60)
-SECONDS = 5  # bound of one refusal; they take under 0.5 s on a quiet machine
-
 # ---- helpers ----
-
-
-def container(header: bytes | str | dict[str, Any], data: bytes = b"") -> bytes:
-    if isinstance(header, dict):
-        header = json.dumps(header)
-    raw = header if isinstance(header, bytes) else header.encode()
-    return struct.pack("<Q", len(raw)) + raw + data
 
 
 def entry(dtype: Any = "F16", shape: Any = (2,), offsets: Any = (0, 4)) -> dict[str, Any]:
@@ -48,10 +34,8 @@ def entry(dtype: Any = "F16", shape: Any = (2,), offsets: Any = (0, 4)) -> dict[
 
 def refusal(path: Path, kind: type[LdmError] = BadDataError) -> str:
     """The one-sentence message with which open_weights refuses `path`."""
-    began = time.perf_counter()
     with pytest.raises(kind) as caught:
         open_weights(path)
-    assert time.perf_counter() - began < SECONDS
     message = str(caught.value)
     assert message.startswith(str(path)[:100])
     assert message.endswith(".")
@@ -74,17 +58,7 @@ def read_all(weights: WeightFile, dtype: torch.dtype | None = None) -> dict[str,
     return dict(read_tensors(weights, weights.tensors, "cpu", dtype))
 
 
-# ---- paths ----
-
-
-def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "v1-5-pruned.safetensors").touch()
-    (tmp_path / "other.txt").touch()
-    path = tmp_path / "v1-5-prund.safetensors"
-    message = refusal(path, MissingInputError)
-    assert message == f"{path} does not exist; its folder has v1-5-pruned.safetensors."
-    assert "v1-5-pruned.safetensors" in refusal(tmp_path / "qq", MissingInputError)
-    assert MissingInputError.exit_code == 66
+# ---- paths: more of them are in weight_corpus ----
 
 
 @pytest.mark.parametrize("name", ["no/such/model", "x" * 300, "a\0b", "model.safetensors/inside"])
@@ -92,16 +66,6 @@ def test_impossible_paths_are_missing(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(MissingInputError):
         open_weights(tmp_path / name)
-
-
-def test_dangling_link_names_its_target(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("gone")
-    assert "link to gone" in refusal(tmp_path / "link", MissingInputError)
-
-
-def test_directory(tmp_path: Path) -> None:
-    (tmp_path / "unet.safetensors").touch()
-    assert "is a folder (it has unet.safetensors)" in refusal(tmp_path)
 
 
 def test_pipe_socket_device_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,29 +88,20 @@ def test_file_swapped_for_a_pipe_after_stat(tmp_path: Path, monkeypatch: pytest.
     assert "is a pipe" in refusal(fifo)
 
 
-def test_circular_link(tmp_path: Path) -> None:
-    (tmp_path / "a").symlink_to("b")
-    (tmp_path / "b").symlink_to("a")
-    assert "circle" in refusal(tmp_path / "a")
-
-
-def test_unreadable(put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [(errno.EACCES, MissingInputError, "permissions"), (errno.EIO, StorageError, "Input/output error")],
+)
+def test_what_the_system_refuses(
+    put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, code: int, kind: type[LdmError], words: str
+) -> None:
     path = put(b"x")
 
-    def denied(*_: object) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied")  # root, as in containers, may read anything
+    def refused(*_: object) -> int:
+        raise OSError(code, os.strerror(code))  # root, as in containers, may read anything
 
-    monkeypatch.setattr(os, "open", denied)
-    assert "permissions" in refusal(path, MissingInputError)
-
-
-def test_device_error_is_a_storage_error(put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*_: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
-    path = put(b"x")
-    monkeypatch.setattr(os, "open", failing)
-    assert "Input/output error" in refusal(path, StorageError)
+    monkeypatch.setattr(os, "open", refused)
+    assert words in refusal(path, kind)
 
 
 # ---- what else it is ----
@@ -254,90 +209,7 @@ def test_real_torch_pickles_are_never_unpickled(tmp_path: Path) -> None:
 def test_hostile_headers(
     put: Callable[[bytes], Path], header: bytes | str | dict[str, Any], data: bytes, words: str
 ) -> None:
-    assert words in refusal(put(container(header, data)))
-
-
-def test_headers_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    with open(path, "wb") as file:  # 99 MB of header, as a sparse file
-        file.write(struct.pack("<Q", 99_000_000) + b'{"a":')
-        file.truncate(99_000_100)
-    began = time.perf_counter()
-    assert "header of 99000000 bytes" in refusal(path)
-    assert time.perf_counter() - began < 1
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        "{" + ",".join(f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(500_000)) + "}",
-        "{" + ",".join(f'"{i}":0' for i in range(499_000)) + "}",
-        '{"a":"' + "x" * (MAX_HEADER_BYTES - 10) + '"}',
-        '{"a":"' + "\\u4e00" * (MAX_HEADER_BYTES // 6 - 10) + '"}',
-        '{"a":[' + "[]," * 99_000 + "0" + ",1000000" * 400_000 + "]}",
-        " " * 10 + "{}",
-    ],
-    ids=["tensors", "pairs", "string", "escapes", "lists", "indented"],
-)
-def test_the_largest_headers_take_bounded_time_and_memory(tmp_path: Path, header: str) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(container(header))
-    program = (
-        "import sys, time, resource; from pathlib import Path\n"
-        "from ldmcli.checkpoints.files import open_weights; from ldmcli.errors import BadDataError\n"
-        "began = time.process_time()\n"
-        "try: open_weights(Path(sys.argv[1]))\n"
-        "except BadDataError: print(time.process_time() - began, 'torch' in sys.modules)"
-    )
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
-
-    ran = subprocess.run(
-        [sys.executable, "-c", program, path], capture_output=True, text=True, preexec_fn=limit, timeout=50
-    )
-    assert ran.returncode == 0, ran.stderr
-    seconds, torch_loaded = ran.stdout.split()
-    assert float(seconds) < SECONDS
-    assert torch_loaded == "False"
-
-
-def assert_parsed_or_refused(raw: bytes, size: int) -> None:
-    """parse_header either refuses or returns tensors that cover the data exactly."""
-    start = 8 + len(raw)
-    try:
-        tensors, metadata = parse_header(raw, start, start + size)
-    except HeaderError:
-        return
-    assert sum(info.end - info.start for info in tensors.values()) == size
-    assert all(start <= info.start <= info.end <= start + size for info in tensors.values())
-    assert all(isinstance(text, str) for pair in metadata.items() for text in pair)
-
-
-SOUND = json.dumps(
-    {
-        "__metadata__": {"format": "pt"},
-        "a.weight": entry(),
-        "b": entry("F32", (2, 1), (4, 12)),
-        "c": entry("I64", (), (12, 20)),
-        "d": entry("BF16", (0, 3), (20, 20)),
-    }
-).encode()
-
-
-@given(st.binary(max_size=200), st.integers(0, 40))
-def test_random_headers_never_crash(raw: bytes, size: int) -> None:
-    assert_parsed_or_refused(raw, size)
-    assert_parsed_or_refused(b"{" + raw, size)
-
-
-@settings(max_examples=400)
-@given(st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.binary(max_size=3), st.integers(0, 3)), max_size=4))
-def test_mutated_headers_never_crash(edits: list[tuple[int, bytes, int]]) -> None:
-    raw = SOUND
-    for at, new, cut in edits:
-        raw = raw[:at] + new + raw[at + cut :]
-    assert_parsed_or_refused(raw, 20)
+    assert words in refusal(put(safetensors(header, data)))
 
 
 JSON = st.recursive(
@@ -356,16 +228,104 @@ FIELD = st.sampled_from(["F16", "U8", "F8_E4M3", [2], [0], [], [0, 4], [4, 4], [
     ),
     st.integers(0, 8),
 )
-def test_structured_headers_never_crash(header: dict[str, Any], size: int) -> None:
-    assert_parsed_or_refused(json.dumps(header).encode(), size)
+def test_structured_headers_are_refused_or_cover_their_data(header: dict[str, Any], size: int) -> None:
+    raw = json.dumps(header).encode()
+    start = 8 + len(raw)
+    try:
+        tensors, metadata = parse_header(raw, start, start + size)
+    except HeaderError:
+        return
+    assert sum(info.end - info.start for info in tensors.values()) == size
+    assert all(start <= info.start <= info.end <= start + size for info in tensors.values())
+    assert all(isinstance(text, str) for pair in metadata.items() for text in pair)
 
 
-@given(st.binary(max_size=300))
-def test_random_files_never_crash(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "random.safetensors"
+# ---- safetensors' own reader agrees ----
+
+_BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8}
+_TENSOR = st.tuples(st.sampled_from(sorted(_BYTES)), st.lists(st.integers(0, 3), max_size=3))
+
+
+@st.composite
+def sound_files(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """Header and data of a sound file, with any names, in any order of keys and any white space."""
+    tensors = draw(
+        st.dictionaries(st.text(max_size=6).filter(lambda name: name != "__metadata__"), _TENSOR, max_size=5)
+    )
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        size = _BYTES[dtype]
+        for dim in shape:
+            size *= dim
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2))
+    keys = draw(st.permutations(list(header)))
+    shuffled = {key: header[key] for key in keys}
+    raw = json.dumps(shuffled, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1])))
+    return raw.encode("utf-8", "surrogatepass") + b" " * draw(st.integers(0, 9)), bytes(end)
+
+
+def read_by_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no dict
+        return {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
+
+
+def check_agreement(path: Path, content: bytes) -> bool:
+    """Whether `content` is accepted; if so, safetensors' own reader finds the same in it. No error but LdmError."""
     path.write_bytes(content)
-    with pytest.raises(BadDataError):
-        open_weights(path)
+    try:
+        weights = open_weights(path)
+    except LdmError:
+        return False
+    assert read_by_safetensors(path) == {name: (info.dtype, info.shape) for name, info in weights.tensors.items()}
+    return True
+
+
+@settings(max_examples=100, deadline=None)
+@given(sound_files())
+def test_sound_headers_are_accepted_as_safetensors_does(
+    tmp_path_factory: pytest.TempPathFactory, sound: tuple[bytes, bytes]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "sound.safetensors"
+    assert check_agreement(path, safetensors(*sound))
+
+
+EDIT = st.tuples(st.floats(0, 1), st.sampled_from([*b'{}[]:,"\\0129-.eE \n', 0, 0x80, 0xED, 0xFF]) | st.none())
+EDITS = st.lists(st.tuples(EDIT, st.integers(0, 2)), min_size=1, max_size=3)
+
+
+@settings(max_examples=250, deadline=None)
+@given(sound_files(), EDITS, st.integers(-3, 3))
+def test_mutated_headers_are_refused_or_safetensors_agrees(
+    tmp_path_factory: pytest.TempPathFactory,
+    sound: tuple[bytes, bytes],
+    edits: list[tuple[tuple[float, int | None], int]],
+    longer: int,
+) -> None:
+    """What is accepted although it was damaged is a sound file to safetensors too, with the same tensors."""
+    header, data = sound
+    for (place, byte), cut in edits:
+        at = int(place * len(header))
+        header = header[:at] + (b"" if byte is None else bytes([byte])) + header[at + cut :]
+    data = data[:longer] if longer < 0 else data + bytes(longer)
+    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    check_agreement(path, safetensors(header, data))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 7), st.integers(0, 255), st.integers(0, 300))
+def test_any_length_field_is_bounded(tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, size: int) -> None:
+    """One byte of the header's length changed, and the file cut anywhere."""
+    content = bytearray((tiny_model() / UNET).read_bytes()[: 8 + size])
+    content[at] = byte
+    path = tmp_path_factory.getbasetemp() / "length.safetensors"
+    check_agreement(path, bytes(content))
 
 
 # ---- reading and writing ----
@@ -376,14 +336,16 @@ DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> WeightFile:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return open_weights(path)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_type_is_read_to_the_bit_and_converted(tmp_path: Path, dtype: torch.dtype) -> None:
     values = torch.tensor([[0, 1, 2], [3, 1, 0]], dtype=torch.float32).to(dtype)
-    tensors = {"matrix": values, "scalar": values[0, 1].clone(), "none": values[:0].clone()}
-    tensors["transposed"] = values.clone().t()
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, tensors, {"origin": "test"})
-    weights = open_weights(path)
+    tensors = {"matrix": values, "scalar": values[0, 1].clone(), "none": values[:0].clone(), "list": values[1].clone()}
+    weights = write(tmp_path / "a", tensors, {"origin": "test"})
     assert weights.metadata == {"origin": "test"}
     found = read_all(weights)
     assert found.keys() == tensors.keys()
@@ -391,16 +353,16 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
         assert found[name].dtype == dtype
         assert found[name].shape == tensor.shape
         assert found[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
-    for name, tensor in read_all(weights, torch.float32).items():
-        assert tensor.dtype == (torch.float32 if dtype.is_floating_point else dtype)
-        assert tensor.float().equal(tensors[name].float())
-    assert list(tmp_path.iterdir()) == [path]
+    for wanted in FLOATS:
+        converted = read_all(weights, wanted)
+        assert {tensor.dtype for tensor in converted.values()} == {wanted if dtype.is_floating_point else dtype}
+        assert all(tensor.float().equal(tensors[name].float()) for name, tensor in converted.items())
+        own = {tensor.untyped_storage().data_ptr() for tensor in converted.values() if tensor.numel()}
+        assert len(own) == 3, "nothing is shared"
 
 
 def test_file_order_subset_and_unknown_names(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {name: torch.full((3,), float(i)) for i, name in enumerate("cab")})
-    weights = open_weights(path)
+    weights = write(tmp_path / "a", {name: torch.full((3,), float(i)) for i, name in enumerate("cab")})
     order = sorted(weights.tensors, key=lambda name: weights.tensors[name].start)
     assert [name for name, _ in read_tensors(weights, reversed(order), "cpu", None)] == order
     assert [name for name, _ in read_tensors(weights, ["b", "a", "b"], "cpu", None)] == ["a", "b"]
@@ -408,101 +370,59 @@ def test_file_order_subset_and_unknown_names(tmp_path: Path) -> None:
         list(read_tensors(weights, ["z"], "cpu", None))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_converted_tensors_share_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
-    path = tmp_path / "model.safetensors"
-    tensors = {str(i): torch.full((i + 1,), float(i)) for i in (3, 9, 1, 7)}
-    write_tensors(path, tensors | {"int": torch.arange(4)})
-    found = read_all(open_weights(path), dtype)
-    assert all(found[name].equal(tensor.to(dtype)) for name, tensor in tensors.items())
-    assert found["int"].tolist() == [0, 1, 2, 3]
-    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 5
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32], ids=str)
 def test_tensors_arrive_on_the_gpu(tmp_path: Path, dtype: torch.dtype | None) -> None:
-    path = tmp_path / "model.safetensors"
     tensors = {str(i): torch.randn(1000 * i) for i in range(1, 9)}
-    write_tensors(path, tensors)
-    found = dict(read_tensors(open_weights(path), tensors, "cuda", dtype))
+    found = dict(read_tensors(write(tmp_path / "a", tensors), tensors, "cuda", dtype))
     assert all(found[name].cpu().equal(tensor.to(dtype)) for name, tensor in tensors.items())
-
-
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(StorageError, match="writing"):
-            write_tensors(path, {"a": torch.ones(1000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.iterdir())
 
 
 def test_odd_alignment(put: Callable[[bytes], Path]) -> None:
     values = torch.tensor([1.5, -2.0])
-    header = json.dumps({"byte": entry("U8", [1], [0, 1]), "a": entry("F32", [2], [1, 9])})
-    header += " " * (5 - len(header) % 8)
-    weights = open_weights(put(container(header, b"\x07" + values.numpy().tobytes())))
+    header = json.dumps({"byte": entry("U8", [1], [0, 1]), "a": entry("F32", [2], [1, 9])}).encode()
+    header += b" " * (5 - len(header) % 8)
+    weights = open_weights(put(safetensors(header, b"\x07" + values.numpy().tobytes())))
     found = read_all(weights)
     assert found["a"].equal(values)
     assert found["byte"].tolist() == [7]
 
 
+def test_no_metadata_may_be_said_by_null(put: Callable[[bytes], Path]) -> None:
+    assert open_weights(put(safetensors({"__metadata__": None}))).metadata == {}
+
+
 def test_a_bool_is_0_or_1(put: Callable[[bytes], Path]) -> None:
-    weights = open_weights(put(container({"a": entry("BOOL", [3], [0, 3])}, b"\x00\x02\xff")))
+    weights = open_weights(put(safetensors({"a": entry("BOOL", [3], [0, 3])}, b"\x00\x02\xff")))
     assert read_all(weights)["a"].view(torch.uint8).tolist() == [0, 1, 1]
 
 
-def test_empty_model(put: Callable[[bytes], Path]) -> None:
-    assert open_weights(put(container("{}"))).tensors == {}
-
-
-def test_tensors_own_their_memory(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {"a": torch.ones(1000)})
-    tensor = read_all(open_weights(path))["a"]
-    os.truncate(path, 0)
-    assert tensor.sum() == 1000
-    assert str(path) not in Path("/proc/self/maps").read_text()
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf"])
-@pytest.mark.parametrize("at", [0, 1, 500, 1000])
-def test_nan_and_infinity_are_found(tmp_path: Path, dtype: torch.dtype, value: str, at: int) -> None:
-    poisoned = torch.linspace(-1, 1, 1001).to(dtype)
-    poisoned[at] = -torch.tensor(float("nan")) if value == "-nan" else float(value)
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {"fine": torch.linspace(-1, 1, 1001).to(dtype), "po\x1bisoned": poisoned})
-    weights = open_weights(path)
-    with pytest.raises(BadDataError, match=r"NaN or infinity in tensor “po\\x1bisoned”"):
-        read_all(weights)
-    assert dict(read_tensors(weights, ["fine"], "cpu", None))
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_extremes_are_finite(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_nan_and_infinity_are_found_and_the_extremes_are_not(tmp_path: Path, dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
-    values = torch.tensor([info.max, info.min, info.tiny, -info.tiny, 0.0, -0.0], dtype=dtype)
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {"a": values})
-    assert read_all(open_weights(path))["a"].equal(values)
+    extremes = torch.tensor([info.max, info.min, info.tiny, -info.tiny, 0.0, -0.0], dtype=dtype)
+    fine = torch.linspace(-1, 1, 1001).to(dtype)
+    nan = torch.tensor(float("nan"))
+    poisoned = {}
+    for value in (nan, -nan, float("inf"), float("-inf")):
+        for at in (0, 1, 500, 1000):
+            poisoned[f"po\x1bisoned {value} {at}"] = fine.clone()
+            poisoned[f"po\x1bisoned {value} {at}"][at] = value
+    weights = write(tmp_path / "a", {"extremes": extremes} | poisoned)
+    assert next(read_tensors(weights, ["extremes"], "cpu", None))[1].equal(extremes)
+    for name in poisoned:
+        with pytest.raises(BadDataError, match=r"NaN or infinity in tensor “po\\x1bisoned"):
+            list(read_tensors(weights, [name], "cpu", None))
 
 
-@pytest.mark.parametrize("pattern", ["every fp16", "every bf16"])
-def test_finiteness_agrees_with_torch_on_every_16_bit_value(tmp_path: Path, pattern: str) -> None:
-    dtype = torch.float16 if "fp16" in pattern else torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_finiteness_agrees_with_torch_on_every_16_bit_value(tmp_path: Path, dtype: torch.dtype) -> None:
     values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     finite = values.isfinite()
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {"a": values[finite]})
-    assert len(read_all(open_weights(path))["a"]) == int(finite.sum())
-    write_tensors(path, {str(i): value.reshape(1) for i, value in enumerate(values[~finite])})
-    weights = open_weights(path)
+    found = read_all(write(tmp_path / "a", {"a": values[finite]}))["a"]
+    assert len(found) == int(finite.sum())
+    weights = write(tmp_path / "b", {str(i): value.reshape(1) for i, value in enumerate(values[~finite])})
     for name in list(weights.tensors)[::37]:
         with pytest.raises(BadDataError):
             list(read_tensors(weights, [name], "cpu", None))
@@ -510,9 +430,7 @@ def test_finiteness_agrees_with_torch_on_every_16_bit_value(tmp_path: Path, patt
 
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_overflow_of_fp16_is_named(tmp_path: Path, source: torch.dtype) -> None:
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {"big": torch.tensor([1.0, -131072.0], dtype=source)})
-    weights = open_weights(path)
+    weights = write(tmp_path / "a", {"big": torch.tensor([1.0, -131072.0], dtype=source)})
     with pytest.raises(BadDataError, match=r"1.311e\+05 in tensor “big”, more than float16 can hold.*--dtype"):
         read_all(weights, torch.float16)
     assert read_all(weights, torch.float32)["big"].tolist() == [1, -131072]
@@ -521,51 +439,21 @@ def test_overflow_of_fp16_is_named(tmp_path: Path, source: torch.dtype) -> None:
 @pytest.mark.parametrize("change", ["truncate", "rewrite", "replace", "remove", "fifo"])
 def test_file_changed_after_it_was_checked(tmp_path: Path, change: str) -> None:
     path = tmp_path / "model.safetensors"
-    write_tensors(path, {"a": torch.ones(100), "b": torch.ones(100)})
-    weights = open_weights(path)
+    weights = write(path, {"a": torch.ones(100), "b": torch.ones(100)})
+    content = path.read_bytes()
     if change == "truncate":
         os.truncate(path, weights.tensors["a"].start + 10)
     elif change == "rewrite":
-        content = path.read_bytes()
         time.sleep(0.02)
         path.write_bytes(content)
-    elif change == "replace":
-        write_tensors(path, {"a": torch.ones(100), "b": torch.zeros(100)})
     else:
         path.unlink()
-        if change == "fifo":
+        if change == "replace":
+            path.write_bytes(content)
+        elif change == "fifo":
             os.mkfifo(path)
     with pytest.raises(MissingInputError if change == "remove" else BadDataError):
         read_all(weights)
-
-
-def test_truncated_while_reading_without_a_stamp(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {"a": torch.ones(100)})
-    weights = open_weights(path)
-    os.truncate(path, weights.tensors["a"].start + 10)
-    with pytest.raises(BadDataError, match="changed while it was read"):
-        read_all(WeightFile(path, weights.tensors, weights.metadata))
-
-
-def test_writing_replaces_all_or_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {"a": torch.ones(1)})
-    before = path.read_bytes()
-    with pytest.raises(CannotCreateError):
-        write_tensors(tmp_path / "none" / "model.safetensors", {"a": torch.ones(1)})
-    shared = torch.ones(4)
-    with pytest.raises(RuntimeError):
-        write_tensors(path, {"a": shared, "b": shared})
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_sha256(put: Callable[[bytes], Path], tmp_path: Path) -> None:
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert file_sha256(put(b"abc")) == expected
-    with pytest.raises(BadDataError):
-        file_sha256(tmp_path)
 
 
 # ---- sharded models ----
@@ -574,7 +462,7 @@ def test_sha256(put: Callable[[bytes], Path], tmp_path: Path) -> None:
 def shard(folder: Path, weight_map: object, **files: dict[str, torch.Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in files.items():
-        write_tensors(folder / f"{name}.safetensors", tensors)
+        save_file(tensors, folder / f"{name}.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return index
@@ -597,12 +485,15 @@ def test_sharded_model(tmp_path: Path) -> None:
     "name", ["../one.safetensors", "/etc/passwd", "", ".", "..", "sub/one.safetensors", "a\\b", "x\0y", 7, None]
 )
 def test_shard_names_stay_inside(tmp_path: Path, name: object) -> None:
-    write_tensors(tmp_path / "one.safetensors", ones("a"))
+    save_file(ones("a"), tmp_path / "one.safetensors")
     with pytest.raises((BadDataError, MissingInputError)):
         open_sharded(shard(tmp_path / "model", {"a": name}))
 
 
-@pytest.mark.parametrize("weight_map", [None, {}, [], "x", {"a": "one.safetensors", "z": "one.safetensors"}])
+@pytest.mark.parametrize(
+    "weight_map",
+    [None, {}, [], "x", {"a": "one.safetensors", "z": "one.safetensors"}, {str(i): f"{i}" for i in range(2000)}],
+)
 def test_wrong_weight_maps(tmp_path: Path, weight_map: object) -> None:
     with pytest.raises(BadDataError):
         open_sharded(shard(tmp_path, weight_map, one=ones("a")))
@@ -623,25 +514,13 @@ def test_shards_missing_doubled_or_broken(tmp_path: Path) -> None:
         open_sharded(index)
 
 
-def test_linked_shards(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "outside.safetensors", ones("a"))
-    index = shard(tmp_path / "model", {"a": "one.safetensors"}, real=ones("a"))
-    link = tmp_path / "model" / "one.safetensors"
-    link.symlink_to("real.safetensors")
-    assert len(open_sharded(index)) == 1
-    link.unlink()
-    link.symlink_to("../outside.safetensors")
-    with pytest.raises(BadDataError, match="leads out of the folder"):
-        open_sharded(index)
-
-
 @pytest.mark.parametrize("part", ["", "unet"])
 def test_hub_cache_links(tmp_path: Path, part: str) -> None:
     repo, other = tmp_path / "models--me--model", tmp_path / "models--me--other"
     folder = repo / "snapshots" / "0123abcd" / part
     for root in (repo, other):
         (root / "blobs").mkdir(parents=True)
-        write_tensors(root / "blobs" / "hash", ones("a"))
+        save_file(ones("a"), root / "blobs" / "hash")
     index = shard(folder, {"a": "one.safetensors"})
     index.rename(repo / "blobs" / "index")
     index.symlink_to(os.path.relpath(repo / "blobs" / "index", folder))
@@ -660,9 +539,3 @@ def test_importing_needs_no_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
-
-
-def test_written_files_have_the_usual_mode(tmp_path: Path) -> None:
-    (tmp_path / "usual").touch()
-    write_tensors(tmp_path / "w.safetensors", {"x": torch.zeros(1)})
-    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import assert_refused, ldm, reconfigured
+from cli_support import assert_refused, ldm_here, reconfigured
+from fork_server import quick
 
 from ldmcli.checkpoints.folder_schedule import FolderSchedule, folder_schedule
 from ldmcli.checkpoints.source import open_model
@@ -135,16 +136,17 @@ def test_two_ways_to_space_noise_levels_are_one_too_many(tmp_path: Path) -> None
 def test_a_refusal_is_one_sentence_and_another_sampler_draws(tmp_path: Path) -> None:
     folder = reconfigured(tmp_path / "m", "scheduler", _class_name=DPM, algorithm_type="dpmsolver", **SD)
     arguments = ("txt2img", "x", "-m", folder, "--steps", "2", "-o", tmp_path / "x.png")
-    assert_refused(ldm(*arguments), 65, "algorithm_type is 'dpmsolver'", "choose another with --sampler")
-    assert ldm(*arguments, "--sampler", "euler").code == 0
+    refused = ldm_here(*arguments)
+    assert_refused(refused, 65, "algorithm_type is 'dpmsolver'", "choose another with --sampler")
+    assert ldm_here(*arguments, "--sampler", "euler").code == 0
 
 
 def test_a_guess_and_a_stand_in_are_said(tmp_path: Path) -> None:
     folder = reconfigured(tmp_path / "m", "scheduler", _class_name="EulerDiscreteScheduler", **TURBO, **SD)
-    drawn = ldm("txt2img", "x", "-m", folder, "-o", tmp_path / "x.png")
-    assert drawn.err.count("looks distilled to few steps") == 1
+    arguments = ("-W", "63", "-o", tmp_path / "x.png")  # refused once the model is open
+    assert quick("txt2img", "x", "-m", folder, *arguments).err.count("looks distilled to few steps") == 1
     (folder / "generation_config.json").write_text('{"guidance_scale": 0.0, "num_inference_steps": 1}')
-    assert "looks distilled" not in ldm("txt2img", "x", "-m", folder, "-o", tmp_path / "z.png").err
+    assert "looks distilled" not in quick("txt2img", "x", "-m", folder, *arguments).err
     folder = reconfigured(tmp_path / "n", "scheduler", _class_name="KDPM2DiscreteScheduler", **SD)
-    drawn = ldm("txt2img", "x", "-m", folder, "--steps", "2", "-o", tmp_path / "y.png")
-    assert "made for KDPM2DiscreteScheduler, which is not here; heun is used in its place" in drawn.err
+    said = quick("txt2img", "x", "-m", folder, *arguments).err
+    assert "made for KDPM2DiscreteScheduler, which is not here; heun is used in its place" in said

@@ -148,20 +148,20 @@ def test_single_file_with_all_that_old_files_carry(model_file: Path, pipeline: P
     assert_same_weights(load(path), pipeline)
 
 
-def test_single_file_without_text_model_prefix(model_file: Path, pipeline: Pipeline, tmp_path: Path) -> None:
-    path = tmp_path / "bare.safetensors"
-    shutil.copy(model_file, path)
-    rewrite(path, lambda state: {key.replace(".text_model.", "."): tensor for key, tensor in state.items()})
-    assert_same_weights(load(path), pipeline)
-
-
 @pytest.mark.parametrize("prefix", ["", "text_model."])
-def test_folder_with_either_kind_of_clip_keys(folder: Path, pipeline: Pipeline, prefix: str) -> None:
+def test_either_kind_of_clip_keys(
+    folder: Path, model_file: Path, pipeline: Pipeline, tmp_path: Path, prefix: str
+) -> None:
     def change(state: State) -> State:
         return {prefix + key.removeprefix("text_model."): tensor for key, tensor in state.items()}
 
     rewrite(folder / WEIGHTS["text_encoder"], change)
     assert_same_weights(load(folder), pipeline)
+    state = load_file(model_file)
+    texts = {key: state.pop(key) for key in list(state) if key.startswith("cond_stage_model.")}
+    renamed = {key.replace(".text_model.", f".{prefix}"): tensor for key, tensor in texts.items()}
+    save_file(state | renamed, tmp_path / "model.safetensors")
+    assert_same_weights(load(tmp_path / "model.safetensors"), pipeline)
 
 
 def test_folder_with_old_vae_attention(folder: Path, pipeline: Pipeline) -> None:
@@ -243,23 +243,24 @@ def test_missing_tensors(folder: Path, part: str) -> None:
     assert listed[2] == "2"
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
-def test_more_of_a_network_than_is_built(folder: Path, part: str) -> None:
+def test_more_of_a_network_than_is_built(folder: Path) -> None:
     """Another network, which drawn as this one would draw something else."""
-    key = max(load_file(folder / WEIGHTS[part]), key=len)
-    rewrite(folder / WEIGHTS[part], lambda state: state | {f"{key}.{i}\n": torch.zeros(2) for i in range(6)})
+    key = max(load_file(folder / WEIGHTS["unet"]), key=len)
+    rewrite(folder / WEIGHTS["unet"], lambda state: state | {f"{key}.{i}\n": torch.zeros(2) for i in range(6)})
     listed = ", ".join(rf"{key}.{i}\n" for i in range(5))
-    assert f"it has tensors of no use here ({listed} and 1 more)." in refusal(folder, part)
+    assert f"it has tensors of no use here ({listed} and 1 more)." in refusal(folder, "unet")
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
-def test_stray_tensors_are_told_and_ignored(
-    folder: Path, pipeline: Pipeline, part: str, caplog: pytest.LogCaptureFixture
+def test_stray_tensors_are_named_and_ignored(
+    folder: Path, pipeline: Pipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rewrite(folder / WEIGHTS[part], lambda state: state | {f"extra.{i}\n": torch.zeros(2).int() for i in range(6)})
+    for path in WEIGHTS.values():
+        rewrite(folder / path, lambda state: state | {f"extra.{i}\n": torch.zeros(2).int() for i in range(6)})
     assert_same_weights(load(folder), pipeline)
     listed = ", ".join(rf"extra.{i}\n" for i in range(5))
-    assert caplog.messages == [f"{folder}/{part} has tensors that are ignored ({listed} and 1 more)"]
+    assert sorted(caplog.messages) == [
+        f"{folder}/{part} has tensors that are ignored ({listed} and 1 more)" for part in sorted(WEIGHTS)
+    ]
 
 
 def test_stray_tensors_of_a_single_file(
@@ -271,8 +272,7 @@ def test_stray_tensors_of_a_single_file(
     assert caplog.messages == [f"{path} has tensors of no known part, which are ignored (trainer.step)"]
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize(("part", "dtype"), list(zip(WEIGHTS, [torch.int8, torch.bool, torch.int64], strict=True)))
 def test_whole_numbers_are_no_weights(folder: Path, part: str, dtype: torch.dtype) -> None:
     key = next(key for key, tensor in load_file(folder / WEIGHTS[part]).items() if tensor.ndim == 2)
     rewrite(folder / WEIGHTS[part], lambda state: state | {key: state[key].to(dtype)})
@@ -289,7 +289,7 @@ def test_scaled_weights_are_refused_by_name(folder: Path, model_file: Path, tmp_
     assert f"whose scales this version does not apply ({key})" in refusal(tmp_path / "a.safetensors", "unet")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64], ids=str)
 def test_any_floating_type_is_read(model_file: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     """The usual noise schedule, rounded to that type, is still the usual one."""
     levels = {"alphas_cumprod": Schedule(ScheduleConfig()).alphas_cumprod}
@@ -299,16 +299,6 @@ def test_any_floating_type_is_read(model_file: Path, tmp_path: Path, dtype: torc
     save_file(widened, tmp_path / "b.safetensors")
     assert_same_weights(load(tmp_path / "a.safetensors"), load(tmp_path / "b.safetensors"))
     assert open_model(tmp_path / "a.safetensors").config == open_model(model_file).config
-
-
-def test_no_metadata_is_said_by_null_too(model_file: Path, pipeline: Pipeline, tmp_path: Path) -> None:
-    raw = model_file.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length]) | {"__metadata__": None}
-    text = json.dumps(header).encode()
-    path = tmp_path / "null.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-    assert_same_weights(load(path), pipeline)
 
 
 def test_a_vae_without_an_encoder_draws(folder: Path, model_file: Path, pipeline: Pipeline, tmp_path: Path) -> None:
@@ -331,14 +321,13 @@ def test_a_vae_without_an_encoder_draws(folder: Path, model_file: Path, pipeline
         load_vae(open_model(single), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
-def test_misshapen_tensors(folder: Path, part: str) -> None:
+def test_misshapen_tensors(folder: Path) -> None:
     def change(state: State) -> State:
         changed = sorted(key for key, tensor in state.items() if tensor.ndim == 1)[:6]
         return state | {key: torch.cat([state[key], torch.zeros(1)]) for key in changed}
 
-    rewrite(folder / WEIGHTS[part], change)
-    message = refusal(folder, part)
+    rewrite(folder / WEIGHTS["text_encoder"], change)
+    message = refusal(folder, "text_encoder")
     assert re.search(r"tensors of the wrong shape \((\S+: \[(\d+)\] for \[\d+\], ){4}.* and 1 more\)", message)
 
 
@@ -380,23 +369,17 @@ def test_single_file_is_held_to_the_same(model_file: Path, tmp_path: Path, part:
 # ---- how modules are built ----
 
 
-def test_nothing_is_left_on_meta(pipeline: Pipeline) -> None:
-    for part in parts(pipeline).values():
-        assert not part.training
-        for tensor in [*part.parameters(), *part.buffers()]:
-            assert tensor.device.type == "cpu"
-            assert not tensor.requires_grad
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_dtype_and_memory_format(model_folder: Path, dtype: str) -> None:
     loaded = load(model_folder, dtype)
     wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    for part in (loaded.model.unet, loaded.vae):
-        assert {tensor.dtype for tensor in part.parameters()} == {wanted}
-        for tensor in part.parameters():
+    for name, part in parts(loaded).items():
+        assert not part.training
+        assert {tensor.dtype for tensor in part.parameters()} == {torch.float32 if name == "text_encoder" else wanted}
+        for tensor in [*part.parameters(), *part.buffers()]:
+            assert tensor.device.type == "cpu", "nothing is left on meta"
+            assert not tensor.requires_grad
             assert tensor.ndim != 4 or tensor.is_contiguous(memory_format=torch.channels_last)
-    assert {tensor.dtype for tensor in text_model(loaded).parameters()} == {torch.float32}
 
 
 def test_no_weight_is_initialised_only_to_be_overwritten(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import torch
 from oracle.family_models import FamilyModels
 from safetensors.torch import load_file, save_file
 
-from ldmcli.checkpoints.buildable import _ACTIVATIONS
-from ldmcli.checkpoints.load import load_text_encoder, on_meta
+from ldmcli.checkpoints import buildable
+from ldmcli.checkpoints.load import load_text_encoders, on_meta
 from ldmcli.checkpoints.source import open_model
 from ldmcli.conditioning.prompts import TextEncoder
 from ldmcli.config import TextEncoderConfig
@@ -69,7 +69,7 @@ def test_quick_gelu() -> None:
 
 
 def test_every_activation_that_is_let_through_can_be_computed() -> None:
-    assert set(_ACTIVATIONS) == set(ACTIVATIONS)
+    assert set(buildable.ACTIVATIONS) == set(ACTIVATIONS)
 
 
 def test_the_encoder_gives_a_pooled_prompt_where_asked() -> None:
@@ -91,8 +91,8 @@ def test_pooled_prompts_are_computed_for_networks_that_read_them(
     if (name, layout) == ("sd2", "file"):
         assert source.config.text_encoders[0].projection_dim
     found = []
-    for text, tokenizer in zip(source.config.text_encoders, source.tokenizers, strict=True):
-        encoder = load_text_encoder(source, text, tokenizer, torch.device("cpu"), torch.float32)
+    encoders = load_text_encoders(source, torch.device("cpu"), torch.float32)
+    for encoder, tokenizer in zip(encoders, source.tokenizers, strict=True):
         _, projected = encoder.encode(torch.tensor([tokenizer.framed([5])]))
         found.append(projected is not None)
     assert found == pooled
@@ -106,9 +106,8 @@ def test_the_first_of_two_encoders_pools_for_nobody(family_models: FamilyModels,
     weights = folder / "text_encoder" / "model.safetensors"
     save_file(load_file(weights) | {"text_projection.weight": torch.ones(768, 64)}, weights)
     source = open_model(folder)
-    first = source.config.text_encoders[0]
-    assert first.projection_dim == 768
-    encoder = load_text_encoder(source, first, source.tokenizers[0], torch.device("cpu"), torch.float32)
+    assert source.config.text_encoders[0].projection_dim == 768
+    encoder = load_text_encoders(source, torch.device("cpu"), torch.float32)[0]
     assert encoder.encode(torch.tensor([source.tokenizers[0].framed([5])]))[1] is None
 
 

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import open_model
-from ldmcli.checkpoints.vae_source import load_vae_from, open_vae
+from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig
 from ldmcli.errors import BadDataError, LdmError, MissingInputError
 from ldmcli.networks.taesd import TinyVAE
@@ -54,7 +55,7 @@ def written(state: State, path: Path) -> Path:
 def refusal(path: Path, config: ModelConfig, kind: type[LdmError] = BadDataError) -> str:
     """What opening and loading a VAE says."""
     with pytest.raises(kind) as caught:
-        load_vae_from(open_vae(path, config), torch.device("cpu"), torch.float32)
+        load_vae(open_vae(path, config), torch.device("cpu"), torch.float32)
     message = str(caught.value)
     assert message.startswith(str(path))
     assert message.endswith(".")
@@ -146,7 +147,7 @@ def test_damaged_vae(config: ModelConfig, kl_state: State, tmp_path: Path) -> No
     lacking = {key: tensor for key, tensor in kl_state.items() if key != "decoder.conv_out.weight"}
     assert "the tensor decoder.conv_out.weight is missing" in refusal(written(lacking, path), config)
     lacking = {key: tensor for key, tensor in kl_state.items() if key != "decoder.conv_norm_out.bias"}
-    told = "is not a VAE that can be read: it lacks tensors (decoder.conv_norm_out.bias)."
+    told = "is not the vae it should be: it lacks tensors (decoder.conv_norm_out.bias)."
     assert told in refusal(written(lacking, path), config)
     flat = kl_state | {"decoder.conv_in.weight": torch.zeros(3)}
     assert "has tensors of shapes that fit no VAE" in refusal(written(flat, path), config)
@@ -265,15 +266,6 @@ def test_upcast(config: ModelConfig, model_folder: Path, kl_state: State, tmp_pa
     for own in (True, False):
         (tmp_path / "config.json").write_text(json.dumps(fields | {"force_upcast": own}))
         assert open_vae(tmp_path, model).config.force_upcast is (own and models)
-
-
-def test_identity(config: ModelConfig, model_folder: Path, kl_state: State, tmp_path: Path) -> None:
-    path = written(kl_state, tmp_path / "ft-mse.safetensors")
-    assert open_vae(path, config).name == "ft-mse"
-    assert open_vae(path, config).weight_paths() == [path]
-    source = open_vae(model_folder / "vae", config)
-    assert source.name == "vae"
-    assert source.weight_paths() == [model_folder / "vae" / WEIGHTS]
 
 
 def test_looking_at_a_vae_needs_no_torch(model_folder: Path) -> None:

@@ -6,6 +6,7 @@ It comes from a file of any origin: what passes here divides evenly, builds in b
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.errors import BadDataError
@@ -15,41 +16,63 @@ _MAX_LAYERS = 128  # of one kind in one place; the deepest known models have 32
 _MAX_DIMENSION = 1 << 24
 _MAX_VAE_LEVELS = 8
 _TOKENS = range(3, 4097)  # begin and end marks and something between them; CLIP reads 77
-_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 _TRAINING_STEPS = range(2, 10_001)
 _BETAS = (1e-6, 0.999)  # below, float32 cannot tell 1 - beta from 1
+_APART = "they are not of one model"
 _MAX_DECAY = 80.0  # -log ᾱ at the noisiest step, which float32 still holds; Stable Diffusion has 5.4
 
 
 def check_buildable(config: ModelConfig, shown: str) -> None:
     """Raise BadDataError saying what is wrong with the model that `shown` names, if anything is."""
-    faults = (
-        *_size_faults("U-Net", config.unet),
-        *_size_faults("VAE", config.vae),
-        *(fault for text in config.text_encoders for fault in _size_faults("text encoder", text)),
-        *_unet_faults(config.unet),
-        *_vae_faults(config.vae),
-        *(fault for text in config.text_encoders for fault in _text_faults(text)),
-        *_schedule_faults(config.schedule),
-        *_fit_faults(config),
-    )
-    if faults:
-        raise BadDataError(f"{shown}: {faults[0]}.")
+    fault = next(_faults(config), None)
+    if fault:
+        raise BadDataError(f"{shown}: {fault}.")
 
 
-def _size_faults(part: str, config: UNetConfig | VAEConfig | TextEncoderConfig) -> Iterator[str]:
-    """Shapes with a 0 among them may say anything else without a byte of data; torch's sizes have 64 bits."""
-    values = (value if isinstance(value, tuple) else (value,) for value in dataclasses.astuple(config))
-    largest = max(number for numbers in values for number in numbers if isinstance(number, int))
-    if largest > _MAX_DIMENSION:
-        yield f"the {part} has a dimension of {largest}, more than {_MAX_DIMENSION}"
+def betas_of(schedule: ScheduleConfig) -> Sequence[float]:
+    """The betas; NaN where a start or an end below 0 has no square root."""
+    if schedule.betas is not None:
+        return schedule.betas
+    power = 0.5 if schedule.beta_schedule == "scaled_linear" else 1.0
+    if schedule.beta_start < 0 or schedule.beta_end < 0:
+        return [math.nan]
+    start, end = schedule.beta_start**power, schedule.beta_end**power
+    stride = (end - start) / (schedule.training_steps - 1)
+    return [(start + i * stride) ** (1 / power) for i in range(schedule.training_steps)]
+
+
+def _faults(config: ModelConfig) -> Iterator[str]:
+    unet, vae, texts = config.unet, config.vae, config.text_encoders
+    parts: list[tuple[str, Any]] = [("U-Net", unet), ("VAE", vae), *(("text encoder", text) for text in texts)]
+    for name, part in parts:
+        # Shapes with a 0 among them may say anything else without a byte of data; torch's sizes have 64 bits.
+        values = (value if isinstance(value, tuple) else (value,) for value in dataclasses.astuple(part))
+        largest = max(number for numbers in values for number in numbers if isinstance(number, int))
+        if largest > _MAX_DIMENSION:
+            yield f"the {name} has a dimension of {largest}, more than {_MAX_DIMENSION}"
+    layers_of_texts = [("text encoder", text.layers) for text in texts]
+    for name, layers in (("U-Net", unet.layers_per_block), ("VAE", vae.layers_per_block), *layers_of_texts):
+        if not 1 <= layers <= _MAX_LAYERS:
+            yield f"the {name} has {layers} layers in one place; 1 to {_MAX_LAYERS} can be run"
+    for name, net in (("U-Net", unet), ("VAE", vae)):
+        uneven = [width for width in net.block_channels if width < 1 or width % net.norm_groups]
+        if uneven:
+            yield f"the {name}'s {uneven[0]} channels do not divide into {net.norm_groups} norm groups"
+    for name, eps in (("U-Net", unet.norm_eps), *(("text encoder", text.norm_eps) for text in texts)):
+        if not 0 < eps < 1:
+            yield f"the {name}'s norm_eps is {eps:g}, not between 0 and 1"
+    yield from _unet_faults(unet)
+    yield from _vae_faults(vae)
+    for text in texts:
+        yield from _text_faults(text)
+    yield from _schedule_faults(config.schedule)
+    yield from _fit_faults(config)
 
 
 def _unet_faults(unet: UNetConfig) -> Iterator[str]:
     if unet.out_channels != unet.in_channels:
         yield f"the U-Net takes {unet.in_channels} latent channels and gives {unet.out_channels}"
-    yield from _layer_faults("U-Net", unet.layers_per_block)
-    yield from _group_faults("U-Net", unet.block_channels, unet.norm_groups)
     if not any(unet.attention):
         yield "no level of the U-Net attends to the text"
     deepest = max(*unet.attention, unet.middle_attention)
@@ -64,41 +87,33 @@ def _unet_faults(unet: UNetConfig) -> Iterator[str]:
         yield "the U-Net's added conditioning has no room for a pooled prompt"
     if unet.freq_shift >= unet.block_channels[0] // 2:
         yield f"the U-Net's freq_shift {unet.freq_shift:g} is not below half its {unet.block_channels[0]} channels"
-    yield from _eps_faults("U-Net", unet.norm_eps)
 
 
 def _vae_faults(vae: VAEConfig) -> Iterator[str]:
     if (vae.in_channels, vae.out_channels) != (3, 3):
         yield f"the VAE's pictures have {vae.in_channels} and {vae.out_channels} channels, not red, green and blue"
-    yield from _layer_faults("VAE", vae.layers_per_block)
     if not 1 <= len(vae.block_channels) <= _MAX_VAE_LEVELS:
         yield f"the VAE has {len(vae.block_channels)} levels; 1 to {_MAX_VAE_LEVELS} can be run"
-    yield from _group_faults("VAE", vae.block_channels, vae.norm_groups)
     if not 0 < vae.scaling_factor < math.inf:
         yield f"the VAE's scaling_factor is {vae.scaling_factor:g}, which is not above 0"
 
 
 def _text_faults(text: TextEncoderConfig) -> Iterator[str]:
-    yield from _layer_faults("text encoder", text.layers)
     if text.hidden_size % text.heads:
         yield f"the text encoder's width {text.hidden_size} does not divide into {text.heads} attention heads"
     if text.layers <= text.skipped_layers:
         yield f"the text encoder has {text.layers} layers, not enough to read one before the last"
     if text.max_length not in _TOKENS:
         yield f"the text encoder reads {text.max_length} tokens; {_TOKENS[0]} to {_TOKENS[-1]} can be run"
-    if text.activation not in _ACTIVATIONS:
-        yield f"the text encoder's hidden_act is none of {', '.join(_ACTIVATIONS)}"
-    yield from _eps_faults("text encoder", text.norm_eps)
+    if text.activation not in ACTIVATIONS:
+        yield f"the text encoder's hidden_act is none of {', '.join(ACTIVATIONS)}"
 
 
 def _schedule_faults(schedule: ScheduleConfig) -> Iterator[str]:
-    if schedule.training_steps not in _TRAINING_STEPS:
-        yield (
-            f"the schedule has {schedule.training_steps} training steps; {_TRAINING_STEPS[0]} to "
-            f"{_TRAINING_STEPS[-1]} can be run"
-        )
+    steps, (low, high) = schedule.training_steps, _BETAS
+    if steps not in _TRAINING_STEPS:
+        yield f"the schedule has {steps} training steps; {_TRAINING_STEPS[0]} to {_TRAINING_STEPS[-1]} can be run"
         return
-    low, high = _BETAS
     betas = betas_of(schedule)
     if not all(low <= beta <= high for beta in betas):
         yield f"the schedule's betas are not all from {low:g} to {high:g}"
@@ -108,52 +123,16 @@ def _schedule_faults(schedule: ScheduleConfig) -> Iterator[str]:
 
 def _fit_faults(config: ModelConfig) -> Iterator[str]:
     """What keeps the parts from fitting together."""
-    width = sum(text.hidden_size for text in config.text_encoders)
-    if config.unet.context_dim != width:
-        writes = "the text encoder writes" if len(config.text_encoders) == 1 else "the text encoders write"
-        yield (
-            f"the U-Net reads contexts of width {config.unet.context_dim}, {writes} {width}; they are not of one model"
-        )
-    pooled = config.text_encoders[-1].projection_dim or 0
-    if config.unet.pooled_dim not in (0, pooled):
-        yield (
-            f"the U-Net reads pooled prompts of width {config.unet.pooled_dim}, the text encoder writes {pooled}; they "
-            "are not of one model"
-        )
-    if len({text.max_length for text in config.text_encoders}) > 1:
+    unet, vae, texts = config.unet, config.vae, config.text_encoders
+    width, pooled = sum(text.hidden_size for text in texts), texts[-1].projection_dim or 0
+    if unet.context_dim != width:
+        writes = "the text encoder writes" if len(texts) == 1 else "the text encoders write"
+        yield f"the U-Net reads contexts of width {unet.context_dim}, {writes} {width}; {_APART}"
+    if unet.pooled_dim not in (0, pooled):
+        yield f"the U-Net reads pooled prompts of width {unet.pooled_dim}, the text encoder writes {pooled}; {_APART}"
+    if len({text.max_length for text in texts}) > 1:
         yield "the text encoders read different numbers of tokens"
-    if config.unet.in_channels != config.vae.latent_channels:
-        yield (
-            f"the U-Net takes {config.unet.in_channels} latent channels, the VAE has {config.vae.latent_channels}; "
-            "they are not of one model"
-        )
+    if unet.in_channels != vae.latent_channels:
+        yield f"the U-Net takes {unet.in_channels} latent channels, the VAE has {vae.latent_channels}; {_APART}"
     if config.default_size > MAX_SIZE:
         yield f"its own picture size {config.default_size} is over {MAX_SIZE}"
-
-
-def _layer_faults(part: str, layers: int) -> Iterator[str]:
-    if not 1 <= layers <= _MAX_LAYERS:
-        yield f"the {part} has {layers} layers in one place; 1 to {_MAX_LAYERS} can be run"
-
-
-def _group_faults(part: str, widths: Sequence[int], groups: int) -> Iterator[str]:
-    uneven = [channels for channels in widths if channels < 1 or channels % groups]
-    if uneven:
-        yield f"the {part}'s {uneven[0]} channels do not divide into {groups} norm groups"
-
-
-def _eps_faults(part: str, eps: float) -> Iterator[str]:
-    if not 0 < eps < 1:
-        yield f"the {part}'s norm_eps is {eps:g}, not between 0 and 1"
-
-
-def betas_of(schedule: ScheduleConfig) -> Sequence[float]:
-    """The betas; NaN where a start or an end below 0 has no square root."""
-    if schedule.betas is not None:
-        return schedule.betas
-    power = 0.5 if schedule.beta_schedule == "scaled_linear" else 1.0
-    if schedule.beta_start < 0 or schedule.beta_end < 0:
-        return [math.nan]
-    start, end = schedule.beta_start**power, schedule.beta_end**power
-    stride = (end - start) / (schedule.training_steps - 1)
-    return [(start + i * stride) ** (1 / power) for i in range(schedule.training_steps)]

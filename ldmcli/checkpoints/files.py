@@ -1,4 +1,4 @@
-"""Weight files on disk: checked without torch, then read tensor by tensor. The only safetensors import.
+"""Weight files on disk: checked without torch, then read tensor by tensor.
 
 Pickled files, where they are allowed, are read by `pickled` and are the same to the caller.
 
@@ -6,7 +6,6 @@ Nothing is ever memory-mapped: a mapped file that someone truncates kills the pr
 """
 
 import functools
-import hashlib
 import io
 import math
 import os
@@ -18,16 +17,18 @@ from typing import TYPE_CHECKING
 
 from ldmcli.checkpoints.header import (
     DTYPES,
+    FLOATING,
+    HEAD_BYTES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     HeaderError,
     TensorInfo,
+    identify,
+    may_be_pickled,
     parse_header,
     parse_json_object,
 )
-from ldmcli.checkpoints.sniff import SNIFF_BYTES, may_be_pickled, sniff
-from ldmcli.disk.opening import bad_file, open_regular, shown
-from ldmcli.errors import CannotCreateError, StorageError, printable
+from ldmcli.disk.opening import bad_file, open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 
 _AGAIN = "download or convert it again"
 _MAX_SHARDS = 1000
-_NUMBERS = {"F16": "e", "F32": "f", "F64": "d"}  # struct's letters
-_FP8 = {"F8_E4M3": (3, 7), "F8_E5M2": (2, 15), "F8_E4M3FNUZ": (3, 8), "F8_E5M2FNUZ": (2, 16)}  # mantissa bits, bias
+_STRUCT = {"F16": "e", "F32": "f", "F64": "d"}  # letters of types that are read without torch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def open_weights(path: Path, *, allow_pickle: bool = False) -> WeightFile:
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
         # What the kernel makes up as it is read (/proc/kmsg, /proc/self/mem) has no size: it is not even read.
-        head = file.read(SNIFF_BYTES) if status.st_size else b""
+        head = file.read(HEAD_BYTES) if status.st_size else b""
         if allow_pickle and may_be_pickled(head) and not _begins_as_safetensors(head):
             return _open_pickled(path, file, status)
         header_bytes = _header_length(path, head, status.st_size)
@@ -132,7 +132,7 @@ def read_tensors(
 
 
 def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[float]:
-    """The values of a small list of floating numbers; without torch, unless the file is a pickle.
+    """The values of a small list of floating numbers; without torch for the usual types of safetensors.
 
     Raises BadDataError where there is none of that name, it has another shape or type or more than `limit` numbers,
     holds NaN or infinity, or the file changed.
@@ -140,62 +140,18 @@ def read_numbers(weights: WeightFile, name: str, limit: int = 10_000) -> list[fl
     info = weights.tensors.get(name)
     if info is None:
         raise bad_file(weights.path, f"has no tensor “{name}”", "check that it is the right file")
-    if len(info.shape) > 1 or math.prod(info.shape) > limit or info.dtype not in (*_NUMBERS, *_FP8, "BF16"):
+    if len(info.shape) > 1 or math.prod(info.shape) > limit or info.dtype not in FLOATING:
         cause = f"holds tensor “{name}” as {info.dtype} {list(info.shape)}, not as a list of up to {limit} numbers"
         raise bad_file(weights.path, cause, _AGAIN)
-    if weights.loader:
+    if weights.loader or info.dtype not in _STRUCT:
         return [number for _, read in read_tensors(weights, [name], "cpu", None) for number in read.flatten().tolist()]
     raw = bytearray(info.end - info.start)
     with open_regular(weights.path) as file:
         _read_into(raw, weights, file, info)
-    if info.dtype in _FP8:
-        return [_from_fp8(code, *_FP8[info.dtype]) for code in raw]
-    letter = _NUMBERS.get(info.dtype, "f")
-    if info.dtype == "BF16":  # the upper half of a float32
-        raw = bytearray(b"".join(b"\0\0" + raw[at : at + 2] for at in range(0, len(raw), 2)))
-    numbers = [number for (number,) in struct.iter_unpack(f"<{letter}", raw)]
+    numbers = [number for (number,) in struct.iter_unpack(f"<{_STRUCT[info.dtype]}", raw)]
     if not all(map(math.isfinite, numbers)):
         raise bad_file(weights.path, f"holds NaN or infinity in tensor “{name}”", _AGAIN)
     return numbers
-
-
-def _from_fp8(code: int, mantissa_bits: int, bias: int) -> float:
-    """The number of a float8; codes of NaN and infinity give numbers that are too large for any list read here."""
-    exponent, mantissa = divmod(code & 127, 1 << mantissa_bits)
-    units = mantissa + (1 << mantissa_bits if exponent else 0)
-    return (-1 if code & 128 else 1) * units * 2.0 ** (max(exponent, 1) - bias - mantissa_bits)
-
-
-def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors` (no two may share memory) as safetensors at `path`, all or nothing, replacing it.
-
-    Raises CannotCreateError where the folder cannot take the file, StorageError when writing fails under way.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-    except OSError as error:
-        raise CannotCreateError(f"cannot write {shown(path)}: {error.strerror}.") from None
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        temporary.chmod(mode)  # save_file leaves it readable to its owner alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"writing {shown(path)} failed: {printable(str(error))}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of the file's bytes, in hex. Raises what open_weights raises for no readable file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_pickled(path: Path, file: io.FileIO, status: os.stat_result) -> WeightFile:
@@ -218,9 +174,8 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
         if 8 + length > size:
             raise bad_file(path, f"is cut short: its header needs {8 + length} bytes, it has {size}", _AGAIN)
         return length
-    verdict = sniff(head)
-    if verdict:
-        raise bad_file(path, f"is {verdict.what}", verdict.cure)
+    if other := identify(head):
+        raise bad_file(path, f"is {other[0]}", other[1])
     if len(head) < 9:
         raise bad_file(path, f"is no safetensors file: it has only {size} bytes", _AGAIN)
     if length > MAX_HEADER_BYTES:
@@ -236,29 +191,16 @@ def _inside(index: Path, name: str) -> Path:
     path = index.parent / name
     folder = Path(os.path.realpath(index.parent))
     target = Path(os.path.realpath(path))
-    allowed = [folder]
-    if "snapshots" in folder.parts:  # …/models--OWNER--NAME/snapshots/REVISION[/part] has …/blobs beside snapshots
-        at = len(folder.parts) - 1 - folder.parts[::-1].index("snapshots")
-        repository = Path(*folder.parts[:at])
-        # huggingface_hub 2 has blobs beside the repositories too, for what several of them share.
-        allowed += [repository / "blobs", repository.parent / "blobs"]
-    if not any(target.is_relative_to(root) for root in allowed):
+    # …/models--OWNER--NAME/snapshots/REVISION[/part] has blobs beside snapshots; huggingface_hub 2 has some beside the
+    # repositories too, which several of them share.
+    caches = [at for parent in folder.parents if parent.name == "snapshots" for at in parent.parents[:2]]
+    if not any(target.is_relative_to(root) for root in (folder, *(cache / "blobs" for cache in caches))):
         raise bad_file(index, f"names the file “{name}”, a link that leads out of the folder", cure)
     return path
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _torch_dtype(path: Path, name: str, info: TensorInfo) -> "torch.dtype":
-    import torch
-
-    dtype = getattr(torch, DTYPES[info.dtype][0], None)
-    if dtype is None:
-        cause = f"holds tensor “{name}” as {info.dtype}, which torch {torch.__version__} does not know"
-        raise bad_file(path, cause, "update torch, or convert the file to F16")
-    return dtype
 
 
 _Wanted = list[tuple[str, TensorInfo]]
@@ -269,11 +211,12 @@ def _read_raw(
 ) -> "Iterator[tuple[str, torch.Tensor]]":
     """Each tensor of a safetensors file as it is stored; it lives until the next, unless it is the result itself."""
     import numpy as np
+    import torch
 
     scratch = np.empty(0, np.uint8)
     with open_regular(weights.path) as file:
         for name, info in wanted:
-            source = _torch_dtype(weights.path, name, info)
+            source = getattr(torch, DTYPES[info.dtype][0])
             size = info.end - info.start
             if on_cpu and (dtype in (None, source) or not source.is_floating_point):
                 raw = np.empty(size, np.uint8)  # the result itself
@@ -292,8 +235,7 @@ def _unpickled(weights: WeightFile, wanted: _Wanted) -> "Iterator[tuple[str, tor
     tensors = weights.loader.take(name for name, _ in wanted)
     for name, info in wanted:
         tensor = tensors.pop(name)
-        is_told = tensor.dtype == _torch_dtype(weights.path, name, info) and tuple(tensor.shape) == info.shape
-        if not is_told or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        if tensor.dtype != getattr(torch, DTYPES[info.dtype][0]) or tuple(tensor.shape) != info.shape:
             raise bad_file(weights.path, f"holds tensor “{name}” otherwise than it says", _AGAIN)
         yield name, tensor
 

@@ -1,70 +1,164 @@
 """A diffusers folder's configuration: its small JSON files, with anything this program cannot do refused by name."""
 
+import json
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ldmcli.checkpoints.json_fields import MAX_CONFIG_BYTES, Fields
 from ldmcli.config import Defaults, TextEncoderConfig, UNetConfig, VAEConfig
-from ldmcli.disk.opening import read_json
-from ldmcli.errors import BadDataError
+from ldmcli.disk.opening import read_json, shown
+from ldmcli.errors import BadDataError, printable
 from ldmcli.sampling.catalogue import SAMPLERS
 from ldmcli.spec import MAX_GUIDANCE, MAX_STEPS
 
 _log = logging.getLogger(__name__)
 WITH_PROJECTION = "CLIPTextModelWithProjection"
+MAX_CONFIG_BYTES = 1 << 20
+_MAX_WHOLE = 1 << 24
 
 # Fields whose other values mean a network that is not built here: {field: the values that mean "as usual"}.
 _UNET_USUAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("center_input_sample", "dual_cross_attention", "only_cross_attention"), (False,)),
+    **dict.fromkeys(("class_embed_type", "encoder_hid_dim_type", "timestep_post_act"), (None,)),
+    **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
     "downsample_padding": (1,),
-    "dropout": (0, 0.0),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_scale_factor": (1, 1.0),
+    "dropout": (0,),
+    "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "only_cross_attention": (False,),
-    "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
     "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
 }
+_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+_UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 _VAE_USUAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("mid_block_add_attention", "use_post_quant_conv", "use_quant_conv"), (True,)),
     "act_fn": ("silu", "swish"),
-    "mid_block_add_attention": (True,),
-    "shift_factor": (None, 0, 0.0),
+    "shift_factor": (None, 0),
     "latents_mean": (None,),
-    "use_post_quant_conv": (True,),
-    "use_quant_conv": (True,),
 }
+
+
+class Fields:
+    """The fields of one JSON file, each read with its type checked: what is no value of its kind is refused by name.
+    `values` are the file's where they were read before."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any] | None = None) -> None:
+        self.shown = shown(path)
+        self._values = read_json(path, MAX_CONFIG_BYTES) if values is None else values
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field as it stands."""
+        return self._values.get(name, default)
+
+    def refuse(self, name: str, value: Any, wanted: str) -> NoReturn:
+        raise BadDataError(f"{self.shown}: {name} is {printable(repr(value))}, not {wanted}.")
+
+    def require(self, usual: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise BadDataError where one of these fields has another value than these."""
+        for name, values in usual.items():
+            if name in self._values and self._values[name] not in values:
+                value = printable(json.dumps(self._values[name]))
+                raise BadDataError(f"{self.shown}: {name} is {value}, which this version cannot run.")
+
+    def whole(self, name: str, default: int, low: int = 1, high: int = _MAX_WHOLE) -> int:
+        """A whole number within these bounds."""
+        return self._whole(name, self.get(name, default), low, high)
+
+    def wholes(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        value = self._list(name, default, range(1, 17), "a list of 1 to 16 whole numbers")
+        return tuple(self._whole(name, item) for item in value)
+
+    def per_level(self, name: str, default: int, levels: int) -> tuple[int, ...]:
+        """One number for all levels, or a list of one each."""
+        value = self.get(name, default)
+        if isinstance(value, list):
+            value = self._list(name, value, range(levels, levels + 1), f"one number, or a list of {levels}")
+        return tuple(self._whole(name, item) for item in (value if isinstance(value, list) else [value] * levels))
+
+    def number(self, name: str, default: float) -> float:
+        return self._number(name, self.get(name, default))
+
+    def within(self, name: str, default: float, low: float, high: float) -> float:
+        value = self.number(name, default)
+        if not low <= value <= high:
+            self.refuse(name, value, f"a number from {low:g} to {high:g}")
+        return value
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...] | None:
+        """A list of `count` numbers, or None."""
+        if self.get(name) is None:
+            return None
+        value = self._list(name, None, range(count, count + 1), f"a list of {count} numbers")
+        return tuple(self._number(name, item) for item in value)
+
+    def choice(self, name: str, default: str, known: Sequence[str]) -> str:
+        """One of the words that are known."""
+        value = str(self.get(name, default))
+        self._known(name, (value,), known)
+        return value
+
+    def names(self, name: str, default: tuple[str, ...], known: Sequence[str]) -> tuple[str, ...]:
+        """As many known words as the default has."""
+        count = len(default)
+        value = self._list(name, default, range(count, count + 1), f"a list of {count} names")
+        self._known(name, value, known)
+        return tuple(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "true or false")
+        return bool(value)
+
+    def _list(self, name: str, default: Any, counts: range, wanted: str) -> Sequence[Any]:
+        value = self.get(name, default)
+        if not isinstance(value, list | tuple) or len(value) not in counts:
+            self.refuse(name, value, wanted)
+        return value
+
+    def _known(self, name: str, found: Sequence[Any], known: Sequence[str]) -> None:
+        for value in found:
+            if value not in known:
+                raise BadDataError(
+                    f"{self.shown}: {name} holds {printable(repr(value))}, which this version cannot run; it knows "
+                    f"{', '.join(sorted(known))}."
+                )
+
+    def _number(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+            self.refuse(name, value, "a number")
+        return float(value)
+
+    def _whole(self, name: str, value: Any, low: int = 1, high: int = _MAX_WHOLE) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.refuse(name, value, f"a whole number from {low} to {high}")
+        return int(value)
 
 
 def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNetConfig:
     """The U-Net that `unet/config.json` describes; a missing field means diffusers' default. `pooled_dim` is the width
     of the pooled prompt that the model's text encoder gives, if any. `mended` takes sizes below 64, which files of
     diffusers before 0.9 give by mistake, for 64, as its Stable Diffusion pipelines do."""
-    fields = Fields(path, _UNET_USUAL)
+    fields = Fields(path)
     in_channels = fields.whole("in_channels", 4)
     if in_channels != 4:
         kind = {9: "an inpainting", 8: "an instruct-pix2pix"}.get(in_channels, "another kind of")
         raise BadDataError(
             f"{fields.shown} describes {kind} U-Net ({in_channels} input channels); txt2img needs one with 4."
         )
-    fields.require_usual()
+    fields.require(_UNET_USUAL)
     channels = fields.wholes("block_out_channels", (320, 640, 1280, 1280))
     levels = len(channels)
-    down = fields.names("down_block_types", ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",), levels)
-    up = fields.names("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1), levels)
-    fields.only("down_block_types", down, {"CrossAttnDownBlock2D", "DownBlock2D"})
-    fields.only("up_block_types", up, {"CrossAttnUpBlock2D", "UpBlock2D"})
+    attending, plain = _DOWN
+    down = fields.names("down_block_types", (*[attending] * (levels - 1), plain), _DOWN)
+    attending, plain = _UP
+    up = fields.names("up_block_types", (plain, *[attending] * (levels - 1)), _UP)
     attends = [kind.startswith("CrossAttn") for kind in down]
     if attends != [kind.startswith("CrossAttn") for kind in reversed(up)]:
         raise BadDataError(f"{fields.shown}: down_block_types and up_block_types do not mirror each other.")
@@ -73,7 +167,7 @@ def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNe
     heads_field = "num_attention_heads" if fields.get("num_attention_heads") is not None else "attention_head_dim"
     guided = fields.get("time_cond_proj_dim") is not None
     sample_size = fields.whole("sample_size", 64)
-    if mended and sample_size < 64 and _is_before_0_9(str(fields.get("_diffusers_version", "1"))):
+    if mended and sample_size < 64 and re.match(r"0\.[0-8](\D|$)", str(fields.get("_diffusers_version"))):
         _log.debug("%s: sample_size %d is taken for 64", fields.shown, sample_size)
         sample_size = 64
     return UNetConfig(
@@ -96,11 +190,7 @@ def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNe
     )
 
 
-def _is_before_0_9(version: str) -> bool:
-    return re.match(r"0\.[0-8](\D|$)", version) is not None
-
-
-def _added(fields: "Fields", pooled_dim: int) -> dict[str, int]:
+def _added(fields: Fields, pooled_dim: int) -> dict[str, int]:
     """What SDXL adds to the time step: a pooled prompt of `pooled_dim`, and six numbers or, in its refiner, five."""
     if fields.get("addition_embed_type") is None:
         return {}
@@ -117,12 +207,11 @@ def _added(fields: "Fields", pooled_dim: int) -> dict[str, int]:
 
 def vae_config(path: Path) -> VAEConfig:
     """The autoencoder that `vae/config.json` describes."""
-    fields = Fields(path, _VAE_USUAL)
-    fields.require_usual()
+    fields = Fields(path)
+    fields.require(_VAE_USUAL)
     channels = fields.wholes("block_out_channels", (64,))
-    levels = len(channels)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        fields.only(name, fields.names(name, (kind,) * levels, levels), {kind})
+        fields.names(name, (kind,) * len(channels), (kind,))
     return VAEConfig(
         in_channels=fields.whole("in_channels", 3),
         out_channels=fields.whole("out_channels", 3),
@@ -137,7 +226,7 @@ def vae_config(path: Path) -> VAEConfig:
 
 def text_encoder_config(path: Path, part: str, kind: str) -> TextEncoderConfig:
     """The CLIP text encoder that `config.json` describes; `kind` is its class in transformers."""
-    fields = Fields(path, {})
+    fields = Fields(path)
     return TextEncoderConfig(
         part=part,
         vocab_size=fields.whole("vocab_size", 49408),
@@ -165,10 +254,10 @@ def own_defaults(path: Path, usual: Defaults, *, reads_guidance: bool = False) -
     if not os.path.lexists(path):
         return usual
     said = read_json(path, MAX_CONFIG_BYTES)
-    fields = Fields(path, {}, {name: value for name, value in said.items() if value is not None})
+    fields = Fields(path, {name: value for name, value in said.items() if value is not None})
     guidance_scale = fields.within("guidance_scale", usual.guidance_scale, 0.0, MAX_GUIDANCE)
     return Defaults(
-        sampler=fields.choice("sampler", usual.sampler, set(SAMPLERS)),
+        sampler=fields.choice("sampler", usual.sampler, list(SAMPLERS)),
         steps=fields.whole("num_inference_steps", usual.steps, high=MAX_STEPS),
         guidance_scale=guidance_scale if reads_guidance else max(guidance_scale, 1.0),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldmcli.checkpoints.buildable import betas_of
 from ldmcli.checkpoints.families import LCM_DEFAULTS
-from ldmcli.checkpoints.json_fields import MAX_CONFIG_BYTES, Fields
+from ldmcli.checkpoints.folder_config import MAX_CONFIG_BYTES, Fields
 from ldmcli.config import Defaults, ScheduleConfig, Walk
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import BadDataError, printable
@@ -48,54 +48,51 @@ _STAND_IN = {
 }
 
 # The fields that each class reads, with its defaults; the prediction type and zero terminal SNR are the model's.
+# fmt: off
 _LEVELS = {
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
-}  # fmt: skip
-_LINSPACE = _LEVELS | {"timestep_spacing": "linspace", "steps_offset": 0}
-_LEADING = _LEVELS | {"timestep_spacing": "leading", "steps_offset": 0}
+    "steps_offset": 0,
+}
+_LINSPACE = _LEVELS | {"timestep_spacing": "linspace"}
+_LEADING = _LEVELS | {"timestep_spacing": "leading"}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _CLIPPED = {"clip_sample": False, "clip_sample_range": 1.0}
 _THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _RESPACED = {
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "sigma_min": None,
     "sigma_max": None,
-}  # fmt: skip
-_SOLVER = {
+}
+_SOLVER = _LINSPACE | _THRESHOLD | _RESPACED | {
     "solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero", "use_flow_sigmas": False,
     "use_dynamic_shifting": False,
-}  # fmt: skip
-_DPM = _LINSPACE | _THRESHOLD | _RESPACED | _SOLVER | {
+}
+_DPM = _SOLVER | {
     "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False, "use_lu_lambdas": False,
     "lambda_min_clipped": -math.inf, "variance_type": None,
-}  # fmt: skip
+}
 _READS: dict[str, Mapping[str, Any]] = {
     "ddim": _LEADING | _CLIPPED | _THRESHOLD | {"clip_sample": True, "set_alpha_to_one": True},
     "plms": _LEADING | {"set_alpha_to_one": False},
-    "euler": _LINSPACE
-    | _RESPACED
-    | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
+    "euler": _LINSPACE | _RESPACED | {
+        "interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero",
+    },
     "euler-a": _LINSPACE,
-    "heun": _LINSPACE | _RESPACED | _CLIPPED | {"beta_start": 0.00085, "beta_end": 0.012},
+    "heun": _LINSPACE | _RESPACED | _CLIPPED | _SD_BETAS,
     "dpmpp-2m": _DPM,
     "dpmpp-2m-sde": _DPM,
-    "unipc": _LINSPACE
-    | _THRESHOLD
-    | _RESPACED
-    | _SOLVER
-    | {"solver_type": "bh2", "predict_x0": True, "disable_corrector": (), "solver_p": None, "shift_terminal": None},
-    "lcm": _LEADING
-    | _CLIPPED
-    | _THRESHOLD
-    | {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    | {"original_inference_steps": 50, "timestep_scaling": 10.0},
+    "unipc": _SOLVER | {
+        "solver_type": "bh2", "predict_x0": True, "disable_corrector": (), "solver_p": None, "shift_terminal": None,
+    },
+    "lcm": _LEADING | _CLIPPED | _THRESHOLD | _SD_BETAS | {
+        "beta_schedule": "scaled_linear", "original_inference_steps": 50, "timestep_scaling": 10.0,
+    },
 }
+# fmt: on
 # Of these no other value can be run.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
-    "variance_type": (None,),
+    **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting"), (False,)),
+    **dict.fromkeys(("variance_type", "solver_p", "shift_terminal"), (None,)),
     "predict_x0": (True,),
-    "solver_p": (None,),
-    "shift_terminal": (None,),
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),  # diffusers reads the last as the first
 }
 _SIGMAS = {
@@ -104,6 +101,10 @@ _SIGMAS = {
     "use_exponential_sigmas": "exponential",
     "use_beta_sigmas": "beta",
 }
+_TURBO = (
+    "by its scheduler the model looks distilled to few steps: unless told otherwise, it is drawn in 4 steps without "
+    "guidance."
+)
 _CLIPS = (
     "as the model's scheduler_config.json has clip_sample true or leaves it out, this sampler clips the latents, which "
     "spoils pictures; set it to false there."
@@ -133,7 +134,7 @@ def folder_schedule(
         return FolderSchedule(ScheduleConfig(), usual)
     said = read_json(path, MAX_CONFIG_BYTES)
     kind = kind if isinstance(kind, str) else str(said.get("_class_name"))
-    fields = Fields(path, {}, said)
+    fields = Fields(path, said)
     if kind.startswith(("EDM", "FlowMatch")):
         fields.refuse("_class_name", kind, "a scheduler of the noise schedules that run here")
     sampler = _SAMPLER_OF.get(kind) or _STAND_IN.get(kind, usual.sampler)
@@ -142,38 +143,27 @@ def folder_schedule(
     own = _mended(fields.shown, said, own=True) if mended else said
     others = _mended(fields.shown, said, own=False) if mended else said
     schedule = _as_read_by(sampler, path, own)
-    if kind == "PNDMScheduler" and own.get("skip_prk_steps") is not True:
-        schedule = dataclasses.replace(schedule, refused=_cannot(fields, "skip_prk_steps", False, sampler))
-    elif kind == "PNDMScheduler" and schedule.spacing == "linspace":  # whose strides diffusers takes for others
-        schedule = dataclasses.replace(schedule, refused=_cannot(fields, "timestep_spacing", "linspace", sampler))
+    if kind == "PNDMScheduler":
+        if own.get("skip_prk_steps") is not True:
+            schedule = dataclasses.replace(schedule, refused=_cannot(fields, "skip_prk_steps", sampler, False))
+        elif schedule.spacing == "linspace":  # whose strides diffusers takes for others
+            schedule = dataclasses.replace(schedule, refused=_cannot(fields, "timestep_spacing", sampler))
     variants = tuple((name, _as_read_by(name, path, others)) for name in SAMPLERS if name != sampler)
-    defaults, guess = _defaults(kind, said, dataclasses.replace(usual, sampler=sampler), reads_guidance=reads_guidance)
-    notes = []
+    schedule = dataclasses.replace(schedule, variants=variants)
+    notes: tuple[str, ...] = ()
     if kind not in _SAMPLER_OF and "_class_name" in said:
-        shown = printable(kind, 100)
-        notes.append(f"the model is made for {shown}, which is not here; {sampler} is used in its place.")
-    return FolderSchedule(dataclasses.replace(schedule, variants=variants), defaults, guess, tuple(notes))
-
-
-def _defaults(kind: str, said: Mapping[str, Any], usual: Defaults, *, reads_guidance: bool) -> tuple[Defaults, str]:
-    """How a model wants to be drawn with, from its scheduler: those distilled to few steps name one that says so; and a
-    sentence where that is a guess.
-
-    Latent consistency models name LCMScheduler; unless the network reads the guidance scale itself, guidance is off, as
-    it was distilled in. Adversarially distilled ones (SD-Turbo, SDXL-Turbo: Sauer et al. 2023)
-    name Euler's or its ancestral kin with "trailing" spacing and predict noise; no other known model does.
-    """
-    if usual.sampler == "lcm":
-        return LCM_DEFAULTS if reads_guidance else dataclasses.replace(LCM_DEFAULTS, guidance_scale=1.0), ""
+        notes = (f"the model is made for {printable(kind, 100)}, which is not here; {sampler} is used in its place.",)
+    # Latent consistency models name LCMScheduler; unless the network reads the guidance scale itself, guidance is off,
+    # as it was distilled in.
+    if sampler == "lcm":
+        own_scale = LCM_DEFAULTS.guidance_scale if reads_guidance else 1.0
+        return FolderSchedule(schedule, dataclasses.replace(LCM_DEFAULTS, guidance_scale=own_scale), "", notes)
+    # Adversarially distilled ones (SD-Turbo, SDXL-Turbo: Sauer et al. 2023) name Euler's or its ancestral kin with
+    # "trailing" spacing and predict noise; no other known model does.
     trailing = said.get("timestep_spacing") == "trailing" and not said.get("rescale_betas_zero_snr")
-    predicts_noise = said.get("prediction_type", "epsilon") == "epsilon"
-    if kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler") and trailing and predicts_noise:
-        guess = (
-            "by its scheduler the model looks distilled to few steps: unless told otherwise, it is drawn in 4 steps "
-            "without guidance."
-        )
-        return Defaults(usual.sampler, steps=4, guidance_scale=1.0), guess
-    return usual, ""
+    if sampler in ("euler", "euler-a") and kind in _SAMPLER_OF and trailing and schedule.prediction_type == "epsilon":
+        return FolderSchedule(schedule, Defaults(sampler, steps=4, guidance_scale=1.0), _TURBO, notes)
+    return FolderSchedule(schedule, dataclasses.replace(usual, sampler=sampler), "", notes)
 
 
 def _mended(shown: str, said: Mapping[str, Any], *, own: bool) -> dict[str, Any]:
@@ -195,18 +185,18 @@ def _as_read_by(sampler: str, path: Path, said: Mapping[str, Any]) -> ScheduleCo
     known = _READS[sampler]
     read = {name: said.get(name, default) for name, default in known.items()}
     read |= {name: False for name, value in read.items() if value is None and isinstance(known[name], bool)}
-    fields = Fields(path, {}, read | {name: said[name] for name in ("prediction_type",) if name in said})
+    fields = Fields(path, read | {name: said[name] for name in ("prediction_type",) if name in said})
     training_steps = fields.whole("num_train_timesteps", 1000)
     schedule = ScheduleConfig(
         training_steps=training_steps,
         beta_start=fields.number("beta_start", 0.0),
         beta_end=fields.number("beta_end", 0.0),
-        beta_schedule=fields.choice("beta_schedule", "", {"linear", "scaled_linear"}),
+        beta_schedule=fields.choice("beta_schedule", "", ("linear", "scaled_linear")),
         betas=fields.numbers("trained_betas", training_steps),
-        spacing=fields.choice("timestep_spacing", "", {"leading", "linspace", "trailing"}),
+        spacing=fields.choice("timestep_spacing", "", ("leading", "linspace", "trailing")),
         steps_offset=fields.whole("steps_offset", 0, low=0),
-        prediction_type=fields.choice("prediction_type", "epsilon", {"epsilon", "v_prediction", "sample"}),
-        zero_terminal_snr=Fields(path, {}, said).flag("rescale_betas_zero_snr"),
+        prediction_type=fields.choice("prediction_type", "epsilon", ("epsilon", "v_prediction", "sample")),
+        zero_terminal_snr=Fields(path, said).flag("rescale_betas_zero_snr"),
     )
     try:
         return _walked(fields, sampler, schedule)
@@ -216,69 +206,69 @@ def _as_read_by(sampler: str, path: Path, said: Mapping[str, Any]) -> ScheduleCo
 
 def _walked(fields: Fields, sampler: str, schedule: ScheduleConfig) -> ScheduleConfig:
     """The schedule with all that changes how `sampler` walks it. Raises BadDataError naming what it cannot do."""
-    for name, values in _ONLY.items():
-        if fields.get(name, values[0]) not in values:
-            raise BadDataError(_cannot(fields, name, fields.get(name), sampler))
+    predicts_velocity = schedule.prediction_type == "v_prediction"
     sigmas = [kind for name, kind in _SIGMAS.items() if fields.flag(name)]
-    if fields.choice("interpolation_type", "linear", {"linear", "log_linear"}) == "log_linear":
+    if fields.choice("interpolation_type", "linear", ("linear", "log_linear")) == "log_linear":
         sigmas.append("log")
     if len(sigmas) > 1:
         raise BadDataError(f"{fields.shown} asks for noise levels spaced in two ways ({', '.join(sigmas)}).")
-    if fields.get("timestep_type", "discrete") != "discrete" and schedule.prediction_type == "v_prediction":
-        raise BadDataError(_cannot(fields, "timestep_type", fields.get("timestep_type"), sampler))
-    if _clips_levels(fields, schedule):
-        raise BadDataError(_cannot(fields, "lambda_min_clipped", fields.get("lambda_min_clipped"), sampler))
-    ends_clean = fields.choice("final_sigmas_type", "zero", {"zero", "sigma_min"}) == "zero"
+    ends_clean = fields.choice("final_sigmas_type", "zero", ("zero", "sigma_min")) == "zero"
     lower_order_final = fields.flag("lower_order_final", True)
-    if sampler == "unipc" and ends_clean and not lower_order_final:  # which divides by 0 in diffusers
-        raise BadDataError(_cannot(fields, "lower_order_final", False, sampler))
+    order = fields.whole("solver_order", 2)
+    cannot = {name: fields.get(name, values[0]) not in values for name, values in _ONLY.items()} | {
+        "timestep_type": predicts_velocity and fields.get("timestep_type", "discrete") != "discrete",
+        "lambda_min_clipped": _clips_levels(fields, schedule),
+        "lower_order_final": sampler == "unipc" and ends_clean and not lower_order_final,  # diffusers divides by 0
+        "solver_order": order > (3 if sampler == "dpmpp-2m" else 2),
+    }
+    if name := next((name for name, found in cannot.items() if found), ""):
+        raise BadDataError(_cannot(fields, name, sampler))
+    sigma_min, sigma_max = (
+        None if fields.get(name) is None else fields.within(name, 0.0, 1e-9, 1e9) for name in ("sigma_min", "sigma_max")
+    )
+    clips = fields.flag("clip_sample")
+    most_distilled = schedule.training_steps if sampler == "lcm" else 50  # which no other sampler looks at
     return dataclasses.replace(
         schedule,
         set_alpha_to_one=fields.flag("set_alpha_to_one"),
         sigmas=sigmas[0] if sigmas else "",
-        sigma_min=_positive(fields, "sigma_min"),
-        sigma_max=_positive(fields, "sigma_max"),
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
         ends_clean=ends_clean,
         lower_order_final=lower_order_final,
         euler_at_final=fields.flag("euler_at_final"),
-        distilled_steps=_distilled_steps(fields, sampler, schedule.training_steps),
-        walk=_walk(fields, sampler, schedule.prediction_type),
-        note=_CLIPS if fields.flag("clip_sample") else "",
+        distilled_steps=fields.whole("original_inference_steps", 50, high=most_distilled),
+        walk=Walk(
+            order=order,
+            solver=_solver(fields, sampler),
+            clip=fields.within("clip_sample_range", 1.0, 0.0, 1e9) if clips else None,
+            threshold=_threshold(fields),
+            uncorrected=_uncorrected(fields),
+            mixes_velocities=predicts_velocity,
+            timestep_scaling=fields.number("timestep_scaling", 10.0),
+        ),
+        note=_CLIPS if clips else "",
     )
 
 
-def _distilled_steps(fields: Fields, sampler: str, training_steps: int) -> int:
-    """Of a latent consistency model; no other sampler looks at it."""
-    return fields.whole("original_inference_steps", 50, high=training_steps) if sampler == "lcm" else 50
+def _solver(fields: Fields, sampler: str) -> str:
+    """The solver's type, "" for the usual: another sampler's word is taken for this one's usual."""
+    solver = fields.choice("solver_type", "midpoint", ("midpoint", "heun", "logrho", "bh1", "bh2"))
+    return solver if solver == ("bh1" if sampler == "unipc" else "heun") else ""
 
 
-def _walk(fields: Fields, sampler: str, prediction_type: str) -> Walk:
-    order = fields.whole("solver_order", 2)
-    if order > (3 if sampler == "dpmpp-2m" else 2):
-        raise BadDataError(_cannot(fields, "solver_order", order, sampler))
-    clip = fields.within("clip_sample_range", 1.0, 0.0, 1e9) if fields.flag("clip_sample") else None
-    threshold = None
-    if fields.flag("thresholding"):
-        quantile = fields.within("dynamic_thresholding_ratio", 0.995, 0.0, 1.0)
-        threshold = quantile, fields.within("sample_max_value", 1.0, 1.0, 1e9)
-    uncorrected = fields.get("disable_corrector", ())
-    if not isinstance(uncorrected, list | tuple) or not all(isinstance(step, int) for step in uncorrected):
-        fields.refuse("disable_corrector", uncorrected, "a list of steps")
-    solver = fields.choice("solver_type", "midpoint", {"midpoint", "heun", "logrho", "bh1", "bh2"})
-    own = {"bh1"} if sampler == "unipc" else {"heun"}  # another's word is taken for this one's usual
-    return Walk(
-        order=order,
-        solver=solver if solver in own else "",
-        clip=clip,
-        threshold=threshold,
-        uncorrected=tuple(uncorrected),
-        mixes_velocities=prediction_type == "v_prediction",
-        timestep_scaling=fields.number("timestep_scaling", 10.0),
-    )
+def _threshold(fields: Fields) -> tuple[float, float] | None:
+    if not fields.flag("thresholding"):
+        return None
+    quantile = fields.within("dynamic_thresholding_ratio", 0.995, 0.0, 1.0)
+    return quantile, fields.within("sample_max_value", 1.0, 1.0, 1e9)
 
 
-def _positive(fields: Fields, name: str) -> float | None:
-    return None if fields.get(name) is None else fields.within(name, 0.0, 1e-9, 1e9)
+def _uncorrected(fields: Fields) -> tuple[int, ...]:
+    steps = fields.get("disable_corrector", ())
+    if not isinstance(steps, list | tuple) or not all(isinstance(step, int) for step in steps):
+        fields.refuse("disable_corrector", steps, "a list of steps")
+    return tuple(steps)
 
 
 def _clips_levels(fields: Fields, schedule: ScheduleConfig) -> bool:
@@ -293,6 +283,6 @@ def _clips_levels(fields: Fields, schedule: ScheduleConfig) -> bool:
     return math.log(level / (1 - level)) / 2 < least
 
 
-def _cannot(fields: Fields, name: str, value: Any, sampler: str) -> str:
-    shown = printable(repr(value))
+def _cannot(fields: Fields, name: str, sampler: str, default: Any = None) -> str:
+    shown = printable(repr(fields.get(name, default)))
     return f"{fields.shown}: {name} is {shown}, which sampler {sampler} cannot do here; choose another with --sampler."

@@ -11,12 +11,12 @@ from typing import Any
 from ldmcli.checkpoints.families import describe_single_file
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import TensorInfo
-from ldmcli.checkpoints.source import ModelSource, describe, model_of_file, open_model
+from ldmcli.checkpoints.source import ModelSource, model_of_file, open_model
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import BadDataError
 from ldmcli.images.metadata import read_parameters, read_record
 
-_UNTOLD = "epsilon or v_prediction: the network tells when it draws"
+_UNKNOWN = "epsilon or v_prediction: the network tells when it draws"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -30,9 +30,9 @@ def inspect(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     try:
         return {"kind": "model", **_model(model_of_file(weights))}
     except BadDataError:
-        # Not a model that can be run; still a file whose contents can be told.
-        kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
-        return {"kind": "weights", "is": kind, **_totals(weights.tensors.values()), "tensors": len(weights.tensors)}
+        # No model that can be run, but what the file holds can still be said.
+        totals = _totals(weights.tensors.values())
+        return {"kind": "weights", "is": _kind(weights), **totals, "tensors": len(weights.tensors)}
 
 
 def _picture(path: Path) -> dict[str, Any]:
@@ -47,16 +47,15 @@ def _picture(path: Path) -> dict[str, Any]:
 
 def _model(source: ModelSource) -> dict[str, Any]:
     config = source.config
-    dims: dict[str, Any] = {"unet": config.unet, "vae": config.vae, **{t.part: t for t in config.text_encoders}}
     parts = {}
-    for part in source.parts:
-        tensors = _tensors(source.keys(part))
-        parts[part] = {**_totals(tensors), **dataclasses.asdict(dims[part])}
+    for part in map(source.part, source.parts):
+        tensors = [file.tensors[key] for key, file in part.keys().items() if not key.endswith("position_ids")]
+        parts[part.name] = {**_totals(tensors), **dataclasses.asdict(part.config)}
     prediction_type = config.schedule.prediction_type
     return {
-        "is": describe(source),
+        "is": _kind(source.single_file) if source.single_file else f"{config.family}, diffusers folder",
         "family": config.family,
-        "prediction_type": _UNTOLD if prediction_type == UNDECIDED else prediction_type,
+        "prediction_type": _UNKNOWN if prediction_type == UNDECIDED else prediction_type,
         "zero_terminal_snr": config.schedule.starts_without_signal,
         "defaults": dataclasses.asdict(config.defaults),
         "default_size": f"{config.default_size}x{config.default_size}",
@@ -64,8 +63,8 @@ def _model(source: ModelSource) -> dict[str, Any]:
     }
 
 
-def _tensors(keys: dict[str, WeightFile]) -> list[TensorInfo]:
-    return [file.tensors[key] for key, file in keys.items() if not key.endswith("position_ids")]
+def _kind(weights: WeightFile) -> str:
+    return describe_single_file({key: info.shape for key, info in weights.tensors.items()})
 
 
 def _totals(tensors: Iterable[TensorInfo]) -> dict[str, Any]:

@@ -4,9 +4,12 @@ The tables are made for one configuration, since the original layout numbers blo
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from ldmcli.config import UNetConfig, VAEConfig
+from ldmcli.config import TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+
+NetworkConfig = UNetConfig | VAEConfig | TinyVAEConfig | TextEncoderConfig
+DiskNames = dict[str, list[str]]
 
 # Inside a resnet: (canonical, original).
 _UNET_PARTS = (
@@ -25,7 +28,12 @@ _VAE_PARTS = (
     ("to_out.0.", "proj_out."),
     ("conv_shortcut.", "nin_shortcut."),
 )
-_OLD_VAE_PARTS = (("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn."))
+_OLD_VAE_PARTS = (
+    ("to_q.", "query."),
+    ("to_k.", "key."),
+    ("to_v.", "value."),
+    ("to_out.0.", "proj_attn."),
+)  # until 0.18
 _OPENCLIP_PARTS = (
     ("embeddings.token_embedding.", "token_embedding."),
     ("embeddings.position_embedding.weight", "positional_embedding"),
@@ -40,54 +48,53 @@ _OPENCLIP_PARTS = (
     ("final_layer_norm.", "ln_final."),
     ("text_projection.weight", "text_projection"),
 )
+_OPENCLIP_LAYERS = {"encoder.layers.": "transformer.resblocks."}
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+TINY_PREFIX = "decoder.layers."  # of TAESD in diffusers' layout
 
 # What original checkpoints carry beside the three parts: averages, schedule tables, losses. None is needed to sample.
 # Nor are marks such as `v_pred`, which are read before.
 IGNORED_ORIGINAL = re.compile(
-    r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights$|logvar$|first_stage_model\.loss\."
+    r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights$|logvar$|(first_stage_model\.)?loss\."
     r"|cond_stage_model\.(logit_scale$|transformer\.(vision_model\.|visual_projection|text_projection|logit_scale))"
     r"|conditioner\.embedders\.\d\.(logit_scale$|transformer\.(text_projection|logit_scale))"
-    r"|.*\.model\.(logit_scale|attn_mask)$|.*\.position_ids$|model_ema$|scale_factor$|global_step$|denoiser\.sigmas$"
+    r"|.*\.model\.(logit_scale|attn_mask)$|(.*\.)?position_ids$|model_ema$|scale_factor$|global_step$|denoiser\.sigmas$"
     r"|v_pred$|ztsnr$"
 )
 
 
-def original_unet_keys(keys: Iterable[str], config: UNetConfig) -> dict[str, str]:
-    """Canonical U-Net key → key in an original Stable Diffusion checkpoint."""
-    prefixes = _unet_prefixes(config)
+def disk_names(keys: Iterable[str], config: NetworkConfig, prefix: str = "", *, original: bool) -> DiskNames:
+    """For each of a network's canonical keys, the names it may have on disk, the likeliest first: in the `original`
+    layout or in diffusers'; all behind `prefix`. Keys that share a name are stacked there, in the order of `keys`."""
+    names_of = _namer(config, original)
+    return {key: [prefix + name for name in names_of(key)] for key in keys}
+
+
+def _namer(config: NetworkConfig, original: bool) -> Callable[[str], list[str]]:
+    if isinstance(config, TinyVAEConfig):
+        return lambda key: [_tiny_name(key, original)]
+    if isinstance(config, TextEncoderConfig):
+        if config.layout == "openclip":
+            return lambda key: [_rename(key, _OPENCLIP_LAYERS, _OPENCLIP_PARTS)]
+        return lambda key: [f"text_model.{key}", key]  # transformers had the first for nearly all until 5.6
+    if isinstance(config, VAEConfig):
+        if not original:
+            return lambda key: [key, _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key]
+        vae_blocks = _vae_blocks(config)
+        return lambda key: [_rename(key, vae_blocks, _VAE_PARTS)]
+    if not original:
+        return lambda key: [key]
+    blocks = _unet_blocks(config)
     # Transformer blocks have a norm1 and norm2 of their own, which both layouts call so.
-    return {key: UNET_PREFIX + _rename(key, prefixes, _UNET_PARTS if ".resnets." in key else ()) for key in keys}
+    return lambda key: [_rename(key, blocks, _UNET_PARTS if ".resnets." in key else ())]
 
 
-def original_vae_keys(keys: Iterable[str], config: VAEConfig) -> dict[str, str]:
-    """Canonical VAE key → key in an original checkpoint (before the 1×1 convolutions became linear layers)."""
-    prefixes = _vae_prefixes(config)
-    return {key: VAE_PREFIX + _rename(key, prefixes, _VAE_PARTS) for key in keys}
-
-
-def old_diffusers_vae_key(key: str) -> str:
-    """Canonical VAE key → its name in folders written before diffusers 0.18."""
-    return _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key
-
-
-def of_vae_encoder(key: str, prefix: str = "") -> bool:
-    """Whether a VAE's weight, which has the same beginning in all layouts behind `prefix`, is for encoding alone."""
-    return key.removeprefix(prefix).startswith(("encoder.", "quant_conv."))
-
-
-def clip_text_names(key: str) -> list[str]:
-    """What a canonical key of a text transformer may be called by transformers, which put `text_model.` in front of
-    nearly all until 5.6."""
-    return [f"text_model.{key}", key]
-
-
-def openclip_text_names(key: str) -> list[str]:
-    """What a canonical key of a text transformer is called by open_clip, where queries, keys and values share a name:
-    they are stacked."""
-    return [_rename(key, {"encoder.layers.": "transformer.resblocks."}, _OPENCLIP_PARTS)]
+def _tiny_name(key: str, original: bool) -> str:
+    """TAESD's layers are numbered; the original's layer 0 is the clamp, which diffusers does not count."""
+    number, _, rest = key.removeprefix(TINY_PREFIX).partition(".")
+    return f"{int(number) + original}.{rest}"
 
 
 def is_transposed(disk_key: str) -> bool:
@@ -96,7 +103,7 @@ def is_transposed(disk_key: str) -> bool:
     return disk_key.endswith(".text_projection") or disk_key == "text_projection"
 
 
-def _unet_prefixes(config: UNetConfig) -> dict[str, str]:
+def _unet_blocks(config: UNetConfig) -> dict[str, str]:
     count, levels = config.layers_per_block, len(config.block_channels)
     table = {
         "conv_in.": "input_blocks.0.0.",
@@ -128,7 +135,7 @@ def _unet_prefixes(config: UNetConfig) -> dict[str, str]:
     return table
 
 
-def _vae_prefixes(config: VAEConfig) -> dict[str, str]:
+def _vae_blocks(config: VAEConfig) -> dict[str, str]:
     table = {}
     levels = len(config.block_channels)
     for half, ways, layers in (("encoder", "down", 0), ("decoder", "up", 1)):

@@ -1,6 +1,6 @@
 """Which files make up a diffusers model, by their names: what to fetch of a repository, and whether it is whole."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ldmcli.errors import BadDataError, MissingInputError, printable
@@ -10,9 +10,13 @@ GENERATION = "generation_config.json"  # how the model is best drawn with: trans
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_DIFFUSERS_STEM = "diffusion_pytorch_model"
 _MAX_SHARDS = 1000
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def stem_of(part: str) -> str:
+    """How the weight files of one part of a model begin."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def weight_names(stem: str, *, half: bool) -> tuple[str, ...]:
@@ -36,23 +40,50 @@ def needed_files(
     `read` gives the JSON object in one of them. Raises MissingInputError naming a file that is not among `files`, and
     BadDataError where `files` are no model that can be run.
     """
-    if INDEX not in files and any(file in files for file in weight_names(_DIFFUSERS_STEM, half=half)):
-        return ["config.json", *_network_files("", name, files, read, half=half)]
-    _check_is_model(name, files)
+
+    def require(file: str) -> str:
+        if file not in files:
+            raise MissingInputError(f"{name} lacks {printable(file)}.")
+        return file
+
+    def weights(folder: str) -> list[str]:
+        """The weights in `folder` ("" or ending in a slash): one file, or an index and its shards."""
+        names = [folder + file for file in weight_names(stem_of(folder), half=half)]
+        found = next((file for file in names if file in files), None)
+        if found is None:
+            _check_pickles(f"the weights of {name}'s {folder.rstrip('/')}", files, folder)
+            raise MissingInputError(f"{name} lacks {min(names, key=len)}.")
+        shards = _shards(found, name, read(found)) if found.endswith(".json") else []
+        return [found, *(require(folder + shard) for shard in shards)]
+
+    def tokenizer(folder: str) -> list[str]:
+        whole = [f"{folder}tokenizer.json"]
+        split = [f"{folder}vocab.json", f"{folder}merges.txt"]
+        extras = [folder + extra for extra in _TOKENIZER_EXTRAS if folder + extra in files]
+        return [*(whole if whole[0] in files else map(require, split)), *extras]
+
+    if INDEX not in files and any(file in files for file in weight_names(stem_of("vae"), half=half)):
+        return ["config.json", *weights("")]
+    if not any(file.endswith(".safetensors") for file in files):
+        _check_pickles(f"the weights of {name}", files)
+    if INDEX not in files:
+        hint = safetensors_hint(name, files)
+        cure = f"to use one of its files, name {hint}" if hint else "name another one"
+        raise BadDataError(f"{name} has no {INDEX}, so it is no diffusers model; {cure}.")
     index = read(INDEX)
     named = {part for part, kind in index.items() if isinstance(kind, list) and any(kind)}
     if not {"unet", "vae"} <= named:
         kind = printable(str(index.get("_class_name", ""))) or "model of another kind"
         raise BadDataError(f"{name} is a {kind}, not a latent diffusion model with a U-Net and a VAE.")
-    small = [INDEX, *([GENERATION] if GENERATION in files else [])]
-    if "scheduler" in named:
-        small.append(_require("scheduler/scheduler_config.json", name, files))
-    for part in _TOKENIZERS:
-        small += _tokenizer_files(part, name, files) if part in named else []
     parts = [part for part in _NETWORKS if part in named]
-    small += [_require(f"{part}/config.json", name, files) for part in parts]
-    large = [file for part in parts for file in _network_files(f"{part}/", name, files, read, half=half)]
-    return small + large
+    return [
+        INDEX,
+        *([GENERATION] if GENERATION in files else []),
+        *([require("scheduler/scheduler_config.json")] if "scheduler" in named else []),
+        *(file for part in _TOKENIZERS if part in named for file in tokenizer(f"{part}/")),
+        *(require(f"{part}/config.json") for part in parts),
+        *(file for part in parts for file in weights(f"{part}/")),
+    ]
 
 
 def safetensors_hint(name: str, files: Collection[str]) -> str:
@@ -64,48 +95,14 @@ def safetensors_hint(name: str, files: Collection[str]) -> str:
     return ", ".join(shown) + more
 
 
-def _check_is_model(name: str, files: Collection[str]) -> None:
-    """Raise BadDataError where there is no model_index.json, or no weights but pickles."""
-    pickles = sorted(file for file in files if file.endswith(_PICKLES))
-    if pickles and not any(file.endswith(".safetensors") for file in files):
+def _check_pickles(what: str, files: Collection[str], folder: str = "") -> None:
+    """Raise BadDataError where there are pickles in `folder`, which stand for what is not there otherwise."""
+    pickles = sorted(file for file in files if file.startswith(folder) and file.endswith(_PICKLES))
+    if pickles:
         raise BadDataError(
-            f"{name} has its weights only as pickles ({printable(pickles[0])}), which could run code when opened; look "
-            "for a repository or revision with safetensors."
+            f"{what} are there only as a pickle ({printable(pickles[0])}), which could run code when opened; look for "
+            "a repository or revision with safetensors."
         )
-    if INDEX not in files:
-        hint = safetensors_hint(name, files)
-        cure = f"to use one of its files, name {hint}" if hint else "name another one"
-        raise BadDataError(f"{name} has no {INDEX}, so it is no diffusers model; {cure}.")
-
-
-def _network_files(
-    folder: str, name: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, half: bool
-) -> list[str]:
-    """The weights in `folder` ("" or ending in a slash): one file, or an index and its shards."""
-    names = weight_names("model" if folder.startswith("text_encoder") else _DIFFUSERS_STEM, half=half)
-    found = next((folder + file for file in names if folder + file in files), None)
-    if found is None:
-        pickles = sorted(file for file in files if file.startswith(folder) and file.endswith(_PICKLES))
-        if not pickles:
-            raise MissingInputError(f"{name} lacks {folder}{min(names, key=len)}.")
-        raise BadDataError(
-            f"{name} has the weights of its {folder.rstrip('/')} only as a pickle ({printable(pickles[0])}), which "
-            "could run code when opened; look for a repository or revision with safetensors."
-        )
-    if not found.endswith(".json"):
-        return [found]
-    shards = (folder + shard for shard in _shards(found, name, read(found)))
-    return [found, *(_require(shard, name, files) for shard in shards)]
-
-
-def _tokenizer_files(part: str, name: str, files: Collection[str]) -> Iterator[str]:
-    whole = f"{part}/tokenizer.json"
-    split = (f"{part}/vocab.json", f"{part}/merges.txt")
-    if whole in files:
-        yield whole
-    else:
-        yield from (_require(file, name, files) for file in split)
-    yield from (f"{part}/{extra}" for extra in _TOKENIZER_EXTRAS if f"{part}/{extra}" in files)
 
 
 def _shards(index: str, name: str, content: Mapping[str, Any]) -> list[str]:
@@ -116,9 +113,3 @@ def _shards(index: str, name: str, content: Mapping[str, Any]) -> list[str]:
     if not found or not sound or len(found) > _MAX_SHARDS:
         raise BadDataError(f"{name}: {index} does not name the .safetensors files of its folder.")
     return sorted(found)
-
-
-def _require(file: str, name: str, files: Collection[str]) -> str:
-    if file not in files:
-        raise MissingInputError(f"{name} lacks {printable(file)}.")
-    return file

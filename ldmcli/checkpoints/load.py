@@ -1,8 +1,9 @@
 """From a model source to modules on a device: built on the meta device, then filled strictly, file by file."""
 
+import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -12,22 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from ldmcli.checkpoints.files import WeightFile, read_tensors
 from ldmcli.checkpoints.header import FLOATING
-from ldmcli.checkpoints.key_map import (
-    IGNORED_ORIGINAL,
-    clip_text_names,
-    is_transposed,
-    of_vae_encoder,
-    old_diffusers_vae_key,
-    openclip_text_names,
-    original_unet_keys,
-    original_vae_keys,
-)
-from ldmcli.checkpoints.source import ModelSource, list_keys
+from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, DiskNames, disk_names, is_transposed
+from ldmcli.checkpoints.source import ModelSource, PartSource, list_keys
 from ldmcli.conditioning.prompts import TextEncoder
-from ldmcli.conditioning.tokenizer import ClipTokenizer
-from ldmcli.config import TextEncoderConfig
-from ldmcli.errors import BadDataError, printable
+from ldmcli.config import TinyVAEConfig, VAEConfig
+from ldmcli.disk.opening import shown
+from ldmcli.errors import BadDataError
 from ldmcli.networks.clip import TextTransformer
+from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 
@@ -40,53 +33,43 @@ _SCALES = re.compile(
     r"(scale_weight|weight_scale\w*|scale_input|input_scale|scaled_fp8|absmax|quant_map|comfy_quant|SCB)$|quant_state\."
 )
 
-# For each canonical key the names it may have on disk, the likeliest first. What has its name in common with others is
-# stacked there, in the module's order.
-DiskNames = dict[str, Sequence[str]]
 Shapes = dict[str, tuple[int, ...]]
 
 
 def load_unet(source: ModelSource, device: torch.device, dtype: torch.dtype) -> UNet:
     """The source's U-Net."""
-    unet = on_meta(lambda: UNet(source.config.unet))
-    names: DiskNames = {key: [key] for key in unet.state_dict()}
-    if source.single_file:
-        names = {key: [disk] for key, disk in original_unet_keys(names, source.config.unet).items()}
-    fill(unet, names, source.keys("unet"), _where(source, "unet"), device, dtype)
-    return unet
+    return fill(on_meta(lambda: UNet(source.config.unet)), source.part("unet"), device, dtype)
 
 
-def load_vae(source: ModelSource, device: torch.device, dtype: torch.dtype, *, encoder: bool = True) -> AutoencoderKL:
-    """The source's autoencoder; without its `encoder`, two fifths of it, where pictures are only drawn."""
-    vae = on_meta(lambda: AutoencoderKL(source.config.vae, encoder=encoder))
-    names: DiskNames = {key: [key, old_diffusers_vae_key(key)] for key in vae.state_dict()}
-    if source.single_file:
-        names = {key: [disk] for key, disk in original_vae_keys(names, source.config.vae).items()}
-    on_disk = source.keys("vae")
-    if not encoder:
-        prefix = source.prefixes.get("vae", "")
-        on_disk = {key: file for key, file in on_disk.items() if not of_vae_encoder(key, prefix)}
-    fill(vae, names, on_disk, _where(source, "vae"), device, dtype)
-    return vae
+def load_vae(
+    source: ModelSource | PartSource[VAEConfig | TinyVAEConfig],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    encoder: bool = True,
+) -> AutoencoderKL | TinyVAE:
+    """A model's autoencoder, or one by itself; without its `encoder`, two fifths of it, where pictures are only
+    drawn."""
+    part = source.part("vae") if isinstance(source, ModelSource) else source
+    config: VAEConfig | TinyVAEConfig = part.config
+    if isinstance(config, TinyVAEConfig):
+        return fill(on_meta(lambda: TinyVAE(config)), part, device, dtype)
+    unread = () if encoder else (f"{part.prefix}encoder.", f"{part.prefix}quant_conv.")
+    return fill(on_meta(lambda: AutoencoderKL(config, encoder=encoder)), part, device, dtype, unread)
 
 
 def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.dtype) -> list[TextEncoder]:
-    """The source's text encoders, each with its tokenizer."""
-    pairs = zip(source.config.text_encoders, source.tokenizers, strict=True)
-    return [load_text_encoder(source, text, tokenizer, device, dtype) for text, tokenizer in pairs]
-
-
-def load_text_encoder(
-    source: ModelSource, text: TextEncoderConfig, tokenizer: ClipTokenizer, device: torch.device, dtype: torch.dtype
-) -> TextEncoder:
-    """One of the source's text encoders: `text` is its configuration there. It gives pooled prompts only where the
-    U-Net reads them, which are the last encoder's."""
-    model = on_meta(lambda: TextTransformer(text))
-    prefix = source.prefixes.get(text.part, "")
-    name = clip_text_names if text.layout == "clip" else openclip_text_names
-    names: DiskNames = {key: [prefix + disk for disk in name(key)] for key in model.state_dict()}
-    fill(model, names, source.keys(text.part), _where(source, text.part), device, dtype)
-    return TextEncoder(model, tokenizer, pooled=source.config.pools(text))
+    """The source's text encoders, each with its tokenizer. They give pooled prompts only where the U-Net reads them,
+    which are the last encoder's."""
+    config = source.config
+    return [
+        TextEncoder(
+            fill(on_meta(functools.partial(TextTransformer, text)), source.part(text.part), device, dtype),
+            tokenizer,
+            pooled=config.pools(text),
+        )
+        for text, tokenizer in zip(config.text_encoders, source.tokenizers, strict=True)
+    ]
 
 
 def on_meta(build: Callable[[], _Module]) -> _Module:
@@ -109,30 +92,23 @@ class _Uninitialized(TorchFunctionMode):
 
 
 def fill(
-    module: nn.Module,
-    names: DiskNames,
-    on_disk: dict[str, WeightFile],
-    where: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Read every weight of `module`, which is on meta, and put it in place; none may be missing, left or misshapen.
-
-    `on_disk` has the keys of the module's part with the files they are in; `where` begins the error that says what of
-    them does not fit (BadDataError).
-    """
+    module: _Module, part: PartSource[Any], device: torch.device, dtype: torch.dtype, unread: tuple[str, ...] = ()
+) -> _Module:
+    """Read every weight of `module`, which is on meta, and put it in place; none may be missing, left or misshapen, but
+    what begins with `unread` on disk. Raises BadDataError saying what does not fit."""
     wanted = {key: tuple(meta.shape) for key, meta in module.state_dict().items()}
-    canonical = _match(wanted, names, on_disk, where)
+    names = disk_names(wanted, part.config, part.prefix, original=part.original)
+    on_disk = {key: file for key, file in part.keys().items() if not key.startswith(unread)}
+    canonical = _match(wanted, names, on_disk, part)
     by_file: dict[int, tuple[WeightFile, list[str]]] = {}
     for disk_key in canonical:
         file = on_disk[disk_key]
         by_file.setdefault(id(file), (file, []))[1].append(disk_key)
     state: dict[str, Tensor] = {}
     for disk_key, tensor in _read(list(by_file.values()), device, dtype):
-        shapes = {key: wanted[key] for key in canonical[disk_key]}
-        state |= _taken_apart(disk_key, tensor, shapes)
+        state |= _taken_apart(disk_key, tensor, {key: wanted[key] for key in canonical[disk_key]})
     module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False).eval()
+    return module.requires_grad_(False).eval()
 
 
 def _read(
@@ -170,12 +146,9 @@ def _shares(file: WeightFile, names: list[str]) -> list[list[str]]:
     return shares
 
 
-def _where(source: ModelSource, part: str) -> str:
-    path = source.path if source.single_file else source.path / part
-    return f"{printable(str(path))} is not the {part} it should be"
-
-
-def _match(wanted: Shapes, names: DiskNames, on_disk: dict[str, WeightFile], where: str) -> dict[str, list[str]]:
+def _match(
+    wanted: Shapes, names: DiskNames, on_disk: dict[str, WeightFile], part: PartSource[Any]
+) -> dict[str, list[str]]:
     """Disk key → the canonical keys that it holds, for all that are wanted. Raises BadDataError listing what does not
     fit."""
     canonical: dict[str, list[str]] = {}
@@ -189,11 +162,11 @@ def _match(wanted: Shapes, names: DiskNames, on_disk: dict[str, WeightFile], whe
     for found, keys in canonical.items():
         info, right = on_disk[found].tensors[found], _stored_shape(found, (wanted[key] for key in keys))
         if not _same_shape(info.shape, right):
-            told = f"{found}: {list(info.shape)} for {list(right)}"
-            faults.setdefault("has tensors of the wrong shape", []).append(told)
+            difference = f"{found}: {list(info.shape)} for {list(right)}"
+            faults.setdefault("has tensors of the wrong shape", []).append(difference)
         if info.dtype not in FLOATING:
             faults.setdefault("has tensors that hold no floating numbers", []).append(f"{found}: {info.dtype}")
-    left = [key for key in on_disk if key not in canonical and not _may_be_left(key)]
+    left = [key for key in on_disk if key not in canonical and not IGNORED_ORIGINAL.match(key)]
     scales = [key for key in left if _SCALES.search(key)]
     if scales:
         faults["has quantized weights, whose scales this version does not apply"] = scales
@@ -202,10 +175,10 @@ def _match(wanted: Shapes, names: DiskNames, on_disk: dict[str, WeightFile], whe
     if left:
         faults["has tensors of no use here"] = left
     if faults:
-        told = "; it ".join(list_keys(what, keys) for what, keys in faults.items())
-        raise BadDataError(f"{where}: it {told}.")
+        listed = "; it ".join(list_keys(what, keys) for what, keys in faults.items())
+        raise BadDataError(f"{shown(part.path)} is not the {part.name} it should be: it {listed}.")
     if strays:
-        _log.warning("%s", list_keys(f"{where.partition(' is not ')[0]} has tensors that are ignored", strays))
+        _log.warning("%s %s", shown(part.path), list_keys("has tensors that are ignored", strays))
     return canonical
 
 
@@ -235,7 +208,3 @@ def _taken_apart(disk_key: str, tensor: Tensor, shapes: Shapes) -> dict[str, Ten
 def _same_shape(on_disk: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Equal, or a 1×1 convolution where the same matrix is a linear layer now."""
     return on_disk == wanted or (len(on_disk) == 4 and len(wanted) == 2 and on_disk == (*wanted, 1, 1))
-
-
-def _may_be_left(key: str) -> bool:
-    return key.endswith("position_ids") or bool(IGNORED_ORIGINAL.match(key))

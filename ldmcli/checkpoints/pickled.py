@@ -1,7 +1,8 @@
 """Pickled checkpoints (.ckpt, .pt, .bin of torch.save), for those who allow them. The only place that calls torch.load.
 
 A pickle is a program that may import anything. Its steps are listed first, and none is run: a file that names more than
-plain tensors need is refused before torch sees it. Then torch.load reads it, with weights_only=True and nothing else.
+plain tensors need is refused before torch sees it. Then torch.load reads it, with weights_only=True and nothing else,
+which knows no other step that imports.
 """
 
 import io
@@ -24,7 +25,6 @@ CURE = "get or convert it to .safetensors"
 _MAX_PICKLE_BYTES = 4 << 20  # a checkpoint with 2,500 tensors has 0.5 MB
 _MAX_STEPS = 500_000  # a checkpoint with 5,000 tensors needs 200,000
 _TUPLE_STEPS = 5  # that a tuple counts for: hashing 200,000, one in another, overflows the stack
-_MAX_NESTING = 3  # tables inside the state dict, as in textual-inversion embeddings
 _BARE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch wrote before 1.6 begins with: a pickled magic number
 _BARE_PICKLES = 5  # magic number, version, machine, value, keys; then the numbers
 _NUMBERS = ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
@@ -35,8 +35,6 @@ _KNOWN = {
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
 }
-# Every step that imports or calls otherwise than by GLOBAL and REDUCE, which are all that torch.save writes.
-_STRANGE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 # What holds no tuple: fetched from the memo however often, it cannot grow.
 _ATOMS = {"GLOBAL", "BINUNICODE", "REDUCE", "BINPERSID", "EMPTY_DICT", "EMPTY_LIST"}
 
@@ -65,17 +63,26 @@ class Loader:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def take(self, names: Iterable[str]) -> "dict[str, torch.Tensor]":
-        """The tensors `names`, on the CPU, whole and sharing memory with no other. Raises BadDataError."""
+        """The tensors `names`, on the CPU, contiguous and sharing memory with no other. Raises BadDataError."""
         wanted = set(names)
         with self._lock:
             if not wanted <= self._tensors.keys():
                 with open_regular(self._path) as file:  # it is checked again: it may have changed
                     loaded = _load(self._path, file, file.seek(0, io.SEEK_END), "cpu")
                 kept = {name for name in loaded if not IGNORED_ORIGINAL.match(name)} | wanted
-                self._tensors = _apart({name: loaded[name] for name in loaded if name in kept})
+                self._tensors = {name: loaded[name] for name in loaded if name in kept}
             if not wanted <= self._tensors.keys():
                 raise bad_file(self._path, "changed while it was read", "try again once nothing writes to it")
-            return {name: self._tensors.pop(name) for name in wanted}
+            return {name: _own(self._tensors.pop(name)) for name in wanted}
+
+
+def _own(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A copy of the tensor alone: files store views of one memory, whose owner would keep all of it."""
+    import torch
+
+    plain = tensor.detach().clone(memory_format=torch.contiguous_format)
+    # Any other byte than 0 and 1 in a bool is undefined behaviour.
+    return plain.view(torch.uint8).ne(0) if plain.dtype is torch.bool else plain
 
 
 def _load(path: Path, file: io.FileIO, size: int, device: str) -> "dict[str, torch.Tensor]":
@@ -96,8 +103,8 @@ def _load(path: Path, file: io.FileIO, size: int, device: str) -> "dict[str, tor
     except OSError:
         raise  # a fault of the disk, which open_regular words
     except Exception as error:  # of whatever kind torch finds; there is no second way
-        told = next(iter(str(error).splitlines()), type(error).__name__)
-        raise bad_file(path, f"cannot be read by torch.load with weights_only=True ({told[:200]})", CURE) from None
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise bad_file(path, f"cannot be read by torch.load with weights_only=True ({said[:200]})", CURE) from None
 
 
 def _state_dict(value: object) -> "dict[str, torch.Tensor]":
@@ -110,9 +117,8 @@ def _state_dict(value: object) -> "dict[str, torch.Tensor]":
     if not isinstance(value, dict):
         raise HeaderError("holds no table of tensors")
     inner = value.get("state_dict")
-    table = inner if isinstance(inner, dict) else value
     found: dict[str, torch.Tensor] = {}
-    for name, item in _entries(table, "", set(), _MAX_NESTING):
+    for name, item in _entries(inner if isinstance(inner, dict) else value, "", set()):
         if isinstance(item, torch.Tensor):
             if name in found:
                 raise HeaderError(f"names “{name[:120]}” twice")
@@ -122,32 +128,16 @@ def _state_dict(value: object) -> "dict[str, torch.Tensor]":
     return found
 
 
-def _entries(table: dict[Any, Any], prefix: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    """Names and values, inner tables opened to `depth`, each table once: it may hold itself."""
+def _entries(table: dict[Any, Any], prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Names and values, inner tables opened, each table once: it may hold itself."""
     seen.add(id(table))
     for key, item in dict.items(table):  # a pickle may put something else where the table has its own method
         name = f"{prefix}{key}" if isinstance(key, str | int | float) else ""
-        if isinstance(item, dict) and depth and id(item) not in seen:
-            yield from _entries(item, f"{name}.", seen, depth - 1)
+        if isinstance(item, dict):
+            if id(item) not in seen:
+                yield from _entries(item, f"{name}.", seen)
         elif name:
             yield name, item
-
-
-def _apart(tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """The same tensors, contiguous, none sharing memory with another or keeping more than its own numbers alive."""
-    import torch
-
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().contiguous()
-        if plain.dtype is torch.bool:
-            plain = plain.view(torch.uint8).ne(0)  # any other byte than 0 and 1 in a bool is undefined behaviour
-        storage = plain.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != plain.nbytes:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        tensors[name] = plain
-    return tensors
 
 
 def _check(file: io.FileIO, size: int) -> None:
@@ -159,29 +149,34 @@ def _check(file: io.FileIO, size: int) -> None:
     left = _MAX_STEPS
     try:
         for _ in range(_BARE_PICKLES if bare else 1):
-            sizes: dict[Any, int] = {}  # of what is in the memo: tuples of fetched tuples double with every step
-            fetched, before = 1, ""
-            for step, name, _ in pickletools.genops(pickles):
-                if "PUT" in step.name:
-                    sizes[name] = 0 if before in _ATOMS else fetched
-                else:
-                    before = step.name
-                size_fetched = sizes.get(name, 0) if "GET" in step.name else 0
-                fetched += size_fetched
-                left -= size_fetched + (_TUPLE_STEPS if step.name.startswith("TUPLE") else 1)
-                if left < 0:
-                    raise HeaderError(f"has a pickle of more than {_MAX_STEPS} steps, far beyond any model")
-                if step.name == "GLOBAL" and name not in _KNOWN:
-                    wanted = str(name).replace(" ", ".")[:200]
-                    raise HeaderError(f"wants “{wanted}”, which is more than plain tensors and may be code")
-                if step.name in _STRANGE:
-                    raise HeaderError(f"has a pickle with the step {step.name}, which no plain table of tensors needs")
-    except (ValueError, IndexError, OverflowError) as error:
-        if isinstance(error, HeaderError):
-            raise
+            left = _check_steps(pickletools.genops(pickles), left)
+    except HeaderError:
+        raise
+    except (ValueError, IndexError, OverflowError):
         raise HeaderError("has a broken pickle") from None
     if not zipped and not bare:
         raise HeaderError("is a pickle that torch.save did not write")
+
+
+def _check_steps(steps: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]], left: int) -> int:
+    """How many of the steps that are `left` one pickle leaves. What it fetches from its memo costs as many as all that
+    was fetched before that was made: tuples of fetched tuples double with every step."""
+    costs: dict[Any, int] = {}
+    fetched, before = 1, ""
+    for step, argument, _ in steps:
+        if "PUT" in step.name:
+            costs[argument] = 0 if before in _ATOMS else fetched
+        else:
+            before = step.name
+        cost = costs.get(argument, 0) if "GET" in step.name else 0
+        fetched += cost
+        left -= cost + (_TUPLE_STEPS if step.name.startswith("TUPLE") else 1)
+        if left < 0:
+            raise HeaderError(f"has a pickle of more than {_MAX_STEPS} steps, far beyond any model")
+        if step.name == "GLOBAL" and argument not in _KNOWN:
+            wanted = str(argument).replace(" ", ".")[:200]
+            raise HeaderError(f"wants “{wanted}”, which is more than plain tensors and may be code")
+    return left
 
 
 def _pickle_in_zip(file: io.FileIO, size: int) -> bytes:
@@ -191,13 +186,13 @@ def _pickle_in_zip(file: io.FileIO, size: int) -> bytes:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise HeaderError("is a zip archive with compressed files, which torch.save does not write")
-            names = [member.filename for member in members if member.filename.endswith("data.pkl")]
-            if len(names) != 1 or sum(member.file_size for member in members) > size:
+            pickles = [member for member in members if member.filename.endswith("data.pkl")]
+            if len(pickles) != 1 or sum(member.file_size for member in members) > size:
                 raise HeaderError("is a zip archive that torch.save did not write")
-            if archive.getinfo(names[0]).file_size > _MAX_PICKLE_BYTES:
+            if pickles[0].file_size > _MAX_PICKLE_BYTES:
                 raise HeaderError(f"has a pickle of more than {_MAX_PICKLE_BYTES} bytes, far beyond any model")
-            return archive.read(names[0])
+            return archive.read(pickles[0])
+    except HeaderError:
+        raise
     except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
-        if isinstance(error, HeaderError):
-            raise
         raise HeaderError(f"is a cut or damaged zip archive ({error})") from None

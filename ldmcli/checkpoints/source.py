@@ -1,41 +1,56 @@
 """What a model path holds, from headers and config.json alone: no weight is read and torch is not imported."""
 
+import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from ldmcli.background import in_background
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
-from ldmcli.checkpoints.dimensions import USUAL_VAE, config_from_shapes
-from ldmcli.checkpoints.families import (
-    FAMILIES,
-    READ,
-    describe_single_file,
-    family_of_unet,
-    lacks_only_vae,
-    require_family,
-)
+from ldmcli.checkpoints.families import FAMILIES, READ, family_of_unet, require_family
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
-from ldmcli.checkpoints.json_fields import MAX_CONFIG_BYTES
-from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX
-from ldmcli.checkpoints.layout import GENERATION, weight_names
-from ldmcli.checkpoints.training import schedule_of_file
+from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
+from ldmcli.checkpoints.layout import GENERATION, INDEX, stem_of, weight_names
+from ldmcli.checkpoints.single_file import config_of_file
 from ldmcli.conditioning.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 from ldmcli.config import ModelConfig, TextEncoderConfig
-from ldmcli.disk.opening import read_json
+from ldmcli.disk.hashes import FileHashes
+from ldmcli.disk.opening import listing, read_json, shown
 from ldmcli.errors import BadDataError, MissingInputError, printable
-from ldmcli.hub.names import snapshot_name
 
 _log = logging.getLogger(__name__)
 EMBEDDED_NAME = "tiny-emoji"
 # diffusers' pipelines that correct old configurations when they are made.
 _MENDING, _NOT_MENDING = "StableDiffusion", ("StableDiffusionXL", "StableDiffusionControlNet")
-_DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 _OPENCLIP_PAD = "!"  # whose id, 0, OpenCLIP fills short prompts up with
+_SNAPSHOT = re.compile(r"/models--(?:[^/]*--)?([^/]*)/snapshots/[^/]*")
+
+_Config = TypeVar("_Config", bound=NetworkConfig, covariant=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSource(Generic[_Config]):
+    """One network on disk: its keys begin with `prefix` and are, behind it, diffusers' or the `original` ones."""
+
+    name: str
+    path: Path
+    config: _Config
+    files: tuple[WeightFile, ...]
+    prefix: str = ""
+    original: bool = False
+
+    def keys(self) -> dict[str, WeightFile]:
+        """Every tensor key of the part, as it stands on disk, with the file it is in."""
+        return {key: file for file in self.files for key in file.tensors if key.startswith(self.prefix)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +64,8 @@ class ModelSource:
     prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     half: bool = False
     allow_pickle: bool = False
-    # What `files` gave, by part and `half`: a header is read once a run.
-    _opened: dict[tuple[str, bool], list[WeightFile]] = dataclasses.field(
+    # What a header or a vocabulary gave, which are read once a run.
+    _opened: dict[tuple[str, bool], tuple[WeightFile, ...]] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
     _tokenizers: dict[TextEncoderConfig, ClipTokenizer] = dataclasses.field(
@@ -60,31 +75,29 @@ class ModelSource:
     @property
     def name(self) -> str:
         """The model's name: that of its folder or its hub repository, or of its file without the ending."""
-        return self.path.stem if self.single_file else snapshot_name(self.path) or self.path.name
+        in_cache = _SNAPSHOT.fullmatch(f"/{'/'.join(self.path.parts[-3:])}")  # a folder called by its commit
+        return self.path.stem if self.single_file else in_cache[1] if in_cache else self.path.name
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The networks it is made of, by the names of their folders in a diffusers model."""
         return ("unet", "vae", *(text.part for text in self.config.text_encoders))
 
-    def files(self, part: str) -> list[WeightFile]:
-        """The validated files of one of `parts`."""
+    def part(self, name: str) -> PartSource[Any]:
+        """One of `parts`."""
+        configs = {"unet": self.config.unet, "vae": self.config.vae, **{t.part: t for t in self.config.text_encoders}}
+        config = configs[name]
         if self.single_file:
-            return [self.single_file]
-        key = part, self.half
+            return PartSource(name, self.path, config, (self.single_file,), self.prefixes[name], original=True)
+        key = name, self.half
         if key not in self._opened:
-            stem = _TRANSFORMERS_STEM if part.startswith("text_encoder") else _DIFFUSERS_STEM
-            self._opened[key] = open_part(self.path / part, stem, half=self.half, allow_pickle=self.allow_pickle)
-        return self._opened[key]
-
-    def keys(self, part: str) -> dict[str, WeightFile]:
-        """Every tensor key of a part, as it stands on disk, with the file it is in."""
-        prefix = self.prefixes.get(part, "")
-        return {key: file for file in self.files(part) for key in file.tensors if key.startswith(prefix)}
+            opened = open_part(self.path / name, name, half=self.half, allow_pickle=self.allow_pickle)
+            self._opened[key] = tuple(opened)
+        return PartSource(name, self.path / name, config, self._opened[key])
 
     @property
     def tokenizers(self) -> tuple[ClipTokenizer, ...]:
-        """One for each text encoder: the folder's, or CLIP's own for a single file. They are made once a run."""
+        """One for each text encoder: the folder's, or CLIP's own for a single file."""
         for text in self.config.text_encoders:
             if text not in self._tokenizers:
                 self._tokenizers[text] = self._tokenizer(text)
@@ -97,19 +110,30 @@ class ModelSource:
             vocabulary = dataclasses.replace(vocabulary, pad_token=_OPENCLIP_PAD) if openclip else vocabulary
         else:
             vocabulary = vocabulary_from_folder(self.path / text.part.replace("text_encoder", "tokenizer"))
-        _check_vocabulary(vocabulary, text.vocab_size, printable(str(self.path)))
+        _check_vocabulary(vocabulary, text.vocab_size, shown(self.path))
         return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip, rows=text.vocab_size)
 
-    def weight_paths(self) -> list[Path]:
-        """All weight files, sorted: what identifies the model."""
-        return sorted({file.path for part in self.parts for file in self.files(part)})
+    def sha256(self, hashes: FileHashes) -> "Future[str]":
+        """The model's identity: the SHA-256 of its file; for a folder, that of the list of its weight files' hashes. It
+        is found in a thread that takes the processor only where nothing else wants it."""
+
+        def work() -> str:
+            with contextlib.suppress(OSError):  # a thread of Linux has a priority of its own; a sandbox may refuse
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            if self.single_file:
+                return hashes.sha256(self.path)
+            paths = sorted({file.path for part in self.parts for file in self.part(part).files})
+            listed = (f"{hashes.sha256(path)}  {path.relative_to(self.path).as_posix()}\n" for path in paths)
+            return hashlib.sha256("".join(listed).encode()).hexdigest()
+
+        return in_background(work, "sha256")
 
 
 def embedded_model() -> Path:
     """The folder of the model that comes with this program: inside the package when installed, beside it in a clone."""
     package = Path(__file__).resolve().parent.parent
     for weights in (package / "weights", package.parent / "weights"):
-        if (weights / EMBEDDED_NAME / "model_index.json").is_file():
+        if (weights / EMBEDDED_NAME / INDEX).is_file():
             return (weights / EMBEDDED_NAME).resolve()  # in a clone, what the package links to
     raise MissingInputError(
         f"the embedded model {EMBEDDED_NAME} was not installed with this copy of ldmcli; name a model with --model, or "
@@ -131,22 +155,17 @@ def open_model(path: Path, *, allow_pickle: bool = False, own_vae: bool = True) 
 def model_of_file(file: WeightFile, *, own_vae: bool = True) -> ModelSource:
     """The model that a single file holds; without `own_vae`, it may lack that, and is taken to be of the usual one's
     latents. Raises BadDataError saying what it is instead."""
-    path = file.path
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
-    if not own_vae and lacks_only_vae(shapes):
-        shapes.update(USUAL_VAE)
-    family = require_family(shapes, path)
+    family = require_family(shapes, file.path, own_vae=own_vae)
     prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.part: text.prefix for text in family.texts}}
     known = tuple(prefixes.values())
     strays = [key for key in file.tensors if not key.startswith(known) and not IGNORED_ORIGINAL.match(key)]
     if strays:
-        _log.warning(
-            "%s %s", printable(str(path)), list_keys("has tensors of no known part, which are ignored", strays)
-        )
-    schedule = schedule_of_file(file, family)
-    config = config_from_shapes(shapes, family, schedule, path)
-    check_buildable(config, printable(str(path)))
-    return with_prediction_type(ModelSource(path, config, file, prefixes), schedule.prediction_type)
+        said = list_keys("has tensors of no known part, which are ignored", strays)
+        _log.warning("%s %s", shown(file.path), said)
+    config = config_of_file(file, shapes, family)
+    check_buildable(config, shown(file.path))
+    return with_prediction_type(ModelSource(file.path, config, file, prefixes), config.schedule.prediction_type)
 
 
 def with_prediction_type(source: ModelSource, prediction_type: str) -> ModelSource:
@@ -159,24 +178,45 @@ def with_prediction_type(source: ModelSource, prediction_type: str) -> ModelSour
     return dataclasses.replace(source, config=dataclasses.replace(config, unet=unet, schedule=schedule))
 
 
+def open_part(folder: Path, part: str, *, half: bool = False, allow_pickle: bool = False) -> list[WeightFile]:
+    """The validated weight files of one part of a diffusers model, its fp16 variant first where `half`."""
+    stem = stem_of(part)
+    found = next((name for name in weight_names(stem, half=half) if os.path.lexists(folder / name)), None)
+    if found is None:
+        pickles = [f"{name}{end}" for name in (stem, "pytorch_model") for end in (".bin", ".bin.index.json")]
+        found = next((name for name in pickles if (folder / name).exists()), None)
+        if found is None:
+            raise MissingInputError(f"{shown(folder)} has no {stem}.safetensors; the model folder is incomplete.")
+        if not allow_pickle:
+            raise BadDataError(
+                f"{shown(folder)} has its weights only as {found}, a pickle that could run code when opened; convert "
+                f"it to safetensors, fetch {stem}.safetensors, or read it in torch's restricted way with "
+                "--allow-pickle."
+            )
+    allow_pickle = ".bin" in found
+    if found.endswith(".json"):
+        return open_sharded(folder / found, allow_pickle=allow_pickle)
+    return [open_weights(folder / found, allow_pickle=allow_pickle)]
+
+
 def list_keys(what: str, keys: list[str]) -> str:
     """`what (a, b, c, d, e and 7 more)`: the first five keys, safe to print, and how many there are beside."""
-    shown = ", ".join(printable(key, 100) for key in keys[:5])
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return f"{what} ({shown}{more})"
+    return f"{what} ({', '.join(printable(key, 100) for key in keys[:5])}{more})"
 
 
 def _open_folder(path: Path, allow_pickle: bool) -> ModelSource:
-    shown = printable(str(path))
     if not os.access(path, os.R_OK | os.X_OK):
-        raise MissingInputError(f"{shown} is not readable; check its permissions.")
-    if not (path / "model_index.json").is_file():
-        raise BadDataError(f"{shown} is a folder without model_index.json, so not a diffusers model{_inside(path)}.")
-    config = _folder_model(path, read_json(path / "model_index.json", MAX_CONFIG_BYTES))
-    check_buildable(config, shown)
+        raise MissingInputError(f"{shown(path)} is not readable; check its permissions.")
+    if not (path / INDEX).is_file():
+        inside = listing(path, ".safetensors", 1)
+        hint = f"; did you mean {shown(path)}/{inside[0]}?" if inside else "."
+        raise BadDataError(f"{shown(path)} is a folder without {INDEX}, so not a diffusers model{hint}")
+    config = _folder_model(path, read_json(path / INDEX, folder_config.MAX_CONFIG_BYTES))
+    check_buildable(config, shown(path))
     source = ModelSource(path, config, allow_pickle=allow_pickle)
     for part in source.parts:
-        source.files(part)
+        source.part(part)
     return source
 
 
@@ -188,16 +228,15 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
     named = {name: found for name, found in classes.items() if found not in (None, [None, None])}
     if any(found not in known for found in named.values()) or "transformer" in index:
         raise BadDataError(
-            f"{printable(str(path))} is a {kind}, not a latent diffusion U-Net with a CLIP text encoder; this version "
-            f"reads {READ}."
+            f"{shown(path)} is a {kind}, not a latent diffusion U-Net with a CLIP text encoder; this version reads "
+            f"{READ}."
         )
     texts = [
         folder_config.text_encoder_config(path / part / "config.json", part, found[1])
         for part, found in (named or {"text_encoder": known[0]}).items()
     ]
-    pooled_dim = texts[-1].projection_dim or 0
     mended = kind.startswith(_MENDING) and not kind.startswith(_NOT_MENDING)
-    unet = folder_config.unet_config(path / "unet" / "config.json", pooled_dim, mended=mended)
+    unet = folder_config.unet_config(path / "unet" / "config.json", texts[-1].projection_dim or 0, mended=mended)
     vae = folder_config.vae_config(path / "vae" / "config.json")
     family = family_of_unet(unet)
     if unet.added_numbers:  # XL reads the states before the last layer, as they are
@@ -205,14 +244,14 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
     else:
         vae = dataclasses.replace(vae, force_upcast=False)
     reads_guidance = unet.guidance_dim is not None
+    scheduler = index.get("scheduler")  # [library, class]
     found = folder_schedule(
         path / "scheduler" / "scheduler_config.json",
-        _class_of(index.get("scheduler")),
+        scheduler[1] if isinstance(scheduler, list) and len(scheduler) == 2 else None,
         family.defaults,
         reads_guidance=reads_guidance,
         mended=mended,
     )
-    defaults = folder_config.own_defaults(path / GENERATION, found.defaults, reads_guidance=reads_guidance)
     return ModelConfig(
         family=family.name,
         unet=unet,
@@ -220,70 +259,24 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
         text_encoders=tuple(texts),
         schedule=found.schedule,
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
-        defaults=defaults,
+        defaults=folder_config.own_defaults(path / GENERATION, found.defaults, reads_guidance=reads_guidance),
         notes=(found.guess, *found.notes) if found.guess and not (path / GENERATION).exists() else found.notes,
     )
 
 
-def _class_of(named: object) -> object:
-    """The class in an entry of model_index.json: [library, class]."""
-    return named[1] if isinstance(named, list) and len(named) == 2 else None
-
-
-def _check_vocabulary(vocabulary: Vocabulary, size: int, shown: str) -> None:
+def _check_vocabulary(vocabulary: Vocabulary, size: int, where: str) -> None:
     """Every token must be one the text encoder has, and every merge must join tokens to a token."""
     tokens = vocabulary.ids
-    strange = next((token for token, i in tokens.items() if isinstance(i, bool) or not 0 <= i < size), None)
-    if strange is not None:
-        raise BadDataError(
-            f"{shown}: the tokenizer gives token '{printable(strange)}' the number {printable(str(tokens[strange]))}, "
-            f"and the text encoder knows 0 to {size - 1}; they are not of one model."
-        )
+    for token, number in tokens.items():
+        if isinstance(number, bool) or not 0 <= number < size:
+            raise BadDataError(
+                f"{where}: the tokenizer gives token '{printable(token)}' the number {printable(str(number))}, and the "
+                f"text encoder knows 0 to {size - 1}; they are not of one model."
+            )
     for left, right in vocabulary.merges:
         texts = isinstance(left, str) and isinstance(right, str)
         if not texts or left not in tokens or right not in tokens or left + right not in tokens:
             raise BadDataError(
-                f"{shown}: the tokenizer merges {printable(repr(left))} and {printable(repr(right))}, which its "
+                f"{where}: the tokenizer merges {printable(repr(left))} and {printable(repr(right))}, which its "
                 "vocabulary does not have."
             )
-
-
-def open_part(folder: Path, stem: str, *, half: bool = False, allow_pickle: bool = False) -> list[WeightFile]:
-    """The validated weight files of one part of a diffusers model, its fp16 variant first where `half`."""
-    for name in weight_names(stem, half=half):
-        if os.path.lexists(folder / name):
-            return open_sharded(folder / name) if name.endswith(".json") else [open_weights(folder / name)]
-    shown = printable(str(folder))
-    names = [f"{name}{end}" for name in (stem, "pytorch_model") for end in (".bin", ".bin.index.json")]
-    pickles = [name for name in names if (folder / name).exists()]
-    if pickles and allow_pickle:
-        read = open_sharded if pickles[0].endswith(".json") else open_weights
-        found = read(folder / pickles[0], allow_pickle=True)
-        return found if isinstance(found, list) else [found]
-    if pickles:
-        raise BadDataError(
-            f"{shown} has its weights only as {pickles[0]}, a pickle that could run code when opened; convert it to "
-            f"safetensors, fetch {stem}.safetensors, or read it in torch's restricted way with --allow-pickle."
-        )
-    raise MissingInputError(f"{shown} has no {stem}.safetensors; the model folder is incomplete.")
-
-
-def _inside(path: Path) -> str:
-    """A hint at a model file inside a folder that is none itself."""
-    found = sorted(_safetensors(path))
-    return f"; did you mean {printable(str(path / found[0]))}?" if found else ""
-
-
-def _safetensors(path: Path) -> Iterator[str]:
-    try:
-        with os.scandir(path) as entries:
-            yield from (entry.name for entry in entries if entry.name.endswith(".safetensors"))
-    except OSError:
-        return
-
-
-def describe(source: ModelSource) -> str:
-    """What kind of model it is, in a few words."""
-    if source.single_file:
-        return describe_single_file({k: t.shape for k, t in source.single_file.tensors.items()})
-    return f"{source.config.family}, diffusers folder"

@@ -25,7 +25,7 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     the same, and the exit code is that of the first that could not.
     """
     from ldmcli.checkpoints.inspection import inspect
-    from ldmcli.hub.shelf import find_here
+    from ldmcli.hub.listing import find_here
 
     codes = []
     for file in files:

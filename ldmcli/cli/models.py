@@ -18,7 +18,7 @@ def models(as_json: bool) -> None:
     reason. Only headers are read.
     """
     from ldmcli.errors import printable
-    from ldmcli.hub.shelf import models_at_hand
+    from ldmcli.hub.listing import models_at_hand
 
     found = list(models_at_hand())
     if as_json:

@@ -30,8 +30,7 @@ def pull(model: str, fp16: bool) -> None:
 
     HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.
     """
-    from ldmcli.hub.fetch import fetch
-    from ldmcli.hub.names import parse
+    from ldmcli.hub.fetch import fetch, parse
 
     wanted = parse(model)
     if wanted is None:

@@ -72,7 +72,7 @@ def _check_regular(path: Path, status: os.stat_result, wanted: tuple[str, str]) 
     if stat.S_ISREG(status.st_mode):
         return
     if stat.S_ISDIR(status.st_mode):
-        inside = _listing(path, wanted[0])
+        inside = listing(path, wanted[0])
         have = f" (it has {', '.join(inside)})" if inside else ""
         raise bad_file(path, f"is a folder{have}", wanted[1])
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -98,13 +98,13 @@ def _missing_message(path: Path, suffix: str) -> str:
             return f"{shown(path)} is a link to {target}, which does not exist; mend the link or name another file."
         if not path.parent.exists():
             return f"{shown(path)} does not exist, nor does its folder; check the path."
-        names = _listing(path.parent, "", _LISTED)
-        if near := difflib.get_close_matches(path.name[:255], names, 3, 0.6) or _listing(path.parent, suffix):
+        names = listing(path.parent, "", _LISTED)
+        if near := difflib.get_close_matches(path.name[:255], names, 3, 0.6) or listing(path.parent, suffix):
             return f"{shown(path)} does not exist; its folder has {', '.join(near)}."
     return f"{shown(path)} does not exist; check the path."
 
 
-def _listing(folder: Path, suffix: str, limit: int = 3) -> list[str]:
+def listing(folder: Path, suffix: str, limit: int = 3) -> list[str]:
     """Up to `limit` names in `folder` that end in `suffix`, escaped; looks at 10,000 entries at most."""
     try:
         with os.scandir(folder) as entries:

@@ -5,6 +5,7 @@ The library writes the cache, but for large weight files, whose interrupted down
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -16,20 +17,35 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ldmcli import __version__
-from ldmcli.checkpoints.files import file_sha256
 from ldmcli.checkpoints.layout import GENERATION, INDEX, needed_files, safetensors_hint
+from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.hub.faults import reworded
-from ldmcli.hub.names import HubModel, parse
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _log = logging.getLogger(__name__)
+_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.)){_NAME}/{_NAME}(?<!\.git)(?<!\.safetensors)(?<!\.ckpt)", re.ASCII)
+_REVISION = re.compile(r"(?!.*(?:\.\.|//))\w[\w./+-]{0,199}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_JSON = 32 << 20  # the shard index of the largest models has some MB
+
+
+@dataclasses.dataclass(frozen=True)
+class HubModel:
+    """A repository in diffusers layout, or one `file` of a repository; at a branch, tag or commit."""
+
+    repository: str
+    file: str = ""
+    revision: str = ""
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return self.repository + (f"/{self.file}" if self.file else "") + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +66,25 @@ class _Listing:
     hashes: dict[str, str]
 
 
-def locate(model: str, *, half: bool) -> Path:
-    """Where `model` is on disk: a path as it stands, whether or not anything is there; a hub model fetched if need be.
+def parse(model: str) -> HubModel | None:
+    """ORG/NAME[@REVISION] or ORG/NAME/FILE.safetensors[@REVISION] as a HubModel; None for anything else."""
+    whole, at, revision = model.partition("@")
+    organisation, name, file = [*whole.split("/", 2), "", ""][:3]
+    repository = f"{organisation}/{name}"
+    if not _REPOSITORY.fullmatch(repository) or whole.endswith("/") or (at and not _REVISION.fullmatch(revision)):
+        return None
+    if file and (not file.endswith(".safetensors") or any(part in ("", ".", "..") for part in file.split("/"))):
+        return None
+    return HubModel(repository, file, revision)
 
-    The fp16 variant is fetched where `half`; a whole copy in the cache will do in either. Whatever is there by that
-    name wins over the hub. Raises LdmError.
+
+def locate(model: str, *, half: bool) -> Path:
+    """Where a hub model is on disk, fetched if need be; what is no name of one is a path as it stands.
+
+    The fp16 variant is fetched where `half`; a whole copy in the cache will do in either. Raises LdmError.
     """
     path = Path(os.path.expanduser(model))
-    wanted = None if os.path.lexists(path) else parse(model)
+    wanted = parse(model)
     if wanted is None:
         return path
     folder = wanted.repository.partition("/")[0]
@@ -65,7 +92,7 @@ def locate(model: str, *, half: bool) -> Path:
         _log.warning("there is a folder %s here, so %s is a path; the hub's model is %s@main", folder, wanted, wanted)
         return path
     kept, lack = _kept(wanted, half)
-    if _is_offline():
+    if _hub().constants.HF_HUB_OFFLINE:
         return _offline(wanted, kept, lack)
     if kept and _COMMIT.fullmatch(wanted.revision):
         return kept
@@ -86,20 +113,16 @@ def locate(model: str, *, half: bool) -> Path:
 
 def fetch(wanted: HubModel, *, half: bool) -> Path:
     """Fetch what is not in the cache yet, in the variant asked for, and return where it is. Raises LdmError."""
-    if _is_offline():
+    if _hub().constants.HF_HUB_OFFLINE:
         return _offline(wanted, *_kept(wanted, half))
     return _fetch(wanted, _ask(wanted), half)
 
 
 def cached_models() -> list[CachedModel]:
     """All revisions of model repositories in the cache, by name."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    _hush()
     try:
-        repositories = scan_cache_dir().repos
-    except CacheNotFound:
+        repositories = _hub().scan_cache_dir().repos
+    except (_hub().errors.CacheNotFound, RuntimeError):  # the latter where there is no home folder for one
         return []
     found = []
     for repository in (entry for entry in repositories if entry.repo_type == "model"):
@@ -108,6 +131,21 @@ def cached_models() -> list[CachedModel]:
             name = repository.repo_id if ref == "main" else f"{repository.repo_id}@{ref}"
             found.append(CachedModel(name, revision.snapshot_path, revision.size_on_disk))
     return sorted(found, key=lambda model: model.name)
+
+
+@functools.cache
+def _hub() -> Any:
+    """The library, kept off the terminal, and from asking the hub, or telling it, more than models take."""
+    import huggingface_hub.errors
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+
+    constants = huggingface_hub.constants
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    hub_logging.set_verbosity_error()
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # else the environment has decided, and the library would warn
+        disable_progress_bars()
+    return huggingface_hub
 
 
 def _kept(wanted: HubModel, half: bool) -> tuple[Path | None, str]:
@@ -137,17 +175,14 @@ def _offline(wanted: HubModel, kept: Path | None, lack: str) -> Path:
 
 def _ask(wanted: HubModel) -> _Listing:
     """What the repository holds now. Raises LdmError."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session, hf_raise_for_status
-
-    _hush()
+    constants, utils = _hub().constants, _hub().utils
     # HfApi().model_info sends the same, but importing it takes 0.15 s.
     url = f"{constants.ENDPOINT}/api/models/{wanted.repository}/revision/{quote(wanted.revision or 'main', safe='')}"
     with _errors(wanted):
-        response = get_session().get(
+        response = utils.get_session().get(
             url, params={"blobs": True}, headers=_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
-        hf_raise_for_status(response)
+        utils.hf_raise_for_status(response)
         about = response.json()
         if not _COMMIT.fullmatch(about["sha"]):
             raise ValueError("no commit")
@@ -160,45 +195,36 @@ def _ask(wanted: HubModel) -> _Listing:
 def _fetch(wanted: HubModel, listing: _Listing, half: bool) -> Path:
     """Bring what is lacking of the commit into the cache."""
 
-    def download(file: str, revision: str = listing.commit) -> Path:
-        return _download(wanted, file, revision)
-
     def read(file: str) -> Mapping[str, Any]:
-        return read_json(download(file), _MAX_JSON)
+        return read_json(_download(wanted, file, listing.commit), _MAX_JSON)
 
+    if wanted.file and wanted.file not in listing.sizes:
+        hint = safetensors_hint(str(dataclasses.replace(wanted, file="")), listing.sizes)
+        raise MissingInputError(
+            f"{wanted.repository} has no file {printable(wanted.file)}; it has {hint or 'no safetensors file'}."
+        )
     with _errors(wanted):
-        files = [_listed(wanted, listing)] if wanted.file else needed_files(str(wanted), listing.sizes, read, half=half)
+        files = [wanted.file] if wanted.file else needed_files(str(wanted), listing.sizes, read, half=half)
         lacking = [file for file in files if _cached(wanted, file, listing.commit) is None]
         if lacking:
             _announce(wanted, listing, lacking)
         for file in lacking:
             if file in listing.hashes:
                 _receive_blob(wanted, file, listing)
-            download(file)
+            _download(wanted, file, listing.commit)
         # The name of a branch or tag is written down last: until then it stands for the copy that was whole before.
-        first = download(files[0])
+        first = _download(wanted, files[0], listing.commit)
         if wanted.revision != listing.commit and _cached(wanted, files[0], wanted.revision or "main") != first:
-            download(files[0], wanted.revision or "main")
+            _download(wanted, files[0], wanted.revision or "main")
     return first if wanted.file else first.parent
 
 
 def _download(wanted: HubModel, file: str, revision: str) -> Path:
     """Where the cache has the file, fetched if need be; nothing is asked where `revision` is a commit and it has."""
-    from huggingface_hub import hf_hub_download
-
-    found = hf_hub_download(
+    found = _hub().hf_hub_download(
         wanted.repository, file, revision=revision, library_name="ldmcli", library_version=__version__
     )
     return Path(found)
-
-
-def _listed(wanted: HubModel, listing: _Listing) -> str:
-    if wanted.file not in listing.sizes:
-        hint = safetensors_hint(str(dataclasses.replace(wanted, file="")), listing.sizes)
-        raise MissingInputError(
-            f"{wanted.repository} has no file {printable(wanted.file)}; it has {hint or 'no safetensors file'}."
-        )
-    return wanted.file
 
 
 def _announce(wanted: HubModel, listing: _Listing, lacking: list[str]) -> None:
@@ -220,43 +246,41 @@ def _receive_blob(wanted: HubModel, file: str, listing: _Listing) -> None:
     beside it. The library resumes within one process only, and begins a file anew in the next:
     https://github.com/huggingface/huggingface_hub/issues/4196
     """
-    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock
 
     sha256, size = listing.hashes[file], listing.sizes[file]
     blob, part = _blob(wanted, sha256), _blob(wanted, sha256, ".incomplete")
     lock = Path(_cache()) / ".locks" / blob.parent.parent.name / f"{sha256}.lock"
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    url = hf_hub_url(wanted.repository, file, revision=listing.commit)
-    show = _log.isEnabledFor(logging.INFO) and not constants.HF_HUB_DISABLE_PROGRESS_BARS
-    with WeakFileLock(lock):
+    with _hub().utils.WeakFileLock(lock):
         if blob.exists():
             return
         with open(part, "ab") as out:
             if out.tell() > size:
                 out.truncate(0)
             http_get(
-                url,
+                _hub().hf_hub_url(wanted.repository, file, revision=listing.commit),
                 out,
                 resume_size=out.seek(0, os.SEEK_END),
                 headers=_headers() | {"Accept-Encoding": "identity"},
                 expected_size=size,
                 displayed_filename=file,
-                tqdm_class=_bar(show=show),
+                tqdm_class=_bar(),
             )
             out.flush()
             os.fsync(out.fileno())
-        if file_sha256(part) != sha256:
+        if FileHashes().sha256(part) != sha256:
             part.unlink()
             raise StorageError(f"{wanted}: {printable(file)} arrived damaged and was removed; run the same again.")
         os.replace(part, blob)
 
 
-def _bar(*, show: bool) -> "type[tqdm[Any]]":
-    """A bar for the terminal; none where stderr is no terminal or it is not to `show`."""
+def _bar() -> "type[tqdm[Any]]":
+    """A bar for the terminal; none where stderr is no terminal or the user wants none."""
     from tqdm import tqdm
+
+    show = _log.isEnabledFor(logging.INFO) and not _hub().constants.HF_HUB_DISABLE_PROGRESS_BARS
 
     class Bar(tqdm):
         def __init__(self, *args: Any, name: str = "", **options: Any) -> None:
@@ -265,18 +289,13 @@ def _bar(*, show: bool) -> "type[tqdm[Any]]":
     return Bar
 
 
-def _headers() -> dict[str, str]:
+def _headers() -> Any:
     """The user's token, where there is one, and this program's name."""
-    from huggingface_hub.utils import build_hf_headers
-
-    return build_hf_headers(library_name="ldmcli", library_version=__version__)
+    return _hub().utils.build_hf_headers(library_name="ldmcli", library_version=__version__)
 
 
 def _cached(wanted: HubModel, file: str, revision: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    _hush()
-    found = try_to_load_from_cache(wanted.repository, file, revision=revision)
+    found = _hub().try_to_load_from_cache(wanted.repository, file, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -285,40 +304,18 @@ def _blob(wanted: HubModel, sha256: str, suffix: str = "") -> Path:
 
 
 def _cache() -> str:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_CACHE
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
-
-
-def _hush() -> None:
-    """Keep the library off the terminal, and from asking the hub, or telling it, more than models take."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-
-    constants.HF_HUB_DISABLE_TELEMETRY = True
-    hub_logging.set_verbosity_error()
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # else the environment has decided, and the library would warn
-        disable_progress_bars()
+    return str(_hub().constants.HF_HUB_CACHE)
 
 
 @contextlib.contextmanager
 def _errors(wanted: HubModel) -> Iterator[None]:
     """Turn what the library raises into LdmErrors."""
-    from huggingface_hub import constants
-
     try:
         yield
     except LdmError:
         raise
     except Exception as error:
-        said = reworded(error, wanted.repository, wanted.revision, constants.ENDPOINT, _cache())
+        said = reworded(error, wanted.repository, wanted.revision, _hub().constants.ENDPOINT, _cache())
         if said is None:
             raise
         raise said from None

@@ -11,7 +11,6 @@ import torch
 from ldmcli.background import in_background
 from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
 from ldmcli.checkpoints.source import ModelSource, with_prediction_type
-from ldmcli.checkpoints.vae_source import load_vae_from
 from ldmcli.conditioning.pairs import pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import UNDECIDED
@@ -121,9 +120,8 @@ def _read_unet(source: ModelSource, own: UNet | None, runtime: Runtime, stage: S
 
 def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> AutoencoderKL | TinyVAE:
     torch.set_num_threads(1)
-    if opened.vae is None:
-        return load_vae(opened.model, device, runtime.vae_dtype(opened.model.config.vae), encoder=False)
-    return load_vae_from(opened.vae, device, runtime.vae_dtype(opened.vae.config))
+    vae = opened.vae or opened.model.part("vae")
+    return load_vae(vae, device, runtime.vae_dtype(vae.config), encoder=False)
 
 
 def _text_encoders(source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:

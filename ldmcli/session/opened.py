@@ -5,11 +5,12 @@ import functools
 import logging
 from pathlib import Path
 
-from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model, with_prediction_type
-from ldmcli.checkpoints.vae_source import VAESource, open_vae
+from ldmcli.checkpoints.source import ModelSource, PartSource, embedded_model, open_model, with_prediction_type
+from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.conditioning.chunks import tokenize
+from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.errors import BadDataError, UsageError, printable
-from ldmcli.hub.shelf import find_model
+from ldmcli.hub.listing import find_model
 from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, ModelSpec, fit_to_model
 from ldmcli.speed.memory import check_memory
 
@@ -23,7 +24,7 @@ class Opened:
 
     spec: ModelSpec
     model: ModelSource
-    vae: VAESource | None = None
+    vae: PartSource[VAEConfig | TinyVAEConfig] | None = None
     refiner: ModelSource | None = None
 
     def fit(self, request: GenerationRequest, *, tiled: bool = False) -> FittedRequest:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ldmcli.config import UNDECIDED, ModelConfig
-from ldmcli.disk.cache import hash_store
+from ldmcli.disk.hashes import user_hashes
 from ldmcli.errors import LdmError
 from ldmcli.session.opened import Opened, open_spec
 from ldmcli.spec import FittedRequest, GenerationRequest, ModelSpec, RuntimeSpec
@@ -140,10 +140,7 @@ class Session:
     def begin_hashing(self) -> "Future[str]":
         """Find the weights' SHA-256 in a thread, beside whatever else is done."""
         if self._sha256 is None:
-            from ldmcli.checkpoints.identity import FileHashes, model_sha256
-
-            hashes = FileHashes(hash_store(enabled=self.runtime_spec.cache))
-            self._sha256 = model_sha256(self._opened.model, hashes)
+            self._sha256 = self._opened.model.sha256(user_hashes(enabled=self.runtime_spec.cache))
         return self._sha256
 
     def draw(

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from oracle.random_families import RECIPES, Recipe
 from oracle.random_model import SCHEDULER
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ldmcli.checkpoints.files import write_tensors
 from ldmcli.checkpoints.folder_config import text_encoder_config, unet_config, vae_config
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.conditioning.tokenizer import _byte_alphabet
@@ -48,7 +48,7 @@ FAMILIES: Mapping[str, Recipe] = {"sd15": _SD15, "sd21": _SD21, "sdxl": RECIPES[
 def write_random_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Write a diffusers folder of one of FAMILIES and return it. Memory: that of its largest part.
 
-    Raises UsageError for another name, StorageError where writing fails.
+    Raises UsageError for another name.
     """
     if family not in FAMILIES:
         raise UsageError(f"there are no random weights of {printable(repr(family))}; choose {', '.join(FAMILIES)}.")
@@ -67,7 +67,7 @@ def write_recipe(recipe: Recipe, folder: Path, seed: int = 0) -> Path:
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
     for part, of_part in shapes.items():
         name = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        write_tensors(folder / part / f"{name}.safetensors", dict(_drawn(part, of_part, generator)), {"format": "pt"})
+        save_file(dict(_drawn(part, of_part, generator)), folder / part / f"{name}.safetensors", {"format": "pt"})
     _write_json(index, _model_index(recipe))
     return folder
 

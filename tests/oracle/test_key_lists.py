@@ -6,9 +6,6 @@ files take no room, and all that looks at names and shapes reads them as the rea
 
 import json
 import math
-import resource
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fork_server import LEAN, quick
 from oracle.comparing import relative
 from oracle.original_layout import State, original_state
 from oracle.random_families import RECIPES, build_parts
@@ -199,16 +197,9 @@ def test_single_file(name: str, parts: dict[str, Any], folder: Path, file: Path)
     assert source.vae == told.vae
     assert source.default_size == (512 if name == "sd2-v" else 1024)
     for ours, theirs in zip(source.text_encoders, told.text_encoders, strict=True):
-        assert ours.part == theirs.part
-        assert (ours.hidden_size, ours.heads, ours.intermediate_size) == (
-            theirs.hidden_size,
-            theirs.heads,
-            theirs.intermediate_size,
-        )
-        assert (ours.layers - ours.skipped_layers, ours.final_norm) == (
-            theirs.layers - theirs.skipped_layers,
-            theirs.final_norm,
-        )
+        for field in ("part", "hidden_size", "heads", "intermediate_size", "final_norm"):
+            assert getattr(ours, field) == getattr(theirs, field)
+        assert ours.layers - ours.skipped_layers == theirs.layers - theirs.skipped_layers
     modules = loaded(open_model(file))
     for part in ("unet", "vae"):
         assert shapes(modules[part].state_dict().items()) == shapes(parts[part].state_dict().items())
@@ -234,23 +225,14 @@ def described(text: TextEncoderConfig) -> dict[str, Any]:
 def test_info(name: str, layout: str, request: pytest.FixtureRequest) -> None:
     """Names the family, prediction type and parts of gigabytes in a moment, without torch."""
     path: Path = request.getfixturevalue(layout)
-    program = (
-        "import sys; from ldmcli.cli import run; code = run(sys.argv[1:])\n"
-        "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
-    )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-c", program, "info", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.split() == ["False"]
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    facts = json.loads(done.stdout)
+    done = quick("info", "--json", path)
+    assert done.seconds < 10, "seconds of CPU time, of which it takes 0.1"
+    assert done.peak < LEAN
+    (facts,) = done.records
     assert facts["family"] == FAMILIES[name]
     undecided = name == "sd2-v" and layout == "file"
     assert (facts["prediction_type"] in ("epsilon", "v_prediction")) == (not undecided)
-    texts = [text.part for text in TEXTS[name]]
-    assert set(facts["parts"]) == {"unet", "vae", *texts}
+    assert set(facts["parts"]) == {"unet", "vae", *(text.part for text in TEXTS[name])}
     unet, vae, _ = (count * 1e6 for count in MILLIONS[name])
     assert facts["parts"]["unet"]["parameters"] == pytest.approx(unet, abs=1e4)
     assert facts["parts"]["vae"]["parameters"] == pytest.approx(vae, abs=1e4)

@@ -10,11 +10,12 @@ import torch
 from oracle.comparing import relative
 from oracle.original_layout import State, openclip_state
 from oracle.random_model import randomise
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldmcli.checkpoints.files import open_weights, write_tensors
-from ldmcli.checkpoints.key_map import openclip_text_names
+from ldmcli.checkpoints.files import open_weights
 from ldmcli.checkpoints.load import fill, on_meta
+from ldmcli.checkpoints.source import PartSource
 from ldmcli.config import TextEncoderConfig
 from ldmcli.errors import BadDataError
 from ldmcli.networks.clip import TextTransformer
@@ -125,12 +126,9 @@ def test_where_a_prompt_ends(eos: int, place: int, one_thread: None) -> None:
 
 def loaded(path: Path, config: TextEncoderConfig, state: State) -> TextTransformer:
     """What is read of a file in OpenCLIP's layout."""
-    write_tensors(path, state)
-    file = open_weights(path)
-    model = on_meta(lambda: TextTransformer(config))
-    names = {key: openclip_text_names(key) for key in model.state_dict()}
-    fill(model, names, dict.fromkeys(file.tensors, file), "the file", torch.device("cpu"), torch.float32)
-    return model
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+    part = PartSource("text_encoder", path, dataclasses.replace(config, layout="openclip"), (open_weights(path),))
+    return fill(on_meta(lambda: TextTransformer(config)), part, torch.device("cpu"), torch.float32)
 
 
 def tower_state(model: TextTransformer) -> State:
@@ -182,9 +180,10 @@ def test_open_clips_keys_are_held_to_the_same(tmp_path: Path) -> None:
     state |= {second: state[second][:-1], "text_projection": state["text_projection"].T, "more": torch.zeros(1)}
     with pytest.raises(BadDataError) as caught:
         loaded(tmp_path / "tower.safetensors", CONFIGS["sdxl"], state)
-    assert str(caught.value) == (
-        f"the file: it lacks tensors ({first}); it has tensors of the wrong shape ({second}: [383, 128] for "
-        "[384, 128], text_projection: [96, 128] for [128, 96]); it has tensors of no use here (more)."
+    assert str(caught.value).endswith(
+        f"tower.safetensors is not the text_encoder it should be: it lacks tensors ({first}); it has "
+        f"tensors of the wrong shape ({second}: [383, 128] for [384, 128], text_projection: [96, 128] for [128, 96]); "
+        "it has tensors of no use here (more)."
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import embedded_model, open_model
-from ldmcli.checkpoints.vae_source import load_vae_from, open_vae
+from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.config import ModelConfig, TinyVAEConfig
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.tiling import decode_tiled
@@ -57,7 +57,7 @@ def normal(*shape: int) -> Tensor:
 
 def decode(path: Path, config: ModelConfig, latents: Tensor) -> Tensor:
     """This program's decode by the VAE at `path`, of latents as they are diffused."""
-    vae = load_vae_from(open_vae(path, config), torch.device("cpu"), torch.float32)
+    vae = load_vae(open_vae(path, config), torch.device("cpu"), torch.float32)
     assert not vae.training
     with torch.inference_mode():
         return vae.decode(latents / vae.config.scaling_factor)
@@ -146,7 +146,7 @@ def test_picture_with_another_vae(pipeline: Pipeline, random_model: Any, config:
     other = AutoencoderKL.from_config(random_model.vae.config, scaling_factor=0.3)
     randomise(other, torch.Generator().manual_seed(8))
     other.save_pretrained(tmp_path)
-    vae = load_vae_from(open_vae(tmp_path, config), torch.device("cpu"), torch.float32)
+    vae = load_vae(open_vae(tmp_path, config), torch.device("cpu"), torch.float32)
     latents = normal(1, 4, 12, 12)
     with torch.inference_mode():
         wanted = other.eval().decode(latents / 0.3).sample
@@ -209,7 +209,7 @@ def test_tiny_has_the_keys_and_shapes_of_diffusers() -> None:
 
 def test_picture_by_taesd(pipeline: Pipeline, tiny: Any, config: ModelConfig, tmp_path: Path) -> None:
     tiny.save_pretrained(tmp_path)
-    vae = load_vae_from(open_vae(tmp_path, config), torch.device("cpu"), torch.float32)
+    vae = load_vae(open_vae(tmp_path, config), torch.device("cpu"), torch.float32)
     latents = normal(1, 4, 12, 12)
     assert relative(decoded(dataclasses.replace(pipeline, vae=vae), latents), theirs(tiny, latents)) < TOLERANCE
 

@@ -1,4 +1,4 @@
-"""The models at hand: embedded, in weights/ and $LDM_MODELS, in the hub's cache. Reads headers only, without torch."""
+"""Models by name: embedded, in weights/ and $LDM_MODELS, in the hub's cache. Reads headers only, without torch."""
 
 import contextlib
 import dataclasses
@@ -11,14 +11,14 @@ from typing import Any
 from ldmcli.checkpoints.layout import INDEX
 from ldmcli.checkpoints.source import EMBEDDED_NAME, embedded_model, open_model
 from ldmcli.errors import LdmError
-from ldmcli.hub.fetch import CachedModel, cached_models, locate
+from ldmcli.hub.fetch import cached_models, locate
 
 _WEIGHTS = ".safetensors"
 _MAX_ENTRIES = 1000  # looked at in one folder
 
 
 @dataclasses.dataclass(frozen=True)
-class ShelfModel:
+class ListedModel:
     """A model as it is named after --model; `family` where it can be run, else `error` says why not."""
 
     name: str
@@ -48,34 +48,26 @@ def find_here(name: str) -> Path | None:
     return embedded_model() if found is None and name == EMBEDDED_NAME else found
 
 
-def models_at_hand() -> Iterator[ShelfModel]:
+def models_at_hand() -> Iterator[ListedModel]:
     """Each model once: the embedded one, weights/ beside the program and here, $LDM_MODELS, the hub's cache."""
     seen: set[str] = set()
-    for model in itertools.chain(_embedded(), _on_shelves(), _in_cache()):
+    for model in itertools.chain(_in_folders(), _in_cache()):
         real = os.path.realpath(model.path)
         if real not in seen:
             seen.add(real)
             yield model
 
 
-def _embedded() -> Iterator[ShelfModel]:
+def _in_folders() -> Iterator[ListedModel]:
+    """The embedded model, and what is in weights/ and $LDM_MODELS: folders with an index, and weight files."""
     with contextlib.suppress(LdmError):
-        folder = embedded_model()
-        yield _described(_typed(folder), "embedded", folder)
-
-
-def _on_shelves() -> Iterator[ShelfModel]:
-    """What is in weights/ and $LDM_MODELS: folders with an index, and weight files."""
-    package = Path(__file__).resolve().parent.parent
-    for shelf in (Path("weights"), package.parent / "weights", package / "weights"):
-        for path in _entries(shelf):
+        yield _described(_typed(embedded_model()), "embedded", embedded_model())
+    package, own = Path(__file__).resolve().parent.parent, _own_folder()
+    for folder in (Path("weights"), package.parent / "weights", package / "weights", *([own] if own else [])):
+        for path in _entries(folder):
             if path.name.endswith(_WEIGHTS) or (path / INDEX).is_file():
-                yield _described(_typed(path), "folder", path)
-    if own := _own_folder():
-        for path in _entries(own):
-            if path.name.endswith(_WEIGHTS) or (path / INDEX).is_file():
-                name = _typed(path) if os.path.lexists(path.name) else path.name
-                yield _described(name, "folder", path)
+                bare = folder == own and not os.path.lexists(path.name)
+                yield _described(path.name if bare else _typed(path), "folder", path)
 
 
 def _own_folder() -> Path | None:
@@ -84,26 +76,22 @@ def _own_folder() -> Path | None:
     return Path(os.path.expanduser(named)) if named else None
 
 
-def _in_cache() -> Iterator[ShelfModel]:
+def _in_cache() -> Iterator[ListedModel]:
     """What is in the hub's cache: repositories in diffusers layout, and, of others, weight files that can be run."""
     for model in cached_models():
+        repository, at, revision = model.name.partition("@")
         if (model.path / INDEX).is_file():
             # Where a folder here is called like the organisation, the name alone would be a path.
-            hidden = "@" not in model.name and os.path.isdir(model.name.partition("/")[0])
+            hidden = not at and os.path.isdir(repository.partition("/")[0])
             yield _described(f"{model.name}@main" if hidden else model.name, "hub", model.path, model.size)
-        else:
-            yield from (found for found in _single_files(model) if found.family)
+            continue
+        files = [path for path in _entries(model.path) if path.name.endswith(_WEIGHTS)]
+        found = (_described(f"{repository}/{path.name}{at}{revision}", "hub", path) for path in files)
+        yield from (file for file in found if file.family)
 
 
-def _single_files(model: CachedModel) -> Iterator[ShelfModel]:
-    repository, at, revision = model.name.partition("@")
-    for path in _entries(model.path):
-        if path.name.endswith(_WEIGHTS):
-            yield _described(f"{repository}/{path.name}{at}{revision}", "hub", path)
-
-
-def _described(name: str, origin: str, path: Path, size: int | None = None) -> ShelfModel:
-    found = ShelfModel(name, origin, path, _size(path) if size is None else size)
+def _described(name: str, origin: str, path: Path, size: int | None = None) -> ListedModel:
+    found = ListedModel(name, origin, path, _size(path) if size is None else size)
     try:
         return dataclasses.replace(found, family=open_model(path).config.family)
     except LdmError as error:
@@ -127,11 +115,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a model's folder and its parts' folders."""
+    """Bytes of a file, or of all files in a model's folder and its parts' folders, each counted once."""
     files = [path] if not path.is_dir() else [*_entries(path), *itertools.chain(*map(_entries, _entries(path)))]
-    sizes = {}
-    for file in files:
-        with contextlib.suppress(OSError):
-            status = file.stat()
-            sizes[status.st_dev, status.st_ino] = status.st_size if file.is_file() else 0
+    sizes = {os.path.realpath(file): file.stat().st_size for file in files if file.is_file()}
     return sum(sizes.values())

@@ -1,0 +1,259 @@
+"""A single file's configuration, which carries no config.json: dimensions from the shapes of its tensors; the noise
+schedule from marks among them, words in its header and a .yaml beside it."""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldmcli.checkpoints.buildable import betas_of
+from ldmcli.checkpoints.families import LCM_DEFAULTS, Family, Shapes, TextPart
+from ldmcli.checkpoints.files import WeightFile, read_numbers
+from ldmcli.checkpoints.key_map import UNET_PREFIX, VAE_PREFIX
+from ldmcli.config import UNDECIDED, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.disk.opening import bad_file, read_text, shown
+from ldmcli.errors import BadDataError, printable
+
+_log = logging.getLogger(__name__)
+_AGAIN = "download or convert it again"
+_NUMBER_DIM = 256  # sinusoids for each of SDXL's added numbers
+_MAX_BLOCKS = 64  # Stable Diffusion's U-Net has 12; the time to look at a file grows with their number
+# Where each layout of a text encoder has its tokens, its layers and in each the wider one, and its positions.
+_CLIP_NAMES = (
+    "embeddings.token_embedding.weight", "encoder.layers.", "mlp.fc1.weight", "embeddings.position_embedding.weight",
+)  # fmt: skip
+_OPENCLIP_NAMES = ("token_embedding.weight", "transformer.resblocks.", "mlp.c_fc.weight", "positional_embedding")
+_MAX_YAML_BYTES = 1 << 18  # a second to parse; real ones have 4 kB
+_MAX_YAML_BRACKETS = 1000  # a dozen is usual; to find keys among them takes the square of the time
+_YAML_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+# What trainers and ModelSpec write in a header's metadata.
+_TYPE_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type", "ss_prediction_type")
+_TYPES = _YAML_TYPES | {
+    "epsilon": "epsilon",
+    "noise": "epsilon",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+    "v_pred": "v_prediction",
+    "vpred": "v_prediction",
+    "velocity": "v_prediction",
+    "x": "sample",
+    "sample": "sample",
+}
+_VELOCITY_KEYS = ("ss_v_parameterization", "v_parameterization", "v_pred", "modelspec.v_pred")
+_ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "rescale_betas_zero_snr", "modelspec.ztsnr")
+_LEVELS = "alphas_cumprod"
+# How far from the usual schedule levels stored in a type may lie and still be it, rounded: a share, and at least.
+_ROUNDING = {"F16": (2e-3, 0.0), "BF16": (1e-2, 0.0)}
+_ROUNDING |= {"F8_E4M3": (0.07, 1e-3), "F8_E4M3FNUZ": (0.07, 1e-3), "F8_E5M2": (0.13, 0.0), "F8_E5M2FNUZ": (0.13, 0.0)}
+_SAME = (1e-5, 0.0)
+
+
+def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelConfig:
+    """The configuration of a checkpoint in the original layout, whose tensors have these `shapes`; what they cannot
+    tell (head counts, groups) is the family's, as is a VAE that the file lacks.
+
+    Raises BadDataError naming the tensor that is missing or of an unexpected rank.
+    """
+    unet, vae = _under(shapes, UNET_PREFIX), _under(shapes, VAE_PREFIX)
+    usual_vae = VAEConfig(
+        norm_groups=family.norm_groups, scaling_factor=family.scaling_factor, force_upcast=family.force_upcast
+    )
+    schedule = schedule_of_file(file, family)
+    with named_shape_errors(file.path, f"{family.name} model"):
+        config = _unet(unet, family)
+        return ModelConfig(
+            family=family.name,
+            unet=config,
+            vae=vae_from_shapes(vae, usual_vae) if vae else usual_vae,
+            text_encoders=tuple(_text(_under(shapes, text.prefix), text) for text in family.texts),
+            schedule=schedule,
+            zero_empty_negative=family.zero_empty_negative,
+            defaults=family.defaults if config.guidance_dim is None else LCM_DEFAULTS,
+        )
+
+
+@contextlib.contextmanager
+def named_shape_errors(path: Path, what: str) -> Iterator[None]:
+    """Turns what comes of reading dimensions out of shapes that lack some, or have others, into BadDataError."""
+    try:
+        yield
+    except KeyError as error:
+        raise bad_file(path, f"is an incomplete {what}: the tensor {error.args[0]} is missing", _AGAIN) from None
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise bad_file(path, f"has tensors of shapes that fit no {what} ({error})", _AGAIN) from None
+
+
+def _under(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many different numbers `pattern`'s one group takes, counting from 0 without a gap."""
+    found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
+    if len(found) > _MAX_BLOCKS:
+        raise ValueError(f"{len(found)} blocks in one place")
+    return next(i for i in range(len(found) + 1) if i not in found)
+
+
+def _unet(shapes: Shapes, family: Family) -> UNetConfig:
+    channels: list[int] = []
+    depths: list[int] = []
+    context_dim, linear = 0, False
+    level_done = True
+    blocks = _count(shapes, r"input_blocks\.(\d+)\.")
+    for block in range(1, blocks):
+        if f"input_blocks.{block}.0.op.weight" in shapes:
+            level_done = True
+            continue
+        depth = _count(_under(shapes, f"input_blocks.{block}.1."), r"transformer_blocks\.(\d+)\.")
+        if level_done:
+            channels.append(shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0])
+            depths.append(depth)
+            level_done = False
+        if depth:
+            context_dim = shapes[f"input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight"][1]
+            linear = len(shapes[f"input_blocks.{block}.1.proj_in.weight"]) == 2
+    added = shapes["label_emb.0.0.weight"][1] if family.added_numbers else 0
+    guidance = shapes.get("time_embed.cond_proj.weight")
+    return UNetConfig(
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        sample_size=family.sample_size,
+        block_channels=tuple(channels),
+        layers_per_block=blocks // len(channels) - 1,
+        attention=tuple(depths),
+        middle_attention=_count(_under(shapes, "middle_block.1."), r"transformer_blocks\.(\d+)\."),
+        heads=tuple(family.heads or max(1, width // family.head_dim) for width in channels),
+        context_dim=context_dim,
+        norm_groups=family.norm_groups,
+        linear_projection=linear,
+        pooled_dim=added - family.added_numbers * _NUMBER_DIM if added else 0,
+        added_numbers=family.added_numbers,
+        added_number_dim=_NUMBER_DIM,
+        guidance_dim=guidance[1] if guidance else None,
+    )
+
+
+def vae_from_shapes(shapes: Shapes, usual: VAEConfig) -> VAEConfig:
+    """An autoencoder's dimensions from its decoder's tensors in the original layout, without prefix; an encoder may be
+    missing, and what shapes do not tell is as in `usual`. Raises as `named_shape_errors` expects it."""
+    levels = _count(shapes, r"decoder\.up\.(\d+)\.")
+    return dataclasses.replace(
+        usual,
+        in_channels=shapes["encoder.conv_in.weight"][1] if "encoder.conv_in.weight" in shapes else 3,
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        latent_channels=shapes["post_quant_conv.weight"][0],
+        block_channels=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+        layers_per_block=_count(shapes, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
+    )
+
+
+def _text(shapes: Shapes, text: TextPart) -> TextEncoderConfig:
+    shapes = {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
+    openclip = text.layout == "openclip"
+    embeddings, layer, up, positions = _OPENCLIP_NAMES if openclip else _CLIP_NAMES
+    vocab_size, hidden = shapes[embeddings]
+    layers = _count(shapes, rf"{re.escape(layer)}(\d+)\.")
+    return TextEncoderConfig(
+        part=text.part,
+        layout=text.layout,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=shapes[f"{layer}0.{up}"][0],
+        layers=layers,
+        heads=max(1, hidden // 64),  # every CLIP text model has heads of 64
+        max_length=shapes[positions][0],
+        activation="gelu" if openclip else "quick_gelu",
+        skipped_layers=text.skipped_layers - (text.layers is not None and layers == text.layers - 1),
+        final_norm=text.final_norm,
+        projection_dim=shapes["text_projection"][1] if openclip and "text_projection" in shapes else None,
+    )
+
+
+def schedule_of_file(file: WeightFile, family: Family) -> ScheduleConfig:
+    """The schedule of a checkpoint in the original layout: the usual one, but for what the file says otherwise.
+
+    Marks named `v_pred` and `ztsnr` tell v-prediction and zero terminal SNR (Lin et al. 2023); so do words in the
+    header's metadata (ModelSpec's and trainers'), and a .yaml of the same name beside the file, as the original code
+    has it. Where nothing does and the family has both kinds, the type is UNDECIDED. Levels stored under
+    `alphas_cumprod` are used as they are, unless they are the usual ones but for rounding. Raises BadDataError where
+    the levels are none, or the .yaml cannot be read.
+    """
+    marked = "v_prediction" if "v_pred" in file.tensors else None
+    written = _from_metadata(file.metadata, file.path)
+    beside = _from_yaml(file.path.with_suffix(".yaml"))
+    usual = ScheduleConfig(
+        prediction_type=marked or written or beside or family.prediction_type or UNDECIDED,
+        zero_terminal_snr="ztsnr" in file.tensors or any(_is_true(file.metadata.get(key)) for key in _ZERO_SNR_KEYS),
+    )
+    return _with_levels(usual, file) if _LEVELS in file.tensors else usual
+
+
+def _from_metadata(metadata: Mapping[str, str], path: Path) -> str | None:
+    """The prediction type that the header's metadata name, if they do."""
+    for key in _TYPE_KEYS:
+        word = metadata.get(key, "").strip().lower()
+        if word in _TYPES:
+            return _TYPES[word]
+        if word:
+            _log.warning("%s: %s %s is not known and passed over", shown(path), key, printable(word, 100))
+    return "v_prediction" if any(_is_true(metadata.get(key)) for key in _VELOCITY_KEYS) else None
+
+
+def _is_true(word: str | None) -> bool:
+    return word is not None and word.strip().lower() in ("true", "1", "yes")
+
+
+def _with_levels(usual: ScheduleConfig, file: WeightFile) -> ScheduleConfig:
+    levels = read_numbers(file, _LEVELS)
+    expected = list(itertools.accumulate((1 - beta for beta in betas_of(usual)), operator.mul))
+    share, least = _ROUNDING.get(file.tensors[_LEVELS].dtype, _SAME)
+    if len(levels) == len(expected) and all(
+        abs(a - b) <= max(share * b, least) for a, b in zip(levels, expected, strict=True)
+    ):
+        return usual
+    falling = all(a > b for a, b in itertools.pairwise(levels))
+    if len(levels) < 2 or not falling or not 0 <= levels[-1] <= levels[0] < 1:
+        raise BadDataError(f"{shown(file.path)}: its {_LEVELS} do not fall from below 1 to no less than 0.")
+    return dataclasses.replace(
+        usual, training_steps=len(levels), alphas_cumprod=tuple(levels), zero_terminal_snr=levels[-1] == 0
+    )
+
+
+def _from_yaml(path: Path) -> str | None:
+    """The prediction type that the original code's configuration gives, if there is one and it does."""
+    if not path.is_file():
+        return None
+    import yaml
+
+    text = read_text(path, _MAX_YAML_BYTES)
+    if text.count("[") + text.count("{") > _MAX_YAML_BRACKETS:
+        raise BadDataError(f"{shown(path)} is not valid YAML of a model (it has thousands of brackets).")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few could stand for any number
+            raise BadDataError(f"{shown(path)} has aliases, which no configuration of a model needs.")
+        tables = list(_tables(yaml.safe_load(text)))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        said = printable(" ".join(str(error).split()), 200)
+        raise BadDataError(f"{shown(path)} is not valid YAML ({said}).") from None
+    found = next((table["parameterization"] for table in tables if "parameterization" in table), None)
+    if found is None:
+        is_model = tables and "model" in tables[0] and any("params" in table for table in tables)
+        return "epsilon" if is_model else None
+    if not isinstance(found, str) or found not in _YAML_TYPES:
+        known = ", ".join(_YAML_TYPES)
+        raise BadDataError(f"{shown(path)}: parameterization {printable(str(found), 100)} is none of {known}.")
+    return _YAML_TYPES[found]
+
+
+def _tables(value: Any) -> Iterator[Mapping[Any, Any]]:
+    """The tables in what a YAML file holds, outer ones first."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _tables(inner)
