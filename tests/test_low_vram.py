@@ -51,14 +51,14 @@ def same(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
 def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts that are brought, in order."""
     found: list[str] = []
-    place = offload._Packed.place
+    bring = Stage.bring
 
-    def noting(self: Any, module: nn.Module, pieces: Sequence[Tensor]) -> None:
-        if pieces is self.away:
-            found.append(type(module).__name__)
-        place(self, module, pieces)
+    def noting(self: Stage, part: nn.Module) -> None:
+        if self.narrow and part is not self.present:
+            found.append(type(part).__name__)
+        bring(self, part)
 
-    monkeypatch.setattr(offload._Packed, "place", noting)
+    monkeypatch.setattr(Stage, "bring", noting)
     return found
 
 
@@ -93,22 +93,21 @@ def test_only_the_part_at_work_is_there(model_folder: Path) -> None:
     stage, there = pipeline.stage, []
 
     def note(*_: Any) -> None:
-        found = {type(part).__name__ for part, packed in stage._parts.items() if packed and packed.away}
+        found = type(stage.present).__name__
         if there[-1:] != [found]:  # encoders are called once a prompt
             there.append(found)
-        for part, packed in stage._parts.items():
-            assert packed is not None
-            assert packed.holds(part, packed.away or packed.pieces)
+        for part, home in stage._parts.items():
+            assert offload._holds(part, stage._away if part is stage.present else home)
 
     parts = [part.decoder if part is pipeline.vae else part for part in stage._parts]
     handles = [part.register_forward_pre_hook(note) for part in parts]  # type: ignore[union-attr]
     draw(session, [dataclasses.replace(REQUESTS[0], steps=1)])
     for handle in handles:
         handle.remove()
-    assert there == [{"TextTransformer"}, {"UNet"}, {"AutoencoderKL"}]
+    assert there == ["TextTransformer", "UNet", "AutoencoderKL"]
     stage.clear()
     note()
-    assert there[-1] == set()
+    assert there[-1] == "NoneType"
 
 
 def test_float32_for_a_while(model_folder: Path) -> None:
@@ -197,12 +196,14 @@ def test_weights_of_all_kinds_come_and_go(piece: int, monkeypatch: pytest.Monkey
     assert not any(parameter.is_inference() for parameter in one.parameters())
     assert one.convolution.weight.is_contiguous(memory_format=torch.channels_last)
     assert one.turned.stride() == (1, 6)
-    packed = stage._parts[one]
-    assert len(packed.pieces) == {1: 8, 600: 6}.get(piece, 1)
-    assert all(place.start % offload.ALIGNED == 0 for place in packed._places)
+    home = stage._parts[one]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in home if tensor.numel()}) == {1: 8, 600: 6}.get(
+        piece, 1
+    )
+    assert all(tensor.storage_offset() * tensor.itemsize % offload.ALIGNED == 0 for tensor in home)
     # What leaves goes nowhere: its memory at home was there all the time.
     assert {tensor.data_ptr() for tensor in one.parameters() if tensor.numel()}.isdisjoint(
-        place.within(packed.pieces).data_ptr() for place in packed._places
+        tensor.data_ptr() for tensor in home
     )
 
 
@@ -222,7 +223,7 @@ def test_what_was_converted_meanwhile_is_not_lost(at_work: bool) -> None:
         assert equal(part, wanted)
         stage.bring(part)
         assert equal(part, wanted)
-    assert stage._parts[part].holds(part, stage._parts[part].away)
+    assert offload._holds(part, stage._away)
 
 
 def test_a_wide_stage_moves_nothing(moves: list[str]) -> None:
@@ -310,8 +311,6 @@ def test_what_is_on_the_gpu(embedded_folder: Path, dtype: str) -> None:
     draw(session)
     assert {p.device.type for p in vae.parameters()} == {"cuda"}
     assert {p.device.type for p in unet.parameters()} == {"cpu"}
-    packed = stage._parts[unet]
-    assert packed is not None
-    assert all(piece.is_pinned() for piece in packed.pieces)
+    assert all(tensor.is_pinned() for tensor in stage._parts[unet])
     stage.clear()
     assert torch.cuda.memory_allocated() - before < max(sum(p.nbytes for p in unet.parameters()), 8 << 20)

@@ -26,7 +26,7 @@ from ldmcli.config import UNetConfig
 from ldmcli.networks.attention import ATTENTIONS, set_attention
 from ldmcli.networks.unet import UNet
 from ldmcli.speed.cuda.fused import fuse
-from ldmcli.speed.cuda.trial import kernels_work
+from ldmcli.speed.cuda.kernels import kernels_work
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 PARTS = ("env", "kernels", "steps", "profile", "gn", "batch", "compile")
@@ -165,7 +165,7 @@ class Card:
 
     def gn(self) -> None:
         """The norm kernels by shape, in a graph of 20, beside the time that the bytes they must move take at 3 TB/s."""
-        from ldmcli.speed.cuda.group_norm import group_norm_silu
+        from ldmcli.speed.cuda.kernels import group_norm_silu
 
         for c, s in _NORMS if self.cuda else _NORMS[-2:]:
             if self.notes.late:

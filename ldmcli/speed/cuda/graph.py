@@ -24,7 +24,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,28 +44,6 @@ Tree = Any  # a Tensor, or a list or tuple of Trees
 _log = logging.getLogger(__name__)
 
 
-class Recording(Protocol):
-    """What was recorded; `replay` does it again with what is now in the tensors that it read, into `output`."""
-
-    output: Tensor
-
-    def replay(self) -> None: ...
-
-
-class Recorder(Protocol):
-    """Records work, which reads tensors that outlive it, and never asks the host for a number."""
-
-    def warm(self, work: Work) -> Tensor:
-        """Do the work plainly and return its result; it, or its like, can be recorded afterwards."""
-
-    def record(self, work: Work) -> Recording:
-        """Record the work; nothing need be computed. Raises RuntimeError where that cannot be."""
-
-    def free(self, recordings: Iterable[Recording]) -> None:
-        """Wait for the device, then make these recordings' memory available again. Raises torch.AcceleratorError where
-        the device works no more."""
-
-
 def recorded(
     model: Model, slots: "Slots", key: Hashable = (), form: Callable[[Step], Hashable] = lambda step: ()
 ) -> Model:
@@ -78,7 +56,7 @@ class Graphs:
     """The recordings of models made of some modules, which are made and dropped as they are needed. For one thread, and
     one stream of a GPU: recordings share memory for what they compute in between."""
 
-    def __init__(self, recorder: Recorder, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, recorder: "CudaRecorder", modules: Sequence[nn.Module]) -> None:
         self._recorder = recorder
         self._modules = modules
         self._kinds: OrderedDict[tuple[Hashable, tuple[_Slot, ...]], _Kind] = OrderedDict()  # the last called last
@@ -123,7 +101,10 @@ class Graphs:
             return model(latents, step)
         kind = self._kinds.setdefault((shape, run.held), _Kind())
         self._kinds.move_to_end((shape, run.held))
-        self._forget_oldest()
+        while len(self._kinds) > KEPT:
+            _, oldest = self._kinds.popitem(last=False)
+            if oldest.recording:
+                self._recorder.free([oldest.recording])
         kind.calls += 1
         work = kind.on_own_inputs(model, latents, step)
         if not kind.recording and kind.calls > 1 and kind.calls + run.calls >= PAYS:
@@ -138,13 +119,7 @@ class Graphs:
             output = self._recorder.warm(work)
         return output.clone()
 
-    def _forget_oldest(self) -> None:
-        while len(self._kinds) > KEPT:
-            _, oldest = self._kinds.popitem(last=False)
-            if oldest.recording:
-                self._recorder.free([oldest.recording])
-
-    def _recorded(self, work: Work) -> Recording | None:
+    def _recorded(self, work: Work) -> "CudaGraph | None":
         """The call recorded, or None where that cannot be. Unless memory ran out, nothing is recorded any more then."""
         try:
             with torch.inference_mode():
@@ -207,7 +182,7 @@ class _Kind:
 
     calls: int = 0
     inputs: tuple[Tensor, Tensor] | None = None  # latents and the step's index
-    recording: Recording | None = None
+    recording: "CudaGraph | None" = None
 
     def on_own_inputs(self, model: Model, latents: Tensor, step: Step) -> Work:
         """The call, on tensors that stay: with these latents and this step's index in them from now on."""
@@ -252,14 +227,27 @@ def state_of(module: nn.Module) -> list[Any]:
     return state
 
 
+@dataclasses.dataclass(eq=False)
+class CudaGraph:
+    """A CUDA graph, and the tensor into which it writes its result."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+
+    def replay(self) -> None:
+        """Compute it again, with what is now in the tensors that it reads."""
+        self.graph.replay()
+
+
 class CudaRecorder:
-    """Records CUDA graphs on one GPU. All that live share one pool of memory, so that each is replayed alone."""
+    """Records work on one GPU that reads tensors which outlive it, and never asks the host for a number. All graphs
+    that live share one pool of memory, so that each is replayed alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None  # torch refuses one that all graphs have left
-        self._living: weakref.WeakSet[_CudaGraph] = weakref.WeakSet()
+        self._living: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
 
     def warm(self, work: Work) -> Tensor:
         """Do the work on the stream that records, where libraries get ready what they may not while one is recording.
@@ -275,8 +263,9 @@ class CudaRecorder:
             main.wait_stream(side)
         return output
 
-    def record(self, work: Work) -> "_CudaGraph":
-        """Record the work; nothing is computed. Other threads may use the GPU meanwhile."""
+    def record(self, work: Work) -> CudaGraph:
+        """Record the work; nothing is computed. Other threads may use the GPU meanwhile. Raises RuntimeError where it
+        cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         if not self._living:
             self._pool = torch.cuda.graph_pool_handle()
@@ -289,13 +278,17 @@ class CudaRecorder:
             ):
                 output = work()
         except RuntimeError:
-            self._close_pool()
+            # What torch leaves open where CUDA breaks a capture off: allocation from the pool, and the graph's share in
+            # it. Where torch has ended it, it refuses to once more.
+            with contextlib.suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                torch._C._cuda_releasePool(self._device.index, self._pool)
             raise
-        recording = _CudaGraph(graph, output)
+        recording = CudaGraph(graph, output)
         self._living.add(recording)
         return recording
 
-    def free(self, recordings: Iterable[Any]) -> None:
+    def free(self, recordings: Iterable[CudaGraph]) -> None:
         """Wait for the GPU, drop the graphs, and give free memory back to it. Raises torch.AcceleratorError where it
         works no more."""
         torch.cuda.synchronize(self._device)
@@ -314,21 +307,3 @@ class CudaRecorder:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         return self._stream
-
-    def _close_pool(self) -> None:
-        """End what torch leaves open where CUDA breaks a capture off: allocation from the pool, and the graph's share
-        in it. Where torch has ended it, it refuses to once more."""
-        with contextlib.suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            torch._C._cuda_releasePool(self._device.index, self._pool)
-
-
-class _CudaGraph:
-    """A CUDA graph, and the tensor into which it writes its result."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
-        self.graph = graph
-        self.output = output
-
-    def replay(self) -> None:
-        self.graph.replay()
