@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from ldmcli.speed.cuda.convolutions import PAYS, chosen_for
 
 
