@@ -21,7 +21,7 @@ from ldmcli.speed import offload
 from ldmcli.speed.offload import HOST, Stage
 
 REQUESTS = [
-    GenerationRequest(prompt, negative_prompt="fog", seed=seed, steps=3, width=64, height=64)
+    GenerationRequest(prompt, negative_prompt="fog", seed=seed, steps=2, width=32, height=32)
     for seed, prompt in enumerate(("a red apple", "a whale"))
 ]
 
@@ -65,10 +65,9 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # ---- pictures ----
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_same_pictures(one_thread: None, model_folder: Path, moves: list[str], dtype: str) -> None:
+def test_the_same_pictures(one_thread: None, model_folder: Path, moves: list[str]) -> None:
     """And each part comes when it is its turn: encoders only for prompts that were not seen."""
-    plain, narrow = load(model_folder, dtype, low_vram=False), load(model_folder, dtype)
+    plain, narrow = load(model_folder, low_vram=False), load(model_folder)
     other = [dataclasses.replace(request, prompt="another") for request in REQUESTS]
     for asked, brought in ((REQUESTS, ["TextTransformer"]), (REQUESTS, []), (other, ["TextTransformer"])):
         moves.clear()
@@ -78,7 +77,7 @@ def test_the_same_pictures(one_thread: None, model_folder: Path, moves: list[str
 
 def test_a_refiner_and_two_encoders(family_models: Any, moves: list[str]) -> None:
     model, refiner = family_models.path("sdxl"), str(family_models.path("refiner"))
-    asked = [dataclasses.replace(r, refiner_start=0.4, steps=4) for r in REQUESTS]
+    asked = [dataclasses.replace(r, refiner_start=0.4, steps=4, width=16, height=16) for r in REQUESTS[:1]]
     plain, narrow = (load(model, low_vram=low_vram, refiner=refiner) for low_vram in (False, True))
     moves.clear()
     assert same(draw(narrow, asked), draw(plain, asked))
@@ -224,17 +223,6 @@ def test_what_was_converted_meanwhile_is_not_lost(at_work: bool) -> None:
         stage.bring(part)
         assert equal(part, wanted)
     assert offload._holds(part, stage._away)
-
-
-def test_a_wide_stage_moves_nothing(moves: list[str]) -> None:
-    part = nn.Linear(4, 4)
-    weight = part.weight.data_ptr()
-    stage = Stage(HOST)
-    stage.add(part)
-    stage.bring(part)
-    stage.clear()
-    assert part.weight.data_ptr() == weight
-    assert moves == []
 
 
 def test_a_part_larger_than_the_device() -> None:
