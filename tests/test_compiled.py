@@ -188,19 +188,8 @@ def test_no_compiler_is_imported_unless_asked_for(tmp_path: Path) -> None:
         assert run(sys.argv[1:]) == 0
         print(json.dumps([name in sys.modules for name in ("torch._dynamo", "torch._inductor", "triton")]))
     """
-    options = [
-        "txt2img",
-        "x",
-        "-m",
-        str(tiny_model()),
-        "--steps",
-        "1",
-        "-o",
-        str(tmp_path / "a.png"),
-        "--device",
-        "cpu",
-    ]
-    command = [sys.executable, "-c", textwrap.dedent(code), *options]
+    words = f"txt2img x -m {tiny_model()} --steps 1 --device cpu -o".split()
+    command = [sys.executable, "-c", textwrap.dedent(code), *words, str(tmp_path / "a.png")]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(run.stdout.splitlines()[-1]) == [False, False, False]
 

@@ -26,7 +26,9 @@ from ldmcli.sampling.schedule import Schedule, Step
 from ldmcli.speed.cuda.graph import KEPT, PAYS, CudaRecorder, Graphs, recorded, state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-UNET = UNetConfig(block_channels=(32, 64), attention=(1, 1), heads=(2, 2), context_dim=16, norm_groups=8)
+UNET = UNetConfig(
+    block_channels=(32, 64), layers_per_block=1, attention=(1, 1), heads=(2, 2), context_dim=16, norm_groups=8
+)
 SCHEDULE = Schedule(ScheduleConfig())
 INTERVAL = (0.5, 5.0)
 

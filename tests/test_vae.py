@@ -109,7 +109,7 @@ def test_files_that_are_no_weights(content: bytes, told: str, config: ModelConfi
     assert told in refusal(path, config).lower()
 
 
-def test_missing_and_strange_paths(config: ModelConfig, tmp_path: Path) -> None:
+def test_missing_and_strange_paths(config: ModelConfig, model_folder: Path, tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "none.safetensors", config, MissingInputError)
     os.mkfifo(tmp_path / "pipe")
     assert "is a pipe" in refusal(tmp_path / "pipe", config)
@@ -118,9 +118,6 @@ def test_missing_and_strange_paths(config: ModelConfig, tmp_path: Path) -> None:
     (tmp_path / "empty" / "model_index.json").write_text("{}")
     with pytest.raises(MissingInputError, match="the model has no VAE"):
         open_vae(tmp_path / "empty", config)
-
-
-def test_folder_of_another_part(config: ModelConfig, model_folder: Path) -> None:
     assert "is a UNet2DConditionModel, not a VAE" in refusal(model_folder / "unet", config)
 
 
@@ -190,9 +187,6 @@ def test_a_model_without_a_vae_is_drawn_with_another(
     assert (whole.code, drawn.code) == (0, 0), (whole, drawn)
     with Image.open(tmp_path / "whole.png") as one, Image.open(tmp_path / "drawn.png") as other:
         assert one.tobytes() == other.tobytes()
-
-
-def test_a_model_without_a_vae_says_how_to_name_one(lacking_file: Path) -> None:
     refused = ldm("txt2img", "-m", lacking_file, "a fox")
     assert refused.code == 65
     assert refused.err.endswith(
@@ -277,16 +271,16 @@ def test_identity(config: ModelConfig, model_folder: Path, kl_state: State, tmp_
 
 
 def test_looking_at_a_vae_needs_no_torch(model_folder: Path) -> None:
-    script = f"""
+    code = """
 import sys
 from pathlib import Path
 from ldmcli.checkpoints.source import open_model
 from ldmcli.checkpoints.vae_source import open_vae
-path = Path({str(model_folder)!r})
+path = Path(sys.argv[1])
 open_vae(path, open_model(path).config)
 sys.exit("torch" in sys.modules)
 """
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    subprocess.run([sys.executable, "-c", code, str(model_folder)], check=True)
 
 
 @pytest.mark.parametrize(
