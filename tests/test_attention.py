@@ -226,30 +226,6 @@ def test_real_shapes_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -
     assert {shape: found for shape, found in errors.items() if not max(found) < tolerance} == {}
 
 
-@pytest.mark.parametrize(("heads", "context_channels", "bias"), [(1, None, True), (4, None, False), (8, 24, False)])
-def test_module_is_torchs_multi_head_attention(heads: int, context_channels: int | None, bias: bool) -> None:
-    torch.manual_seed(0)
-    ours = Attention(32, heads, context_channels=context_channels, bias=bias).double()
-    width = context_channels or 32
-    theirs = nn.MultiheadAttention(32, heads, kdim=width, vdim=width, batch_first=True).double()
-    x, context = torch.randn(2, 10, 32).double(), torch.randn(2, 7, width).double()
-    weights = {name: getattr(ours, f"to_{name[0]}") for name in ("query", "key", "value")}
-    with torch.no_grad():
-        if context_channels is None:
-            theirs.in_proj_weight.copy_(torch.cat([part.weight for part in weights.values()]))
-        else:
-            theirs.q_proj_weight.copy_(ours.to_q.weight)
-            theirs.k_proj_weight.copy_(ours.to_k.weight)
-            theirs.v_proj_weight.copy_(ours.to_v.weight)
-        if bias:
-            theirs.in_proj_bias.copy_(torch.cat([part.bias for part in weights.values()]))
-        else:
-            theirs.in_proj_bias.zero_()
-        theirs.out_proj.weight.copy_(ours.to_out[0].weight)
-        theirs.out_proj.bias.copy_(ours.to_out[0].bias)
-        torch.testing.assert_close(ours(x, ours.project(context)), theirs(x, context, context)[0])
-
-
 def test_set_attention_reaches_every_module() -> None:
     calls: list[int] = []
 

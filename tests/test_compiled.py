@@ -163,20 +163,13 @@ def test_what_is_compiled_is_kept_in_the_users_cache(tmp_path: Path, monkeypatch
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 
-@pytest.mark.parametrize("wrong", ["others write", "link", "file"])
-def test_code_is_not_run_from_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_code_is_not_run_from_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     folder = tmp_path / "ldmcli" / "compile"
     folder.parent.mkdir(mode=0o700)
-    if wrong == "others write":
-        folder.mkdir()
-        folder.chmod(0o777)
-    elif wrong == "link":
-        (tmp_path / "other").mkdir(mode=0o700)
-        folder.symlink_to(tmp_path / "other")
-    else:
-        folder.touch()
+    folder.mkdir()
+    folder.chmod(0o777)
     compiled.keep_on_disk()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 

@@ -28,9 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN, DEVIATION = 0.6, 0.35
 SCHEDULE = Schedule(ScheduleConfig())
 ROWS = samplers.SAMPLERS
-NOISY = [name for name, row in ROWS.items() if row.draws_noise]
-DETERMINISTIC = [name for name in ROWS if name not in NOISY]
-ENDS_IN_SIGMA = [name for name, row in ROWS.items() if row.grid in ("euler", "dpm")]
 
 
 def deviation(signal: float, spread: float) -> float:
@@ -233,46 +230,6 @@ def test_orders_of_convergence(sampler: str, order: int, last: float) -> None:
     assert errors[-1] < last
 
 
-@pytest.mark.parametrize(("sampler", "spacing"), [(n, s) for n in ENDS_IN_SIGMA for s in ROWS[n].spacings])
-def test_every_spacing_ends_where_it_should(sampler: str, spacing: str) -> None:
-    """The mean is met exactly at any number of steps, and the deviation better and better."""
-    zeros = torch.zeros(1, dtype=torch.float64)
-    for count in (1, 2, 5, 30):
-        assert run(sampler, count, zeros, noise=lambda: zeros, spacing=spacing).abs().item() < 1e-9
-    ends = []
-    for count in (20, 200):
-        units = iter(torch.eye(count + 1, dtype=torch.float64))
-        scores = next(units)
-        ends.append((run(sampler, count, scores, noise=lambda u=units: next(u), spacing=spacing) ** 2).sum().sqrt())
-    assert abs(1 - ends[1].item()) < min(0.06, abs(1 - ends[0].item()) + 0.004)
-
-
-def test_lcm_samples_the_distribution() -> None:
-    """Of an exact consistency model, which tells where the ODE leads: right in one step, and in any number of them."""
-    schedule = Schedule(ScheduleConfig(prediction_type="sample"))
-
-    def consistent(latents: Tensor, step: Step) -> Tensor:
-        return MEAN + DEVIATION * standard_scores(latents, step)
-
-    scores = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    assert (run("lcm", 1, scores, model=consistent, schedule=schedule) - scores).abs().max() < 1e-6
-    for count in (2, 4, 8, 50):
-        units = iter(torch.eye(count, dtype=torch.float64))
-        start = next(units)
-        ends = run("lcm", count, start, noise=lambda u=units: next(u), model=consistent, schedule=schedule)
-        assert (ends**2).sum().item() == pytest.approx(1, abs=0.02)
-
-
-def test_noisy_ddim_gets_better_with_steps() -> None:
-    """The variance that is missing because each step takes x₀ for known falls with the number of steps."""
-    missing = []
-    for count in (10, 40, 160):
-        units = iter(torch.eye(count + 1, dtype=torch.float64))  # see variance_error
-        ends = run("ddim", count, next(units), 1.0, lambda u=units: next(u))
-        missing.append(1 - (ends**2).sum().item())
-    assert missing[0] > 2 * missing[1] > 4 * missing[2] > 0
-
-
 # ---- runs in two parts ----
 
 
@@ -320,16 +277,6 @@ def test_pure_noise_is_well_defined(prediction_type: str) -> None:
     assert torch.equal(found.noise, latents)
     assert torch.equal(found.denoised, image)
     assert step.sigma == math.inf
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_prediction_types_lead_to_the_same_end(sampler: str) -> None:
-    scores = torch.linspace(-2, 2, 5, dtype=torch.float64)
-    ends = []
-    for prediction_type, model in (("epsilon", exact_noise), ("v_prediction", exact_velocity)):
-        schedule = Schedule(ScheduleConfig(prediction_type=prediction_type))
-        ends.append(run(sampler, 8, scores, noise=normal_draws(5), model=model, schedule=schedule))
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-9)
 
 
 # ---- noise ----

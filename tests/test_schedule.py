@@ -68,26 +68,6 @@ def test_levels_and_timesteps_are_diffusers(config: ScheduleConfig) -> None:
         assert ours == theirs
 
 
-@pytest.mark.parametrize("steps", [50, 3, 999])
-@pytest.mark.parametrize("config", CONFIGS[:3])
-def test_signal_levels(config: ScheduleConfig, steps: int) -> None:
-    schedule = Schedule(config)
-    levels = schedule.alphas_cumprod.tolist()
-    stride = 1000 // steps
-    found = schedule.steps(steps)
-    for i, step in enumerate(found):
-        assert step.index == i
-        assert (step.signal, step.spread) == roots(levels[step.timestep])
-        if i + 1 < len(found):  # with the usual offset of 1, steps join without a gap
-            assert leads_to(step) == roots(levels[step.timestep - stride])
-            assert leads_to(step) == (found[i + 1].signal, found[i + 1].spread)
-    assert leads_to(found[-1]) == roots(1.0 if config.set_alpha_to_one else levels[0])
-
-
-def roots(alpha_cumprod: float) -> tuple[float, float]:
-    return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
-
-
 def leads_to(step: Step) -> tuple[float, float]:
     return step.previous_signal, step.previous_spread
 
@@ -155,27 +135,6 @@ def test_steps_join(sampler: str, spacing: str) -> None:
     for step in steps:
         assert step.signal**2 + step.spread**2 == pytest.approx(1)
         assert step.sigma == pytest.approx(step.spread / step.signal)
-
-
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize(
-    ("sampler", "kind", "zero_terminal_snr"),
-    [
-        (*kin, on) for kin in KIN for on in (False, True) if not (on and kin[0] == "heun")
-    ],  # its setting is missing there
-)
-def test_the_first_noise_is_scaled_as_in_diffusers(
-    sampler: str, kind: str, spacing: str, zero_terminal_snr: bool
-) -> None:
-    config = ScheduleConfig(zero_terminal_snr=zero_terminal_snr, prediction_type="v_prediction")
-    schedule = Schedule(config)
-    scheduler = diffusers_scheduler(kind, config, timestep_spacing=spacing)
-    scheduler.set_timesteps(9)
-    steps = schedule.steps(9, sampler, spacing)
-    theirs = float(scheduler.init_noise_sigma)
-    if SAMPLERS[sampler].grid == "euler":  # theirs are latents / √ᾱ
-        theirs *= steps[0].signal
-    assert schedule.first_scale(steps, sampler, spacing) == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
@@ -261,15 +220,6 @@ def test_steps_that_do_not_fit_are_refused(config: ScheduleConfig, steps: int) -
 def test_betas_that_are_none_are_refused(betas: tuple[float, ...]) -> None:
     with pytest.raises(BadDataError, match="does not make 3 signal levels"):
         Schedule(ScheduleConfig(training_steps=3, betas=betas))
-
-
-def test_one_training_step() -> None:
-    """Absurd, but no reason to fall over."""
-    config = ScheduleConfig(training_steps=1, betas=(0.5,), steps_offset=0)
-    for name, row in SAMPLERS.items():
-        for spacing in row.spacings or (None,):
-            if config.fits(1, row.grid, row.spacing(config, spacing)):
-                assert len(Schedule(config).steps(1, name, spacing)) == 1
 
 
 # ---- what does not go together ----

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -92,21 +91,6 @@ def test_checkpoint_without_vae(config: ModelConfig, model_file: Path, tmp_path:
     state = {key: t for key, t in load_file(model_file).items() if not key.startswith("first_stage_model.")}
     message = refusal(written(state, tmp_path / "model.safetensors"), config)
     assert "is a Stable Diffusion 1.x checkpoint without its VAE, no VAE; name a KL autoencoder or TAESD" in message
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git-lfs"),
-        (pickle.dumps({"state_dict": {}}, protocol=2), "pickle"),
-        (b"", "is empty"),
-        ((10**6).to_bytes(8, "little") + b'{"', "is cut short"),
-    ],
-)
-def test_files_that_are_no_weights(content: bytes, told: str, config: ModelConfig, tmp_path: Path) -> None:
-    path = tmp_path / "vae.safetensors"
-    path.write_bytes(content)
-    assert told in refusal(path, config).lower()
 
 
 def test_missing_and_strange_paths(config: ModelConfig, model_folder: Path, tmp_path: Path) -> None:
