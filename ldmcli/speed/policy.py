@@ -154,16 +154,16 @@ def _choose_device(name: str) -> torch.device:
             _log.info("no CUDA device found; running on the CPU")
         return torch.device("cuda", torch.cuda.current_device()) if available else torch.device("cpu")
     device = torch.device(name)
-    if device.type == "cuda":
-        if not available:
-            reason = "this torch was built without CUDA" if not torch.version.cuda else "no CUDA device is visible"
-            raise UsageError(f"device {name} was asked for, but {reason}; use --device cpu.")
-        count = torch.cuda.device_count()
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        if index >= count:
-            raise UsageError(f"device {name} was asked for, but there are only {count} (cuda:0 … cuda:{count - 1}).")
-        return torch.device("cuda", index)
-    return device
+    if device.type != "cuda":
+        return device
+    if not available:
+        reason = "this torch was built without CUDA" if not torch.version.cuda else "no CUDA device is visible"
+        raise UsageError(f"device {name} was asked for, but {reason}; use --device cpu.")
+    count = torch.cuda.device_count()
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index >= count:
+        raise UsageError(f"device {name} was asked for, but there are only {count} (cuda:0 … cuda:{count - 1}).")
+    return torch.device("cuda", index)
 
 
 def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:

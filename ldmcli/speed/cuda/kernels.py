@@ -166,10 +166,7 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str:
 
 def groups_together(groups: int, width: int) -> int:
     """How many groups of so many channels a program works on, a power of two."""
-    together = 1
-    while 2 * together <= groups and 2 * together * width <= CHANNELS:
-        together *= 2
-    return together
+    return 1 << (max(1, min(groups, CHANNELS // width)).bit_length() - 1)
 
 
 def part_pixels(pixels: int, others: int) -> int:
