@@ -71,19 +71,25 @@ def model_of(
     interval: tuple[float, float] | None = None,
 ) -> Model:
     """The chain of a guided U-Net, recorded if there are `graphs`."""
-    slots = graphs.slots(len(steps)) if graphs else None
+    if graphs:
+        graphs.begin(len(steps))
 
     def prepared(contexts: int) -> Model:
         conditioning = Conditioning(normal(contexts * batch, tokens, UNET.context_dim, seed=seed))
         conditioning = conditioning.to(unet.conv_in.weight.device, unet.conv_in.weight.dtype)
-        return unet.prepare(conditioning, steps, **{"hold": slots.hold} if slots else {})
+        return unet.prepare(conditioning, steps, **{"hold": graphs.hold} if graphs else {})
 
     model = guided(prepared(2), scale)
     if interval:
         model = in_interval(interval, model, prepared(1))
-    if slots is None:
+    if graphs is None:
         return model
-    return recorded(model, slots, key=scale, form=lambda step: interval is None or within(interval, step))
+    return recorded(model, graphs, key=scale, form=lambda step: interval is None or within(interval, step))
+
+
+def begun(model: Model, graphs: Graphs, calls: int) -> Model:
+    graphs.begin(calls)
+    return recorded(model, graphs)
 
 
 def walk(
@@ -144,30 +150,20 @@ def test_what_is_drawn_next(
     assert len(recorder.recordings) == recorder.living == recordings
 
 
-def test_constants_of_one_shape_do_not_meet(unet: UNet, graphs: Graphs) -> None:
-    """Neither those that one run holds twice, nor those of a run that is still under way."""
-    steps = SCHEDULE.steps(6)
-    with torch.inference_mode():
-        one = graphs.slots(6)
-        held = [one.hold([normal(3, seed=seed)]) for seed in (1, 2)]
-        assert [tensor.equal(normal(3, seed=seed)) for (tensor,), seed in zip(held, (1, 2), strict=True)] == [True] * 2
-        seeds, latents = (1, 2), normal(1, 4, 8, 8)
-        models = [[model_of(unet, steps, one, seed=seed) for seed in seeds] for one in (graphs, None)]
-        for step in steps:
-            for ours, plain in zip(*models, strict=True):
-                assert ours(latents, step).equal(plain(latents, step))
-
-
 def test_buffers_are_used_again(unet: UNet, graphs: Graphs) -> None:
-    """Once the run that had them is over; those that no recording reads go when others are made."""
-    one = graphs.slots(6)
-    first = one.hold([normal(3)])
-    del one
-    second = graphs.slots(6).hold([normal(3, seed=2)])
-    assert second[0] is first[0]
-    assert second[0].equal(normal(3, seed=2))
-    graphs.slots(6).hold([normal(4)])
-    assert graphs.slots(6).hold([normal(3)])[0] is not first[0]
+    """By the next run, but not twice by one; those that no recording reads go when others are made."""
+
+    def held(*trees: Tensor) -> list[Tensor]:
+        graphs.begin(6)
+        return [graphs.hold([tree])[0] for tree in trees]
+
+    one, other = held(normal(3), normal(3, seed=2))
+    assert one.equal(normal(3))
+    assert other.equal(normal(3, seed=2))
+    assert held(normal(3, seed=3))[0] is one
+    assert one.equal(normal(3, seed=3))
+    held(normal(4))
+    assert held(normal(3))[0] is not one
 
 
 def test_outside_inference_mode(unet: UNet, graphs: Graphs) -> None:
@@ -276,7 +272,7 @@ def test_what_layers_prepare_belongs_to_the_module(recorder: FakeRecorder) -> No
     graphs = Graphs(recorder, [module])
 
     def run() -> list[Tensor]:
-        model = recorded(lambda latents, _: module(latents), graphs.slots(5))
+        model = begun(lambda latents, _: module(latents), graphs, 5)
         return [model(torch.full((3,), float(i)), step) for i, step in enumerate(steps)]
 
     run()
@@ -476,13 +472,13 @@ def test_a_function_that_waits_cannot_be_recorded_on_a_gpu(caplog: pytest.LogCap
 
     stream = torch.cuda.current_stream()
     with torch.no_grad():
-        model = recorded(waits, graphs.slots(6))
+        model = begun(waits, graphs, 6)
         for i, step in enumerate(steps):
             x = torch.full((2, 8), float(i), device=device)
             torch.testing.assert_close(model(x, step), waits(x, step))
             assert torch.cuda.current_stream() == stream
         assert len(warnings(caplog)) == 1
         torch.cuda.empty_cache()
-        fine = recorded(lambda latents, _: layer(latents), Graphs(CudaRecorder(device), [layer]).slots(6))
+        fine = begun(lambda latents, _: layer(latents), Graphs(CudaRecorder(device), [layer]), 6)
         for step in steps:
             torch.testing.assert_close(fine(x, step), layer(x))
