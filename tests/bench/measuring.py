@@ -121,7 +121,7 @@ class _Run:
                 peaks = worker.ask("memory")
                 held.append(peaks.get("gpu_reserved", peaks["host"]))
                 self.results["together"] &= sum(held) <= _SHARE * self._free
-                self._release(name)
+                self._release(name, dead=contender.clocks == ("cold",))
 
     def time_cold(self) -> None:
         """New processes, from just before they start until they have ended; a first one warms the page cache."""
