@@ -244,6 +244,13 @@ def test_no_folder_for_temporary_files(
         tiling.decode_tiled(small_vae, normal(1, 4, 16, 16))
 
 
+def test_pieces_of_a_write() -> None:
+    """The system may move less than it was asked for."""
+    rows, moved = normal(1, 3, 20, 30).contiguous(memory_format=torch.channels_last), bytearray()
+    feature_map._transfer(lambda left: moved.extend(left[:1001]) or min(len(left), 1001), rows)
+    assert bytes(moved) == rows.permute(0, 2, 3, 1).numpy().tobytes()
+
+
 def test_sizes_that_fit_only_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     config = open_model(embedded_model()).config
     monkeypatch.setattr(memory, "host_memory", lambda: 20 * 2048**2)

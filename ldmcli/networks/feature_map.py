@@ -11,7 +11,6 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -45,8 +44,9 @@ class FeatureMap:
             self._folder = "the folder for temporary files"
             with self._storing():
                 self._folder = _roomy_folder()
-                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  open as long as the map is there
-            weakref.finalize(self, _close, self._file)
+                # Open as long as the map is there.
+                self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
 
     def beside(self, channels: int, scale: int = 1) -> "FeatureMap":
         """An unwritten map of this one's kind, `scale` times as high and wide."""
@@ -59,8 +59,7 @@ class FeatureMap:
         found = self._empty(rows.stop - rows.start)
         with self._storing():
             self._file.seek(rows.start * self._row)
-            if self._file.readinto(_bytes(found)) < found.nbytes:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            _transfer(self._file.readinto, found)
         return found
 
     def write(self, a: int, rows: Tensor) -> None:
@@ -84,8 +83,7 @@ class FeatureMap:
             return
         with self._storing():
             self._file.seek(a * self._row)
-            self._file.write(_bytes(rows.contiguous(memory_format=torch.channels_last)))
-            self._file.flush()
+            _transfer(self._file.write, rows.contiguous(memory_format=torch.channels_last))
 
     def cut(self, a: int) -> None:
         """Give up the rows from a on, and the room that they take in a file."""
@@ -128,14 +126,14 @@ class FeatureMap:
             ) from None
 
 
-def _bytes(rows: Tensor) -> memoryview:
-    """The memory of rows (1, channels, any, width), channels last."""
-    return memoryview(rows.permute(0, 2, 3, 1).flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _close(file: IO[bytes]) -> None:
-    with contextlib.suppress(OSError):  # of what a full disk has left unwritten
-        file.close()
+def _transfer(move: Callable[[memoryview], int | None], rows: Tensor) -> None:
+    """Move rows (1, channels, any, width), channels last, from or to a file."""
+    left = memoryview(rows.permute(0, 2, 3, 1).flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while left:  # Linux moves 2 GiB at a time at most
+        done = move(left)
+        if not done:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        left = left[done:]
 
 
 def _roomy_folder() -> str:
