@@ -26,7 +26,7 @@ from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
 from ldmcli.spec import FittedRequest
 from ldmcli.speed.cpu.heap import give_back_free_memory
-from ldmcli.speed.cuda.graph import Graphs, Slots, recorded
+from ldmcli.speed.cuda.graph import Graphs, recorded
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
@@ -76,11 +76,12 @@ class DiffusionModel:
     ) -> Model:
         """The wrappers around the prepared network, the outermost last."""
         scale, rescale, interval = settings.guidance_scale, settings.guidance_rescale, settings.guidance_interval
-        slots = self.graphs.slots(calls=len(steps)) if self.graphs else None
-        prepared = functools.partial(self._prepared, steps=steps, scale=scale, slots=slots)
+        if self.graphs:
+            self.graphs.begin(calls=len(steps))
+        prepared = functools.partial(self._prepared, steps=steps, scale=scale)
         if not is_guided(self.config, settings):
             model = prepared(positive)
-            return recorded(model, slots) if slots else model
+            return recorded(model, self.graphs) if self.graphs else model
         if negative[0].context.shape == positive[0].context.shape:
             model = prepared([*negative, *positive])
         else:
@@ -88,16 +89,14 @@ class DiffusionModel:
         model = guided(model, scale, rescale)
         if interval != _ALWAYS:
             model = in_interval(interval, model, prepared(positive))
-        if slots is None:
+        if self.graphs is None:
             return model
-        return recorded(model, slots, key=(scale, rescale), form=lambda step: within(interval, step))
+        return recorded(model, self.graphs, key=(scale, rescale), form=lambda step: within(interval, step))
 
-    def _prepared(
-        self, conditions: Sequence[Conditioning], steps: Sequence[Step], scale: float, slots: Slots | None
-    ) -> Model:
+    def _prepared(self, conditions: Sequence[Conditioning], steps: Sequence[Step], scale: float) -> Model:
         """The network prepared for these conditions, and what joins the latents put before it."""
         condition = joined(conditions).to(self.runtime.device, self.runtime.dtype)
-        hold = slots.hold if slots else _as_it_is
+        hold = self.graphs.hold if self.graphs else _as_it_is
         model = self.unet.prepare(condition, steps, guidance_scale=scale, call=self.call, hold=hold)
         if condition.channels is None:
             return model

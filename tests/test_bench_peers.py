@@ -3,7 +3,6 @@ test looks at how long anything took."""
 
 import dataclasses
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -15,29 +14,17 @@ import numpy as np
 import pytest
 import torch
 from bench import __main__ as make_bench
-from bench import (
-    card_check,
-    gpu,
-    measuring,
-    ours,
-    parity,
-    peer_diffusers,
-    peer_openvino,
-    processes,
-    random_weights,
-    report,
-    step_profile,
-)
-from bench.contenders import CONTENDERS, OURS, REFERENCE, Contender, chosen, job_for, obstacle
-from bench.job import PROMPT, Job
+from bench import card_check, gpu, measuring, ours, peer_diffusers, peer_openvino, processes, report, step_profile
+from bench.contenders import CONTENDERS, OURS, PROMPT, REFERENCE, Contender, Job, chosen, job_for, obstacle
 from bench.measuring import Plan
 from bench.ours import cold_words
 from bench.processes import ContenderError, Worker, environment, python
+from bench.random_weights import FAMILIES, write_random_model
+from bench.serving import parity
 from bench.targets import TARGETS, Target, judged, to_markdown
 from cli_support import tiny_model, until
-from oracle.random_families import Recipe
+from safetensors.torch import load_file
 
-from ldmcli.checkpoints.files import open_weights, read_tensors
 from ldmcli.checkpoints.source import open_model
 from ldmcli.conditioning.chunks import tokenize
 from ldmcli.errors import UsageError
@@ -48,16 +35,16 @@ FACTS = {"device": "cpu", "dtype": "bf16", "bf16_native": True}
 
 # A contender of any kind, by its job's name. It draws what the reference draws, whose file is beside the one asked for.
 FAKE = """
-import json, os, shutil, subprocess, sys, time
+import json, os, subprocess, time
 from pathlib import Path
 import numpy as np
 from bench import serving
+from PIL import Image
 
 class Fake(serving.Serving):
-    def __init__(self, job):
-        self.job = job
     def greet(self):
-        return {"versions": {"fake": "1"}, "dtype": "fp32", "tokens": json.loads(os.environ["TOKENS"])}
+        tokens = [[0]] if self.job.name == "babel" else json.loads(os.environ["TOKENS"])
+        return {"versions": {"fake": "1"}, "dtype": "fp32", "tokens": tokens}
     def compare(self, steps, file, decode=True):
         with np.load(Path(file).with_name("reference.npz")) as right:
             np.savez(file, latents=right["latents"] * (1.01 if self.job.name == "forger" else 1))
@@ -67,17 +54,16 @@ class Fake(serving.Serving):
         if self.job.name == "dying":
             raise RuntimeError("no more " + "paint")
         return {"seconds": 1.0, "steps": [0.25] * (steps - 1), "png": 1}
+    def pictures(self, steps, prompt, on_step, *, decode):
+        on_step(None)
+        return [Image.new("RGB", (8, 8))]
     def sleep(self):
         time.sleep(1000)
     def leave(self):
         return {"pid": subprocess.Popen(["sleep", "1000"]).pid}
 
-def cold(job, output):
-    Path(output).write_bytes(b"png")
-    return {"phases": {"imports": 0.0}, "marks": {"first_step": 0.5}, "peaks": {"first_step": 7}}
-
 if __name__ == "__main__":
-    serving.main(Fake, cold)
+    serving.main(Fake)
 """
 
 
@@ -86,12 +72,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment in which the module `fake_contender` can be run."""
     (tmp_path / "fake_contender.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("TOKENS", json.dumps([list(t) for t in tokens_of(tiny_model())]))
+    ids = [list(tokenize(each, PROMPT).chunks[0].ids) for each in open_model(tiny_model()).tokenizers]
+    monkeypatch.setenv("TOKENS", json.dumps(ids))
     return environment(tmp_path, 1)
-
-
-def tokens_of(model: Path) -> list[Any]:
-    return [tokenize(each, PROMPT).chunks[0].ids for each in open_model(model).tokenizers]
 
 
 def fake_worker(fake: dict[str, str], name: str = "one") -> Worker:
@@ -149,35 +132,15 @@ def test_contenders_environment_is_not_the_users(monkeypatch: pytest.MonkeyPatch
 # ---- contenders ----
 
 
-def test_a_job_survives_json() -> None:
-    job = dataclasses.replace(JOB, prompt='ä "q"\n', settings={"cuda_graph": False})
-    assert Job.from_json(job.to_json()) == job
-    with pytest.raises(TypeError):
-        Job.from_json('{"name": "n", "model": "m", "stepz": 3}')
-
-
 @pytest.mark.parametrize(
     ("name", "device", "native", "dtype"),
-    [
-        ("diffusers", "cpu", True, "fp32"),
-        ("diffusers", "cuda:0", False, "fp16"),
-        ("diffusers-channels-last", "cpu", False, "bf16"),
-        ("diffusers-compile", "cpu", False, "fp32"),
-        ("diffusers-compile", "cpu", True, "bf16"),
-        ("openvino", "cpu", True, "bf16"),
-        ("ldm-eager", "cpu", True, "bf16"),
-    ],
-)
+    [("diffusers", "cpu", True, "fp32"), ("diffusers", "cuda:0", False, "fp16"),
+     ("diffusers-channels-last", "cpu", False, "bf16"), ("diffusers-compile", "cpu", False, "fp32"),
+     ("openvino", "cpu", True, "bf16"), ("ldm-eager", "cpu", True, "bf16")],
+)  # fmt: skip
 def test_number_types(name: str, device: str, native: bool, dtype: str) -> None:
     job = dataclasses.replace(JOB, device=device)
     assert job_for(CONTENDERS[name], job, FACTS | {"bf16_native": native}).dtype == dtype
-
-
-def test_the_reference_has_nothing_that_makes_it_fast() -> None:
-    job = job_for(REFERENCE, dataclasses.replace(JOB, settings={"kernels": "triton", "vae_tiling": True}), FACTS)
-    assert job.dtype == "fp32"
-    assert job.settings == {"attention": "sdpa", "kernels": "torch", "cuda_graph": False, "vae_tiling": True}
-    assert REFERENCE.environment == {"NVIDIA_TF32_OVERRIDE": "0"}
 
 
 def test_a_missing_package_leaves_out_its_contender_alone(tmp_path: Path) -> None:
@@ -191,17 +154,16 @@ def test_a_missing_package_leaves_out_its_contender_alone(tmp_path: Path) -> Non
     assert obstacle(CONTENDERS["ldm-eager"], JOB, lambda _: True) == ""
     with pytest.raises(UsageError, match="'photoshop' is not known; choose from diffusers"):
         chosen("diffusers, photoshop")
+    plain = job_for(REFERENCE, dataclasses.replace(JOB, settings={"kernels": "triton", "vae_tiling": True}), FACTS)
+    assert plain.settings == {"attention": "sdpa", "kernels": "torch", "cuda_graph": False, "vae_tiling": True}
 
 
 def test_settings_reach_the_program_that_starts_cold() -> None:
-    settings = {"kernels": "torch", "cuda_graph": False, "compile": True, "vae_tiling": False}
-    words = cold_words(dataclasses.replace(JOB, settings=settings), "p.png", "--no-cache")
+    settings = {"kernels": "torch", "cuda_graph": False, "compile": True, "vae_tiling": False, "cache": False}
+    words = cold_words(dataclasses.replace(JOB, settings=settings), "p.png")
     assert {"--kernels=torch", "--no-cuda-graph", "--compile", "--no-cache", "--steps=3", "--seed=0"} < set(words)
     assert not {"--vae-tiling", "--no-cuda-graph"} & set(cold_words(JOB, "p.png"))
     assert words[-2:] == ["--", PROMPT]
-
-
-# ---- parity ----
 
 
 @pytest.mark.parametrize(("factor", "dtype", "passed"), [(1.0005, "fp32", True), (1.01, "fp32", False),
@@ -211,24 +173,24 @@ def test_parity_is_that_of_the_worst_picture(tmp_path: Path, factor: float, dtyp
     other, changed = latents.copy(), pixels.copy()
     other[1] *= factor
     changed[2] += 7
-    parity.keep(str(tmp_path / "a.npz"), latents, pixels)
-    parity.keep(str(tmp_path / "b.npz"), other, changed)
-    found = parity.compare(tmp_path / "a.npz", tmp_path / "b.npz", dtype)
+    np.savez(tmp_path / "a.npz", latents=latents, pixels=pixels)
+    np.savez(tmp_path / "b.npz", latents=other, pixels=changed)
+    np.savez(tmp_path / "c.npz", latents=latents[:, :, :1])
+    found = parity(tmp_path / "a.npz", tmp_path / "b.npz", dtype)
     assert found["passed"] is passed
     assert found["latents"] == pytest.approx(factor - 1, rel=1e-3)
     assert (found["max_level"], found["mean_level"]) == (7, 7.0)
-    parity.keep(str(tmp_path / "c.npz"), latents[:, :, :1], None)
-    assert parity.compare(tmp_path / "a.npz", tmp_path / "c.npz", dtype)["passed"] is False
+    assert parity(tmp_path / "a.npz", tmp_path / "c.npz", dtype)["passed"] is False
 
 
 # ---- runs ----
 
 
-def run_with(*names: str, clocks: tuple[str, ...] = ("image", "step"), **given: Any) -> dict[str, Any]:
+def run_with(*names: str, clocks: tuple[str, ...] = ("image", "step"), runs: int = 2, **given: Any) -> dict[str, Any]:
     """A run of the tiny model in float32 against fakes of these names, without the floor."""
-    peers = tuple(Contender(name, "fake_contender", dtype="fp32") for name in names)
+    peers = tuple(CONTENDERS.get(name) or Contender(name, "fake_contender", dtype="fp32") for name in names)
     given = {"steps": 3, "threads": 1, "device": "cpu", "dtype": "fp32"} | given
-    return measuring.measure(Plan(tiny_model(), peers, given, clocks, 2))
+    return measuring.measure(Plan(tiny_model(), peers, given, clocks, runs))
 
 
 @pytest.fixture
@@ -237,14 +199,18 @@ def no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake", "no_floor")
-def test_a_contender_that_fails_does_not_take_the_others_along() -> None:
-    found = run_with("dying", "forger", "good")
+def test_a_contender_that_fails_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All run one after the other, where memory is short."""
+    monkeypatch.setattr(measuring, "_available_memory", lambda: 1 << 20)
+    found = run_with("dying", "forger", "babel", "good")
     records = found["contenders"]
+    assert found["together"] is False
+    assert records["babel"]["parity"]["reason"] == "other token ids"
     assert not report.passed(found)
     assert records["dying"]["failure"] == "ended with code 1: RuntimeError: no more paint"
     assert records["dying"]["samples"] == {}
     assert records["forger"]["parity"]["latents"] == pytest.approx(0.01, rel=1e-3)
-    assert [name for name in records if report.flawed(records[name])] == ["dying", "forger"]
+    assert [name for name in records if report.flawed(records[name])] == ["dying", "forger", "babel"]
     assert records["good"]["samples"] == {"image": [1.0] * 2, "step": [0.25] * 4}
     own = records["ldm"]["samples"]
     assert (len(own["image"]), len(own["step"])) == (2, 4)
@@ -256,21 +222,11 @@ def test_a_contender_that_fails_does_not_take_the_others_along() -> None:
 
 
 @pytest.mark.usefixtures("fake", "no_floor")
-def test_one_after_the_other_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "_available_memory", lambda: 1 << 20)
-    monkeypatch.setenv("TOKENS", "[[0]]")
-    found = run_with("good", clocks=("step",))
-    assert found["together"] is False
-    assert found["contenders"]["good"]["parity"]["reason"] == "other token ids"
-    assert len(found["contenders"]["ldm"]["samples"]["step"]) == 4
-
-
-@pytest.mark.usefixtures("fake", "no_floor")
 def test_cold_starts_beside_another() -> None:
-    found = run_with("good", clocks=("cold",), steps=1)
-    assert list(found["contenders"]) == ["ldm", "ldm --no-cache", "good"]
+    found = run_with("ldm-no-cache", "good", clocks=("cold",), runs=1, steps=1)
+    assert list(found["contenders"]) == ["ldm", "ldm-no-cache", "good"]
     for record in found["contenders"].values():
-        assert (len(record["samples"]["cold"]), len(record["phases"])) == (2, 2)
+        assert (len(record["samples"]["cold"]), len(record["phases"])) == (1, 1)
         assert sum(record["phases"][0].values()) == pytest.approx(record["samples"]["cold"][0])
     assert report.base(found) == "good"
     assert "× good" in report.to_markdown(found)
@@ -279,14 +235,13 @@ def test_cold_starts_beside_another() -> None:
 def test_beside_diffusers_and_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--clock image,step --runs 1 --steps 2 --batch-size 2 --device cpu --dtype fp32 --threads 1 --profile"
     file = tmp_path / "found.json"
-    assert make_bench.main([*words.split(), "--against", "diffusers,ldm-plain,ldm-xformers", "--json", str(file)]) == 0
+    assert make_bench.main([*words.split(), "--against", "diffusers,ldm-xformers", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     records, text = found["contenders"], capsys.readouterr().out
-    assert set(records) == {"ldm", "diffusers", "ldm-plain"}
+    assert set(records) == {"ldm", "diffusers"}
     assert records["diffusers"]["parity"]["latents"] < 1e-4
     assert records["diffusers"]["parity"]["max_level"] <= 1
     assert records["diffusers"]["greeting"]["tokens"] == records["ldm"]["greeting"]["tokens"]
-    assert records["ldm-plain"]["parity"]["latents"] < 1e-4
     assert found["floor"]["step"] > 0
     assert found["profile"]["kinds"]["convolution"]["seconds"] > 0
     assert (found["task"]["width"], found["task"]["batch_size"]) == (64, 2)
@@ -296,46 +251,27 @@ def test_beside_diffusers_and_itself(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 # ---- random weights ----
 
-SMALL_PARTS = {"block_out_channels": (32, 32, 64, 64)}
-PARAMETERS = {  # of the published models: U-Net and VAE, then all text encoders
-    "sd15": (859_520_964, 83_653_863, 123_060_480),
-    "sd21": (865_910_724, 83_653_863, 340_387_840),
-    "sdxl": (2_567_463_684, 83_653_863, 123_060_480 + 694_659_840),
-}
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def random_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(request.param, tmp_path_factory.mktemp("weights") / request.param, small=True)
 
 
-def small(family: str) -> Recipe:
-    """A family's recipe, only narrower; all that makes the family stays."""
-    recipe = random_weights.FAMILIES[family]
-    texts = {part: {**text, **recipe.small_texts[part]} for part, text in recipe.texts.items()}
-    unet = {**recipe.unet, **recipe.small_unet} | {"sample_size": 8}
-    unet.pop("time_cond_proj_dim", None)
-    return dataclasses.replace(recipe, unet=unet, vae={**recipe.vae, **SMALL_PARTS}, texts=texts)
+def test_diffusers_reads_and_draws_the_same(random_folder: Path, tmp_path: Path, one_thread: None) -> None:
+    job = dataclasses.replace(JOB, model=str(random_folder), prompt="a pear", batch_size=2)
+    assert_same(job, tmp_path, peer_diffusers.Diffusers(job))
 
 
-@pytest.mark.parametrize("family", random_weights.FAMILIES)
-def test_true_shapes(family: str, tmp_path: Path) -> None:
-    recipe = random_weights.FAMILIES[family]
-    random_weights.write_configurations(recipe, tmp_path)
-    shapes = random_weights.model_shapes(recipe, tmp_path)
-    count = {part: sum(int(np.prod(shape)) for shape in of_part.values()) for part, of_part in shapes.items()}
-    texts = sum(size for part, size in count.items() if part.startswith("text_encoder"))
-    assert (count["unet"], count["vae"], texts) == PARAMETERS[family]
-
-
-@pytest.mark.parametrize("family", random_weights.FAMILIES)
-def test_diffusers_reads_and_draws_the_same(family: str, tmp_path: Path, one_thread: None) -> None:
-    folder = random_weights.write_recipe(small(family), tmp_path)
-    job = dataclasses.replace(JOB, model=str(folder), prompt="a pear", batch_size=2)
-    greetings = []
-    for name, contender in (("ours", ours.Ours(job)), ("theirs", peer_diffusers.Diffusers(job))):
-        contender.compare(3, str(tmp_path / f"{name}.npz"))
-        greetings.append(contender.greet())
-    found = parity.compare(tmp_path / "ours.npz", tmp_path / "theirs.npz", "fp32")
+def assert_same(job: Job, folder: Path, other: Any) -> None:
+    """Another contender has the tokens that this program has, and draws the same."""
+    own = ours.Ours(job)
+    for name, contender in (("ours", own), ("theirs", other)):
+        contender.compare(3, str(folder / f"{name}.npz"))
+    found = parity(folder / "ours.npz", folder / "theirs.npz", "fp32")
     assert found["latents"] < 1e-4
     assert found["max_level"] <= 1
-    assert greetings[0]["tokens"] == greetings[1]["tokens"]
-    assert greetings[0]["fitted"] == {"width": 64, "height": 64, "guidance_scale": 7.5}
+    assert other.greet()["tokens"] == own.greet()["tokens"]
+    assert own.greet()["fitted"] == {"width": 64, "height": 64, "guidance_scale": 7.5}
 
 
 # What is asked of OpenVINO, played by torch: a network is kept whole, and called as it is.
@@ -355,40 +291,33 @@ class Core:
 """
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21"])
 def test_openvino_draws_the_same(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     module = types.ModuleType("openvino")
     exec(PLAYED, vars(module))
     monkeypatch.setitem(sys.modules, "openvino", module)
-    folder = random_weights.write_recipe(small(family), tmp_path / "model")
-    job = dataclasses.replace(JOB, model=str(folder), prepared=str(tmp_path))
+    job = dataclasses.replace(JOB, model=str(random_folder), prepared=str(tmp_path))
+    if random_folder.name == "sdxl":
+        with pytest.raises(SystemExit, match="two text encoders"):
+            peer_openvino.prepare(job)
+        return
     peer_openvino.prepare(job)
-    own, other = ours.Ours(job), peer_openvino.OpenVINO(job)
-    for name, contender in (("ours", own), ("theirs", other)):
-        contender.compare(3, str(tmp_path / f"{name}.npz"))
-    found = parity.compare(tmp_path / "ours.npz", tmp_path / "theirs.npz", "fp32")
-    assert found["latents"] < 1e-4
-    assert found["max_level"] <= 1
-    assert other.greet()["tokens"] == own.greet()["tokens"]
+    other = peer_openvino.OpenVINO(job)
+    assert_same(job, tmp_path, other)
     assert len(other.draw(3, prompt="whatever")["steps"]) == 2
-    assert set(peer_openvino.cold(job, str(tmp_path / "p.png"))["phases"]) >= {"text", "denoise", "vae", "png"}
+    assert {"text", "denoise", "vae"} <= set(other.watch.report()["phases"])
 
 
-def test_weights_keep_signals_of_size_one(tmp_path: Path) -> None:
-    folder = random_weights.write_recipe(small("sd15"), tmp_path)
-    file = open_weights(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    assert {info.dtype for info in file.tensors.values()} == {"F16"}
-    for name, tensor in read_tensors(file, file.tensors, "cpu", torch.float32):
-        if tensor.numel() > 500 and tensor.ndim > 1:
+def test_weights_keep_signals_of_size_one(random_folder: Path) -> None:
+    weights = load_file(random_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    for name, weight in weights.items():
+        if weight.numel() > 500 and weight.ndim > 1:
             gain = 1 / 0.596 if name == "conv_out.weight" else 1
-            assert float(tensor.std()) == pytest.approx(gain * tensor[0].numel() ** -0.5, rel=0.15), name
-    before = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    random_weights.write_recipe(small("sd15"), folder)
-    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+            assert float(weight.float().std()) == pytest.approx(gain * weight[0].numel() ** -0.5, rel=0.15), name
     with pytest.raises(UsageError, match="'sd3'; choose sd15, sd21, sdxl"):
-        random_weights.write_random_model("sd3", tmp_path / "model")
+        write_random_model("sd3", random_folder.parent / "model")
 
 
 # ---- the campaign ----
@@ -461,10 +390,18 @@ def test_a_part_that_fails_does_not_stop_the_others(
     code = {
         "sd15": f"import json; json.dump({found!r}, open({str(tmp_path / 'sd15.json')!r}, 'w')); print('a table')",
         "cold": "import sys; sys.exit(3)",
-        "compile": "import time; time.sleep(1000)",
+        "compile": "overdue",
     }
+    run = subprocess.run
+
+    def ended(command: list[str], **settings: Any) -> Any:
+        if "overdue" in command:
+            raise subprocess.TimeoutExpired(command, settings["timeout"])
+        return run(command, **settings)
+
+    monkeypatch.setattr(subprocess, "run", ended)
     monkeypatch.setattr(gpu, "commands", lambda name, *_: [[sys.executable, "-c", code[name]]])
-    assert gpu.main(["--out", str(tmp_path), "--parts", "compile sd15 cold", "--limit", "3", "--device", "cpu"]) == 1
+    assert gpu.main(["--out", str(tmp_path), "--parts", "compile sd15 cold", "--device", "cpu"]) == 1
     text = capsys.readouterr().out
     assert text == (tmp_path / "summary.md").read_text()
     assert "| sd15 | ok |" in text
@@ -475,7 +412,10 @@ def test_a_part_that_fails_does_not_stop_the_others(
     assert (tmp_path / "sd15.md").read_text() == "a table\n"
 
 
-def test_the_cards_check_runs_as_a_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cards_check_runs_as_a_toy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card_check, "SECONDS", 0.01)
     assert card_check.main([str(tmp_path), "--cpu", "--parts", "env,kernels,steps,profile,gn,batch"]) == 0
     found = json.loads((tmp_path / "card.json").read_text())
     assert {"nchw eager", "fused graph bench", "fused graph bench math", "profile", "gn 2560 8"} < set(found)
@@ -511,18 +451,15 @@ def test_throughput_of_a_small_model(tmp_path: Path) -> None:
     ("name", "kind"),
     [
         ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
-        ("_5x_cudnn::Kernel<cutlass_tensorop_f16_s16816fprop_optimized_f16_128x128_32x4_nhwc>", "convolution"),
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix product"),
         ("void cutlass::Kernel2<cutlass_80_tensorop_f16_s16816gemm_relu_f16_128x64_64x4_tn_align8>", "matrix product"),
-        ("aten::addmm", "matrix product"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128>>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "attention"),
         ("void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::Half, float, float>", "norm"),
-        ("channel_moments", "norm"),
+        ("part_moments", "norm"),
         ("triton_poi_fused_add_convolution_silu_3", "elementwise"),
         ("add_rows", "elementwise"),
         ("void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>", "copy, layout"),
-        ("Memcpy DtoD (Device -> Device)", "copy, layout"),
         ("some_kernel_nobody_knows", "other"),
     ],
 )
@@ -553,9 +490,3 @@ def test_a_step_on_the_gpu_is_told_apart(embedded_folder: Path, tmp_path: Path, 
     assert found["kinds"]["convolution"]["calls"] >= 10
     assert found["kinds"]["attention"]["calls"] >= 2
     assert 0 < found["idle"] < found["step"]
-
-
-def test_nothing_of_it_is_taken_for_a_test() -> None:
-    names = [name for name in os.listdir(Path(gpu.__file__).parent) if name.endswith(".py")]
-    assert "card_check.py" in names
-    assert not [name for name in names if name.startswith("test_") or name.endswith("_test.py")]

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,27 +105,27 @@ def test_where_it_cannot_be_compiled(
     assert message == f"the U-Net could not be compiled ({reason}); going on without --compile"
 
 
-def test_out_of_memory_while_compiling_is_no_reason_to_give_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The batch is halved then, and compiled anew."""
-    failing = Backend(torch.OutOfMemoryError("CUDA out of memory."))
-    call = compiled.compiled(Net(), CPU)
-    use(failing, monkeypatch, tmp_path)
-    for asked in (1, 2):
-        with pytest.raises(torch.OutOfMemoryError):
-            call(torch.randn(2, 4))
-        assert failing.asked == asked
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("illegal access")]
+)
+def test_memory_or_a_device_that_is_lost_is_no_reason_to_give_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    """The batch is halved, and compiled anew; or the run ends."""
 
+    def lost(*_: Any) -> Any:
+        asked.append(1)
+        if isinstance(error, torch.AcceleratorError):  # while it computes, not while it compiles
+            return lambda *_: (_ for _ in ()).throw(error)
+        raise error
 
-def test_a_lost_device_is_not_mistaken_for_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def lost(_module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
-        def fail(*_: Any) -> Any:
-            raise torch.AcceleratorError("CUDA error: an illegal memory access")
-
-        return fail
-
+    asked: list[int] = []
     use(lost, monkeypatch, tmp_path)
-    with pytest.raises(torch.AcceleratorError):
-        compiled.compiled(Net(), CPU)(torch.randn(2, 4))
+    call = compiled.compiled(Net(), CPU)
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            call(torch.randn(2, 4))
+    assert len(asked) == (1 if isinstance(error, torch.AcceleratorError) else 2)
 
 
 def test_pictures_through_the_tracer(one_thread: None, backend: Backend) -> None:
@@ -162,20 +163,13 @@ def test_what_is_compiled_is_kept_in_the_users_cache(tmp_path: Path, monkeypatch
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
 
 
-@pytest.mark.parametrize("wrong", ["others write", "link", "file"])
-def test_code_is_not_run_from_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_code_is_not_run_from_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     folder = tmp_path / "ldmcli" / "compile"
     folder.parent.mkdir(mode=0o700)
-    if wrong == "others write":
-        folder.mkdir()
-        folder.chmod(0o777)
-    elif wrong == "link":
-        (tmp_path / "other").mkdir(mode=0o700)
-        folder.symlink_to(tmp_path / "other")
-    else:
-        folder.touch()
+    folder.mkdir()
+    folder.chmod(0o777)
     compiled.keep_on_disk()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
@@ -187,20 +181,9 @@ def test_no_compiler_is_imported_unless_asked_for(tmp_path: Path) -> None:
         assert run(sys.argv[1:]) == 0
         print(json.dumps([name in sys.modules for name in ("torch._dynamo", "torch._inductor", "triton")]))
     """
-    lines = [line.strip() for line in code.strip().splitlines()]
-    options = [
-        "txt2img",
-        "x",
-        "-m",
-        str(tiny_model()),
-        "--steps",
-        "1",
-        "-o",
-        str(tmp_path / "a.png"),
-        "--device",
-        "cpu",
-    ]
-    run = subprocess.run([sys.executable, "-c", "\n".join(lines), *options], capture_output=True, text=True, check=True)
+    words = f"txt2img x -m {tiny_model()} --steps 1 --device cpu -o".split()
+    command = [sys.executable, "-c", textwrap.dedent(code), *words, str(tmp_path / "a.png")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(run.stdout.splitlines()[-1]) == [False, False, False]
 
 

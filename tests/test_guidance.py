@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldmcli.config import ScheduleConfig
 from ldmcli.sampling.denoiser import Model
-from ldmcli.sampling.guidance import guided, in_interval, rescaled, within
+from ldmcli.sampling.guidance import guided, in_interval, within
 from ldmcli.sampling.schedule import Schedule, Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,14 +46,10 @@ def test_guidance(scale: float) -> None:
     torch.testing.assert_close(guided(model, scale)(latents, STEP), expected)
 
 
-@pytest.mark.parametrize("off", [{}, {"rescale": 0.0}])
-def test_what_is_off_changes_no_bit(off: dict[str, float]) -> None:
+def test_what_is_off_changes_no_bit() -> None:
     latents = batch()
     negative, positive = halves(torch.cat([latents, latents]), STEP).chunk(2)
-    assert torch.equal(guided(halves, 7.5, **off)(latents, STEP), negative + 7.5 * (positive - negative))
-
-
-def test_an_interval_of_all_levels_changes_no_bit() -> None:
+    assert torch.equal(guided(halves, 7.5, rescale=0.0)(latents, STEP), negative + 7.5 * (positive - negative))
     sizes: list[int] = []
     everywhere = in_interval((0.0, float("inf")), guided(halves, 5.0), counting(halves, sizes))
     for step in STEPS:
@@ -62,22 +58,6 @@ def test_an_interval_of_all_levels_changes_no_bit() -> None:
 
 
 # ---- rescaling ----
-
-
-def test_full_rescaling_restores_each_images_deviation() -> None:
-    latents = batch()
-    positive = halves(torch.cat([latents, latents]), STEP).chunk(2)[1]
-    output = guided(halves, 7.5, rescale=1.0)(latents, STEP)
-    torch.testing.assert_close(output.std(dim=(1, 2, 3)), positive.std(dim=(1, 2, 3)))
-    plain = guided(halves, 7.5)(latents, STEP)
-    for i in range(len(latents)):  # only the scale of each image is changed
-        assert torch.nn.functional.cosine_similarity(output[i].flatten(), plain[i].flatten(), dim=0) > 1 - 1e-6
-
-
-def test_rescaling_mixes() -> None:
-    output, positive = batch(seed=1), batch(seed=2)
-    mixed = 0.7 * rescaled(output, positive, 1.0) + 0.3 * output
-    torch.testing.assert_close(rescaled(output, positive, 0.7), mixed)
 
 
 def test_rescaling_keeps_images_apart() -> None:
@@ -109,8 +89,6 @@ def test_the_ends_of_the_interval() -> None:
     for interval, inside in (((STEP.sigma, 9.0), False), ((0.0, STEP.sigma), True)):
         model = in_interval(interval, guided(halves, 7.5), lambda latents, _step: 0 * latents)
         assert bool(model(batch(), STEP).any()) == inside == within(interval, STEP)
-
-
-def test_pure_noise_is_outside_every_bounded_interval() -> None:
-    assert not within((0.0, 1e9), Step.ddpm(0, 999, 0.0, 0.1))
-    assert within((0.0, float("inf")), Step.ddpm(0, 999, 0.0, 0.1))
+    pure_noise = Step.ddpm(0, 999, 0.0, 0.1)
+    assert not within((0.0, 1e9), pure_noise)
+    assert within((0.0, float("inf")), pure_noise)

@@ -11,10 +11,8 @@ from oracle.comparing import relative
 from oracle.random_model import randomise
 from torch import Tensor, nn
 
-from ldmcli.config import TinyVAEConfig, UNetConfig, VAEConfig
-from ldmcli.networks import tiling
+from ldmcli.config import UNetConfig, VAEConfig
 from ldmcli.networks.layers import Upsample
-from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.spec import RuntimeSpec
@@ -62,21 +60,20 @@ def reorders(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("into", "out", "kernel", "stride", "size", "bias"),
+    ("batch", "into", "out", "kernel", "stride", "size", "bias"),
     [
-        (4, 32, 3, 1, (9, 7), True),
-        (64, 4, 3, 1, (16, 16), True),
-        (96, 64, 3, 1, (8, 8), False),
-        (64, 64, 3, 2, (13, 6), True),
-        (160, 320, 1, 1, (4, 4), True),
-        (40, 80, 1, 1, (1, 1), True),
-        (33, 17, 3, 1, (1, 5), True),
+        (1, 4, 32, 3, 1, (9, 7), True),
+        (2, 64, 4, 3, 1, (16, 16), True),
+        (1, 96, 64, 3, 1, (8, 8), False),
+        (3, 64, 64, 3, 2, (13, 6), True),
+        (2, 160, 320, 1, 1, (4, 4), True),
+        (1, 40, 80, 1, 1, (1, 1), True),
+        (3, 33, 17, 3, 1, (1, 5), True),
     ],
 )
 def test_convolution(
-    into: int, out: int, kernel: int, stride: int, size: tuple[int, int], bias: bool, batch: int
+    batch: int, into: int, out: int, kernel: int, stride: int, size: tuple[int, int], bias: bool
 ) -> None:
     plain, fast = twins(nn.Conv2d(into, out, kernel, stride=stride, padding=kernel // 2, bias=bias))
     x = normal(batch, into, *size)
@@ -122,7 +119,7 @@ def test_a_unet_is_laid_out_at_its_first_step_and_a_vae_is_not() -> None:
     with torch.inference_mode():
         latents = normal(2, 4, 8, 8)
         unet(latents, unet.embed_time(torch.tensor([500.0])), unet.project_context(normal(2, 7, 16)))
-        vae.decode(latents)
+        vae.decode(latents)  # once, as in most runs: laying it out would not pay
     convolutions = [part for part in unet.modules() if isinstance(part, nn.Conv2d)]
     assert all(map(is_packed, convolutions))
     assert not any(is_packed(part) for part in vae.modules() if isinstance(part, nn.Conv2d))
@@ -176,12 +173,11 @@ def test_bfloat16(layer: nn.Module, times: float) -> None:
             assert relative(out, exact) < times * relative(plain(x), exact) < 1e-2
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 3), (8, 8)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_folded_upsampling(batch: int, size: tuple[int, int], dtype: torch.dtype, tolerance: float) -> None:
+def test_folded_upsampling(size: tuple[int, int], dtype: torch.dtype, tolerance: float) -> None:
     plain, fast = twins(Upsample(24), dtype)
-    x = normal(batch, 24, *size, dtype=dtype)
+    x = normal(2, 24, *size, dtype=dtype)
     doubled, odd = (2 * size[0], 2 * size[1]), (2 * size[0] - 1, 2 * size[1])
     with torch.inference_mode():
         for target in (odd, odd, doubled, None, odd):
@@ -196,37 +192,22 @@ def unet_call(unet: UNet, x: Tensor) -> Tensor:
     return unet(x, unet.embed_time(torch.tensor([500.0])), context)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (1, 4, 7, 9), (3, 4, 4, 6)])
-def test_unet(shape: tuple[int, ...], one_thread: None) -> None:
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (1, 4, 7, 9)])
+def test_no_weight_of_a_unet_is_laid_out_twice(
+    shape: tuple[int, ...], reorders: Counter[str], one_thread: None
+) -> None:
+    """Over a run's steps, and for a second run of the same shape; with the same bits at every step."""
     plain, fast = twins(UNet(UNET))
     with torch.inference_mode():
         right, first = unet_call(plain, normal(*shape)), unet_call(fast, normal(*shape))
-        for _ in range(3):
+        for _ in range(4):
             assert torch.equal(unet_call(fast, normal(*shape)), first)
         assert relative(first, right) < 1e-5
-
-
-def test_no_weight_is_laid_out_twice(reorders: Counter[str]) -> None:
-    """Over a run's steps, and for a second run of the same shape."""
-    _, fast = twins(UNet(UNET))
-    with torch.inference_mode():
-        for _ in range(6):
-            unet_call(fast, normal(2, 4, 8, 8))
     convolutions = [part for part in fast.modules() if isinstance(part, PackedConv2d)]
-    upsamplers = [part for part in fast.modules() if isinstance(part, Upsample)]
-    # Each upsampler's own convolution is never called: four smaller ones are.
-    assert reorders["_reorder_convolution_weight"] == len(convolutions) + 3 * len(upsamplers)
-    assert sum(map(is_packed, convolutions)) == len(convolutions) - len(upsamplers)
-    assert len(upsamplers) == 1
-
-
-def test_one_call_lays_nothing_out(reorders: Counter[str]) -> None:
-    """As when a picture is decoded: it would not pay."""
-    plain, fast = twins(AutoencoderKL(VAEConfig(block_channels=(8, 16), layers_per_block=1, norm_groups=4)))
-    with torch.inference_mode():
-        x = normal(1, 4, 6, 6)
-        assert relative(fast.decode(x), plain.decode(x)) < 1e-5
-    assert not reorders["_reorder_convolution_weight"]
+    if shape[2] % 2 == 0:  # else the upsampler's own convolution is called, as others are
+        # An upsampler's own convolution is never called: four smaller ones are.
+        assert reorders["_reorder_convolution_weight"] == len(convolutions) + 3
+        assert sum(map(is_packed, convolutions)) == len(convolutions) - 1
 
 
 def used(module: nn.Module) -> Any:
@@ -272,28 +253,6 @@ def test_gradients_still_flow() -> None:
         unet_call(module, x).square().sum().backward()
         gradients.append(x.grad)
     assert relative(*gradients) < 1e-4
-
-
-@pytest.mark.parametrize("strip", [300, 2000, 1 << 23])
-def test_tiled_decoding(strip: int, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    plain, fast = twins(AutoencoderKL(VAEConfig(block_channels=(8, 16, 16), layers_per_block=1, norm_groups=4)))
-    monkeypatch.setattr(tiling, "STRIP", strip)
-    latents = normal(1, 4, 13, 9)
-    with torch.inference_mode():
-        right = plain.decode(latents)
-        for _ in range(2):
-            assert relative(tiling.decode_tiled(fast, latents), right) < 1e-5
-            assert relative(fast.decode(latents), right) < 1e-5
-
-
-def test_taesd() -> None:
-    plain, fast = twins(TinyVAE(TinyVAEConfig(channels=8, blocks=(1, 2, 1, 1))))
-    latents = normal(1, 4, 7, 5)
-    with torch.inference_mode():
-        right = plain.decode(latents)
-        for _ in range(3):
-            assert relative(fast.decode(latents), right) < 1e-5
-            assert relative(tiling.decode_tiled(fast, latents), right) < 1e-5
 
 
 def test_without_the_operators_all_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:

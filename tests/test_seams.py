@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,22 +134,18 @@ def test_cross_attention_takes_a_second_pair_of_keys_and_values(unet: UNet) -> N
     time = unet.embed_time(torch.tensor([500.0]))
     plain = unet(latents, time, text)
     values = unet.project_context(image)
-    count = 0
-    for nothing in (True, False):
-        both = [
-            [
-                [
-                    (*one, *((torch.zeros_like(t) for t in other) if nothing else other))
-                    for one, other in zip(*layers, strict=True)
-                ]
-                for layers in zip(*attentions, strict=True)
-            ]
-            for attentions in zip(text, values, strict=True)
-        ]
-        count = sum(len(pairs) == 4 for block in both for attention in block for pairs in attention)
-        found = unet(latents, time, both)
-        assert torch.equal(found, plain) if nothing else relative(found, plain) > 1e-3
-    assert count == sum(name.endswith("attn2") for name, _ in unet.named_modules())
+
+    def beside(one: Any, other: Any, factor: float) -> Any:
+        """The pairs of one context, each with the other's behind it."""
+        if isinstance(one, tuple):
+            count.append(1)
+            return (*one, *(factor * tensor for tensor in other))
+        return [beside(*both, factor) for both in zip(one, other, strict=True)]
+
+    count: list[int] = []
+    assert torch.equal(unet(latents, time, beside(text, values, 0.0)), plain)
+    assert len(count) == sum(name.endswith("attn2") for name, _ in unet.named_modules())
+    assert relative(unet(latents, time, beside(text, values, 1.0)), plain) > 1e-3
 
 
 # ---- the sampler and its caller ----

@@ -5,11 +5,12 @@ the kernel holds it in its page cache while there is room for it, and nothing of
 whatever means. For a GPU, such a map is kept in the host's memory instead.
 """
 
+import contextlib
 import errno
 import os
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class FeatureMap:
     """
 
     def __init__(self, channels: int, height: int, width: int, *, like: Tensor) -> None:
+        """Raises StorageError."""
         self.channels, self.height, self.width = channels, height, width
         self._like = like
         # Of the rows written so far. Room for them is taken once: small tensors that stay, one after each strip's large
@@ -34,13 +36,17 @@ class FeatureMap:
         self._counted = 0
         wide = torch.promote_types(like.dtype, torch.float32)
         self._mean, self._variance = torch.zeros((2, channels), dtype=wide, device=like.device)
-        self._rows: _RowsInMemory | _RowsInFile
-        if channels * height * width * like.element_size() <= KEPT:
-            self._rows = _RowsInMemory(self._empty(height), like.device)
-        elif like.device.type == "cpu":
-            self._rows = _RowsInFile(channels * width * like.element_size(), height)
+        self._whole: Tensor | None = None
+        small = channels * height * width * like.element_size() <= KEPT
+        if small or like.device.type != "cpu":
+            self._whole = self._empty(height, like.device if small else torch.device("cpu"))
         else:
-            self._rows = _RowsInMemory(self._empty(height, "cpu"), like.device)
+            self._folder = "the folder for temporary files"
+            with self._storing():
+                self._folder = _roomy_folder()
+                # Open as long as the map is there.
+                self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
 
     def beside(self, channels: int, scale: int = 1) -> "FeatureMap":
         """An unwritten map of this one's kind, `scale` times as high and wide."""
@@ -48,9 +54,13 @@ class FeatureMap:
 
     def read(self, rows: slice) -> Tensor:
         """Some rows, (1, channels, any, width); not to be changed. Raises StorageError."""
-        if isinstance(self._rows, _RowsInMemory):
-            return self._rows.read(rows)
-        return self._rows.read_into(rows.start, self._empty(rows.stop - rows.start))
+        if self._whole is not None:
+            return self._whole[:, :, rows].to(self._like.device)
+        found = self._empty(rows.stop - rows.start)
+        with self._storing():
+            self._file.seek(rows.start * self._row)
+            _transfer(self._file.readinto, found)
+        return found
 
     def write(self, a: int, rows: Tensor) -> None:
         """Put rows, (1, channels, any, width), at a. Raises StorageError."""
@@ -68,11 +78,17 @@ class FeatureMap:
 
     def put(self, a: int, rows: Tensor) -> None:
         """As `write`, for rows that will be written over before a norm asks for them."""
-        self._rows.write(a, rows)
+        if self._whole is not None:
+            self._whole[:, :, a : a + rows.shape[2]] = rows
+            return
+        with self._storing():
+            self._file.seek(a * self._row)
+            _transfer(self._file.write, rows.contiguous(memory_format=torch.channels_last))
 
     def cut(self, a: int) -> None:
-        """Give up the rows from a on, and the room that they take."""
-        self._rows.cut(a)
+        """Give up the rows from a on, and the room that they take in a file."""
+        if self._whole is None:
+            self._file.truncate(a * self._row)
 
     def norm(self, norm: GroupNorm) -> Callable[[Tensor], Tensor]:
         """The group norm of the whole map, which has been written once since the last norm, for rows of it."""
@@ -87,75 +103,37 @@ class FeatureMap:
         self._variance.zero_()
         return lambda rows: (rows * scale).add_(shift).to(rows.dtype)
 
-    def _empty(self, rows: int, device: str | None = None) -> Tensor:
-        return torch.empty(
-            (1, self.channels, rows, self.width),
-            dtype=self._like.dtype,
-            device=self._like.device if device is None else device,
-            memory_format=torch.channels_last,  # so that rows of a single map lie in one piece
-        )
+    @property
+    def _row(self) -> int:
+        """Bytes in a row."""
+        return self.channels * self.width * self._like.element_size()
 
+    def _empty(self, rows: int, device: torch.device | None = None) -> Tensor:
+        shape = (1, self.channels, rows, self.width)
+        last = torch.channels_last  # so that rows of a single map lie in one piece
+        return torch.empty(shape, dtype=self._like.dtype, device=device or self._like.device, memory_format=last)
 
-class _RowsInMemory:
-    """Rows in a tensor, which need not be on the device that works on them."""
-
-    def __init__(self, whole: Tensor, device: torch.device) -> None:
-        self._whole, self._device = whole, device
-
-    def read(self, rows: slice) -> Tensor:
-        return self._whole[:, :, rows].to(self._device)
-
-    def write(self, a: int, rows: Tensor) -> None:
-        self._whole[:, :, a : a + rows.shape[2]] = rows
-
-    def cut(self, a: int) -> None:
-        pass  # a tensor has no end that could be given back
-
-
-class _RowsInFile:
-    """`height` rows of `size` bytes each in a temporary file."""
-
-    def __init__(self, size: int, height: int) -> None:
-        self._size, self._total = size, size * height
-        self._folder = "the folder for temporary files"
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        """What goes wrong with the file inside the block is a StorageError."""
         try:
-            self._folder = _roomy_folder()
-            # Open for as long as the map is there.
-            file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
+            yield
         except OSError as error:
-            raise self._failed(error) from None
-        self._file = file
-        weakref.finalize(self, file.close)
+            size = f"{self._row * self.height / 1e6:,.0f} MB"
+            raise StorageError(
+                f"a temporary file of {size} for decoding, in {printable(self._folder)}, failed "
+                f"({error.strerror or error}); make room there, or set TMPDIR to a folder on a disk with more."
+            ) from None
 
-    def read_into(self, a: int, rows: Tensor) -> Tensor:
-        self._transfer(os.preadv, a, rows)
-        return rows
 
-    def write(self, a: int, rows: Tensor) -> None:
-        self._transfer(os.pwritev, a, rows.contiguous(memory_format=torch.channels_last))
-
-    def cut(self, a: int) -> None:
-        self._file.truncate(a * self._size)
-
-    def _transfer(self, call: Callable[..., int], a: int, rows: Tensor) -> None:
-        """Between the file and rows (1, channels, any, width), channels last."""
-        left = memoryview(rows.permute(0, 2, 3, 1).flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-        offset = a * self._size
-        while left:  # Linux moves 2 GiB at a time at most
-            try:
-                done = call(self._file.fileno(), [left], offset)
-            except OSError as error:
-                raise self._failed(error) from None
-            if done == 0:
-                raise self._failed(OSError(errno.EIO, os.strerror(errno.EIO)))
-            offset += done
-            left = left[done:]
-
-    def _failed(self, error: OSError) -> StorageError:
-        return StorageError(
-            f"a temporary file of {self._total / 1e6:,.0f} MB for decoding, in {printable(self._folder)}, failed "
-            f"({error.strerror or error}); make room there, or set TMPDIR to a folder on a disk with more."
-        )
+def _transfer(move: Callable[[memoryview], int | None], rows: Tensor) -> None:
+    """Move rows (1, channels, any, width), channels last, from or to a file."""
+    left = memoryview(rows.permute(0, 2, 3, 1).flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while left:  # Linux moves 2 GiB at a time at most
+        done = move(left)
+        if not done:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        left = left[done:]
 
 
 def _roomy_folder() -> str:

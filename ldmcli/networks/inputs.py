@@ -21,19 +21,12 @@ class Conditioning:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Conditioning":
         """The same in another place and number type."""
-        return Conditioning(*(None if part is None else part.to(device, dtype) for part in _parts(self)))  # type: ignore[arg-type]
+        parts = vars(self).items()
+        return Conditioning(**{name: None if part is None else part.to(device, dtype) for name, part in parts})  # type: ignore[arg-type]
 
 
 def joined(conditions: Sequence[Conditioning]) -> Conditioning:
     """The batch of these, one after the other; contexts must be of one length."""
-    columns = zip(*map(_parts, conditions), strict=True)
-    return Conditioning(*(_cat(column) for column in columns))  # type: ignore[arg-type]
-
-
-def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
-    given = [part for part in parts if part is not None]
-    return torch.cat(given) if given else None
-
-
-def _parts(conditioning: Conditioning) -> tuple[Tensor | None, ...]:
-    return conditioning.context, conditioning.vector, conditioning.channels
+    columns = {name: [vars(each)[name] for each in conditions] for name in vars(conditions[0])}
+    given = {name: [part for part in parts if part is not None] for name, parts in columns.items()}
+    return Conditioning(**{name: torch.cat(parts) if parts else None for name, parts in given.items()})  # type: ignore[arg-type]

@@ -71,18 +71,12 @@ class SpatialTransformer(nn.Module):
         return [attention.project(context) for attention in attentions]
 
     def forward(self, x: Tensor, context: list[KeysValues]) -> Tensor:
-        height, width = x.shape[2:]
-        h = self.norm(x)
-        if not self.linear_projection:
-            h = self.proj_in(h)
+        linear = self.linear_projection  # a product of tokens, else a convolution of the map
+        h = self.norm(x) if linear else self.proj_in(self.norm(x))
         h = h.permute(0, 2, 3, 1).flatten(1, 2)  # (batch, height·width, channels)
-        if self.linear_projection:
-            h = self.proj_in(h)
+        h = self.proj_in(h) if linear else h
         for block, keys_values in zip(self.transformer_blocks, context, strict=True):
             h = block(h, keys_values)
-        if self.linear_projection:
-            h = self.proj_out(h)
-        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        if not self.linear_projection:
-            h = self.proj_out(h)
-        return h + x
+        h = self.proj_out(h) if linear else h
+        h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return (h if linear else self.proj_out(h)) + x

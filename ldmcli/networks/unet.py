@@ -44,25 +44,13 @@ class Block(nn.Module):
         self, config: UNetConfig, level: int, channels: list[tuple[int, int]], attentions: int, layers: int
     ) -> None:
         super().__init__()
+        norm, time = config.norm_groups, 4 * config.block_channels[0]
         self.resnets = nn.ModuleList(
-            ResnetBlock(
-                into,
-                out,
-                groups=config.norm_groups,
-                eps=config.norm_eps,
-                time_channels=4 * config.block_channels[0],
-            )
-            for into, out in channels
+            ResnetBlock(into, out, groups=norm, eps=config.norm_eps, time_channels=time) for into, out in channels
         )
+        width, heads, linear = channels[-1][1], config.heads[level], config.linear_projection
         self.attentions = nn.ModuleList(
-            SpatialTransformer(
-                channels[-1][1],
-                config.heads[level],
-                layers,
-                config.context_dim,
-                config.norm_groups,
-                linear_projection=config.linear_projection,
-            )
+            SpatialTransformer(width, heads, layers, config.context_dim, norm, linear_projection=linear)
             for _ in range(attentions if layers else 0)
         )
 

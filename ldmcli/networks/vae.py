@@ -1,6 +1,7 @@
 """The KL autoencoder between images and latents (Rombach et al. 2022, section 3.1). Keys are diffusers' names."""
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        return _through([self.resnets[0], self.attentions[0], self.resnets[1]], x)
 
 
 class DownBlock(nn.Module):
@@ -70,9 +71,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels[-1], pad_end=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.downsamplers]:
-            x = layer(x)
-        return x
+        return _through([*self.resnets, *self.downsamplers], x)
 
 
 class UpBlock(nn.Module):
@@ -84,9 +83,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels[-1])])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *self.upsamplers]:
-            x = layer(x)
-        return x
+        return _through([*self.resnets, *self.upsamplers], x)
 
 
 class Encoder(nn.Module):
@@ -105,11 +102,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(levels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        x = _through([self.conv_in, *self.down_blocks, self.mid_block, self.conv_norm_out], x)
+        return self.conv_out(F.silu(x, inplace=True))
 
 
 class Decoder(nn.Module):
@@ -128,10 +122,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(levels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        x = _through([self.conv_in, self.mid_block, *self.up_blocks, self.conv_norm_out], x)
+        return self.conv_out(F.silu(x, inplace=True))
 
 
 class AutoencoderKL(nn.Module):
@@ -166,3 +158,10 @@ class AutoencoderKL(nn.Module):
 def _resnets(channels: list[int], groups: int) -> nn.ModuleList:
     """Resnets from each of `channels` to the next."""
     return nn.ModuleList(ResnetBlock(into, out, groups=groups, eps=_EPS) for into, out in itertools.pairwise(channels))
+
+
+def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """What the layers make of x, one after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x

@@ -1,12 +1,11 @@
 """DDIM: denoising diffusion implicit models (Song, Meng & Ermon 2020)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from ldmcli.config import Walk
-from ldmcli.sampling.denoiser import Denoiser, Prediction
-from ldmcli.sampling.limits import USUAL, limited
+from ldmcli.sampling.denoiser import USUAL, Denoiser, Noise, Prediction, limited
 from ldmcli.sampling.schedule import Step
 
 
@@ -18,13 +17,7 @@ def ddim_step(prediction: Prediction, step: Step, deviation: float = 0.0) -> Ten
 
 
 def ddim(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step. eta 0 is deterministic; eta 1 adds as much noise as DDPM (equation 16)."""
     denoise = limited(denoise, walk)

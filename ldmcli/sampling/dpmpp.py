@@ -4,13 +4,12 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from ldmcli.config import Walk
-from ldmcli.sampling.denoiser import Denoiser
-from ldmcli.sampling.limits import USUAL, limited
+from ldmcli.sampling.denoiser import USUAL, Denoiser, Noise, limited
 from ldmcli.sampling.schedule import Step
 
 Point = tuple[Step, Tensor]  # a step and the image predicted at its start
@@ -23,13 +22,7 @@ def dpmpp_step(latents: Tensor, image: Tensor, step: Step) -> Tensor:
 
 
 def dpmpp_2m(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step (algorithm 2: x₀ extrapolated to the middle of the step). The first step and
     the one that ends without noise are of first order. Draws no noise. It is diffusers' DPMSolverMultistepScheduler,
@@ -44,13 +37,7 @@ def dpmpp_2m(
 
 
 def dpmpp_2m_sde(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step of the SDE's solver (SDE-DPM-Solver++(2M), appendix B): as `dpmpp_2m`, but
     forgetting twice as fast and filling up with fresh, independent noise, where k-diffusion's comes from one Brownian

@@ -5,38 +5,25 @@ step, x + (σ′ − σ) · ε = x₀ + σ′ · ε, is then DDIM's step (Song, 
 another sampler is where its steps sit and that it ends at σ = 0: that comes with `steps`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from ldmcli.config import Walk
 from ldmcli.sampling.ddim import ddim, ddim_step
-from ldmcli.sampling.denoiser import Denoiser
-from ldmcli.sampling.limits import USUAL, limited
+from ldmcli.sampling.denoiser import USUAL, Denoiser, Noise, limited
 from ldmcli.sampling.schedule import Step
 
 
 def euler(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step (Karras et al. 2022, algorithm 1 without its second-order correction)."""
     return ddim(denoise, latents, steps, noise, eta=0.0)
 
 
 def euler_ancestral(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step: down to less noise than the next level has, then up to it with fresh noise, as
     much as DDPM adds (Song et al. 2020, "Score-Based Generative Modeling", appendix F: ancestral sampling)."""
@@ -44,13 +31,7 @@ def euler_ancestral(
 
 
 def heun(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step: Euler's, taken again with the mean of the slopes at its two ends (Karras et
     al. 2022, algorithm 1). Costs two predictions a step; the last, which ends where there is no noise, costs one, as

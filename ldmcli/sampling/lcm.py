@@ -1,23 +1,16 @@
 """Latent consistency models: sampling in few steps (Luo et al. 2023; Song et al. 2023, "Consistency Models")."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from ldmcli.config import Walk
-from ldmcli.sampling.denoiser import Denoiser
-from ldmcli.sampling.limits import USUAL, limited
+from ldmcli.sampling.denoiser import USUAL, Denoiser, Noise, limited
 from ldmcli.sampling.schedule import Step
 
 
 def lcm(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step (Luo et al. 2023, algorithm 3): the image at once, then noise again to the next
     level. Only for models distilled to it, or with an adapter that makes them so. `eta` is another sampler's."""

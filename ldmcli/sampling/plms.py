@@ -1,14 +1,13 @@
 """PLMS: pseudo linear multistep sampling (Liu, Ren, Lin & Zhao 2022, "Pseudo Numerical Methods…")."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ldmcli.config import Walk
 from ldmcli.sampling.ddim import ddim_step
-from ldmcli.sampling.denoiser import Denoiser, Prediction, from_noise, from_velocity
-from ldmcli.sampling.limits import USUAL
+from ldmcli.sampling.denoiser import USUAL, Denoiser, Noise, Prediction, from_noise, from_velocity
 from ldmcli.sampling.schedule import Step
 
 # Adams–Bashforth weights, newest prediction first, by how many there are (equation 12 and its shorter kin).
@@ -20,13 +19,7 @@ _WEIGHTS = {
 
 
 def plms(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step. Costs one prediction a step and one more: without history, the first step is
     taken with the mean of the predictions at its two ends. Draws no noise; `noise` and `eta` are every sampler's.

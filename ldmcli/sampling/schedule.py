@@ -65,22 +65,22 @@ class Schedule:
         self.alphas_cumprod = _with_zero_terminal_snr(levels, config) if config.zero_terminal_snr else levels
         _check(self.alphas_cumprod, config.training_steps)
 
-    def steps(self, count: int, sampler: Sampler | str = "ddim", spacing: str | None = None) -> list[Step]:
+    def steps(self, count: int, sampler: str = "ddim", spacing: str | None = None) -> list[Step]:
         """`count` steps, noisiest first; `spacing` is the model's own where None. Raises UsageError when so many do not
         fit, or sampler and spacing do not go together.
 
         DDIM and PLMS end at the first training step's level, or at 1 where the model's configuration says so; all other
         samplers end at 1, without noise.
         """
-        row = sampler_named(sampler) if isinstance(sampler, str) else sampler
+        row = sampler_named(sampler)
         check_fit(row, self.config, count, spacing)
-        own = self.of(row.name)
+        own = self.of(sampler)
         spacing = row.spacing(self.config, spacing)
         points = own._points(count, row.grid, spacing)
         levels = [level for _, level in points]
         joined = [*levels[1:], own._end(count, row, spacing, levels[-1])]
         ends = own._ddim_ends(points) if row.grid == "ddim" else joined
-        orders = own._orders(count, row.name)
+        orders = own._orders(count, sampler)
         rows = enumerate(zip(points, ends, orders, strict=True))
         return [Step.ddpm(i, t, level, end, order) for i, ((t, level), end, order) in rows]
 
@@ -93,10 +93,10 @@ class Schedule:
         """How the sampler of this name computes on its steps."""
         return self.config.of(sampler).walk
 
-    def first_scale(self, steps: list[Step], sampler: Sampler | str, spacing: str | None = None) -> float:
+    def first_scale(self, steps: list[Step], sampler: str, spacing: str | None = None) -> float:
         """What the first noise is multiplied with to be the first latents, as diffusers does: 1, though the first level
         may hold a little less noise; that level's √(1−ᾱ) for Euler and Heun in all but the leading spacing."""
-        row = sampler_named(sampler) if isinstance(sampler, str) else sampler
+        row = sampler_named(sampler)
         leading = row.spacing(self.config, spacing).startswith("leading")
         return steps[0].spread if row.grid == "euler" and not leading else 1.0
 

@@ -1,25 +1,18 @@
 """UniPC: a unified predictor and corrector (Zhao et al. 2023), of second order, on x₀, with B₂(h) = e^h − 1."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from ldmcli.config import Walk
-from ldmcli.sampling.denoiser import Denoiser
+from ldmcli.sampling.denoiser import USUAL, Denoiser, Noise, limited
 from ldmcli.sampling.dpmpp import Point, dpmpp_step, extrapolated
-from ldmcli.sampling.limits import USUAL, limited
 from ldmcli.sampling.schedule import Step
 
 
 def unipc(
-    denoise: Denoiser,
-    latents: Tensor,
-    steps: Sequence[Step],
-    noise: Callable[[], Tensor],
-    *,
-    eta: float = 0.0,
-    walk: Walk = USUAL,
+    denoise: Denoiser, latents: Tensor, steps: Sequence[Step], noise: Noise, *, eta: float = 0.0, walk: Walk = USUAL
 ) -> Iterator[Tensor]:
     """Yield the latents after each step (algorithms 1 and 2). The predictor, UniP-2, is DPM-Solver++ 2M's step; each
     prediction then also corrects the step that led to it, at no cost. Draws no noise. It is diffusers'

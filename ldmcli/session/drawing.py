@@ -19,9 +19,8 @@ from ldmcli.session.picture import Arrival, Picture
 from ldmcli.session.session import Progress
 from ldmcli.spec import FittedRequest, RuntimeSpec
 from ldmcli.speed.cpu.threads import choose_threads
-from ldmcli.speed.cuda.convolutions import chosen_for
 from ldmcli.speed.memory import is_out_of_memory
-from ldmcli.speed.policy import threads
+from ldmcli.speed.policy import computing
 
 _log = logging.getLogger(__name__)
 _Size = tuple[int, int]
@@ -61,7 +60,7 @@ class Drawer:
         drawn: dict[int, Picture] = {}
         try:
             suitable = threads_for(self._spec, self.pipeline.config, len(requests))
-            with threads(suitable), chosen_for(self.pipeline.runtime.device, self._spec.expected_steps):
+            with computing(self.pipeline.runtime.device, suitable, self._spec.expected_steps):
                 for group in self._alike(requests):
                     some = self._group([requests[i] for i in group], on_step)
                     drawn |= zip(group, some, strict=True)
@@ -174,7 +173,8 @@ class Drawer:
 
     def _again(self, picture: Picture, latents_finite: bool) -> Picture:
         """A picture that came out with numbers which are not finite, once more in float32."""
-        with self._lock, threads(threads_for(self._spec, self.pipeline.config, 1)):
+        suitable = threads_for(self._spec, self.pipeline.config, 1)
+        with self._lock, computing(self.pipeline.runtime.device, suitable):
             found = self._tried(picture.request, functools.partial(self._in_float32, picture, latents_finite))
             if isinstance(found, Arrival):
                 wide = dataclasses.replace(self.pipeline.runtime, dtype=torch.float32)

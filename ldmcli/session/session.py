@@ -206,13 +206,12 @@ class Session:
                 return self._drawer
             from ldmcli.session.drawing import Drawer, threads_for
             from ldmcli.session.loading import load
-            from ldmcli.speed.cuda.convolutions import chosen_for
-            from ldmcli.speed.policy import threads
+            from ldmcli.speed.policy import computing
 
             runtime, started = self.runtime, time.perf_counter()
             opened = self._settled()
             suitable = threads_for(self.runtime_spec, opened.model.config, len(first))
-            with threads(suitable), chosen_for(runtime.device, self.runtime_spec.expected_steps):
+            with computing(runtime.device, suitable, self.runtime_spec.expected_steps):
                 pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
             self._unet = None
             self._drawer = Drawer(pipeline, self.runtime_spec, self._lock)

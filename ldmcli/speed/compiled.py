@@ -30,39 +30,30 @@ _log = logging.getLogger(__name__)
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """`function`, or a module's calls, as torch.compile makes it when it is called: for each shape and number type of
     inputs and weights anew. Where it cannot be compiled, the log says so once and it is computed as before."""
-    return _Compiled(function, device)
+    current: Callable[..., Any] | None = None
 
-
-class _Compiled:
-    """A `plain` function, compiled until that fails."""
-
-    def __init__(self, plain: Callable[..., Any], device: torch.device) -> None:
-        self._plain = plain
-        self._device = device
-        self._fast: Callable[..., Any] | None = None
-        self._refused = False
-
-    def __call__(self, *args: Any, **settings: Any) -> Any:
-        if self._refused:
-            return self._plain(*args, **settings)
+    def call(*args: Any, **settings: Any) -> Any:
+        nonlocal current
         try:
-            if self._fast is None:
+            if current is None:
                 _log.info("compiling the U-Net, which takes minutes the first time")
-                self._fast = _compiled(self._plain, self._device)
-            return self._fast(*args, **settings)
+                current = _compiled(function, device)
+            return current(*args, **settings)
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if current is function or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 raise
             causes = list(_causes(error))
             if memory := next(filter(is_out_of_memory, causes), None):
                 raise memory from None
             # torch appends hints to what went wrong.
             reason = printable(str(causes[-1]).strip().partition("\n")[0], 200)
-        self._refused, self._fast = True, None
+        current = function
         _log.warning("the U-Net could not be compiled (%s); going on without --compile", reason)
-        return self._plain(*args, **settings)
+        return function(*args, **settings)
+
+    return call
 
 
 def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -80,10 +71,8 @@ def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..
 def keep_on_disk() -> None:
     """Have torch keep what it compiles in this program's cache, unless the environment names a place. Where that folder
     cannot be made, or is not the user's alone, torch has one of its own among the temporary files."""
-    if os.environ.get(_FOLDER):
-        return
     base = cache_folder()
-    if base is None:
+    if os.environ.get(_FOLDER) or base is None:
         return
     folder = base / "compile"
     try:

@@ -1,5 +1,6 @@
 """How much memory a picture needs at the least, and how much there is."""
 
+import contextlib
 from pathlib import Path
 
 from ldmcli.config import ModelConfig
@@ -7,14 +8,12 @@ from ldmcli.errors import UsageError
 
 # In errors without a class of their own: of torch's CPU allocator, of the CUDA runtime and of its libraries.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-
-
 _TILED = 12 + 3  # bytes of a pixel that are in memory at once however it is decoded: as float32 and as uint8
 
 
 def check_memory(config: ModelConfig, width: int, height: int, *, tiled: bool = False) -> None:
     """Refuse a size (pixels) that this machine's memory cannot hold, before any weight is read. `tiled`: decoded by
-    models/tiling.py. Raises UsageError.
+    networks/tiling.py. Raises UsageError.
 
     The bound is low on purpose, for 2-byte numbers: what passes may still not fit, what is refused never would.
     """
@@ -26,25 +25,20 @@ def check_memory(config: ModelConfig, width: int, height: int, *, tiled: bool = 
     if available and needed > available:
         cure = "" if tiled else ", or try --vae-tiling"
         raise UsageError(
-            f"a picture of {width}×{height} would need at least {_gib(needed)} of memory, and this machine has "
-            f"{_gib(available)}; ask for a smaller one{cure}."
+            f"a picture of {width}×{height} would need at least {gib(needed)} of memory, and this machine has "
+            f"{gib(available)}; ask for a smaller one{cure}."
         )
 
 
 def host_memory() -> int:
     """Bytes of memory this process may use: the machine's, or its control group's limit if lower; 0 if unknown."""
     limits = []
-    try:
+    with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith(("MemTotal:", "SwapTotal:"))]
-        limits = [sum(limits)]
-    except (OSError, ValueError, IndexError):
-        pass
+        limits.append(sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("MemTotal:", "SwapTotal:"))))
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
             limits.append(int(Path(name).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
     return min(limits, default=0)
 
 
@@ -54,5 +48,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or named or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A size in bytes, in words."""
     return f"{size / 2**30:,.1f} GiB"

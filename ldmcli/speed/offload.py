@@ -6,15 +6,15 @@ a part comes in a few long copies that the device makes by itself.
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ldmcli.errors import LdmError
+from ldmcli.speed.memory import gib
 
 HOST = torch.device("cpu")
 PIECE = 64 << 20  # bytes; a power of two, to which torch rounds pinned memory up
@@ -36,7 +36,10 @@ class Stage:
         if narrow and room is None and device.type == "cuda":
             room = torch.cuda.mem_get_info(device)[1]
         self._room = room
-        self._parts: dict[nn.Module, _Packed | None] = {}
+        self._parts: dict[
+            nn.Module, list[Tensor]
+        ] = {}  # with their tensors in host memory, none before they are packed
+        self._away: list[Tensor] = []  # the present part's, on the device
 
     @property
     def may_narrow(self) -> bool:
@@ -50,11 +53,10 @@ class Stage:
 
     def add(self, part: nn.Module) -> None:
         """Know of a part that is at `home`. Raises LdmError for one that is larger than a narrow device."""
-        if self.narrow and self._room is not None:
-            size = sum(tensor.nbytes for tensor in [*part.parameters(), *part.buffers()])
-            if size > self._room:
-                raise self._too_large(part, size, f"has {_gib(self._room)}")
-        self._parts[part] = None
+        size = sum(tensor.nbytes for tensor in [*part.parameters(), *part.buffers()])
+        if self.narrow and self._room is not None and size > self._room:
+            raise self._too_large(part, size, f"has {gib(self._room)}")
+        self._parts[part] = []
 
     def make_narrow(self) -> None:
         """Send all parts to host memory; from now on only the one at work is on the device."""
@@ -69,32 +71,36 @@ class Stage:
         if part is self.present or not self.narrow:
             return
         self.clear()
-        packed = self._parts.get(part)
-        if packed is None or not packed.holds(part, packed.pieces):
-            packed = self._parts[part] = self._pack(part)
+        home = self._parts.get(part, [])
+        if not _holds(part, home):
+            home = self._parts[part] = self._pack(part)
         with contextlib.suppress(torch.OutOfMemoryError):
-            packed.place(part, packed.copies(self.device))
+            self._away = _copies(home, self.device)
+            _place(part, self._away)
             self.present = part
         if self.present is None:  # out here the error is gone, with its frames and what they had brought
             self._release()
-            raise self._too_large(part, sum(piece.nbytes for piece in packed.pieces), "has too little free")
+            raise self._too_large(part, sum(tensor.nbytes for tensor in home), "has too little free")
 
     def clear(self) -> None:
         """Send home the part on a narrow device. Number types are to be changed there."""
         part, self.present = self.present, None
         if part is None:
             return
-        packed = self._parts[part]
-        assert packed is not None
-        if packed.holds(part, packed.away):
-            packed.place(part, packed.pieces)
+        if _holds(part, self._away):
+            _place(part, self._parts[part])
         else:  # it was converted meanwhile
             self._parts[part] = self._pack(part)
-        packed.away = []
+        self._away = []
         self._release()
 
-    def _pack(self, part: nn.Module) -> "_Packed":
-        return _Packed(part, pinned=self.device.type == "cuda")
+    def _pack(self, part: nn.Module) -> list[Tensor]:
+        """The part's weights, moved into pieces of host memory."""
+        home = _room_for(_tensors(part), pinned=self.device.type == "cuda")
+        places = iter(home)
+        # One after the other, so that what they were in is given up as it goes.
+        _replace(part, lambda tensor: next(places).copy_(tensor))
+        return home
 
     def _release(self) -> None:
         """Give what is free back to the device, where others may want it."""
@@ -103,60 +109,58 @@ class Stage:
 
     def _too_large(self, part: nn.Module, size: int, found: str) -> LdmError:
         return LdmError(
-            f"{type(part).__name__}, a part of the model, needs {_gib(size)} at once on {self.device}, which {found}; "
+            f"{type(part).__name__}, a part of the model, needs {gib(size)} at once on {self.device}, which {found}; "
             "use --dtype fp16, a smaller model or --device cpu."
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a tensor is: in which piece, from which byte of it, and how it is read there."""
+def _room_for(tensors: Iterable[Tensor], *, pinned: bool) -> list[Tensor]:
+    """Tensors like these, in the same order in memory but without gaps: in pieces of PIECE bytes, or one of its own for
+    what is larger."""
+    pieces: list[list[tuple[int, Tensor]]] = []
+    end = PIECE
+    for tensor in tensors:
+        if end + tensor.nbytes > PIECE:
+            pieces.append([])
+            end = 0
+        like = torch.empty_like(tensor, device="meta")
+        pieces[-1].append((end, like))
+        end = math.ceil((end + like.nbytes) / ALIGNED) * ALIGNED
+    found = []
+    with torch.inference_mode(False):
+        for places in pieces:
+            last, like = places[-1]
+            piece = _piece(last + like.nbytes, pinned=pinned)
+            found += [_within(piece, start, like) for start, like in places]
+    return found
 
-    piece: int
-    start: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
 
-    @property
-    def end(self) -> int:
-        """The byte after it."""
-        return self.start + math.prod(self.shape) * self.dtype.itemsize
+def _copies(home: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The same on the device: soon, for whoever queues work there after this."""
+    pieces: dict[int, Tensor] = {}
+    found = []
+    with torch.inference_mode(False):
+        for tensor in home:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in pieces:
+                piece = torch.empty(0, dtype=torch.uint8).set_(storage)
+                pieces[storage.data_ptr()] = torch.empty_like(piece, device=device).copy_(piece, non_blocking=True)
+            found.append(_within(pieces[storage.data_ptr()], int(tensor.storage_offset()) * tensor.itemsize, tensor))
+    return found
 
-    def within(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The tensor, as a view of its piece."""
-        return pieces[self.piece][self.start : self.end].view(self.dtype).as_strided(self.shape, self.stride)
+
+def _within(piece: Tensor, start: int, like: Tensor) -> Tensor:
+    """What lies in a piece from byte `start` on, as a tensor of another's type, shape and order."""
+    return piece[start : start + like.nbytes].view(like.dtype).as_strided(like.shape, like.stride())
 
 
-class _Packed:
-    """A module's weights, moved into `pieces` of host memory; `away` are their copies on the device, if any."""
-
-    def __init__(self, module: nn.Module, *, pinned: bool) -> None:
-        self._places = _places(_tensors(module))
-        self.away: list[Tensor] = []
-        ends = [0] * (1 + max((place.piece for place in self._places), default=-1))
-        for place in self._places:
-            ends[place.piece] = max(ends[place.piece], place.end)
-        with torch.inference_mode(False):
-            self.pieces = [_piece(end, pinned=pinned) for end in ends]
-        places = iter(self._places)
-        # One after the other, so that what they were in is given up as it goes.
-        _replace(module, lambda tensor: next(places).within(self.pieces).copy_(tensor))
-
-    def copies(self, device: torch.device) -> list[Tensor]:
-        """The pieces, on the device: soon, for whoever queues work there after this."""
-        with torch.inference_mode(False):
-            self.away = [torch.empty_like(p, device=device).copy_(p, non_blocking=True) for p in self.pieces]
-        return self.away
-
-    def place(self, module: nn.Module, pieces: Sequence[Tensor]) -> None:
-        """Let the module's weights be those in `pieces`."""
-        places = iter(self._places)
-        _replace(module, lambda _: next(places).within(pieces))
-
-    def holds(self, module: nn.Module, pieces: Sequence[Tensor]) -> bool:
-        """Whether the module's weights are those in `pieces`: neither converted nor exchanged since."""
-        return [*map(_seen, _tensors(module))] == [_seen(place.within(pieces)) for place in self._places]
+def _piece(size: int, *, pinned: bool) -> Tensor:
+    if pinned:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            _log.debug("no pinned memory (%s); going on without", str(error).partition("\n")[0])
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def _replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
@@ -169,41 +173,20 @@ def _replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 def _tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers in the order of `_replace`. Layers are made plain by this."""
     found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor.detach())
-        return tensor
-
-    _replace(module, note)
+    _replace(module, lambda tensor: found.append(tensor.detach()) or tensor)  # type: ignore[func-returns-value]
     return found
 
 
-def _places(tensors: Sequence[Tensor]) -> list[_Place]:
-    """Room for each, in pieces of PIECE bytes, or one of its own for what is larger."""
-    found: list[_Place] = []
-    piece, end = 0, 0
-    for tensor in tensors:
-        if end and end + tensor.nbytes > PIECE:
-            piece, end = piece + 1, 0
-        dense = torch.empty_like(tensor, device="meta").stride()  # the same order in memory, without gaps
-        found.append(_Place(piece, end, tensor.dtype, tensor.shape, dense))
-        end = math.ceil((end + tensor.nbytes) / ALIGNED) * ALIGNED
-    return found
+def _place(module: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Let the module's weights be these."""
+    places = iter(tensors)
+    _replace(module, lambda _: next(places))
 
 
-def _piece(size: int, *, pinned: bool) -> Tensor:
-    if pinned:
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            _log.debug("no pinned memory (%s); going on without", str(error).partition("\n")[0])
-    return torch.empty(size, dtype=torch.uint8)
+def _holds(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether the module's weights are these: neither converted nor exchanged since."""
 
+    def seen(tensor: Tensor) -> tuple[object, ...]:
+        return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.data_ptr()
 
-def _seen(tensor: Tensor) -> tuple[object, ...]:
-    """What two tensors agree in that are the same memory, read the same way."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.data_ptr()
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
+    return [*map(seen, _tensors(module))] == [*map(seen, tensors)]

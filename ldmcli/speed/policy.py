@@ -17,10 +17,13 @@ from ldmcli.networks.unet import UNet
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.cpu.onednn import lay_out
 from ldmcli.speed.cuda.fused import fuse, in_planes
-from ldmcli.speed.cuda.trial import kernels_work
+from ldmcli.speed.cuda.kernels import kernels_work
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 USUAL = RuntimeSpec()
+# Steps from which on trying convolutions pays. It takes about half a second in all for some forty shapes, and gains 0.2
+# to 0.45 ms in a step of SD1.5: estimates, not measured.
+TRYING_PAYS = 2000
 _Module = TypeVar("_Module", bound=nn.Module)
 _log = logging.getLogger(__name__)
 
@@ -64,19 +67,18 @@ class Runtime:
         own kernels, on a CPU weights as oneDNN wants them. Raises UsageError."""
         module.to(memory_format=torch.channels_last)
         set_attention(module, ATTENTIONS[self.attention])
-        if self.compile and isinstance(module, UNet):
+        unet, made = isinstance(module, UNet), cast(nn.Module, module)
+        if self.compile and unet:
             return module  # torch.compile lays out and fuses by itself, and does not see through what is below
-        if self.device.type == "cuda" and self._kernels_work(next(module.parameters()).dtype):
-            return cast(_Module, fuse(module))
-        if self.device.type == "cuda" and isinstance(module, UNet):
-            return cast(_Module, in_planes(module))
         if self.device.type == "cpu":
             # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory. Its
             # layers are called at every step, a VAE's in most runs once.
-            unet = isinstance(module, UNet)
-            laid_out = lay_out(module, fold=not unet, fewer_products=self.kernels != "torch", at_once=unet)
-            return cast(_Module, laid_out)
-        return module
+            made = lay_out(module, fold=not unet, fewer_products=self.kernels != "torch", at_once=unet)
+        elif self._kernels_work(next(module.parameters()).dtype):
+            made = fuse(module)
+        elif isinstance(module, UNet):
+            made = in_planes(module)
+        return cast(_Module, made)
 
     def try_kernels(self) -> None:
         """Compile and try this program's own GPU kernels, where they are to compute, beside the reading of weights."""
@@ -122,17 +124,22 @@ def choose_runtime(spec: RuntimeSpec = USUAL) -> Runtime:
 
 
 @contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Compute on a CPU with so many threads inside the block; None changes nothing."""
-    before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
-    torch.set_num_threads(count)
+def computing(device: torch.device, threads: int, steps: int = 0) -> Iterator[None]:
+    """Inside the block a CPU computes with so many threads, and a GPU's convolutions are those that cuDNN finds
+    to be the fastest by trying, where a job of so many steps in all is worth that.
+
+    To be entered before the thread's first convolution: cuDNN's plans are kept for each thread, however they were made.
+    """
+    before, tried = torch.get_num_threads(), bool(torch.backends.cudnn.benchmark)
+    if threads != before:
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = tried or (device.type == "cuda" and steps >= TRYING_PAYS)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.backends.cudnn.benchmark = tried
+        if threads != before:
+            torch.set_num_threads(before)
 
 
 def wait_for(device: torch.device) -> Callable[[], object] | None:
@@ -147,16 +154,16 @@ def _choose_device(name: str) -> torch.device:
             _log.info("no CUDA device found; running on the CPU")
         return torch.device("cuda", torch.cuda.current_device()) if available else torch.device("cpu")
     device = torch.device(name)
-    if device.type == "cuda":
-        if not available:
-            reason = "this torch was built without CUDA" if not torch.version.cuda else "no CUDA device is visible"
-            raise UsageError(f"device {name} was asked for, but {reason}; use --device cpu.")
-        count = torch.cuda.device_count()
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        if index >= count:
-            raise UsageError(f"device {name} was asked for, but there are only {count} (cuda:0 … cuda:{count - 1}).")
-        return torch.device("cuda", index)
-    return device
+    if device.type != "cuda":
+        return device
+    if not available:
+        reason = "this torch was built without CUDA" if not torch.version.cuda else "no CUDA device is visible"
+        raise UsageError(f"device {name} was asked for, but {reason}; use --device cpu.")
+    count = torch.cuda.device_count()
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index >= count:
+        raise UsageError(f"device {name} was asked for, but there are only {count} (cuda:0 … cuda:{count - 1}).")
+    return torch.device("cuda", index)
 
 
 def _choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -20,6 +20,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 import types
@@ -114,12 +115,10 @@ def _link(folder: Path) -> None:
 
 def _version(folder: Path) -> str:
     """torch's version, read without importing it."""
+    found = None
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in (folder / "version.py").read_text().splitlines():
-            name, equals, value = line.partition("=")
-            if equals and name.partition(":")[0].strip() == "__version__":
-                return value.strip().strip("'\"")
-    return ""
+        found = re.search(r"^__version__\b[^=]*=\s*['\"](.*?)['\"]", (folder / "version.py").read_text(), re.M)
+    return found[1] if found else ""
 
 
 def may_have_gpu() -> bool:

@@ -12,14 +12,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.contenders import CONTENDERS, chosen
+from bench.contenders import CLOCKS, CONTENDERS, chosen
 from bench.measuring import Plan, measure
 from bench.processes import environment, python, run
 from bench.report import passed, to_markdown
 
 from ldmcli.errors import LdmError
 
-CLOCKS = ("cold", "image", "step")
 _FIELDS = {
     "prompt": str, "negative-prompt": str, "seed": int, "steps": int, "width": int, "height": int,
     "guidance-scale": float, "batch-size": int, "device": str, "dtype": str, "threads": int,
@@ -57,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="make bench", description=__doc__)
     found.add_argument("--model", type=Path, default=embedded_model(), help="a diffusers folder or file")
     found.add_argument("--random-weights", help="sd15, sd21 or sdxl in place of a model: 2 to 7 GB in TMPDIR")
-    found.add_argument("--against", default="diffusers", metavar="LIST", help=f"with commas: {', '.join(CONTENDERS)}")
+    found.add_argument(
+        "--against", default="diffusers,ldm-no-cache", metavar="LIST", help=f"with commas: {', '.join(CONTENDERS)}"
+    )
     found.add_argument("--clock", type=_clocks, default=CLOCKS, help="with commas: cold, image, step")
     found.add_argument("--runs", type=int, default=3, help="rounds")
     found.add_argument("--profile", action="store_true", help="what a step spends its time on, by kinds of work")

@@ -18,31 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.step_profile import kind_of, rows
+from bench.step_profile import rows, summed
 from torch import Tensor, nn
 
+from ldmcli.bench import StepClock, wait
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.config import UNetConfig
 from ldmcli.networks.attention import ATTENTIONS, set_attention
 from ldmcli.networks.unet import UNet
 from ldmcli.speed.cuda.fused import fuse
-from ldmcli.speed.cuda.trial import kernels_work
+from ldmcli.speed.cuda.graph import CudaRecorder
+from ldmcli.speed.cuda.kernels import group_norm_silu, kernels_work
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
+SECONDS = 0.8  # for which a step is repeated
 PARTS = ("env", "kernels", "steps", "profile", "gn", "batch", "compile")
 _TOY = UNetConfig(block_channels=(32, 64), attention=(1, 1), heads=(2, 2), context_dim=16, norm_groups=8)
 _NORMS = (
-    (320, 64),
-    (640, 64),
-    (960, 64),
-    (640, 32),
-    (960, 32),
-    (1920, 32),
-    (1280, 16),
-    (2560, 16),
-    (1280, 8),
-    (2560, 8),
-)
+    *((channels, 64) for channels in (320, 640, 960)), *((channels, 32) for channels in (640, 960, 1920)),
+    *((channels, size) for size in (16, 8) for channels in (1280, 2560)),
+)  # fmt: skip
 
 
 class Notes:
@@ -89,6 +84,7 @@ class Card:
         self.half = torch.float16 if self.cuda else torch.float32
         self.config, self.size = (UNetConfig(), 64) if self.cuda else (_TOY, 8)
         self._right: Tensor | None = None
+        self._recorder = CudaRecorder(device)
 
     def env(self) -> None:
         """The card, its libraries, and its best rates."""
@@ -146,27 +142,22 @@ class Card:
         step = self.step_of(self.unet_of(self.half, NHWC, fused=True))
         for _ in range(3):
             step()
-        self.wait()
+        wait(str(self.device))
         activity = torch.profiler.ProfilerActivity.CUDA if self.cuda else torch.profiler.ProfilerActivity.CPU
         with torch.profiler.profile(activities=[activity]) as profiler:
             for _ in range(3):
                 step()
-            self.wait()
-        found = sorted(((1e6 * taken / 3, calls / 3, name) for name, taken, calls in rows(profiler, cuda=self.cuda)),
-                       reverse=True)  # fmt: skip
-        kinds: dict[str, float] = {}
-        for us, _, name in found:
-            kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + us
-        self.notes.note("profile", **{kind: f"{us:.0f} us" for kind, us in kinds.items()})
-        lines = [f"{us:9.1f} us {calls:6.1f}x {name}" for us, calls, name in found]
+            wait(str(self.device))
+        found = summed(rows(profiler, cuda=self.cuda), 3, 0.0)
+        kinds = {kind: f"{1e6 * work['seconds']:.0f} us" for kind, work in found["kinds"].items()}
+        self.notes.note("profile", **kinds)
+        lines = [f"{1e6 * taken:9.1f} us {calls:6.1f}x {name}" for name, taken, calls in found["longest"]]
         (self.notes.folder / "kernels.txt").write_text("\n".join(lines))
         for line in lines[:25]:
             self.notes.say(line[:120])
 
     def gn(self) -> None:
         """The norm kernels by shape, in a graph of 20, beside the time that the bytes they must move take at 3 TB/s."""
-        from ldmcli.speed.cuda.group_norm import group_norm_silu
-
         for c, s in _NORMS if self.cuda else _NORMS[-2:]:
             if self.notes.late:
                 return
@@ -177,7 +168,7 @@ class Card:
                 def run(x: Tensor = x, w: Tensor = w) -> Tensor:
                     return [group_norm_silu(x, 32, w, w, 1e-5) for _ in range(20)][-1]
 
-                ms = self.milliseconds(self.graphed(run)[0] if self.cuda else run, 0.1)[0]
+                ms = self.milliseconds(self.graphed(run), 0.1)[0]
                 self.notes.note(f"gn {c} {s}", us=1e3 * ms / 20, floor_us=3 * x.nbytes / 3e6)
 
     def variant(
@@ -198,10 +189,10 @@ class Card:
                 torch.cuda.reset_peak_memory_stats(self.device)
             began = time.monotonic()
             out = step()
-            self.wait()
+            wait(str(self.device))
             first = time.monotonic() - began
             error = self.error(out) if batch == 1 else -1.0
-            ms, low, high = self.milliseconds(self.graphed(step)[0] if graph and self.cuda else step)
+            ms, low, high = self.milliseconds(self.graphed(step) if graph else step)
             peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.cuda else 0.0
             self.notes.note(name, ms=ms, low=low, high=high, its=1e3 / ms, samples_per_s=2e3 * batch / ms,
                             first_s=first, error=error, peak_gb=peak)  # fmt: skip
@@ -237,40 +228,27 @@ class Card:
 
         return step
 
-    def graphed(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What replays the step, recorded as a CUDA graph; and where its output lies."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            out = step()
-        return graph.replay, out
+    def graphed(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+        """What replays the step, recorded as a CUDA graph on a GPU."""
+        if not self.cuda:
+            return step
+        for _ in range(3):
+            self._recorder.warm(step)
+        return self._recorder.record(step).replay
 
-    def milliseconds(self, run: Callable[[], object], seconds: float = 0.8) -> tuple[float, float, float]:
-        """Median, low and high of groups of five runs, by the device's clock."""
+    def milliseconds(self, run: Callable[[], object], share: float = 1.0) -> tuple[float, float, float]:
+        """Median, low and high of groups of runs, by the device's clock."""
         for _ in range(3):
             run()
-        self.wait()
         times: list[float] = []
-        began = time.monotonic()
-        while (time.monotonic() - began < seconds and len(times) < 60) or len(times) < 3:
-            if self.cuda:
-                first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                stream = torch.cuda.current_stream(self.device)
-                first.record(stream)
-                for _ in range(5):
-                    run()
-                last.record(stream)
-                last.synchronize()
-                times.append(first.elapsed_time(last) / 5)
-            else:
-                started = time.perf_counter()
+        began, calls = time.monotonic(), 5 if self.cuda else 1
+        while (time.monotonic() - began < share * SECONDS and len(times) < 60) or len(times) < 3:
+            clock = StepClock(str(self.device))
+            clock.tick()
+            for _ in range(calls):
                 run()
-                times.append(1e3 * (time.perf_counter() - started))
+            clock.tick()
+            times += [1e3 * taken / calls for taken in clock.seconds()]
         return statistics.median(times), min(times), max(times)
 
     def error(self, out: Tensor) -> float:
@@ -280,11 +258,6 @@ class Card:
             self._right = self.step_of(self.unet_of(torch.float32), layout=NCHW)().double()
             torch.backends.cudnn.allow_tf32 = True
         return float((out.double() - self._right).norm() / self._right.norm())
-
-    def wait(self) -> None:
-        """Until the card has done what it was given."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

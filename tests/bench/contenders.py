@@ -1,14 +1,50 @@
-"""Who can run, as data: this program, its variants with one setting changed, and its peers."""
+"""Who can run, as data: this program, its variants with one setting changed, its peers; and what each is to draw."""
 
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.job import Job
-
 from ldmcli.errors import UsageError, printable
+
+PROMPT = "a red apple on a blue background"
+CLOCKS = ("cold", "image", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A picture by DDIM, or `batch_size` pictures at once whose seeds count up from `seed`; sizes in pixels.
+
+    `model` is a path; it gives sizes and guidance where they are None, and `ldm` resolves "auto", before any other is
+    asked. `settings` are the contender's own, `prepared` is the folder of the model that it converted.
+    """
+
+    name: str
+    model: str
+    prompt: str = PROMPT
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 20
+    width: int | None = None
+    height: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prepared: str = ""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU."""
+        return self.device.startswith("cuda")
+
+    def to_json(self) -> str:
+        """All fields as one line."""
+        return json.dumps(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,17 +53,18 @@ class Contender:
 
     `settings` are fields of a RuntimeSpec, or what its module knows. `dtype`: "run" is that of the run, "plain"
     float32 on a CPU and fp16 on a GPU, "native" bf16 on a CPU that has it, else as "plain". `device` is the only kind
-    of device that it runs on, if any; `alone`: it draws one picture at a time. `environment` is added to that of its
-    processes.
+    of device that it runs on, if any; `alone`: it draws one picture at a time; `clocks` are those that time it.
+    `environment` is added to that of its processes.
     """
 
     name: str
-    module: str
+    module: str = "bench.ours"
     packages: tuple[str, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dtype: str = "run"
     device: str = ""
     alone: bool = False
+    clocks: tuple[str, ...] = CLOCKS
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -36,14 +73,10 @@ class Contender:
         return self.module == "bench.ours"
 
 
-OURS = Contender("ldm", "bench.ours")
+OURS = Contender("ldm")
 # All are compared with it: nothing that makes this program fast, and no rounding to TF32.
 _PLAIN = {"attention": "sdpa", "kernels": "torch", "cuda_graph": False}
-REFERENCE = Contender("ldm fp32", "bench.ours", (), _PLAIN, "fp32", environment={"NVIDIA_TF32_OVERRIDE": "0"})
-
-
-def _ours(name: str, **settings: Any) -> Contender:
-    return Contender(name, "bench.ours", settings=settings)
+REFERENCE = Contender("ldm fp32", settings=_PLAIN, dtype="fp32", environment={"NVIDIA_TF32_OVERRIDE": "0"})
 
 
 def _diffusers(name: str, dtype: str, **settings: Any) -> Contender:
@@ -58,25 +91,27 @@ CONTENDERS = {
         _diffusers("diffusers-bf16", "bf16", channels_last=True),
         _diffusers("diffusers-compile", "native", channels_last=True, compile=True),
         Contender("openvino", "bench.peer_openvino", ("openvino", "diffusers"), {}, "native", "cpu", alone=True),
-        _ours("ldm-eager", cuda_graph=False),
-        _ours("ldm-torch-kernels", kernels="torch"),
-        _ours("ldm-plain", cuda_graph=False, kernels="torch"),
-        _ours("ldm-sdpa", attention="sdpa"),
-        Contender("ldm-xformers", "bench.ours", ("xformers",), {"attention": "xformers"}, device="cuda"),
-        _ours("ldm-compile", compile=True),
-        _ours("ldm-low-vram", low_vram=True),
-        _ours("ldm-tiled", vae_tiling=True),
+        # It keeps nothing on disk and finds nothing compiled.
+        Contender("ldm-no-cache", settings={"cache": False}, clocks=("cold",)),
+        Contender("ldm-eager", settings={"cuda_graph": False}),
+        Contender("ldm-torch-kernels", settings={"kernels": "torch"}),
+        Contender("ldm-plain", settings={"cuda_graph": False, "kernels": "torch"}),
+        Contender("ldm-sdpa", settings={"attention": "sdpa"}),
+        Contender("ldm-xformers", packages=("xformers",), settings={"attention": "xformers"}, device="cuda"),
+        Contender("ldm-compile", settings={"compile": True}),
+        Contender("ldm-low-vram", settings={"low_vram": True}),
+        Contender("ldm-tiled", settings={"vae_tiling": True}),
     )
 }
 
 
 def chosen(names: str) -> list[Contender]:
     """The contenders of a comma-separated list, each once. Raises UsageError for an unknown one."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    wanted = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
     for name in wanted:
         if name not in CONTENDERS:
             raise UsageError(f"contender {printable(repr(name))} is not known; choose from {', '.join(CONTENDERS)}.")
-    return [CONTENDERS[name] for name in dict.fromkeys(wanted)]
+    return [CONTENDERS[name] for name in wanted]
 
 
 def obstacle(contender: Contender, job: Job, installed: Callable[[str], object] = importlib.util.find_spec) -> str:
@@ -84,8 +119,7 @@ def obstacle(contender: Contender, job: Job, installed: Callable[[str], object] 
     missing = [package for package in contender.packages if installed(package) is None]
     if missing:
         return f"needs {' and '.join(missing)}, which this Python does not have (pip install {' '.join(missing)})"
-    kind = "cuda" if job.on_gpu else "cpu"
-    if contender.device not in ("", kind):
+    if contender.device not in ("", "cuda" if job.on_gpu else "cpu"):
         return f"runs on {contender.device} alone, and this run is on {job.device}"
     if contender.alone and job.batch_size > 1:
         return f"draws one picture at a time, and {job.batch_size} at once are asked for"

@@ -8,7 +8,6 @@ whichever call has put them there.
 import argparse
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +19,6 @@ from bench.processes import environment, python
 from bench.targets import to_markdown
 
 _ROOT = Path(__file__).resolve().parents[2]
-_GRACE = 30.0  # seconds for an interrupted part to end its own processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,7 @@ PARTS = {
     "card": Part("--seconds 120", module="bench.card_check"),
     "tests": Part("-m cuda -rs --color=no tests", module="pytest"),
     "sd15": Part(f"{_SD15} diffusers,ldm-eager,ldm-torch-kernels,ldm-plain,ldm-sdpa,ldm-xformers --runs 10", "sd15"),
-    "cold": Part("--steps 20 --clock cold --runs 5 --against diffusers", "sd15"),
+    "cold": Part("--steps 20 --clock cold --runs 5 --against diffusers,ldm-no-cache", "sd15"),
     "compile": Part(f"{_SD15} diffusers-compile,ldm-compile --runs 10", "sd15"),
     "batch16": Part(f"{_SD15} diffusers --batch-size 16 --profile", "sd15"),
     "batch64": Part(f"{_SD15} diffusers --batch-size 64", "sd15"),
@@ -86,14 +84,15 @@ def run_part(name: str, out: Path, scratch: Path, device: str, limit: float) -> 
     with (out / f"{name}.md").open("wb") as table, (out / f"{name}.log").open("wb") as log:
         for command in commands(name, out, scratch, device):
             env = environment(scratch, None, scratch / "compiled")
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=table, stderr=log, cwd=_ROOT, env=env)
             try:
-                if code := process.wait(limit):
-                    return f"failed ({code})"
-            except subprocess.TimeoutExpired:
+                done = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=table, stderr=log, cwd=_ROOT, env=env, timeout=limit,
+                    check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:  # its contenders end with it
                 return "took too long"
-            finally:
-                _stop(process)
+            if done.returncode:
+                return f"failed ({done.returncode})"
     return "ok"
 
 
@@ -111,17 +110,6 @@ def commands(name: str, out: Path, scratch: Path, device: str) -> list[list[str]
     if part.module == "bench.card_check":
         words += [str(out / "card"), *(["--cpu"] if device == "cpu" else [])]
     return [*before, python(part.module, *words)]
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a process that is running still: interrupted, it ends those that it started."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 if __name__ == "__main__":

@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import serving
-from bench.job import Job
+from bench.contenders import Job
 
 from ldmcli.bench import drawn
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.cpu.heap import keep_freed_memory
 from ldmcli.speed.cpu.threads import choose_threads
-
-_TYPED = (
-    "model", "negative_prompt", "seed", "steps", "width", "height", "guidance_scale", "dtype", "device", "threads",
-)  # fmt: skip
 
 
 class Ours(serving.Serving):
@@ -27,9 +23,8 @@ class Ours(serving.Serving):
         keep_freed_memory()  # as the commands that draw do
         runtime = RuntimeSpec(device=job.device, dtype=job.dtype, threads=job.threads, **job.settings)
         self.session = Session(ModelSpec(job.model), runtime)
-        self.device = str(self.session.runtime.device)
         self.threads = choose_threads(job.threads, self.session.config.unet, pictures=job.batch_size)
-        self.job = dataclasses.replace(job, device=self.device)
+        super().__init__(dataclasses.replace(job, device=str(self.session.runtime.device)))
 
     def greet(self) -> dict[str, Any]:
         """As others do; and what the others are given: the size and guidance of the model, if the job has none."""
@@ -49,8 +44,8 @@ class Ours(serving.Serving):
             "tokens": [list(tokenize(each, self.job.prompt).chunks[0].ids) for each in tokenizers],
             "bf16_native": cpu_has_bf16(),
             "fitted": {name: getattr(fitted, name) for name in ("width", "height", "guidance_scale")},
-            "gpu": torch.cuda.get_device_name(self.device) if cuda else None,
-            "free": torch.cuda.mem_get_info(self.device)[0] if cuda else None,
+            "gpu": torch.cuda.get_device_name(self.job.device) if cuda else None,
+            "free": torch.cuda.mem_get_info(self.job.device)[0] if cuda else None,
         }
 
     def pictures(self, steps: int, prompt: str, on_step: serving.OnStep, *, decode: bool) -> Iterable[Any]:
@@ -81,22 +76,21 @@ class Ours(serving.Serving):
 
     def requests(self, steps: int, prompt: str) -> list[GenerationRequest]:
         """One request for each picture that is drawn at once."""
-        job = self.job
-        first = GenerationRequest(
-            prompt, job.negative_prompt, seed=job.seed, steps=steps, width=job.width, height=job.height,
-            guidance_scale=job.guidance_scale, sampler="ddim",
-        )  # fmt: skip
-        return [dataclasses.replace(first, seed=job.seed + i) for i in range(job.batch_size)]
+        fields = ("negative_prompt", "seed", "width", "height", "guidance_scale")
+        given = {name: getattr(self.job, name) for name in fields}
+        first = GenerationRequest(prompt, steps=steps, sampler="ddim", **given)
+        return [dataclasses.replace(first, seed=self.job.seed + i) for i in range(self.job.batch_size)]
 
 
-def cold_words(job: Job, output: str, *more: str) -> list[str]:
+def cold_words(job: Job, output: str) -> list[str]:
     """What is typed after `ldm` to draw the job's picture into a file, its times told."""
-    fields = dataclasses.asdict(job)
-    words = {name: fields[name] for name in _TYPED} | dict(job.settings) | {"sampler": "ddim", "output": output}
-    words["no_cuda_graph"] = not words.pop("cuda_graph", True)
+    words = dataclasses.asdict(job) | dict(job.settings) | {"sampler": "ddim", "output": output}
+    for name in ("name", "prompt", "batch_size", "settings", "prepared"):
+        del words[name]
+    for name in ("cuda_graph", "cache"):  # which are there unless they are turned off
+        words[f"no_{name}"] = not words.pop(name, True)
     typed = {f"--{n.replace('_', '-')}": v for n, v in words.items() if v is not None and v is not False}
-    given = [name if value is True else f"{name}={value}" for name, value in typed.items()]
-    return ["txt2img", "--json", *given, *more, "--", job.prompt]
+    return ["txt2img", "--json", *(n if v is True else f"{n}={v}" for n, v in typed.items()), "--", job.prompt]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """diffusers as a contender: the pipeline as its documentation has it, with DDIM."""
 
+import importlib.metadata
 import json
 import time
 from collections.abc import Iterable
@@ -7,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import serving
-from bench.job import Job
+from bench.contenders import Job
 
 from ldmcli.bench import wait
-from ldmcli.stopwatch import Stopwatch, process_age
 
 
 def load(job: Job) -> Any:
@@ -36,49 +36,30 @@ def load(job: Job) -> Any:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     if job.settings.get("compile"):
-        compile_networks(pipe, job)
+        # On a GPU the decoder too, searching for the fastest kernels, which takes minutes: as diffusers documents it.
+        how = {"mode": "max-autotune", "fullgraph": True} if job.on_gpu else {}
+        pipe.unet = torch.compile(pipe.unet, **how)
+        if job.on_gpu:
+            pipe.vae.decoder = torch.compile(pipe.vae.decoder, **how)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def compile_networks(pipe: Any, job: Job) -> None:
-    """Put torch.compile around the U-Net, and on a GPU around the VAE's decoder too, as diffusers' documentation does
-    there: searching for the fastest kernels, which takes minutes."""
+def noise(pipe: Any, job: Job) -> Any:
+    """The first latents; each picture's are drawn by a CPU generator of its own, in float32."""
     import torch
 
-    if job.on_gpu:
-        pipe.unet = torch.compile(pipe.unet, mode="max-autotune", fullgraph=True)
-        pipe.vae.decoder = torch.compile(pipe.vae.decoder, mode="max-autotune", fullgraph=True)
-    else:
-        pipe.unet = torch.compile(pipe.unet)
-
-
-def arguments(pipe: Any, job: Job, steps: int) -> dict[str, Any]:
-    """What the pipeline is called with; each picture's noise is drawn by a CPU generator of its own, in float32."""
-    import torch
-
-    channels, factor = pipe.unet.config.in_channels, pipe.vae_scale_factor
-    shape = (1, channels, job.height // factor, job.width // factor)
+    shape = (1, pipe.unet.config.in_channels, job.height // pipe.vae_scale_factor, job.width // pipe.vae_scale_factor)
     seeds = range(job.seed, job.seed + job.batch_size)
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    return {
-        "prompt": job.prompt,
-        "num_images_per_prompt": job.batch_size,
-        "negative_prompt": job.negative_prompt or None,
-        "width": job.width,
-        "height": job.height,
-        "num_inference_steps": steps,
-        "guidance_scale": job.guidance_scale,
-        "latents": noise.to(pipe.device, pipe.unet.dtype),
-    }
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def tokens(pipe: Any, prompt: str) -> list[list[int]]:
     """The prompt's token ids for each text encoder."""
-    tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
+    found = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
     return [
         each(prompt, padding="max_length", max_length=each.model_max_length, truncation=True).input_ids
-        for each in tokenizers
+        for each in found
         if each is not None
     ]
 
@@ -89,64 +70,54 @@ class Diffusers(serving.Serving):
     def __init__(self, job: Job) -> None:
         import torch
 
+        super().__init__(job)
+        self.watch.settle = lambda: wait(job.device)
         torch.set_num_threads(job.threads)
-        self.job = job
         self.pipe = load(job)
 
     def greet(self) -> dict[str, Any]:
-        import importlib.metadata
-
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "torch")},
-            "device": self.job.device,
-            "dtype": self.job.dtype,
-            "threads": self.job.threads,
+            **{name: getattr(self.job, name) for name in ("device", "dtype", "threads")},
             "tokens": tokens(self.pipe, self.job.prompt),
         }
 
     def pictures(self, steps: int, prompt: str, on_step: serving.OnStep, *, decode: bool) -> Iterable[Any]:
-        def after(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """What is done before the scheduler is asked for its timesteps counts as the text encoder's."""
+        stamps, job = [time.perf_counter()], self.job
+        set_timesteps = self.pipe.scheduler.set_timesteps
+
+        def after_text(*settings: Any, **more: Any) -> None:
+            stamps.append(time.perf_counter())
+            set_timesteps(*settings, **more)
+
+        def after_step(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(tensors["latents"])
+            stamps[2:] = [time.perf_counter()]
             return tensors
 
-        call = arguments(self.pipe, self.job, steps) | {"prompt": prompt, "callback_on_step_end": after}
-        images = self.pipe(**call, output_type="pil" if decode else "latent").images
+        self.pipe.scheduler.set_timesteps = after_text
+        try:
+            images = self.pipe(
+                prompt, negative_prompt=job.negative_prompt or None, num_images_per_prompt=job.batch_size,
+                width=job.width, height=job.height, num_inference_steps=steps, guidance_scale=job.guidance_scale,
+                latents=noise(self.pipe, job).to(self.pipe.device, self.pipe.unet.dtype),
+                callback_on_step_end=after_step, output_type="pil" if decode else "latent",
+            ).images  # fmt: skip
+        finally:
+            self.pipe.scheduler.set_timesteps = set_timesteps
+        stamps.append(time.perf_counter())
+        for name, before, then in zip(("text", "denoise", "vae"), stamps, stamps[1:], strict=False):
+            self.watch.add(name, then - before)
         return images if decode else ()
 
 
-def cold(job: Job, output: str) -> dict[str, Any]:
-    """From nothing to a PNG file, as a plain user's script."""
+def imports(job: Job) -> None:
+    """The pipeline's class, whose module is imported when it is first looked up, and torch."""
     import diffusers
-    import torch
 
-    watch = Stopwatch(lambda: wait(job.device))
-    torch.set_num_threads(job.threads)
-    kind = json.loads((Path(job.model) / "model_index.json").read_text())["_class_name"]
-    getattr(diffusers, kind)  # imported when it is first looked up
-    watch.add("imports", process_age())
-    with watch.phase("weights"):
-        pipe = load(job)
-    stamps = [time.perf_counter()]  # before the text encoder, after it, after the last step
-    set_timesteps = pipe.scheduler.set_timesteps
-
-    def after_text(*settings: Any, **more: Any) -> None:
-        stamps.append(time.perf_counter())
-        set_timesteps(*settings, **more)
-
-    def after(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        watch.mark("first_step")
-        stamps[2:] = [time.perf_counter()]
-        return tensors
-
-    pipe.scheduler.set_timesteps = after_text
-    image = pipe(**arguments(pipe, job, job.steps), callback_on_step_end=after).images[0]
-    stamps.append(time.perf_counter())
-    for name, before, then in zip(("text", "denoise", "vae"), stamps, stamps[1:], strict=False):
-        watch.add(name, then - before)
-    with watch.phase("png"):
-        image.save(output)
-    return watch.report()
+    getattr(diffusers, json.loads((Path(job.model) / "model_index.json").read_text())["_class_name"])
 
 
 if __name__ == "__main__":
-    serving.main(Diffusers, cold)
+    serving.main(Diffusers, imports)

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import serving
-from bench.job import Job
-from bench.parity import STEPS
-
-from ldmcli.stopwatch import Stopwatch, process_age
+from bench.contenders import Job
 
 
 def prepare(job: Job) -> None:
@@ -23,33 +20,29 @@ def prepare(job: Job) -> None:
 
     import numpy as np
     import torch
-    from bench.peer_diffusers import arguments, load, tokens
+    from bench.peer_diffusers import load, noise, tokens
 
     folder = Path(job.prepared)
     pipe = load(dataclasses.replace(job, dtype="fp32", device="cpu"))
     if getattr(pipe, "text_encoder_2", None) is not None:
         sys.exit("models with two text encoders are not converted")
     pipe.text_encoder.config._attn_implementation = "eager"
-    prompts = [job.negative_prompt, job.prompt][0 if job.guided else 1 :]
-    ids = np.array([tokens(pipe, prompt)[0] for prompt in prompts])
-    noise = arguments(pipe, job, 1)["latents"]
-    batch = len(prompts)
-    context = torch.zeros(batch, ids.shape[1], pipe.text_encoder.config.hidden_size)
+    prompts = [job.prompt] if job.guidance_scale == 1 else [job.negative_prompt, job.prompt]
+    ids, latents = np.array([tokens(pipe, prompt)[0] for prompt in prompts]), noise(pipe, job)
+    context = torch.zeros(len(prompts), ids.shape[1], pipe.text_encoder.config.hidden_size)
+    inputs = latents.expand(len(prompts), -1, -1, -1).clone(), torch.tensor(1.0), context
     _convert(folder / "text.xml", pipe.text_encoder, lambda text, ids: text(ids)[0], torch.from_numpy(ids))
-    _convert(folder / "unet.xml", pipe.unet, lambda unet, *inputs: unet(*inputs, return_dict=False)[0],
-             noise.expand(batch, -1, -1, -1).clone(), torch.tensor(1.0), context)  # fmt: skip
+    _convert(folder / "unet.xml", pipe.unet, lambda unet, *inputs: unet(*inputs, return_dict=False)[0], *inputs)
     scale = pipe.vae.config.scaling_factor
     # Converting runs the network, and the decoder is slow: on a corner of the latents.
     _convert(folder / "vae.xml", pipe.vae, lambda vae, latents: vae.decode(latents / scale, return_dict=False)[0],
-             noise[:, :, :8, :8].clone(), shapes=[tuple(noise.shape)])  # fmt: skip
-    timesteps = {}
-    for steps in {*range(1, STEPS + 2), job.steps}:
+             latents[:, :, :8, :8].clone(), shapes=[tuple(latents.shape)])  # fmt: skip
+    arrays = {"ids": ids, "noise": latents.numpy(), "levels": pipe.scheduler.alphas_cumprod.numpy()}
+    for steps in {*range(1, serving.PARITY_STEPS + 2), job.steps}:
         pipe.scheduler.set_timesteps(steps)
-        timesteps[f"timesteps_{steps}"] = pipe.scheduler.timesteps.numpy()
-    levels, last = pipe.scheduler.alphas_cumprod.numpy(), float(pipe.scheduler.final_alpha_cumprod)
-    arrays = {"ids": ids, "noise": noise.numpy(), "levels": levels, "last": last, **timesteps}
+        arrays[f"timesteps_{steps}"] = pipe.scheduler.timesteps.numpy()
+    arrays |= {"last": pipe.scheduler.final_alpha_cumprod.numpy(), "type": pipe.scheduler.config.prediction_type}
     np.savez(folder / "constants.npz", allow_pickle=False, **arrays)
-    (folder / "settings.json").write_text(json.dumps({"prediction_type": pipe.scheduler.config.prediction_type}))
 
 
 def _convert(
@@ -80,9 +73,8 @@ class OpenVINO(serving.Serving):
         import numpy as np
         import openvino
 
-        self.job = job
+        super().__init__(job)
         folder = Path(job.prepared)
-        self.prediction_type = json.loads((folder / "settings.json").read_text())["prediction_type"]
         self.constants = np.load(folder / "constants.npz")
         core = openvino.Core()
         options = {
@@ -98,21 +90,25 @@ class OpenVINO(serving.Serving):
 
         return {
             "versions": {"openvino": openvino.__version__},
-            "device": "cpu",
-            "dtype": self.job.dtype,
-            "threads": self.job.threads,
+            **{name: getattr(self.job, name) for name in ("device", "dtype", "threads")},
             "tokens": [self.constants["ids"][-1].tolist()],
         }
 
     def pictures(self, steps: int, prompt: str, on_step: serving.OnStep, *, decode: bool) -> Iterable[Any]:
-        latents = self.denoised(self.encoded(), steps, on_step)
-        return [self.image(latents)] if decode else []
+        import numpy as np
+        from PIL import Image
 
-    def encoded(self) -> Any:
-        """What the U-Net reads of the prompts."""
-        return self._run("text", self.constants["ids"])
+        with self.watch.phase("text"):
+            context = self._run("text", self.constants["ids"])
+        with self.watch.phase("denoise"):
+            latents = self._denoised(context, steps, on_step)
+        if not decode:
+            return []
+        with self.watch.phase("vae"):
+            pixels = self._run("vae", latents)[0].transpose(1, 2, 0)
+            return [Image.fromarray((np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8))]
 
-    def denoised(self, context: Any, steps: int, on_step: serving.OnStep) -> Any:
+    def _denoised(self, context: Any, steps: int, on_step: serving.OnStep) -> Any:
         """The latents after so many steps of DDIM with guidance, eta 0 (Song, Meng & Ermon 2020)."""
         import numpy as np
 
@@ -121,58 +117,29 @@ class OpenVINO(serving.Serving):
         for timestep in self.constants[f"timesteps_{steps}"]:
             inputs = np.repeat(latents, len(context), axis=0)
             output = self._run("unet", inputs, np.array(timestep, np.float32), context)
-            if self.job.guided:
+            if len(context) > 1:
                 output = output[:1] + self.job.guidance_scale * (output[1:] - output[:1])
             level = float(levels[timestep])
-            previous = float(levels[timestep - stride]) if timestep >= stride else float(self.constants["last"])
-            denoised, noise = self._split(latents, output, level)
-            latents = np.asarray(previous**0.5 * denoised + (1 - previous) ** 0.5 * noise, np.float32)
+            previous = float(levels[timestep - stride] if timestep >= stride else self.constants["last"])
+            signal, spread = level**0.5, (1 - level) ** 0.5
+            noise = signal * output + spread * latents if self.constants["type"] == "v_prediction" else output
+            image = (latents - spread * noise) / signal
+            latents = np.asarray(previous**0.5 * image + (1 - previous) ** 0.5 * noise, np.float32)
             on_step(latents)
         return latents
-
-    def image(self, latents: Any) -> Any:
-        """The picture, as Pillow's."""
-        import numpy as np
-        from PIL import Image
-
-        pixels = self._run("vae", latents)[0].transpose(1, 2, 0)
-        return Image.fromarray((np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8))
-
-    def _split(self, latents: Any, output: Any, level: float) -> tuple[Any, Any]:
-        """The predicted image and noise."""
-        signal, spread = level**0.5, (1 - level) ** 0.5
-        if self.prediction_type == "epsilon":
-            return (latents - spread * output) / signal, output
-        if self.prediction_type == "v_prediction":
-            return signal * latents - spread * output, signal * output + spread * latents
-        return output, (latents - signal * output) / spread
 
     def _run(self, name: str, *inputs: Any) -> Any:
         return self.networks[name](list(inputs))[0]
 
 
-def cold(job: Job, output: str) -> dict[str, Any]:
-    """From nothing to a PNG file."""
+def imports(_: Job) -> None:
+    """What drawing needs."""
     import openvino  # noqa: F401
     from PIL import Image  # noqa: F401
-
-    watch = Stopwatch()
-    watch.add("imports", process_age())
-    with watch.phase("weights"):
-        contender = OpenVINO(job)
-    with watch.phase("text"):
-        context = contender.encoded()
-    with watch.phase("denoise"):
-        latents = contender.denoised(context, job.steps, lambda _: watch.mark("first_step"))
-    with watch.phase("vae"):
-        image = contender.image(latents)
-    with watch.phase("png"):
-        image.save(output)
-    return watch.report()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "prepare":
-        prepare(Job.from_json(sys.argv[2]))
+        prepare(Job(**json.loads(sys.argv[2])))
     else:
-        serving.main(OpenVINO, cold)
+        serving.main(OpenVINO, imports)

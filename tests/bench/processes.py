@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from ldmcli.errors import LdmError, printable
-from ldmcli.stopwatch import process_peak
 
 LIMIT = 3600.0  # seconds for one answer: compiling a large U-Net takes minutes
 _TESTS = Path(__file__).resolve().parent.parent
@@ -48,29 +47,29 @@ def python(module: str, *arguments: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """A process that ran to its end: wall time in seconds, what it printed, and its peak of memory in bytes (None where
-    that is no more than the peak of this process, which it inherits)."""
+    """A process that ran to its end: wall time in seconds, what it printed, and its peak of memory in bytes, which is
+    no less than that of this process."""
 
     seconds: float
     out: str
-    peak: int | None
+    peak: int
 
 
 def run(command: list[str], env: Mapping[str, str], limit: float = LIMIT) -> Ended:
     """Run a command to its end. Raises ContenderError where it fails or takes longer than `limit` seconds."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
         started = time.monotonic()
-        process = _start(command, env, stdin=subprocess.DEVNULL, stdout=out, stderr=log)
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=log, start_new_session=True
+        )
         with _killed_after(limit, process) as overdue:
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number stays taken until wait4
+            _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - started
-        _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise _failure(process.returncode, log, limit if overdue.is_set() else None)
         out.seek(0)
-        peak = usage.ru_maxrss * 1024
-        return Ended(seconds, out.read().decode(), peak if peak > process_peak() else None)
+        return Ended(seconds, out.read().decode(), usage.ru_maxrss * 1024)
 
 
 class Worker:
@@ -78,12 +77,14 @@ class Worker:
 
     def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
-        self.process = _start(command, env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        self.process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
+        )
 
     def ask(self, question: str, limit: float = LIMIT, **fields: Any) -> dict[str, Any]:
         """The answer. Raises ContenderError where the process has ended, or takes longer than `limit` seconds."""
         line = b""
-        with _killed_after(limit, self.process, always=False) as overdue, contextlib.suppress(OSError):
+        with _killed_after(limit, self.process) as overdue, contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps({"ask": question, **fields}).encode() + b"\n")  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
             line = self.process.stdout.readline()  # type: ignore[union-attr]
@@ -94,46 +95,32 @@ class Worker:
 
     def kill(self) -> None:
         """End it and all that it started, at once."""
-        kill_group(self.process)
+        _kill_group(self.process)
         self.process.wait()
         for file in (self.process.stdin, self.process.stdout, self._log):
             with contextlib.suppress(OSError):
                 file.close()  # type: ignore[union-attr]
 
 
-def kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process that leads a group, and all others in it."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _start(command: list[str], env: Mapping[str, str], **streams: Any) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(command, env=env, start_new_session=True, **streams)
-
-
 @contextlib.contextmanager
-def _killed_after(
-    limit: float, process: "subprocess.Popen[bytes]", *, always: bool = True
-) -> Iterator[threading.Event]:
-    """Kill the process and all that it started after so many seconds; `always`: at the end of the block in any case.
-    Tells whether it was overdue."""
+def _killed_after(limit: float, process: "subprocess.Popen[bytes]") -> Iterator[threading.Event]:
+    """Kill the process and all that it started after so many seconds, and where this one is interrupted. Tells whether
+    it was overdue."""
     overdue = threading.Event()
-
-    def stop() -> None:
-        overdue.set()
-        kill_group(process)
-
-    timer = threading.Timer(limit, stop)
+    timer = threading.Timer(limit, lambda: (overdue.set(), _kill_group(process)))
     timer.start()
     try:
         yield overdue
     except BaseException:
-        kill_group(process)
+        _kill_group(process)
         raise
     finally:
         timer.cancel()
-        if always:
-            kill_group(process)
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _failure(code: int, log: IO[bytes], overdue: float | None) -> ContenderError:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from bench.job import PROMPT
+from bench.contenders import PROMPT
 
 from ldmcli.bench import drawn, wait
 
@@ -64,23 +64,23 @@ def profile(ours: "Ours") -> dict[str, Any]:
     """Draw with a session that is warm, and profile some steps in the middle: what `summed` tells."""
     import torch
 
-    cuda = ours.device.startswith("cuda")
+    cuda = ours.job.on_gpu
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     if cuda:  # kernels inside a CUDA graph show only if the profiling library was there when it was recorded
         with torch.profiler.profile(activities=[activity]):
-            torch.zeros(1, device=ours.device).add_(1)
-            wait(ours.device)
+            torch.zeros(1, device=ours.job.device).add_(1)
+            wait(ours.job.device)
     requests = ours.requests(BEFORE + STEPS, PROMPT)
     list(drawn(ours.session, requests, lambda _: None, decode=False))  # in which a graph is recorded
     profiler, times = torch.profiler.profile(activities=[activity]), []
 
     def on_step(progress: Any) -> None:
         if progress.done == BEFORE:
-            wait(ours.device)
+            wait(ours.job.device)
             profiler.start()
             times.append(time.perf_counter())
         elif progress.done == BEFORE + STEPS:
-            wait(ours.device)
+            wait(ours.job.device)
             times.append(time.perf_counter())
             profiler.stop()
 

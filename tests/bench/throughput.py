@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.job import PROMPT
+from bench.contenders import PROMPT
 from bench.processes import python, run
 
 

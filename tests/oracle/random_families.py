@@ -195,13 +195,13 @@ RECIPES = {
 }
 
 
-def build_parts(name: str, *, small: bool, **unet: Any) -> dict[str, Any]:
+def build_parts(name: str | Recipe, *, small: bool, **unet: Any) -> dict[str, Any]:
     """diffusers' and transformers' modules of a recipe by part, on the current default device; `unet` replaces single
     settings of the U-Net."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    recipe = RECIPES[name]
+    recipe = RECIPES[name] if isinstance(name, str) else name
     widths: Settings = {key: SMALL_VAE[key] for key in ("block_out_channels", "sample_size")} if small else {}
     parts: dict[str, Any] = {
         "vae": AutoencoderKL(**{**recipe.vae, **widths}),
@@ -215,10 +215,16 @@ def build_parts(name: str, *, small: bool, **unet: Any) -> dict[str, Any]:
 
 def random_family(name: str, *, seed: int = 0, **unet: Any) -> Any:
     """The small model of a recipe as diffusers' pipeline, with random weights; `unet` replaces single settings."""
+    parts = build_parts(name, small=True, **unet)
+    pipeline = as_pipeline(RECIPES[name], parts)
+    randomise_pipeline(pipeline, tuple(parts), seed)
+    return pipeline
+
+
+def as_pipeline(recipe: Recipe, parts: Mapping[str, Any]) -> Any:
+    """diffusers' pipeline of a recipe with these networks."""
     import diffusers
 
-    recipe = RECIPES[name]
-    parts = build_parts(name, small=True, **unet)
     tokenizers = {
         # The padding of an OpenCLIP encoder is token 0, that of OpenAI's its end mark.
         part.replace("text_encoder", "tokenizer"): clip_tokenizer(
@@ -229,15 +235,13 @@ def random_family(name: str, *, seed: int = 0, **unet: Any) -> Any:
     pipeline_class = getattr(diffusers, recipe.pipeline)
     unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     takes = inspect.signature(pipeline_class.__init__).parameters
-    pipeline = pipeline_class(
+    return pipeline_class(
         **parts,
         **tokenizers,
         scheduler=_scheduler(recipe),
         **{key: value for key, value in unused.items() if key in takes},
         **recipe.extras,
     )
-    randomise_pipeline(pipeline, tuple(parts), seed)
-    return pipeline
 
 
 def same_networks(name: str) -> str:

@@ -106,7 +106,7 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
     """Weights that keep a signal's size; norms near 1 and biases near 0, but none equal to its initial value."""
     with torch.no_grad():
         for name, weight in module.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
+            noise = torch.randn(weight.shape, generator=generator, device=generator.device)
             if weight.ndim > 1:
                 is_table = name.endswith(("token_embedding.weight", "position_embedding.weight"))
                 weight.copy_(noise if is_table else noise / weight[0].numel() ** 0.5)

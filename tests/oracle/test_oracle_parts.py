@@ -42,14 +42,8 @@ def our_context(pipeline: Pipeline, prompts: list[str]) -> torch.Tensor:
 
 def their_context(reference: Any, prompts: list[str]) -> torch.Tensor:
     tokenizer = reference.tokenizer
-    ids = tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    return reference.text_encoder(ids)[0].detach()
+    length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return reference.text_encoder(tokenizer(prompts, **length, return_tensors="pt").input_ids)[0].detach()
 
 
 def compare_unets(pipeline: Pipeline, reference: Any, latents: torch.Tensor, timestep: int) -> float:
@@ -61,19 +55,6 @@ def compare_unets(pipeline: Pipeline, reference: Any, latents: torch.Tensor, tim
     return relative(ours, theirs)
 
 
-def test_the_random_model_is_a_fair_test(random_model: Any) -> None:
-    latents, context = normal(2, 4, 12, 12), normal(2, 77, 64)
-    with torch.inference_mode():
-        noise = random_model.unet(latents, 500, context).sample
-        other_text = random_model.unet(latents, 500, context.flip(0)).sample
-        other_time = random_model.unet(latents, 520, context).sample
-        image = random_model.vae.decode(latents / 0.18215).sample
-    assert 0.7 < noise.std() < 1.5
-    assert (other_text - noise).std() > 0.05
-    assert (other_time - noise).std() > 0.05
-    assert 0.3 < image.std() < 1.5
-
-
 def test_text_context(pair: Pair) -> None:
     pipeline, reference = pair
     ours, theirs = our_context(pipeline, PROMPTS), their_context(reference, PROMPTS)
@@ -81,11 +62,11 @@ def test_text_context(pair: Pair) -> None:
         assert relative(ours[i], theirs[i]) < TOLERANCE
 
 
-@pytest.mark.parametrize("timestep", [0, 1, 500, 999])
-def test_unet(pair: Pair, timestep: int) -> None:
+def test_unet(pair: Pair) -> None:
     pipeline, reference = pair
     size = pipeline.config.unet.sample_size
-    assert compare_unets(pipeline, reference, normal(2, 4, size, size), timestep) < TOLERANCE
+    for timestep in (0, 1, 500, 999):
+        assert compare_unets(pipeline, reference, normal(2, 4, size, size), timestep) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [(9, 7), (3, 1), (17, 8), (5, 24)])
@@ -99,19 +80,16 @@ def test_unet_at_sizes_that_do_not_halve_evenly(pair: Pair, size: tuple[int, int
     assert relative(our_noise, their_noise) < 1e-10
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 1)])
 def test_vae_decodes(pair: Pair, size: tuple[int, int]) -> None:
-    pipeline, reference = pair
     latents = normal(1, 4, *size)
-    theirs = reference.vae.decode(latents / reference.vae.config.scaling_factor).sample
-    assert relative(decoded(pipeline, latents), theirs) < TOLERANCE
-
-
-def test_vae_decodes_a_single_latent(pair: Pair) -> None:
-    ours, theirs = (copy.deepcopy(side.vae).double() for side in pair)
-    latents = normal(1, 4, 1, 1).double()
+    if size != (1, 1):
+        theirs = pair[1].vae.decode(latents / pair[1].vae.config.scaling_factor).sample
+        assert relative(decoded(pair[0], latents), theirs) < TOLERANCE
+        return
+    exact, wanted = (copy.deepcopy(side.vae).double() for side in pair)
     with torch.inference_mode():
-        assert relative(ours.decode(latents), theirs.decode(latents).sample) < 1e-10
+        assert relative(exact.decode(latents.double()), wanted.decode(latents.double()).sample) < 1e-10
 
 
 @pytest.mark.parametrize("size", [(64, 64), (72, 56), (66, 67)])
@@ -130,48 +108,45 @@ def test_vae_encodes(request: pytest.FixtureRequest, name: str, size: tuple[int,
     assert relative(*draws) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    {
-        "one resnet a level": {"unet": {"layers_per_block": 1}, "vae": {"layers_per_block": 1}},
-        "two levels, both attending": {
-            "unet": {
-                "block_out_channels": (32, 64),
-                "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-                "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-            },
-            "vae": {
-                "block_out_channels": (32, 64, 96),
-                "down_block_types": ("DownEncoderBlock2D",) * 3,
-                "up_block_types": ("UpDecoderBlock2D",) * 3,
-            },
+TWO_LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "two levels of one resnet, both attending": {
+        "unet": {
+            "block_out_channels": (32, 64),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+            "layers_per_block": 1,
         },
-        "heads, depths and groups of their own": {
-            "unet": {
-                "attention_head_dim": [2, 4, 8, 8],
-                "transformer_layers_per_block": [1, 2, 3, 3],
-                "norm_num_groups": 16,
-                "norm_eps": 1e-3,
-            },
-            "vae": {"norm_num_groups": 8},
+        "vae": {"block_out_channels": (32, 64), "layers_per_block": 1, **TWO_LEVELS},
+    },
+    "heads, depths and groups of their own, linear projections, sines first, shifted": {
+        "unet": {
+            "attention_head_dim": [2, 4, 8, 8],
+            "transformer_layers_per_block": [1, 2, 3, 3],
+            "norm_num_groups": 16,
+            "norm_eps": 1e-3,
+            "use_linear_projection": True,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
         },
-        "linear projections, sines first, shifted": {
-            "unet": {"use_linear_projection": True, "flip_sin_to_cos": False, "freq_shift": 1},
+        "vae": {"norm_num_groups": 8},
+    },
+    "another text encoder": {
+        "text": {
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-3,
         },
-        "another text encoder": {
-            "text": {
-                "hidden_size": 128,
-                "num_attention_heads": 4,
-                "num_hidden_layers": 3,
-                "hidden_act": "gelu",
-                "layer_norm_eps": 1e-3,
-            },
-            "unet": {"cross_attention_dim": 128},
-        },
-    }.items(),
-)
-def test_other_dimensions(name: str, settings: dict[str, Any], tmp_path: Path, one_thread: None) -> None:
-    reference = random_pipeline(**settings)
+        "unet": {"cross_attention_dim": 128},
+    },
+}
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_other_dimensions(name: str, tmp_path: Path, one_thread: None) -> None:
+    reference = random_pipeline(**DIMENSIONS[name])
     pipeline = load(save(reference, tmp_path / "model"))
     assert compare_unets(pipeline, reference, normal(1, 4, 15, 16), 500) < TOLERANCE
     latents = normal(1, 4, 5, 4)
@@ -191,12 +166,7 @@ def test_layers_wide_enough_for_fewer_multiplications(
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             "layers_per_block": 1,
         },
-        vae={
-            "block_out_channels": (96, 128),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "layers_per_block": 1,
-        },
+        vae={"block_out_channels": (96, 128), "layers_per_block": 1, **TWO_LEVELS},
     )
     pipeline = load(save(reference, tmp_path / "model"))
     shapes: list[tuple[int, bool]] = []

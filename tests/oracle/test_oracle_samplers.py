@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import itertools
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import SMALLEST_LEVEL, Schedule, Step
 
 TOLERANCE = 2e-5
-COUNTS = (1, 2, 4, 10, 25)
+COUNTS = (1, 2, 5, 20)
 TYPES = ("epsilon", "v_prediction", "sample")
 SEEDS, SHAPE = (3, 2**40), (4, 6, 5)
 IN_SIGMA_SPACE = ("euler", "euler-a", "heun")  # diffusers' latents are ours / √ᾱ there
@@ -192,16 +191,6 @@ def test_other_noise_schedules(name: str, config: ScheduleConfig) -> None:
     for spacing in spacings(name):
         error = worst(ours(name, config, asked(name, spacing), 10), theirs(name, config, spacing, 10))
         assert error < TOLERANCE, spacing
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_files_own_levels(name: str) -> None:
-    """diffusers is given them afterwards."""
-    levels = tuple((0.999 - 0.99 * i / 999) ** 2 for i in range(1000))
-    config = ScheduleConfig(alphas_cumprod=levels)
-    with mock.patch.object(torch, "cumprod", return_value=torch.tensor(levels)):
-        wanted = theirs(name, config, "leading", 10)
-    assert worst(ours(name, config, None, 10), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp-2m", "unipc", "heun"])

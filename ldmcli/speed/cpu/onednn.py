@@ -29,17 +29,16 @@ def lay_out(module: nn.Module, *, fold: bool, fewer_products: bool = True, at_on
     used: when they are used the second time, or `at_once` for a module that is sure to be called again."""
     if not torch.backends.mkldnn.is_available() or not _operators():
         return module
-    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
-    if fewer_products:
-        kinds |= {nn.Conv2d: FastConv2d, Upsample: FastUpsample}
-    if fold:
-        kinds[Upsample] = FoldedUpsample
+    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: PackedLinear, Upsample: FastUpsample}
+    kinds[nn.Conv2d] = FastConv2d if fewer_products else PackedConv2d
 
     def make(part: nn.Module) -> nn.Module | None:
         if type(part) not in kinds:
             return None
         new = recast(kinds[type(part)], part)
-        if isinstance(new, _Packed):
+        if isinstance(new, FastUpsample):
+            new._folds = fold
+        elif isinstance(new, _Packed):
             new._at_once = at_once
         return new
 
@@ -126,9 +125,8 @@ class _Packed(nn.Module):
         self._packed_for = None
         with torch.inference_mode(False), torch.no_grad():
             weight = self.weight.detach().to_dense()
-            if weight.ndim == 4:
-                weight = weight.contiguous(memory_format=torch.channels_last)
-            self.weight = nn.Parameter(weight, requires_grad=False)
+            order = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+            self.weight = nn.Parameter(weight.contiguous(memory_format=order), requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._unpack()
@@ -145,10 +143,9 @@ def _give_back(size: int) -> None:
     weights take. Each time, all that is free goes, and what is asked for next has to be cleared anew: hence seldom."""
     global _left
     _left += size
-    if _left < MUCH:
-        return
-    _left = 0
-    give_back_free_memory(0)
+    if _left >= MUCH:
+        _left = 0
+        give_back_free_memory(0)
 
 
 class PackedConv2d(_Packed, nn.Conv2d):
@@ -204,29 +201,21 @@ class PackedLinear(_Packed, nn.Linear):
 
 
 class FastUpsample(Upsample):
-    """Doubling by nearest neighbour and the 3×3 convolution behind it in one, where winograd.py serves."""
+    """Doubling by nearest neighbour and the 3×3 convolution behind it in one: by winograd.py where that serves, else,
+    if it folds, as four 2×2 convolutions of the small map. Of the nine pixels that a result depends on, neighbours are
+    equal, so that their weights can be summed beforehand: 4/9 of the multiplications."""
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        fast = None
-        if isinstance(self.conv, FastConv2d) and _doubles(x, size):
-            fast = self.conv.by_fewer_products(x, doubled=True)
-        return self._otherwise(x, size) if fast is None else fast
-
-    def _otherwise(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
-        return super().forward(x, size)
-
-
-class FoldedUpsample(FastUpsample):
-    """The same, and otherwise as four 2×2 convolutions of the small map: of the nine pixels that a result depends on,
-    neighbours are equal, so that their weights can be summed beforehand. 4/9 of the multiplications."""
-
+    _folds = False
     _folded: list[PackedConv2d] | None = None
 
-    def _otherwise(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         batch, _, height, width = x.shape
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        if not _doubles(x, size) or not channels_last or x.requires_grad:
-            return super()._otherwise(x, size)
+        if size not in (None, (2 * height, 2 * width)):
+            return super().forward(x, size)
+        if isinstance(self.conv, FastConv2d) and (fast := self.conv.by_fewer_products(x, doubled=True)) is not None:
+            return fast
+        if not self._folds or x.requires_grad or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x, size)
         if self._folded is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._folded = _fold(self.conv)
@@ -241,11 +230,6 @@ class FoldedUpsample(FastUpsample):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._folded = None
         return super()._apply(fn, recurse)
-
-
-def _doubles(x: Tensor, size: tuple[int, int] | None) -> bool:
-    """Whether an upsampler asked for this size makes x exactly twice as high and wide."""
-    return size in (None, (2 * x.shape[2], 2 * x.shape[3]))
 
 
 def _fold(conv: nn.Conv2d) -> list[PackedConv2d]:

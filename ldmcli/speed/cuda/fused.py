@@ -17,8 +17,7 @@ from ldmcli.networks.attention import Attention, KeysValues
 from ldmcli.networks.layers import ResnetBlock
 from ldmcli.networks.transformer import GEGLU, SpatialTransformer, TransformerBlock
 from ldmcli.networks.unet import UNet
-from ldmcli.speed.cuda.group_norm import group_norm_silu
-from ldmcli.speed.cuda.rows import add_and_norm, add_bias_residual, geglu
+from ldmcli.speed.cuda.kernels import add_and_norm, add_bias_residual, geglu, group_norm_silu
 from ldmcli.speed.modules import recast, replaced
 
 

@@ -2,14 +2,14 @@
 the host. Started one by one, a small batch's many short kernels leave a fast GPU waiting.
 
     graphs = Graphs(CudaRecorder(device), [unet])    # beside the network, for as long as it lives
-    slots = graphs.slots(calls=len(steps))           # for each run
-    model = unet.prepare(…, hold=slots.hold)         # keys, values and the steps' tables, in buffers that stay
-    model = recorded(guided(model, …), slots, key=(scale, rescale), form=lambda step: low < step.sigma <= high)
+    graphs.begin(calls=len(steps))                   # each run, one at a time
+    model = unet.prepare(…, hold=graphs.hold)        # keys, values and the steps' tables, in buffers that stay
+    model = recorded(guided(model, …), graphs, key=(scale, rescale), form=lambda step: low < step.sigma <= high)
     graphs.free()                                    # where memory is short, and before weights move
 
 A replay computes where the recording did: on the same memory, with the same weights. So the model that is recorded
 
-- reads its latents, what `slots.hold` gave, and the weights of the modules, and nothing else that changes;
+- reads its latents, what `graphs.hold` gave, and the weights of the modules, and nothing else that changes;
 - reads of its step the `index` alone, a one-element int64 tensor on the device: `sampling.schedule.at` looks it up;
 - branches on the host by what `form(step)` tells apart, and by numbers that `key` holds;
 - never asks the device for a number.
@@ -24,7 +24,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,56 +44,51 @@ Tree = Any  # a Tensor, or a list or tuple of Trees
 _log = logging.getLogger(__name__)
 
 
-class Recording(Protocol):
-    """What was recorded; `replay` does it again with what is now in the tensors that it read, into `output`."""
-
-    output: Tensor
-
-    def replay(self) -> None: ...
-
-
-class Recorder(Protocol):
-    """Records work, which reads tensors that outlive it, and never asks the host for a number."""
-
-    def warm(self, work: Work) -> Tensor:
-        """Do the work plainly and return its result; it, or its like, can be recorded afterwards."""
-
-    def record(self, work: Work) -> Recording:
-        """Record the work; nothing need be computed. Raises RuntimeError where that cannot be."""
-
-    def free(self, recordings: Iterable[Recording]) -> None:
-        """Wait for the device, then make these recordings' memory available again. Raises torch.AcceleratorError where
-        the device works no more."""
-
-
 def recorded(
-    model: Model, slots: "Slots", key: Hashable = (), form: Callable[[Step], Hashable] = lambda step: ()
+    model: Model, graphs: "Graphs", key: Hashable = (), form: Callable[[Step], Hashable] = lambda step: ()
 ) -> Model:
-    """`model` with its calls replayed where that pays; `slots` are those of its run. See the module for what it may
-    read, `key` and `form`."""
-    return lambda latents, step: slots.graphs.call(model, slots, (key, form(step)), latents, step)
+    """`model` of the run that `graphs` began last, with its calls replayed where that pays. See the module for what it
+    may read, `key` and `form`."""
+    return lambda latents, step: graphs.call(model, (key, form(step)), latents, step)
 
 
 class Graphs:
-    """The recordings of models made of some modules, which are made and dropped as they are needed. For one thread, and
-    one stream of a GPU: recordings share memory for what they compute in between."""
+    """The recordings of models made of some modules, which are made and dropped as they are needed. For one thread, one
+    run after the other, and one stream of a GPU: recordings share memory for what they compute in between."""
 
-    def __init__(self, recorder: Recorder, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, recorder: "CudaRecorder", modules: Sequence[nn.Module]) -> None:
         self._recorder = recorder
         self._modules = modules
         self._kinds: OrderedDict[tuple[Hashable, tuple[_Slot, ...]], _Kind] = OrderedDict()  # the last called last
         self._plain: set[Hashable] = set()  # shapes of calls that there was no memory to record
         self._slots: list[_Slot] = []
+        self._held: tuple[_Slot, ...] = ()  # by the run, whose calls are still to come
+        self._calls = 0
         self._state: list[Any] | None = None
         self._off = self._warned = False
 
-    def slots(self, calls: int) -> "Slots":
-        """The slots of a run that calls its models about so often."""
+    def begin(self, calls: int) -> None:
+        """Begin a run that calls its models about so often. What the last one held may be written over."""
         state = self._state_now()
         if state != self._state:
             self.free()
             self._state = state
-        return Slots(self, calls)
+        self._held, self._calls = (), calls
+
+    def hold(self, tree: Tree) -> Tree:
+        """The tree's tensors, computed before the run's steps, in buffers that a recording may read."""
+        signature = _signature(tree)
+        free = [slot for slot in self._slots if slot not in self._held]
+        slot = next((slot for slot in free if slot.signature == signature), None)
+        if slot is None:
+            read = {slot for _, held in self._kinds for slot in held}
+            with torch.inference_mode(False):  # to be changed inside and outside it
+                slot = _Slot(signature, _like(tree))
+            self._slots = [*self._held, *(other for other in free if other in read), slot]
+        for own, given in zip(_leaves(slot.buffers), _leaves(tree), strict=True):
+            own.copy_(given)
+        self._held += (slot,)
+        return slot.buffers
 
     def free(self) -> None:
         """Drop all recordings and give their memory back. Raises torch.AcceleratorError where the device works no
@@ -104,29 +99,21 @@ class Graphs:
         if recordings:
             self._recorder.free(recordings)
 
-    def slot(self, tree: Tree, run: "Slots") -> "_Slot":
-        """Buffers for a tree of this shape that no run uses, now `run`'s."""
-        signature = _signature(tree)
-        slot = next((slot for slot in self._slots if slot.signature == signature and slot.is_free), None)
-        if slot is None:
-            in_use = {slot for _, held in self._kinds for slot in held}
-            self._slots = [slot for slot in self._slots if slot in in_use or not slot.is_free]
-            self._slots.append(slot := _Slot(tree, signature))
-        slot.run = weakref.ref(run)
-        return slot
-
-    def call(self, model: Model, run: "Slots", form: Hashable, latents: Tensor, step: Step) -> Tensor:
+    def call(self, model: Model, form: Hashable, latents: Tensor, step: Step) -> Tensor:
         """What `model` gives, replayed where that pays."""
-        run.calls -= 1
-        shape = (form, tuple(slot.signature for slot in run.held), latents.shape, latents.dtype)
+        self._calls -= 1
+        shape = (form, tuple(slot.signature for slot in self._held), latents.shape, latents.dtype)
         if self._off or shape in self._plain:
             return model(latents, step)
-        kind = self._kinds.setdefault((shape, run.held), _Kind())
-        self._kinds.move_to_end((shape, run.held))
-        self._forget_oldest()
+        kind = self._kinds.setdefault((shape, self._held), _Kind())
+        self._kinds.move_to_end((shape, self._held))
+        while len(self._kinds) > KEPT:
+            _, oldest = self._kinds.popitem(last=False)
+            if oldest.recording:
+                self._recorder.free([oldest.recording])
         kind.calls += 1
         work = kind.on_own_inputs(model, latents, step)
-        if not kind.recording and kind.calls > 1 and kind.calls + run.calls >= PAYS:
+        if not kind.recording and kind.calls > 1 and kind.calls + self._calls >= PAYS:
             kind.recording = self._recorded(work)
             if not kind.recording:
                 self._plain.add(shape)
@@ -138,13 +125,7 @@ class Graphs:
             output = self._recorder.warm(work)
         return output.clone()
 
-    def _forget_oldest(self) -> None:
-        while len(self._kinds) > KEPT:
-            _, oldest = self._kinds.popitem(last=False)
-            if oldest.recording:
-                self._recorder.free([oldest.recording])
-
-    def _recorded(self, work: Work) -> Recording | None:
+    def _recorded(self, work: Work) -> "CudaGraph | None":
         """The call recorded, or None where that cannot be. Unless memory ran out, nothing is recorded any more then."""
         try:
             with torch.inference_mode():
@@ -168,37 +149,12 @@ class Graphs:
         return [state_of(module) for module in self._modules]
 
 
-class Slots:
-    """Buffers for what one run computes before its steps. They are the run's as long as this object lives, which what
-    `recorded` gives keeps alive; then a later run has them."""
-
-    def __init__(self, graphs: Graphs, calls: int) -> None:
-        self.graphs = graphs
-        self.calls = calls  # still to come
-        self.held: tuple[_Slot, ...] = ()
-
-    def hold(self, tree: Tree) -> Tree:
-        """The tree's tensors, in buffers."""
-        slot = self.graphs.slot(tree, self)
-        for own, given in zip(_leaves(slot.buffers), _leaves(tree), strict=True):
-            own.copy_(given)
-        self.held += (slot,)
-        return slot.buffers
-
-
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Slot:
-    """Buffers like the tensors of a tree, which may be changed inside and outside inference mode."""
+    """Buffers like the tensors of a tree, which has this signature."""
 
-    def __init__(self, tree: Tree, signature: Hashable) -> None:
-        self.signature = signature
-        self.run: weakref.ref[Slots] | None = None
-        with torch.inference_mode(False):
-            self.buffers = _like(tree)
-
-    @property
-    def is_free(self) -> bool:
-        """Whether the run that had it is over."""
-        return self.run is None or self.run() is None
+    signature: Hashable
+    buffers: Tree
 
 
 @dataclasses.dataclass
@@ -207,7 +163,7 @@ class _Kind:
 
     calls: int = 0
     inputs: tuple[Tensor, Tensor] | None = None  # latents and the step's index
-    recording: Recording | None = None
+    recording: "CudaGraph | None" = None
 
     def on_own_inputs(self, model: Model, latents: Tensor, step: Step) -> Work:
         """The call, on tensors that stay: with these latents and this step's index in them from now on."""
@@ -252,14 +208,27 @@ def state_of(module: nn.Module) -> list[Any]:
     return state
 
 
+@dataclasses.dataclass(eq=False)
+class CudaGraph:
+    """A CUDA graph, and the tensor into which it writes its result."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+
+    def replay(self) -> None:
+        """Compute it again, with what is now in the tensors that it reads."""
+        self.graph.replay()
+
+
 class CudaRecorder:
-    """Records CUDA graphs on one GPU. All that live share one pool of memory, so that each is replayed alone."""
+    """Records work on one GPU that reads tensors which outlive it, and never asks the host for a number. All graphs
+    that live share one pool of memory, so that each is replayed alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None  # torch refuses one that all graphs have left
-        self._living: weakref.WeakSet[_CudaGraph] = weakref.WeakSet()
+        self._living: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
 
     def warm(self, work: Work) -> Tensor:
         """Do the work on the stream that records, where libraries get ready what they may not while one is recording.
@@ -275,8 +244,9 @@ class CudaRecorder:
             main.wait_stream(side)
         return output
 
-    def record(self, work: Work) -> "_CudaGraph":
-        """Record the work; nothing is computed. Other threads may use the GPU meanwhile."""
+    def record(self, work: Work) -> CudaGraph:
+        """Record the work; nothing is computed. Other threads may use the GPU meanwhile. Raises RuntimeError where it
+        cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         if not self._living:
             self._pool = torch.cuda.graph_pool_handle()
@@ -289,13 +259,17 @@ class CudaRecorder:
             ):
                 output = work()
         except RuntimeError:
-            self._close_pool()
+            # What torch leaves open where CUDA breaks a capture off: allocation from the pool, and the graph's share in
+            # it. Where torch has ended it, it refuses to once more.
+            with contextlib.suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                torch._C._cuda_releasePool(self._device.index, self._pool)
             raise
-        recording = _CudaGraph(graph, output)
+        recording = CudaGraph(graph, output)
         self._living.add(recording)
         return recording
 
-    def free(self, recordings: Iterable[Any]) -> None:
+    def free(self, recordings: Iterable[CudaGraph]) -> None:
         """Wait for the GPU, drop the graphs, and give free memory back to it. Raises torch.AcceleratorError where it
         works no more."""
         torch.cuda.synchronize(self._device)
@@ -314,21 +288,3 @@ class CudaRecorder:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         return self._stream
-
-    def _close_pool(self) -> None:
-        """End what torch leaves open where CUDA breaks a capture off: allocation from the pool, and the graph's share
-        in it. Where torch has ended it, it refuses to once more."""
-        with contextlib.suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            torch._C._cuda_releasePool(self._device.index, self._pool)
-
-
-class _CudaGraph:
-    """A CUDA graph, and the tensor into which it writes its result."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
-        self.graph = graph
-        self.output = output
-
-    def replay(self) -> None:
-        self.graph.replay()
