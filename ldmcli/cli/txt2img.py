@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 from click.core import ParameterSource
@@ -112,15 +112,15 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
         session.load([first])
     settle_down()
     session.begin_hashing()
-    written = _Written(session, output, options, record)
-    with contextlib.closing(StepBar()) as bar, written:
-        for picture in session.draw(_counted(first, fitted, options), batch_size=options["batch_size"], on_step=bar):
+    with contextlib.closing(StepBar()) as bar, _Written(session, output, options, record) as written:
+        drawn = written.checked(_counted(first, fitted, options))
+        for picture in session.draw(drawn, batch_size=options["batch_size"], on_step=bar):
             written.put(picture)
 
 
 class _Written:
     """Encodes, writes and reports pictures in a thread of its own, in order; in this one where times are reported,
-    which are then of one batch alone. What goes wrong is raised at the next picture or at the end of the block."""
+    which are then of one batch alone. What goes wrong is raised before the next batch or at the end of the block."""
 
     def __init__(
         self, session: "Session", output: Output, options: dict[str, Any], record: dict[str, Any] | None
@@ -130,6 +130,7 @@ class _Written:
         self._compared = record is None or options["model_given"]
         self._threads = None if options["as_json"] else ThreadPoolExecutor(1, "write")
         self._waiting: deque[Future[None]] = deque()
+        self._failure: Exception | None = None
         if self._threads is not None:
             from ldmcli.images.encode import prepare
 
@@ -137,20 +138,37 @@ class _Written:
 
     def put(self, picture: "Picture") -> None:
         if self._threads is None:
-            self._write(picture)
+            self._try(picture)
             return
-        self._waiting.append(self._threads.submit(self._write, picture))
-        while self._waiting and (len(self._waiting) > _WAITING or self._waiting[0].done()):
+        self._waiting.append(self._threads.submit(self._try, picture))
+        while len(self._waiting) > _WAITING:
             self._waiting.popleft().result()
 
-    def __enter__(self) -> None:
-        return
+    def checked(self, requests: Iterable[FittedRequest]) -> Iterator[FittedRequest]:
+        """The requests, up to the first picture that could not be written, whose error is raised."""
+        for request in requests:
+            yield request
+            self._check()
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._threads is not None:
             self._threads.shutdown()  # what is drawn is written, whatever ended the drawing
-        while kind is None and self._waiting:
-            self._waiting.popleft().result()
+        if kind is None:
+            self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _try(self, picture: "Picture") -> None:
+        """Write a picture; one that fails takes none with it that was drawn beside it."""
+        try:
+            self._write(picture)
+        except Exception as error:
+            self._failure = self._failure or error
 
     def _write(self, picture: "Picture") -> None:
         picture.pixels()  # waits for the device, which is no time of the encoder's
