@@ -30,8 +30,8 @@ class GenerationRequest:
     """What to draw, as asked; None means the model's own, which `fit_to_model` fills in. Sizes are in pixels.
 
     `seed` belongs to this one image: it seeds the image's own CPU generator, so the picture does not depend on what
-    else is drawn beside it. `guidance_interval` is in noise levels sigma. The original size and crop are what SDXL is
-    told of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over. Raises
+    else is drawn beside it. `guidance_interval` is in noise levels sigma. The original size and crop are what SDXL
+    reads of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over. Raises
     UsageError when a field is out of range, naming field, value and range.
     """
 

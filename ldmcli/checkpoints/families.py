@@ -1,4 +1,4 @@
-"""Model families and other kinds of weight file, told apart by tensor names and shapes.
+"""Model families and other kinds of weight file, recognised by tensor names and shapes.
 
 One table, first match wins. The key layouts are those of stable-diffusion, generative-models, diffusers,
 sd-scripts and LyCORIS.

@@ -134,7 +134,7 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
 
 def identify(head: bytes) -> tuple[str, str] | None:
     """What a file that begins with `head` (its first HEAD_BYTES bytes) is, if no safetensors file, and the cure; None
-    where that cannot be told. Nothing is unpickled."""
+    where it is not recognised. Nothing is unpickled."""
     found = next((verdict for magic, verdict in _MAGIC.items() if head.startswith(magic)), None)
     if found:
         return found

@@ -170,19 +170,19 @@ def _match(
     scales = [key for key in left if _SCALES.search(key)]
     if scales:
         faults["has quantized weights, whose scales this version does not apply"] = scales
-    strays = _strays(left, list(canonical))
-    left = [key for key in left if key not in scales and (faults or key not in strays)]
+    ignored = _ignored(left, list(canonical))
+    left = [key for key in left if key not in scales and (faults or key not in ignored)]
     if left:
         faults["has tensors of no use here"] = left
     if faults:
         listed = "; it ".join(list_keys(what, keys) for what, keys in faults.items())
         raise BadDataError(f"{shown(part.path)} is not the {part.name} it should be: it {listed}.")
-    if strays:
-        _log.warning("%s %s", shown(part.path), list_keys("has tensors that are ignored", strays))
+    if ignored:
+        _log.warning("%s %s", shown(part.path), list_keys("has tensors that are ignored", ignored))
     return canonical
 
 
-def _strays(left: list[str], known: list[str]) -> list[str]:
+def _ignored(left: list[str], known: list[str]) -> list[str]:
     """Those of the tensors that are `left` which are of none of the network's own blocks. Other programs pass over
     them; more of a block than is built, or other than that, would be another network."""
     paths = [key.split(".") for key in known]

@@ -159,9 +159,9 @@ def model_of_file(file: WeightFile, *, own_vae: bool = True) -> ModelSource:
     family = require_family(shapes, file.path, own_vae=own_vae)
     prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.part: text.prefix for text in family.texts}}
     known = tuple(prefixes.values())
-    strays = [key for key in file.tensors if not key.startswith(known) and not IGNORED_ORIGINAL.match(key)]
-    if strays:
-        said = list_keys("has tensors of no known part, which are ignored", strays)
+    ignored = [key for key in file.tensors if not key.startswith(known) and not IGNORED_ORIGINAL.match(key)]
+    if ignored:
+        said = list_keys("has tensors of no known part, which are ignored", ignored)
         _log.warning("%s %s", shown(file.path), said)
     config = config_of_file(file, shapes, family)
     check_buildable(config, shown(file.path))

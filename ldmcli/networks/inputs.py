@@ -1,4 +1,4 @@
-"""What a network is told beside the latents."""
+"""What a network reads beside the latents."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 class ResnetBlock(nn.Module):
     """Two convolutions with group norm and SiLU, around which the input is added back (He et al. 2015).
 
-    With `time_channels` the block is told the time step: a projection of its embedding is added between the two.
+    With `time_channels` the block reads the time step: a projection of its embedding is added between the two.
     """
 
     def __init__(

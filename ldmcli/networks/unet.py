@@ -174,7 +174,7 @@ class UNet(nn.Module):
         return predict
 
     def embed_time(self, timesteps: Tensor, guidance_scale: float = 1.0) -> Tensor:
-        """Embeddings (n, 4 · block_channels[0]) of time steps (n,). A model distilled from guided ones is told the
+        """Embeddings (n, 4 · block_channels[0]) of time steps (n,). A model distilled from guided ones reads the
         `guidance_scale` too (Luo et al. 2023, "Latent Consistency Models")."""
         config, dtype = self.config, self.conv_in.weight.dtype
         waves = sinusoids(timesteps, config.block_channels[0], config.flip_sin_to_cos, config.freq_shift)

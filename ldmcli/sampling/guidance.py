@@ -23,7 +23,7 @@ def with_channels(model: Model, channels: Tensor) -> Model:
 
 
 def controlled(model: Callable[..., Tensor], residuals: Callable[[Tensor, Step], Any]) -> Model:
-    """`model` told what to add inside the network, its third argument, for these latents and this step: what a control
+    """`model` with what to add inside the network, its third argument, for these latents and this step: what a control
     network computes once for the whole batch (Zhang et al. 2023, ControlNet)."""
     return lambda latents, step: model(latents, step, residuals(latents, step))
 

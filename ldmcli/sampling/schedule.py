@@ -22,7 +22,7 @@ class Step:
     """One sampling step, from `timestep` to the next lower one: latents hold `signal` of the image and `spread` of
     noise (its standard deviation), and where the step leads `previous_signal` and `previous_spread`. They are host
     floats, so that the loop never waits for the device. `index` counts the steps of the whole run; in a recorded graph
-    it lies on the device, (1,). `timestep` is what the model is told, and no whole number where the step sits between
+    it lies on the device, (1,). `timestep` is what the model reads, and no whole number where the step sits between
     two training steps. `order` is the highest that a multistep solver takes here."""
 
     index: int | Tensor
@@ -164,7 +164,7 @@ class Schedule:
         self, count: int, kind: str, highest: float, lowest: float, *, whole: bool
     ) -> list[tuple[float, float]]:
         """Timesteps and ᾱ of `count` noise levels from the highest to the lowest, of a `kind` of ScheduleConfig.sigmas:
-        Karras's are even in σ^(1/7) (Karras et al. 2022, equation 5). `whole`: the model is told whole timesteps."""
+        Karras's are even in σ^(1/7) (Karras et al. 2022, equation 5). `whole`: the model reads whole timesteps."""
         logs = [math.log(sigma) for sigma in self.sigmas]
         rounds = kind in ("karras", "lu")
         if whole and not rounds:  # diffusers cuts them off instead, in float32: the highest may lie below itself
@@ -181,8 +181,8 @@ class Schedule:
             else:
                 sigma = highest ** (1 - done) * lowest**done
             timestep = _position(math.log(sigma), logs)
-            told = timestep if not whole else round(timestep) if rounds else int(timestep)
-            points.append((told, _level_of(sigma)))
+            read = timestep if not whole else round(timestep) if rounds else int(timestep)
+            points.append((read, _level_of(sigma)))
         return points
 
 

@@ -132,7 +132,7 @@ class Drawer:
             return work()
         except torch.AcceleratorError as error:
             if not is_out_of_memory(error):
-                raise DeviceLostError(f"the device failed ({_told(error)}); run again to go on.") from error
+                raise DeviceLostError(f"the device failed ({_in_one_line(error)}); run again to go on.") from error
             failure: Exception = error
         except Exception as error:
             failure = error
@@ -151,7 +151,7 @@ class Drawer:
         if is_out_of_memory(failure):
             failure = LdmError("out of memory, even alone and decoded in strips; ask for a smaller picture.")
         elif not isinstance(failure, LdmError):
-            failure = LdmError(f"{_told(failure)}.")
+            failure = LdmError(f"{_in_one_line(failure)}.")
         return Picture(request, self.pipeline.runtime, failure)
 
     def _other_ways(
@@ -204,6 +204,6 @@ def _size(request: FittedRequest) -> _Size:
     return request.width, request.height
 
 
-def _told(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     """What went wrong, in one line."""
     return printable(f"{type(error).__name__}: {error}".strip().partition("\n")[0], 500)

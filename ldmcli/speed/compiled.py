@@ -16,7 +16,7 @@ from ldmcli.speed.memory import is_out_of_memory
 from ldmcli.speed.startup import whole_torch
 
 BACKEND = "inductor"
-# Its mode "max-autotune-no-cudagraphs", for this program's own graph goes around a step; and nothing told of choices.
+# Its mode "max-autotune-no-cudagraphs", for this program's own graph goes around a step; no list of choices is printed.
 GPU_OPTIONS: dict[str, Any] = {
     "max_autotune": True,
     "coordinate_descent_tuning": True,

@@ -127,7 +127,7 @@ class Rows(nn.Module):
 
 
 def _join_time(unet: UNet) -> None:
-    """Have what all resnets are told of the time, first biases of theirs included, computed by one product."""
+    """Compute the time projections of all resnets, their first biases included, by one product."""
     resnets = [part for part in unet.modules() if isinstance(part, FusedResnetBlock)]
     layers = [cast(nn.Linear, resnet.time_emb_proj) for resnet in resnets]
     biases = [_bias(layer) + _bias(resnet.conv1) for layer, resnet in zip(layers, resnets, strict=True)]
