@@ -156,8 +156,8 @@ def test_loading_takes_the_weights_and_little_more(
 ) -> None:
     report = measured[layout, dtype]
     print(f"{layout} {dtype}: {report}")
-    # The VAE's encoder, 0.03 of 1.07 thousand million weights, is not read; in bf16 on a CPU the text encoder, 0.12, stays
-    # in 32 bits.
+    # The VAE's encoder, 0.03 of 1.07 thousand million weights, is not read; in bf16 on a CPU the text encoder, 0.12 of
+    # them, stays in 32 bits.
     weights = {"fp32": 4.13 * GB, "bf16": 2.31 * GB}[dtype]
     assert report["weights"] == pytest.approx(weights, rel=0.01)
     assert report["peak"] <= report["weights"] + 2 * GB
