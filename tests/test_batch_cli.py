@@ -91,7 +91,7 @@ def test_a_dry_run_draws_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-BAD = '{"prompt":"a"}\n{"prompt":"b","seed":"abc","steps":0}\n{"promt":"c"}\n{nonsense\n{"prompt":"d"}\n'
+BAD = '{"prompt":"a"}\n{"prompt":"a bad one","seed":"abc","steps":0}\n{"promt":"c"}\n{nonsense\n{"prompt":"d"}\n'
 
 
 def test_bad_rows_are_reported_and_the_rest_is_drawn(tmp_path: Path) -> None:
@@ -111,9 +111,11 @@ def test_bad_rows_are_reported_and_the_rest_is_drawn(tmp_path: Path) -> None:
     assert len(manifest(out)) == 5  # none is noted twice
     listed = ldm_here("batch", "--status", out, "--failed", "--json").records
     assert [(one["row"], one["line"], one["prompt"], one["code"]) for one in listed] == [
-        (2, 2, "b", 65), (3, 3, None, 65), (4, 4, None, 65),
+        (2, 2, "a bad one", 65), (3, 3, None, 65), (4, 4, None, 65),
     ]  # fmt: skip
-    assert "row 2, line 2 “b”: seed 'abc'" in ldm_here("batch", "--status", out, "--failed").out.decode()
+    assert "row 2, line 2 “a bad one”: seed 'abc'" in ldm_here("batch", "--status", out, "--failed").out.decode()
+    assert ldm_here("gallery", out).code == 0
+    assert "a bad one" in (out / "index.html").read_text()
 
 
 def test_remarks_come_once_a_run(tmp_path: Path) -> None:
@@ -283,6 +285,7 @@ def test_a_signal_finishes_what_is_in_hand(tmp_path: Path, number: signal.Signal
     assert status_of(process) == code, err
     assert b"Traceback" not in err
     assert b"the same command goes on" in err
+    assert b"add up" not in err
     facts = status(tmp_path / "out")
     assert facts["failed"] == 0
     assert 1 <= facts["done"] < 400

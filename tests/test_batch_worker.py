@@ -218,14 +218,16 @@ def test_stop_finishes_the_batch_in_hand(worker: Worker, tmp_path: Path) -> None
 
 
 def test_stop_while_the_plan_waits(worker: Worker) -> None:
-    stop, release = Stop(), threading.Event()
+    stop, release, ended = Stop(), threading.Event(), threading.Event()
 
     def endless() -> Iterator[list[Item]]:
         yield items(1)
         release.wait(60)
+        ended.set()
 
     for _ in run(worker, endless(), stop):  # reported at once, though no more batches come
         stop.request()
+    assert not ended.is_set()
     release.set()
 
 

@@ -55,10 +55,10 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
 
 def on_a_terminal(*arguments: str | Path, stream: str, env: dict[str, str] | None = None) -> tuple[Result, str]:
-    """Run `ldm` with `stream` a terminal; returns the result and what the terminal received."""
+    """Run `ldm` with `stream`, or each of several, a terminal; returns the result and what the terminal received."""
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 40))
-    process = start(*arguments, env=env, stdin=subprocess.DEVNULL, **{stream: terminal})
+    process = start(*arguments, env=env, stdin=subprocess.DEVNULL, **dict.fromkeys(stream.split(), terminal))
     os.close(terminal)
     received = b""
     while True:
@@ -269,6 +269,19 @@ def test_a_named_file_with_a_bar_on_the_terminal(tmp_path: Path) -> None:
     assert all(len(line) <= 40 for line in re.split("[\r\n]+", terminal) if "ldm:" not in line)
     assert "\x1b[3" not in terminal  # no colour
     assert b"tEXt" not in path.read_bytes()
+
+
+def test_a_batch_keeps_its_bar_out_of_its_paths(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    common = ("batch", tmp_path / "p.txt", "-o", tmp_path / "out", "-m", tiny_model(), "--steps", "2", "--no-cache")
+    result, terminal = on_a_terminal(*common, stream="stdout stderr")
+    assert result.code == 0
+    assert "loading" in terminal
+    assert "/3" in terminal
+    lines = [line.rpartition("\r")[2] for line in terminal.replace("\r\n", "\n").split("\n")]
+    pictures = sorted(str(path) for path in (tmp_path / "out").rglob("*.png"))
+    assert sorted(line for line in lines if line.endswith(".png")) == pictures
+    assert lines[-2:] == ["ldm: 3 done + 0 failed = 3 rows, all of the input.", ""]
 
 
 def test_png_data_on_stdout_and_every_option_from_the_environment(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from cli_support import (
     until,
 )
 
+from ldmcli.images.metadata import read_record
+
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -244,19 +246,25 @@ def test_folders_that_cannot_take_a_picture_are_found_before_the_model_loads(tmp
         assert_refused(ldm_here(*common, frozen / "one.png"), 73, "frozen", seconds=10)
 
 
-def test_without_a_home_or_an_account(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize("home", [None, "/"])
+def test_without_a_home_or_an_account(tmp_path: Path, home: str | None) -> None:
+    code = f"""
 import os, pwd
 def unknown(_):
     raise KeyError
 pwd.getpwuid = unknown
-os.environ.pop("HOME", None)
-os.environ.pop("XDG_CACHE_HOME", None)
+for name in ("HOME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+os.environ |= {{"HOME": home}} if (home := {home!r}) else {{}}
 from ldmcli.cli import main
 main()
 """
     program = [sys.executable, "-c", code]
-    pixels(*ldm("txt2img", "-m", tiny_model(), "x", "-s", "1", "--steps", "1", "-o", tmp_path, program=program).paths)
+    drawn = ldm("txt2img", "-m", tiny_model(), "x", "-s", "1", "--steps", "1", "-o", tmp_path, program=program)
+    assert drawn.code == 0, drawn.err
+    (path,) = drawn.paths
+    assert pixels(path).shape == (16, 16, 3)
+    assert read_record(path)["model"]["path"] == str(tiny_model())  # nothing of it is the home's name
 
 
 def test_a_working_folder_that_is_gone_is_told_at_once(tmp_path: Path) -> None:

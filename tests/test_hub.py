@@ -486,7 +486,7 @@ _Broken.__name__ = "TransportError"
     ],
 )
 def test_errors_are_one_sentence(error: Exception, kind: type, words: str) -> None:
-    said = reworded(error, "org/name", None, "https://huggingface.co", "/home/me/.cache/huggingface/hub")
+    said = reworded(error, "org/name", None, "https://huggingface.co", "cache/hub")
     assert type(said) is kind
     assert words in str(said)
     assert str(said).isprintable()

@@ -27,8 +27,8 @@ def test_ordinary_prompts(prompt: str) -> None:
 
 @pytest.mark.parametrize("text", ["(", ":1", ": ", "<lora:", "(:", "BREAK"])
 def test_a_megabyte_is_searched_at_once(text: str) -> None:
-    syntax_hint(text * ((1 << 20) // len(text)))
-    syntax_hint("(" + ":" + " " * (1 << 20))
+    assert bool(syntax_hint(text * ((1 << 20) // len(text)))) is (text == "<lora:")
+    assert syntax_hint("(" + ":" + " " * (1 << 20)) == ""
 
 
 @pytest.mark.parametrize("prompt", ["a (red apple: 1.6) b", "a (red apple:1.6 ) b", "a (red apple:\t+1.6\n) b"])
