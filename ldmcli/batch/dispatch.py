@@ -2,7 +2,6 @@
 done all the same, what is tried again, and what is given up."""
 
 import dataclasses
-import hashlib
 import queue
 import threading
 from abc import ABC, abstractmethod
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter, key_of, read_manifests
-from ldmcli.disk.opening import open_regular
+from ldmcli.disk.hashes import FileHashes
 from ldmcli.errors import LdmError, TryAgainError
 
 TRIES = 3  # of a batch whose worker dies; each costs the loading of a model
@@ -207,14 +206,8 @@ def noted(folder: Path, items: Iterable[Item]) -> dict[int, Outcome]:
         if item is None or record["status"] != DONE or record["key"] != key_of(item):
             continue
         # A line may be older than this run, and its picture lost since.
-        digest = _sha256(folder / record["path"])
+        picture = folder / record["path"]
+        digest = FileHashes().sha256(picture) if picture.is_file() else ""
         if digest and digest == record.get("sha256"):
             found[item.number] = Outcome(item, DONE, record["path"], digest, worker=str(record.get("worker", "")))
     return found
-
-
-def _sha256(picture: Path) -> str:
-    if not picture.is_file():
-        return ""
-    with open_regular(picture) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -61,7 +61,8 @@ def models_at_hand() -> Iterator[ListedModel]:
 def _in_folders() -> Iterator[ListedModel]:
     """The embedded model, and what is in weights/ and $LDM_MODELS: folders with an index, and weight files."""
     with contextlib.suppress(LdmError):
-        yield _described(_typed(embedded_model()), "embedded", embedded_model())
+        embedded = embedded_model()
+        yield _described(_typed(embedded), "embedded", embedded)
     package, own = Path(__file__).resolve().parent.parent, _own_folder()
     for folder in (Path("weights"), package.parent / "weights", package / "weights", *([own] if own else [])):
         for path in _entries(folder):
