@@ -1,0 +1,108 @@
+"""An adapter on disk: its header read, sorted by module and checked, without torch and without reading a number."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ldmcli.adapters.change import PARTS, PEFT_FILE, Change, configured
+from ldmcli.adapters.kinds import SCALARS, kind_of, nearest_kind, split
+from ldmcli.checkpoints.families import describe_single_file, with_article
+from ldmcli.checkpoints.files import WeightFile, open_weights
+from ldmcli.checkpoints.header import FLOATING
+from ldmcli.disk.opening import bad_file
+
+BUNDLED = "bundle_emb."  # begins the keys of embeddings that come with an adapter
+_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of PEFT and diffusers
+_AGAIN = "download it again, or ask its author for a sound file"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A checked adapter: its changes by the modules' names as the files spell them. `others` are keys that are part of
+    no change, `bundled` those of embeddings."""
+
+    path: Path
+    changes: Mapping[str, Change]
+    others: tuple[str, ...]
+    bundled: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+
+def open_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
+    """Look at an adapter's file, or at a folder of PEFT or diffusers, whose parts may lie in folders named after them.
+
+    Raises MissingInputError (nothing there) or BadDataError: no adapter, or a damaged one.
+    """
+    changes: dict[str, Change] = {}
+    others: list[str] = []
+    bundled: list[str] = []
+    metadata: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file_path, prefix in _files(path):
+        file = open_weights(file_path, allow_pickle=allow_pickle)
+        metadata |= file.metadata
+        shapes |= {key: info.shape for key, info in file.tensors.items()}
+        found, left = _sorted(file, prefix)
+        changes |= configured({name: _checked(name, keys, file) for name, keys in found.items()}, file, prefix)
+        bundled += [key for key in left if key.startswith(BUNDLED)]
+        others += [prefix + key for key in left if not key.startswith(BUNDLED)]
+    if not changes:
+        kind = describe_single_file(shapes)
+        what = "has no LoRA or other adapter in it" if kind == "unknown" else f"is {with_article(kind)}, not a LoRA"
+        raise bad_file(path, what, "name the file of a LoRA or another adapter")
+    return Adapter(path, changes, tuple(others), tuple(bundled), metadata)
+
+
+def _files(path: Path) -> Iterator[tuple[Path, str]]:
+    """Each file of an adapter, with what its keys lack in front where the folder's name says which part they are of."""
+    if not os.path.isdir(path):  # unlike Path.is_dir, never raises
+        yield path, ""
+        return
+    found = [(folder / name, folder) for folder in (path, *(path / part for part in PARTS)) for name in _FILES]
+    found = [(file, folder) for file, folder in found if os.path.lexists(file)]
+    if not found:
+        raise bad_file(path, f"is a folder without {' or '.join(_FILES)}", "name the adapter's file")
+    for file, folder in found:
+        yield file, f"{folder.name}." if folder.name in PARTS and file.name == _FILES[0] else ""
+
+
+def _sorted(file: WeightFile, prefix: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The keys of each module's factors, by our names of those; and the keys that are part of no change."""
+    modules: dict[str, dict[str, str]] = {}
+    left = []
+    for key in file.tensors:
+        found = None if key.startswith(BUNDLED) else split(key)
+        if found is None:
+            left.append(key)
+            continue
+        name, factor = found
+        other = modules.setdefault(prefix + name, {}).setdefault(factor, key)
+        if other != key:
+            raise bad_file(file.path, f"has both “{other}” and “{key}”", _AGAIN)
+    # A lone weight is a network's own, not IA3's; alphas alone change nothing.
+    for name in [name for name, keys in modules.items() if keys.keys() <= {"weight", *SCALARS} - {"on_input"}]:
+        left += modules.pop(name).values()
+    return modules, left
+
+
+def _checked(name: str, keys: dict[str, str], file: WeightFile) -> Change:
+    """The change that these factors make up. Raises BadDataError where one lacks or cannot be one."""
+    kind = kind_of(keys)
+    if kind is None:
+        near = nearest_kind(keys)
+        lacking = sorted(near.lacking(keys))
+        what = f"lacks {' and '.join(lacking)}" if lacking else f"holds {', '.join(sorted(keys))} together"
+        raise bad_file(file.path, f"{what} for “{name}” ({near.name})", _AGAIN)
+    change = Change(kind, file, keys)
+    for factor, info in change.infos.items():
+        if factor != "on_input" and info.dtype not in FLOATING:
+            raise bad_file(file.path, f"holds “{keys[factor]}” as {info.dtype}, not as floating numbers", _AGAIN)
+        if math.prod(info.shape) == 0:
+            raise bad_file(file.path, f"holds “{keys[factor]}” with no numbers, as {list(info.shape)}", _AGAIN)
+        if factor in SCALARS and math.prod(info.shape) != 1:
+            raise bad_file(file.path, f"holds “{keys[factor]}” as {list(info.shape)}, not as one number", _AGAIN)
+        if not info.shape and factor not in SCALARS:
+            raise bad_file(file.path, f"holds “{keys[factor]}” as one number, not as a matrix", _AGAIN)
+    return change

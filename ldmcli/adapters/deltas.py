@@ -1,0 +1,184 @@
+"""What each kind of adapter makes of a weight: a small function from weight and factors to the difference.
+
+All compute in float32; convolutions are [out, in, k, k], and 1×1 factors may have or lack the last two. The functions
+branch on shapes alone, so that on the meta device they check a file's shapes before a number is read.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ldmcli.adapters.rotations import rotated, rotated_by_blocks
+
+Factors = Mapping[str, Tensor]
+
+
+def new_weight(kind: str, weight: Tensor, factors: Factors, strength: float) -> Tensor | None:
+    """`weight` (float32) with the adapter merged: W + strength · (W' - W), for every kind, as in AUTOMATIC1111's web
+    UI. None where the adapter does not change it.
+
+    Raises RuntimeError, ValueError or IndexError where shapes do not fit.
+    """
+    delta = DELTAS[kind](weight, factors)
+    if delta is None:
+        return None
+    delta = _fitted(delta, weight)
+    if "dora_scale" in factors or "magnitude" in factors:
+        delta = _decomposed(weight + delta, factors) - weight
+    return weight + strength * delta
+
+
+def new_bias(kind: str, bias: Tensor | None, factors: Factors, strength: float) -> Tensor | None:
+    """`bias` with what the adapter adds to it; None where that is nothing. Raises as `new_weight` does."""
+    added = next((factors[name] for name in ("diff_b", "b_norm") if name in factors), None)
+    if "up_bias" in factors:
+        added = _scaled(factors["up_bias"], factors, factors["down"].shape[0])
+    if added is None:
+        return None
+    if bias is None:
+        raise ValueError("the module has no bias")
+    return bias + strength * _fitted(added, bias)
+
+
+def lora(weight: Tensor, factors: Factors) -> Tensor:
+    """LoRA (Hu et al. 2021); of convolutions LoCon, with `mid` in Tucker's form (LyCORIS, Yeh et al. 2023)."""
+    up, down, mid = factors["up"], factors["down"], factors.get("mid")
+    delta = _product(up, down) if mid is None else _tucker(mid, up.flatten(1).T, down.flatten(1))
+    return _scaled(delta, factors, down.shape[0])
+
+
+def loha(weight: Tensor, factors: Factors) -> Tensor:
+    """LoHa: the elementwise product of two low-rank matrices (Hyeon-Woo et al. 2021, FedPara)."""
+    halves = []
+    for half in ("1", "2"):
+        a, b, mid = factors[f"hada_w{half}_a"], factors[f"hada_w{half}_b"], factors.get(f"hada_t{half}")
+        halves.append(_product(a, b) if mid is None else _tucker(mid, a, b))
+    return _scaled(halves[0] * halves[1], factors, factors["hada_w1_b"].shape[0])
+
+
+def lokr(weight: Tensor, factors: Factors) -> Tensor:
+    """LoKr: a Kronecker product, either side of which may be of low rank (Edalati et al. 2022, KronA)."""
+    first, second = factors.get("lokr_w1"), factors.get("lokr_w2")
+    ranks = [factors[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in factors]
+    if first is None:
+        first = _product(factors["lokr_w1_a"], factors["lokr_w1_b"])
+    if second is None:
+        a, b, mid = factors["lokr_w2_a"], factors["lokr_w2_b"], factors.get("lokr_t2")
+        second = _product(a, b) if mid is None else _tucker(mid, a, b)
+    if second.ndim == 2 and first.shape[1] * second.shape[1] != weight.shape[1]:  # the kernel's sides are in its rows
+        second = second.reshape(second.shape[0], -1, *weight.shape[2:])
+    delta = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second)
+    # Of two whole matrices the stored alpha means nothing: some files have 1e10 there.
+    return _scaled(delta, factors, ranks[0]) if ranks or "scale" in factors else delta
+
+
+def glora(weight: Tensor, factors: Factors) -> Tensor:
+    """GLoRA: a low-rank matrix, and the weight times another (Chavan et al. 2023). Old files have a and b swapped."""
+    a1, a2, b1, b2 = (factors[name] for name in ("a1", "a2", "b1", "b2"))
+    fits = b1.shape[1] == b2.shape[0] == a1.shape[1] == a2.shape[0]
+    fits_swapped = b2.shape[1] == b1.shape[0] == a2.shape[1] == a1.shape[0]
+    if fits_swapped and (not fits or b1.shape[0] < b1.shape[1]):  # of square weights both fit: a rank is the less
+        a1, a2, b1, b2 = a2, a1, b2, b1
+    added = _product(b1, b2) if "bm" not in factors else _tucker(factors["bm"], b1.flatten(1).T, b2.flatten(1))
+    turned = torch.einsum("oi...,ij->oj...", weight, a1.flatten(1) @ a2.flatten(1))
+    return _scaled(_fitted(added, weight) + turned, factors, b2.shape[0])
+
+
+def ia3(weight: Tensor, factors: Factors) -> Tensor:
+    """IA3: each output, or each input where `on_input` is set, times a number of its own (Liu et al. 2022)."""
+    scales, on_input = factors["weight"].flatten(), factors["on_input"].reshape(()).bool()
+    by_row = weight * scales.reshape(-1, *[1] * (weight.ndim - 1)) if len(scales) == weight.shape[0] else None
+    by_column = weight * scales.reshape(1, -1, *[1] * (weight.ndim - 2)) if len(scales) == weight.shape[1] else None
+    if by_row is not None and by_column is not None:
+        return torch.where(on_input, by_column, by_row)
+    if by_row is None and by_column is None:
+        raise ValueError("as many numbers as neither rows nor columns")
+    return by_column if by_row is None else by_row  # type: ignore[return-value]
+
+
+def oft(weight: Tensor, factors: Factors) -> Tensor:
+    """OFT and BOFT: rows turned by orthogonal matrices."""
+    blocks = factors.get("oft_blocks")
+    if blocks is None:
+        turned = rotated(weight, factors["oft_diag"])
+    else:
+        turned = rotated_by_blocks(weight, blocks, factors.get("alpha"))
+    rescale = factors.get("rescale")
+    if rescale is not None:
+        turned = turned * rescale.reshape(-1, *[1] * (weight.ndim - 1))
+    return turned - weight
+
+
+def difference(weight: Tensor, factors: Factors) -> Tensor | None:
+    """The weight's difference itself; None where only the bias has one."""
+    return factors["diff"] if "diff" in factors else factors.get("w_norm")
+
+
+def replacement(weight: Tensor, factors: Factors) -> Tensor:
+    """The whole new weight in place of a difference."""
+    return _fitted(factors["set_weight"], weight) - weight
+
+
+DELTAS: dict[str, Callable[[Tensor, Factors], Tensor | None]] = {
+    "LoRA": lora,
+    "LoHa": loha,
+    "LoKr": lokr,
+    "GLoRA": glora,
+    "IA3": ia3,
+    "OFT": oft,
+    "OFT's rotations": oft,
+    "full differences": difference,
+    "norms": difference,
+    "whole weights": replacement,
+}
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of [o, r] and [r, i, …], which keeps the shape of the last."""
+    return (a.flatten(1) @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Tucker's form: core [r, r, k, k] with a [r, o] and b [r, i] gives [o, i, k, k]."""
+    return torch.einsum("ab...,ao,bi->oi...", core, a, b)
+
+
+def _scaled(delta: Tensor, factors: Factors, rank: int) -> Tensor:
+    """`delta` times `scale` where there is one, else alpha / rank; alpha 0 means the rank, as when it is trained."""
+    if "scale" in factors:
+        return delta * factors["scale"].reshape(())
+    if "alpha" not in factors:
+        return delta
+    alpha = factors["alpha"].reshape(())
+    return delta * torch.where(alpha == 0, 1.0, alpha / rank)
+
+
+def _decomposed(weight: Tensor, factors: Factors) -> Tensor:
+    """DoRA: `weight` with the file's magnitudes in place of its own norms (Liu et al. 2024).
+
+    Norms are of columns where `dora_scale` is [1, in, …], of rows where it is [out, 1, …]; a list is of rows if it is
+    as long as those, and PEFT's are always of rows. A wrong axis would not fail but broadcast.
+    """
+    scale = factors.get("dora_scale")
+    by_column = scale is not None and (scale.shape[0] == 1 if scale.ndim > 1 else len(scale) != weight.shape[0])
+    if scale is None:
+        scale = factors["magnitude"]
+    rows = weight.transpose(0, 1) if by_column else weight
+    norms = rows.flatten(1).norm(dim=1) + torch.finfo(torch.float32).eps
+    if scale.numel() != len(rows):
+        raise ValueError(f"{scale.numel()} magnitudes for {len(rows)} {'columns' if by_column else 'rows'}")
+    ratio = (scale.flatten() / norms).reshape(-1, *[1] * (weight.ndim - 1))
+    return weight * (ratio.transpose(0, 1) if by_column else ratio)
+
+
+def _fitted(delta: Tensor, weight: Tensor) -> Tensor:
+    """`delta` in the shape of `weight`: 1×1 convolutions are linear layers elsewhere, and to inputs that the adapter
+    does not know, as an inpainting model's first layer has, nothing is added. Raises ValueError."""
+    if delta.shape[:1] == weight.shape[:1] and delta.numel() == weight.numel():
+        return delta.reshape(weight.shape)
+    if delta.ndim == weight.ndim == 4 and delta.shape[0] == weight.shape[0] and delta.shape[2:] == weight.shape[2:]:
+        more = weight.shape[1] - delta.shape[1]
+        if delta.shape[1] == 4 and more > 0:
+            return torch.nn.functional.pad(delta, (0, 0, 0, 0, 0, more))
+    raise ValueError(f"a change of shape {list(delta.shape)}")

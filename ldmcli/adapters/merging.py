@@ -1,0 +1,124 @@
+"""Adapters merged into the weights of loaded networks, and taken out again without a trace.
+
+Weights are changed in place after loading and before they are laid out for speed. What is changed is computed from a
+copy of the base in float32 and cast once; taking out is copying back, bit for bit.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldmcli.adapters.adapter import Adapter
+from ldmcli.adapters.change import Change
+from ldmcli.adapters.deltas import Factors, new_bias, new_weight
+from ldmcli.adapters.placing import Modules
+from ldmcli.adapters.spellings import Place
+from ldmcli.checkpoints.files import WeightFile, read_tensors
+from ldmcli.disk.opening import shown
+from ldmcli.errors import BadDataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """An adapter with the strengths it is merged with: the U-Net's, and that of the text encoders."""
+
+    adapter: Adapter
+    weight: float = 1.0
+    text_weight: float = 1.0
+
+    def strength(self, place: Place) -> float:
+        """The strength for a module."""
+        return self.weight if place.part == "unet" else self.text_weight
+
+
+class Merger:
+    """The networks of one model, given by part, and copies of what adapters have changed in them; `family` is the
+    model's, for errors."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], family: str) -> None:
+        self._modules = Modules(networks, family)
+        self._placed: dict[int, tuple[Adapter, dict[Place, Change]]] = {}  # by the adapter's id
+        self._base: dict[Place, dict[str, Tensor]] = {}  # copies of parameters as they were
+
+    @torch.inference_mode()
+    def merge(self, uses: Sequence[Use]) -> None:
+        """Make the networks' weights the base with these adapters, in this order; without any, the base.
+
+        A strength of 0 changes nothing. Where an adapter does not fit, all weights are the base's: raises BadDataError,
+        and what reading its file raises. Modules of an adapter that the model lacks are a warning, once.
+        """
+        try:
+            read = [(use, _read(self._places(use.adapter), use)) for use in uses]
+            places = {place: None for _, factors in read for place in factors}  # in order, each once
+            for place in [place for place in self._base if place not in places]:
+                self._restore(place)
+            for place in places:
+                self._write(place, [(use, *factors[place]) for use, factors in read if place in factors])
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.inference_mode()
+    def restore(self) -> None:
+        """Put the base back, bit for bit."""
+        for place in list(self._base):
+            self._restore(place)
+
+    def _restore(self, place: Place) -> None:
+        parameters = self._modules.parameters(place)
+        for name, copy in self._base.pop(place).items():
+            parameters[name].copy_(copy)
+
+    def _places(self, adapter: Adapter) -> dict[Place, Change]:
+        if id(adapter) not in self._placed:
+            self._placed[id(adapter)] = adapter, self._modules.placed(adapter)
+        return self._placed[id(adapter)][1]
+
+    def _write(self, place: Place, merges: Sequence[tuple[Use, str, Factors]]) -> None:
+        """Change the parameters of one module."""
+        parameters, copies = self._modules.parameters(place), self._base.setdefault(place, {})
+        device = parameters["weight"].device
+        wide = [
+            (use.strength(place), kind, {name: factor.to(device, torch.float32) for name, factor in factors.items()})
+            for use, kind, factors in merges
+        ]
+        for name, parameter in parameters.items():
+            compute = new_weight if name == "weight" else new_bias
+            value = before = copies.get(name, parameter).float()
+            for strength, kind, factors in wide:
+                new = compute(kind, value, factors, strength)
+                value = value if new is None else new
+            if value is not before:
+                _check_range(value, parameter.dtype, place, [use for use, _, _ in merges])
+                copies.setdefault(name, parameter.clone())
+                parameter.copy_(value)
+            elif name in copies:
+                parameter.copy_(copies.pop(name))
+
+
+def _read(changes: Mapping[Place, Change], use: Use) -> dict[Place, tuple[str, Factors]]:
+    """Kind and factors, as they are stored, of the changes whose strength is not 0."""
+    chosen = {place: change for place, change in changes.items() if use.strength(place)}
+    wanted: dict[Path, tuple[WeightFile, list[str]]] = {}
+    for change in chosen.values():
+        wanted.setdefault(change.file.path, (change.file, []))[1].extend(change.keys.values())
+    read = {path: dict(read_tensors(file, keys, "cpu", None)) for path, (file, keys) in wanted.items()}
+    found: dict[Place, tuple[str, Factors]] = {}
+    for place, change in chosen.items():
+        factors = {name: read[change.file.path][key] for name, key in change.keys.items()}
+        configured = {} if change.scale is None else {"scale": torch.tensor(change.scale)}
+        found[place] = change.kind.name, factors | configured
+    return found
+
+
+def _check_range(value: Tensor, dtype: torch.dtype, place: Place, uses: Sequence[Use]) -> None:
+    """Raise BadDataError where `dtype` cannot hold the merged numbers."""
+    low, high = torch.aminmax(value)
+    largest = max(-float(low), float(high))
+    if not largest <= torch.finfo(dtype).max:  # nor NaN
+        names = ", ".join(shown(use.adapter.path) for use in uses)
+        told = f"makes numbers of {largest:.4g} in {place}, more than {str(dtype).removeprefix('torch.')} can hold"
+        raise BadDataError(f"{names} {told}; use a smaller weight or --dtype fp32.")
