@@ -97,7 +97,7 @@ def _checked(name: str, keys: dict[str, str], file: WeightFile) -> Change:
         raise bad_file(file.path, f"{what} for “{name}” ({near.name})", _AGAIN)
     change = Change(kind, file, keys)
     for factor, info in change.infos.items():
-        if factor != "on_input" and info.dtype not in FLOATING:
+        if factor not in SCALARS and info.dtype not in FLOATING:  # some writers store an alpha as a whole number
             raise bad_file(file.path, f"holds “{keys[factor]}” as {info.dtype}, not as floating numbers", _AGAIN)
         if math.prod(info.shape) == 0:
             raise bad_file(file.path, f"holds “{keys[factor]}” with no numbers, as {list(info.shape)}", _AGAIN)

@@ -68,7 +68,7 @@ def lokr(weight: Tensor, factors: Factors) -> Tensor:
         second = _product(a, b) if mid is None else _tucker(mid, a, b)
     if second.ndim == 2 and first.shape[1] * second.shape[1] != weight.shape[1]:  # the kernel's sides are in its rows
         second = second.reshape(second.shape[0], -1, *weight.shape[2:])
-    delta = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second)
+    delta = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
     # Of two whole matrices the stored alpha means nothing: some files have 1e10 there.
     return _scaled(delta, factors, ranks[0]) if ranks or "scale" in factors else delta
 
