@@ -1,12 +1,14 @@
 """Every dialect's names find their modules; what does not fit is said."""
 
+import functools
+
 import pytest
 from adapter_support import DIALECTS, Dialect, flat, layers, originals
 from oracle.test_key_lists import TEXTS, UNETS
 from torch import nn
 
-from ldmcli.adapters.kinds import KINDS, split
 from ldmcli.adapters.deltas import DELTAS
+from ldmcli.adapters.kinds import KINDS, split
 from ldmcli.adapters.spellings import Place, module_table
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.config import TextEncoderConfig, UNetConfig
@@ -34,10 +36,8 @@ def family(request: pytest.FixtureRequest) -> str:
 def networks(family: str) -> dict[str, nn.Module]:
     """The family's networks in full size, without numbers."""
     unet, texts = FAMILIES[family]
-    return {
-        "unet": on_meta(lambda: UNet(unet)),
-        **{text.part: on_meta(lambda: TextTransformer(text)) for text in texts},
-    }
+    encoders = {text.part: on_meta(functools.partial(TextTransformer, text)) for text in texts}
+    return {"unet": on_meta(lambda: UNet(unet)), **encoders}
 
 
 @pytest.fixture(scope="module")

@@ -69,8 +69,7 @@ def lokr(weight: Tensor, factors: Factors) -> Tensor:
     if second.ndim == 2 and first.shape[1] * second.shape[1] != weight.shape[1]:  # the kernel's sides are in its rows
         second = second.reshape(second.shape[0], -1, *weight.shape[2:])
     delta = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
-    # Of two whole matrices the stored alpha means nothing: some files have 1e10 there.
-    return _scaled(delta, factors, ranks[0]) if ranks or "scale" in factors else delta
+    return _scaled(delta, factors, ranks[0] if ranks else None)
 
 
 def glora(weight: Tensor, factors: Factors) -> Tensor:
@@ -144,11 +143,14 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ab...,ao,bi->oi...", core, a, b)
 
 
-def _scaled(delta: Tensor, factors: Factors, rank: int) -> Tensor:
-    """`delta` times `scale` where there is one, else alpha / rank; alpha 0 means the rank, as when it is trained."""
+def _scaled(delta: Tensor, factors: Factors, rank: int | None) -> Tensor:
+    """`delta` times `scale` where there is one, else alpha / rank; alpha 0 means the rank, as when it is trained.
+
+    Beside two whole matrices (rank None) alpha means nothing: some files have 1e10 there.
+    """
     if "scale" in factors:
         return delta * factors["scale"].reshape(())
-    if "alpha" not in factors:
+    if "alpha" not in factors or rank is None:
         return delta
     alpha = factors["alpha"].reshape(())
     return delta * torch.where(alpha == 0, 1.0, alpha / rank)

@@ -13,7 +13,7 @@ from ldmcli.adapters.facts import base_family
 from ldmcli.adapters.kinds import SCALARS, split
 from ldmcli.adapters.spellings import Place, module_table
 from ldmcli.disk.opening import bad_file, shown
-from ldmcli.errors import BadDataError, printable
+from ldmcli.errors import printable
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # names of what does not fit
@@ -49,7 +49,7 @@ class Modules:
                 found[place] = change
         if not found:
             what = f"none of the {len(strays)} modules it changes is in this {self._family} model ({_first(strays)})"
-            raise BadDataError(f"{shown(adapter.path)} {_made_for(adapter)}: {what}; use one that was made for it.")
+            raise bad_file(adapter.path, f"{_made_for(adapter)}: {what}", "use one that was made for it")
         for key in adapter.others:
             self._refuse_unknown(adapter, key)
         strays += adapter.others
@@ -80,10 +80,8 @@ class Modules:
             has = ", ".join(f"{name} {list(value.shape)}" for name, value in factors.items() if value.ndim)
             why = f" ({error})" if isinstance(error, ValueError) else ""
             told = f"the weight of {place} is {list(own['weight'].shape)}, the {change.kind.name} has {has}{why}"
-            raise BadDataError(
-                f"{shown(adapter.path)} {_made_for(adapter)} and does not fit this {self._family} model: {told}; use one "
-                "that was made for it."
-            ) from None
+            what = f"{_made_for(adapter)} and does not fit this {self._family} model: {told}"
+            raise bad_file(adapter.path, what, "use one that was made for it") from None
 
 
 def _made_for(adapter: Adapter) -> str:

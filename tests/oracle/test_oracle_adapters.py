@@ -1,0 +1,205 @@
+"""Adapters against those who write them: LyCORIS' own layers, PEFT's own files, and diffusers' pipelines."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_support import Networks, flat, layers, noise, small_networks, state, write
+from oracle.comparing import relative
+from oracle.random_families import random_family
+from oracle.random_model import random_pipeline
+from torch import Tensor, nn
+
+from ldmcli.adapters.adapter import open_adapter
+from ldmcli.adapters.merging import Merger, Use
+from ldmcli.checkpoints.load import load_text_encoders, load_unet
+from ldmcli.checkpoints.source import open_model
+
+pytest.importorskip("peft", reason="make test installs it")
+lycoris = pytest.importorskip("lycoris.modules", reason="make test installs it")
+
+LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj"  # [256, 32]
+CONV = "up_blocks.0.resnets.0.conv1"  # [64, 128, 3, 3]
+NORM = "down_blocks.0.resnets.0.norm1"
+
+
+@pytest.fixture(scope="module")
+def networks(one_thread: None) -> Networks:
+    """Small networks, which every test gives back as they were."""
+    return small_networks()
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """A LyCORIS layer as if trained; the base's weights, which it refers to, stay."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+            if name.endswith("dora_scale"):
+                weight.mul_(1.3)
+    return module.eval()
+
+
+# ---- LyCORIS ----
+
+LYCORIS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "LoRA": ("LoConModule", LINEAR, {"lora_dim": 4, "alpha": 3.0}),
+    "rsLoRA": ("LoConModule", LINEAR, {"lora_dim": 4, "alpha": 3.0, "rs_lora": True}),
+    "LoCon": ("LoConModule", CONV, {"lora_dim": 4, "alpha": 3.0}),
+    "LoCon in Tucker's form": ("LoConModule", CONV, {"lora_dim": 4, "alpha": 3.0, "use_tucker": True}),
+    "LoHa": ("LohaModule", LINEAR, {"lora_dim": 4, "alpha": 3.0}),
+    "LoHa of a convolution": ("LohaModule", CONV, {"lora_dim": 4, "alpha": 3.0}),
+    "LoHa in Tucker's form": ("LohaModule", CONV, {"lora_dim": 4, "alpha": 3.0, "use_tucker": True}),
+    "LoKr": ("LokrModule", LINEAR, {"lora_dim": 2, "alpha": 3.0, "factor": 8}),
+    "LoKr of two low ranks": ("LokrModule", LINEAR, {"lora_dim": 1, "alpha": 3.0, "factor": 8, "decompose_both": True}),
+    "LoKr of whole matrices": ("LokrModule", LINEAR, {"lora_dim": 100000, "alpha": 3.0, "factor": 8}),
+    "LoKr of a convolution": ("LokrModule", CONV, {"lora_dim": 2, "alpha": 3.0, "factor": 8}),
+    "LoKr in Tucker's form": ("LokrModule", CONV, {"lora_dim": 2, "alpha": 3.0, "factor": 8, "use_tucker": True}),
+    "GLoRA": ("GLoRAModule", LINEAR, {"lora_dim": 4, "alpha": 3}),
+    "GLoRA of a convolution": ("GLoRAModule", CONV, {"lora_dim": 4, "alpha": 3.0}),
+    "IA3": ("IA3Module", LINEAR, {}),
+    "IA3 of inputs": ("IA3Module", CONV, {"train_on_input": True}),
+    "OFT": ("DiagOFTModule", LINEAR, {"lora_dim": 8}),
+    "OFT, constrained": ("DiagOFTModule", CONV, {"lora_dim": 8, "constraint": 0.01}),
+    "OFT, rescaled": ("DiagOFTModule", CONV, {"lora_dim": 8, "rescaled": True}),
+    "BOFT": ("ButterflyOFTModule", LINEAR, {"lora_dim": 8}),
+    "BOFT, rescaled": ("ButterflyOFTModule", CONV, {"lora_dim": 8, "rescaled": True}),
+    "DoRA of rows": ("LoConModule", CONV, {"lora_dim": 4, "alpha": 3.0, "weight_decompose": True}),
+    "DoRA of columns": (
+        "LoConModule",
+        CONV,
+        {"lora_dim": 4, "alpha": 3.0, "weight_decompose": True, "wd_on_out": False},
+    ),
+    "DoRA of LoHa": ("LohaModule", LINEAR, {"lora_dim": 4, "weight_decompose": True, "wd_on_out": False}),
+    "DoRA of LoKr": ("LokrModule", LINEAR, {"lora_dim": 2, "factor": 8, "weight_decompose": True}),
+    "a norm": ("NormModule", NORM, {}),
+}
+# Strengths other than 1 mean the same there.
+LINEAR_IN_STRENGTH = ("LoRA", "LoCon in Tucker's form", "LoHa", "LoKr", "GLoRA", "IA3", "OFT", "a norm")
+
+
+@pytest.mark.parametrize(
+    ("case", "strength"), [*((case, 1.0) for case in LYCORIS), *((case, 0.5) for case in LINEAR_IN_STRENGTH)]
+)
+def test_a_layer_computes_as_lycoris_does(case: str, strength: float, networks: Networks, tmp_path: Path) -> None:
+    kind, layer, settings = LYCORIS[case]
+    module = networks["unet"].get_submodule(layer)
+    theirs = randomised(getattr(lycoris, kind)("layer", module, strength, **settings))
+    inputs = {LINEAR: (2, 5, 32), CONV: (2, 128, 6, 6), NORM: (2, 32, 6, 6)}[layer]
+    x = noise(*inputs, seed=5, scale=1.0)
+    theirs.org_forward = module.forward
+    with torch.no_grad():
+        wanted, plain = theirs(x), module(x)
+    assert relative(plain, wanted) > 1e-2
+    saved = {key: tensor.detach().clone() for key, tensor in theirs.state_dict().items()}
+    file = write(tmp_path / "a.safetensors", {f"lora_unet_{flat(layer)}.{key}": t for key, t in saved.items()})
+    merger = Merger(networks, "small")
+    merger.merge([Use(open_adapter(file), strength)])
+    found = module(x)
+    merger.restore()
+    assert relative(found, wanted) < 1e-5
+    assert torch.equal(module(x), plain)
+
+
+# ---- PEFT's own files ----
+
+PEFT: dict[str, Callable[[Any], Any]] = {
+    "LoRA": lambda peft: peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv1"]),
+    "patterns": lambda peft: peft.LoraConfig(
+        r=4, target_modules=["to_q", "to_k"], rank_pattern={"attn2.to_k": 2}, alpha_pattern={"attn1.to_q": 3}
+    ),
+    "rsLoRA": lambda peft: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["to_q"]),
+    "DoRA": lambda peft: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["to_q", "conv1", "proj_in"]),
+    "biases": lambda peft: peft.LoraConfig(r=4, lora_alpha=6, lora_bias=True, target_modules=["ff.net.2"]),
+    "LoHa": lambda peft: peft.LoHaConfig(r=4, alpha=6, target_modules=["to_q", "conv1"]),
+    "LoKr": lambda peft: peft.LoKrConfig(r=2, alpha=6, target_modules=["to_q", "conv1"]),
+    "LoKr of whole matrices": lambda peft: peft.LoKrConfig(r=64, alpha=6, target_modules=["to_q"]),
+}
+
+
+@pytest.mark.parametrize("case", PEFT)
+def test_what_peft_saves_is_merged_as_it_merges(case: str, tmp_path: Path, one_thread: None) -> None:
+    import peft
+
+    ours, base = small_networks(), small_networks()["unet"]
+    model = peft.get_peft_model(base, PEFT[case](peft))
+    randomised(model.base_model)
+    with torch.no_grad():  # what the adapter does not train is as it was
+        for name, weight in ours["unet"].named_parameters():
+            theirs = dict(model.base_model.model.named_parameters())
+            theirs.get(name, theirs.get(_wrapped(name), weight)).copy_(weight)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    before = state(ours)
+    Merger(ours, "small").merge([Use(open_adapter(tmp_path / "adapter"))])
+    changed = 0
+    for name, weight in merged.state_dict().items():
+        assert relative(ours["unet"].get_parameter(name), weight) < 1e-5, name
+        changed += not torch.equal(before[f"unet.{name}"], weight)
+    assert changed >= 2
+
+
+def _wrapped(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}"
+
+
+# ---- diffusers ----
+
+
+def kohya_state(pipeline: Any, rank: int = 4, *, conv: bool = False) -> dict[str, Tensor]:
+    """A LoRA of a pipeline's attention and text layers as sd-scripts writes it, with `conv` of convolutions too."""
+    names = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    if getattr(pipeline, "text_encoder_2", None) is None:
+        names["text_encoder"] = "lora_te"
+    found: dict[str, Tensor] = {}
+    for part, prefix in names.items():
+        for number, (name, module) in enumerate(layers(getattr(pipeline, part, None) or nn.Module()).items()):
+            attending = ".attentions." in name or ".layers." in name
+            if not attending and not (conv and ("resnets" in name or "samplers" in name)):
+                continue
+            shape = module.weight.shape
+            bare = name.removeprefix("text_model.")
+            text = "" if part == "unet" else "text_model_"
+            key = f"{prefix}_{text}{flat(bare)}"
+            found[f"{key}.lora_up.weight"] = noise(shape[0], rank, *[1] * (len(shape) - 2), seed=number)
+            found[f"{key}.lora_down.weight"] = noise(rank, *shape[1:], seed=1000 + number)
+            found[f"{key}.alpha"] = torch.tensor(2.0)
+    return found
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "sd1": random_pipeline,
+    "sd2": lambda: random_family("sd2"),
+    "sdxl": lambda: random_family("sdxl"),
+}
+
+
+@pytest.mark.parametrize(("name", "conv"), [("sd1", False), ("sd1", True), ("sd2", False), ("sdxl", False)])
+def test_a_kohya_file_becomes_the_weights_that_diffusers_fuses(
+    name: str, conv: bool, tmp_path: Path, one_thread: None
+) -> None:
+    pipeline = MODELS[name]()
+    pipeline.save_pretrained(tmp_path / "model")
+    file = write(tmp_path / "lora.safetensors", kohya_state(pipeline, conv=conv))
+    parts = [part for part in ("unet", "text_encoder", "text_encoder_2") if getattr(pipeline, part, None) is not None]
+    pipeline.load_lora_weights(str(file))
+    pipeline.fuse_lora(parts, lora_scale=0.7)
+    pipeline.unload_lora_weights()
+    source = open_model(tmp_path / "model")
+    cpu = torch.device("cpu")
+    ours: Networks = {"unet": load_unet(source, cpu, torch.float32)}
+    texts = zip(source.config.text_encoders, load_text_encoders(source, cpu, torch.float32), strict=True)
+    ours |= {text.part: encoder.model for text, encoder in texts}
+    before = state(ours)
+    Merger(ours, source.config.family).merge([Use(open_adapter(file), 0.7, 0.7)])
+    after = state(ours)
+    for part in parts:
+        changed = 0
+        for key, weight in getattr(pipeline, part).state_dict().items():
+            path = f"{part}.{key.removeprefix('text_model.')}"
+            assert relative(after[path], weight) < 1e-5, path
+            changed += not torch.equal(before[path], after[path])
+        assert changed > 10, part
