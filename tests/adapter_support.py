@@ -57,7 +57,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """The tensors as a safetensors file."""
     from safetensors.torch import save_file
 
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, dict(metadata or {}))
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, dict(metadata or {}))
     return path
 
 

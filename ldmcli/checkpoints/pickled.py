@@ -110,10 +110,13 @@ def _load(path: Path, file: io.FileIO, size: int, device: str) -> "dict[str, tor
 def _state_dict(value: object) -> "dict[str, torch.Tensor]":
     """The tensors in what a checkpoint holds, by name; the rest (numbers, texts) is passed over.
 
-    Training programs keep the state dict under `state_dict`; inner tables give names with dots. Raises HeaderError.
+    Training programs keep the state dict under `state_dict`; inner tables give names with dots, and so do the numbers of
+    tables in a list, as embeddings for several text encoders are. Raises HeaderError.
     """
     import torch
 
+    if isinstance(value, list):
+        value = {str(place): item for place, item in enumerate(value)}
     if not isinstance(value, dict):
         raise HeaderError("holds no table of tensors")
     inner = value.get("state_dict")
