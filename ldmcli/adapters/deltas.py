@@ -1,7 +1,7 @@
 """What each kind of adapter makes of a weight: a small function from weight and factors to the difference.
 
-All compute in float32; convolutions are [out, in, k, k], and 1×1 factors may have or lack the last two. The functions
-branch on shapes alone, so that on the meta device they check a file's shapes before a number is read.
+All compute in float32; convolutions are [out, in, k, k], and 1×1 factors may have or lack the last two. Where shapes do
+not fit, they raise RuntimeError, ValueError or IndexError before they make anything larger than the weight.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,10 +26,10 @@ def new_weight(kind: str, weight: Tensor, factors: Factors, strength: float) -> 
     delta = _fitted(delta, weight)
     if "dora_scale" in factors or "magnitude" in factors:
         delta = _decomposed(weight + delta, factors) - weight
-    return weight + strength * delta
+    return torch.add(weight, delta, alpha=strength)
 
 
-def new_bias(kind: str, bias: Tensor | None, factors: Factors, strength: float) -> Tensor | None:
+def new_bias(bias: Tensor | None, factors: Factors, strength: float) -> Tensor | None:
     """`bias` with what the adapter adds to it; None where that is nothing. Raises as `new_weight` does."""
     added = next((factors[name] for name in ("diff_b", "b_norm") if name in factors), None)
     if "up_bias" in factors:
@@ -43,9 +43,9 @@ def new_bias(kind: str, bias: Tensor | None, factors: Factors, strength: float) 
 
 def lora(weight: Tensor, factors: Factors) -> Tensor:
     """LoRA (Hu et al. 2021); of convolutions LoCon, with `mid` in Tucker's form (LyCORIS, Yeh et al. 2023)."""
-    up, down, mid = factors["up"], factors["down"], factors.get("mid")
-    delta = _product(up, down) if mid is None else _tucker(mid, up.flatten(1).T, down.flatten(1))
-    return _scaled(delta, factors, down.shape[0])
+    down, mid = factors["down"], factors.get("mid")
+    up = _scaled(factors["up"], factors, down.shape[0])  # by far the smaller
+    return _product(weight, up, down) if mid is None else _tucker(weight, mid, up.flatten(1).T, down.flatten(1))
 
 
 def loha(weight: Tensor, factors: Factors) -> Tensor:
@@ -53,7 +53,7 @@ def loha(weight: Tensor, factors: Factors) -> Tensor:
     halves = []
     for half in ("1", "2"):
         a, b, mid = factors[f"hada_w{half}_a"], factors[f"hada_w{half}_b"], factors.get(f"hada_t{half}")
-        halves.append(_product(a, b) if mid is None else _tucker(mid, a, b))
+        halves.append(_product(weight, a, b) if mid is None else _tucker(weight, mid, a, b))
     return _scaled(halves[0] * halves[1], factors, factors["hada_w1_b"].shape[0])
 
 
@@ -62,12 +62,13 @@ def lokr(weight: Tensor, factors: Factors) -> Tensor:
     first, second = factors.get("lokr_w1"), factors.get("lokr_w2")
     ranks = [factors[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in factors]
     if first is None:
-        first = _product(factors["lokr_w1_a"], factors["lokr_w1_b"])
+        first = _product(weight, factors["lokr_w1_a"], factors["lokr_w1_b"])
     if second is None:
         a, b, mid = factors["lokr_w2_a"], factors["lokr_w2_b"], factors.get("lokr_t2")
-        second = _product(a, b) if mid is None else _tucker(mid, a, b)
+        second = _product(weight, a, b) if mid is None else _tucker(weight, mid, a, b)
     if second.ndim == 2 and first.shape[1] * second.shape[1] != weight.shape[1]:  # the kernel's sides are in its rows
         second = second.reshape(second.shape[0], -1, *weight.shape[2:])
+    _check_size(weight, first.numel() * second.numel())
     delta = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
     return _scaled(delta, factors, ranks[0] if ranks else None)
 
@@ -79,8 +80,10 @@ def glora(weight: Tensor, factors: Factors) -> Tensor:
     fits_swapped = b2.shape[1] == b1.shape[0] == a2.shape[1] == a1.shape[0]
     if fits_swapped and (not fits or b1.shape[0] < b1.shape[1]):  # of square weights both fit: a rank is the less
         a1, a2, b1, b2 = a2, a1, b2, b1
-    added = _product(b1, b2) if "bm" not in factors else _tucker(factors["bm"], b1.flatten(1).T, b2.flatten(1))
-    turned = torch.einsum("oi...,ij->oj...", weight, a1.flatten(1) @ a2.flatten(1))
+    core = factors.get("bm")
+    added = _product(weight, b1, b2) if core is None else _tucker(weight, core, b1.flatten(1).T, b2.flatten(1))
+    _check_size(weight, weight.numel() // weight.shape[1] * max(a1[0].numel(), a2[0].numel()))
+    turned = torch.einsum("oi...,ir,rj->oj...", weight, a1.flatten(1), a2.flatten(1))
     return _scaled(_fitted(added, weight) + turned, factors, b2.shape[0])
 
 
@@ -133,14 +136,22 @@ DELTAS: dict[str, Callable[[Tensor, Factors], Tensor | None]] = {
 }
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _product(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The product of [o, r] and [r, i, …], which keeps the shape of the last."""
+    _check_size(weight, a.shape[0] * b[0].numel())
     return (a.flatten(1) @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
 
 
-def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _tucker(weight: Tensor, core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Tucker's form: core [r, r, k, k] with a [r, o] and b [r, i] gives [o, i, k, k]."""
+    _check_size(weight, a.shape[1] * b.shape[1] * core[0, 0].numel())
     return torch.einsum("ab...,ao,bi->oi...", core, a, b)
+
+
+def _check_size(weight: Tensor, numbers: int) -> None:
+    """Raise ValueError where so many numbers are more than the weight has: a small file must not fill the memory."""
+    if numbers > weight.numel():
+        raise ValueError(f"a change of {numbers} numbers")
 
 
 def _scaled(delta: Tensor, factors: Factors, rank: int | None) -> Tensor:

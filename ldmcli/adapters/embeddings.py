@@ -119,9 +119,7 @@ def _checked(path: Path, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     counts = {len(tensor) for tensor in found.values()}
     if len(counts) > 1 or max(counts) > _MAX_VECTORS:
         told = " and ".join(str(len(tensor)) for tensor in found.values())
-        raise bad_file(
-            path, f"holds {told} vectors, not up to {_MAX_VECTORS} for each text encoder", "name another one"
-        )
+        raise bad_file(path, f"holds {told} vectors, not 1 to {_MAX_VECTORS} for each text encoder", "name another one")
     return {part: tensor.float() for part, tensor in found.items()}
 
 

@@ -80,23 +80,33 @@ class Merger:
     def _write(self, place: Place, merges: Sequence[tuple[Use, str, Factors]]) -> None:
         """Change the parameters of one module."""
         parameters, copies = self._modules.parameters(place), self._base.setdefault(place, {})
-        device = parameters["weight"].device
-        wide = [
-            (use.strength(place), kind, {name: factor.to(device, torch.float32) for name, factor in factors.items()})
-            for use, kind, factors in merges
-        ]
+        values = {name: copies.get(name, parameter).float() for name, parameter in parameters.items()}
+        changed: dict[str, Tensor] = {}
+        for use, kind, stored in merges:
+            factors = {name: tensor.to(values["weight"].device, torch.float32) for name, tensor in stored.items()}
+            changed |= self._changed(place, use, kind, values | changed, factors)
         for name, parameter in parameters.items():
-            compute = new_weight if name == "weight" else new_bias
-            value = before = copies.get(name, parameter).float()
-            for strength, kind, factors in wide:
-                new = compute(kind, value, factors, strength)
-                value = value if new is None else new
-            if value is not before:
-                _check_range(value, parameter.dtype, place, [use for use, _, _ in merges])
+            if name in changed:
+                _check_range(changed[name], parameter.dtype, place, [use for use, _, _ in merges])
                 copies.setdefault(name, parameter.clone())
-                parameter.copy_(value)
+                parameter.copy_(changed[name])
             elif name in copies:
                 parameter.copy_(copies.pop(name))
+
+    def _changed(
+        self, place: Place, use: Use, kind: str, values: Mapping[str, Tensor], factors: Factors
+    ) -> dict[str, Tensor]:
+        """Those of a module's parameters that an adapter changes, as it makes them. Raises BadDataError."""
+        strength = use.strength(place)
+        try:
+            weight = new_weight(kind, values["weight"], factors, strength)
+            bias = new_bias(values.get("bias"), factors, strength)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            why = f" ({error})" if isinstance(error, ValueError) else ""
+            raise self._modules.misfit(use.adapter, place, kind, factors, why) from None
+        return {name: new for name, new in (("weight", weight), ("bias", bias)) if new is not None}
 
 
 def _read(changes: Mapping[Place, Change], use: Use) -> dict[Place, tuple[str, Factors]]:

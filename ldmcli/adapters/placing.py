@@ -3,17 +3,15 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ldmcli.adapters.adapter import Adapter
 from ldmcli.adapters.change import Change
-from ldmcli.adapters.deltas import new_bias, new_weight
 from ldmcli.adapters.facts import base_family
 from ldmcli.adapters.kinds import SCALARS, split
 from ldmcli.adapters.spellings import Place, module_table
 from ldmcli.disk.opening import bad_file, shown
-from ldmcli.errors import printable
+from ldmcli.errors import BadDataError, printable
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # names of what does not fit
@@ -33,9 +31,9 @@ class Modules:
         return dict(self._networks[place.part].get_submodule(place.name).named_parameters(recurse=False))
 
     def placed(self, adapter: Adapter) -> dict[Place, Change]:
-        """The adapter's changes by module, all of fitting shapes. What has no place in this model is a warning.
+        """The adapter's changes by module. What has no place in this model is a warning.
 
-        Raises BadDataError where no module is the model's, one does not fit, or one is changed in an unknown way.
+        Raises BadDataError where no module is the model's, one is changed twice, or one in an unknown way.
         """
         found: dict[Place, Change] = {}
         strays: list[str] = []
@@ -56,8 +54,6 @@ class Modules:
         if strays:
             told = "%s: %d of its %d modules and other keys have no place in this model and are left out (%s)"
             _log.warning(told, shown(adapter.path), len(strays), len(strays) + len(found), _first(strays))
-        for place, change in found.items():
-            self._check_fit(adapter, place, change)
         return found
 
     def _refuse_unknown(self, adapter: Adapter, key: str) -> None:
@@ -69,19 +65,14 @@ class Modules:
             what = f"changes a module in a way that this version does not know (“{key[:200]}”)"
             raise bad_file(adapter.path, what, "use a LoRA of another kind")
 
-    def _check_fit(self, adapter: Adapter, place: Place, change: Change) -> None:
-        """Compute the change on the meta device, without numbers. Raises BadDataError where shapes do not fit."""
-        factors = {name: torch.empty(info.shape, device="meta") for name, info in change.infos.items()}
-        own = {name: torch.empty(value.shape, device="meta") for name, value in self.parameters(place).items()}
-        try:
-            new_weight(change.kind.name, own["weight"], factors, 1.0)
-            new_bias(change.kind.name, own.get("bias"), factors, 1.0)
-        except (RuntimeError, ValueError, IndexError) as error:
-            has = ", ".join(f"{name} {list(value.shape)}" for name, value in factors.items() if value.ndim)
-            why = f" ({error})" if isinstance(error, ValueError) else ""
-            told = f"the weight of {place} is {list(own['weight'].shape)}, the {change.kind.name} has {has}{why}"
-            what = f"{_made_for(adapter)} and does not fit this {self._family} model: {told}"
-            raise bad_file(adapter.path, what, "use one that was made for it") from None
+    def misfit(
+        self, adapter: Adapter, place: Place, kind: str, factors: Mapping[str, Tensor], why: str
+    ) -> BadDataError:
+        """The error for factors of a kind that do not fit a module, or one another."""
+        has = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in factors.items() if tensor.ndim)
+        told = f"the weight of {place} is {list(self.parameters(place)['weight'].shape)}, the {kind} has {has}{why}"
+        what = f"{_made_for(adapter)} and does not fit this {self._family} model: {told}"
+        return bad_file(adapter.path, what, "use one that was made for it")
 
 
 def _made_for(adapter: Adapter) -> str:
