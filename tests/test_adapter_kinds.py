@@ -180,7 +180,7 @@ def boft(shape: tuple[int, ...]) -> Made:
 
 def full(shape: tuple[int, ...], key: str = "diff") -> Made:
     change = noise(*shape, seed=2)
-    return {key: change}, lambda w: change.double() if key == "set_weight" else w + change.double()
+    return {key: change}, lambda w: w + change.double()
 
 
 def dora(made: Made, shape: tuple[int, ...], axis: int, key: str = "dora_scale") -> Made:
@@ -234,7 +234,6 @@ CASES: dict[str, tuple[str, Made]] = {
     "BOFT": (LINEAR, boft((256, 32))),
     "BOFT of a convolution": (CONV, boft((64, 128, 3, 3))),
     "a difference": (CONV, full((64, 128, 3, 3))),
-    "a whole weight": (LINEAR, full((256, 32), "set_weight")),
     "a norm": (NORM, full((32,), "w_norm")),
     "DoRA of rows": (LINEAR, dora(lora((256, 32)), (256, 32), 0)),
     "DoRA of columns": (LINEAR, dora(lora((256, 32)), (256, 32), 1)),

@@ -208,7 +208,16 @@ def test_a_lora_of_another_width_names_both_families(
 
 
 def test_an_unknown_kind_of_a_known_module_is_refused_by_name(networks: Networks, tmp_path: Path) -> None:
-    for key in ("q_layer.weight", "vera_lambda_b", "bias_values", "reshape_weight", "weight", "oft_R.weight", "ia3_l"):
+    for key in (
+        "q_layer.weight",
+        "vera_lambda_b",
+        "bias_values",
+        "reshape_weight",
+        "set_weight",
+        "weight",
+        "oft_R.weight",
+        "ia3_l",
+    ):
         adapter = opened(tmp_path, pair(Q_PROJ) | {f"{TO_Q}.{key}": noise(4)})
         with pytest.raises(BadDataError, match=f"in a way that this version does not know .*{key}”"):
             Merger(networks, "small").merge([Use(adapter)])
@@ -232,10 +241,10 @@ HADA = {
     f"{TO_Q}.hada_w{half}_{side}": noise(*shape) for half in "12" for side, shape in (("a", (32, 4)), ("b", (4, 32)))
 }
 BROKEN: dict[str, tuple[State, str]] = {
-    "no partner": (without(LORA, "lora_up.weight"), "lacks up for “.*” .LoRA."),
-    "no partner of LoHa": (without(HADA, "hada_w2_b"), "lacks hada_w2_b"),
-    "no second half of LoKr": ({f"{TO_Q}.lokr_w1": noise(4, 4)}, "lacks lokr_w2"),
-    "two kinds at once": (LORA | {f"{TO_Q}.diff": noise(32, 32)}, "holds diff, down, up together"),
+    "no partner": (without(LORA, "lora_up.weight"), "holds down for “.*”, which make up no adapter"),
+    "no partner of LoHa": (without(HADA, "hada_w2_b"), "holds hada_w1_a, hada_w1_b, hada_w2_a for"),
+    "no second half of LoKr": ({f"{TO_Q}.lokr_w1": noise(4, 4)}, "holds lokr_w1 for"),
+    "two kinds at once": (LORA | {f"{TO_Q}.diff": noise(32, 32)}, "holds diff, down, up for"),
     "rank 0": (LORA | {f"{TO_Q}.lora_down.weight": noise(0, 32), f"{TO_Q}.lora_up.weight": noise(32, 0)}, "no numbers"),
     "no size": (LORA | {f"{TO_Q}.lora_down.weight": noise(4, 0)}, "with no numbers"),
     "ranks that differ": (LORA | {f"{TO_Q}.lora_down.weight": noise(5, 32)}, "down .5, 32."),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ldmcli.adapters.change import PARTS, PEFT_FILE, Change, configured
-from ldmcli.adapters.kinds import SCALARS, kind_of, nearest_kind, split
+from ldmcli.adapters.kinds import SCALARS, kind_of, split
 from ldmcli.checkpoints.families import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import FLOATING
@@ -91,10 +91,8 @@ def _checked(name: str, keys: dict[str, str], file: WeightFile) -> Change:
     """The change that these factors make up. Raises BadDataError where one lacks or cannot be one."""
     kind = kind_of(keys)
     if kind is None:
-        near = nearest_kind(keys)
-        lacking = sorted(near.lacking(keys))
-        what = f"lacks {' and '.join(lacking)}" if lacking else f"holds {', '.join(sorted(keys))} together"
-        raise bad_file(file.path, f"{what} for “{name}” ({near.name})", _AGAIN)
+        what = f"holds {', '.join(sorted(keys))} for “{name}”, which make up no adapter of a known kind"
+        raise bad_file(file.path, what, _AGAIN)
     change = Change(kind, file, keys)
     for factor, info in change.infos.items():
         if factor not in SCALARS and info.dtype not in FLOATING:  # some writers store an alpha as a whole number

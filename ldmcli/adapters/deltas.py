@@ -117,11 +117,6 @@ def difference(weight: Tensor, factors: Factors) -> Tensor | None:
     return factors["diff"] if "diff" in factors else factors.get("w_norm")
 
 
-def replacement(weight: Tensor, factors: Factors) -> Tensor:
-    """The whole new weight in place of a difference."""
-    return _fitted(factors["set_weight"], weight) - weight
-
-
 DELTAS: dict[str, Callable[[Tensor, Factors], Tensor | None]] = {
     "LoRA": lora,
     "LoHa": loha,
@@ -129,10 +124,7 @@ DELTAS: dict[str, Callable[[Tensor, Factors], Tensor | None]] = {
     "GLoRA": glora,
     "IA3": ia3,
     "OFT": oft,
-    "OFT's rotations": oft,
-    "full differences": difference,
-    "norms": difference,
-    "whole weights": replacement,
+    "full": difference,
 }
 
 

@@ -18,8 +18,6 @@ _MARKS = (
     ("single_transformer_blocks", "Flux"),
     ("transformer.transformer_blocks", "Stable Diffusion 3"),
     ("transformer_transformer_blocks", "Stable Diffusion 3"),
-    ("ip_adapter", "an IP-Adapter"),
-    ("motion_modules", "AnimateDiff"),
     ("te2_", SDXL.name),
     ("text_encoder_2", SDXL.name),
     ("clip_g", SDXL.name),
@@ -102,13 +100,6 @@ def _kind(change: Change) -> str:
 
 
 def _inputs(change: Change) -> int | None:
-    """How many inputs the changed module has, where one factor or two tell."""
-    infos = change.infos
-    for factor in ("down", "hada_w1_b", "diff", "b2"):
-        if factor in infos and len(infos[factor].shape) > 1:
-            return infos[factor].shape[1]
-    halves = []
-    for half in ("lokr_w1", "lokr_w2"):
-        info = infos.get(half) or infos.get(f"{half}_b")
-        halves.append(info.shape[1] if info and len(info.shape) > 1 else 0)
-    return halves[0] * halves[1] or None
+    """How many inputs the changed module has, of the kinds whose shapes tell."""
+    found = (change.infos.get(factor) for factor in ("down", "hada_w1_b", "diff"))
+    return next((info.shape[1] for info in found if info and len(info.shape) > 1), None)

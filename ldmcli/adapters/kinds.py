@@ -25,7 +25,7 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
             *("alpha", "scale", "dora_scale", "rescale", "on_input", "weight"),
             *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
             *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-            *("oft_blocks", "oft_diag", "diff", "diff_b", "w_norm", "b_norm", "set_weight"),
+            *("oft_blocks", "oft_diag", "diff", "diff_b", "w_norm", "b_norm"),
         )
     },
 }
@@ -52,17 +52,12 @@ class Kind:
         extra = self.may | _COMMON
         return any(need <= set(factors) <= need | extra for need in self.needs)
 
-    def lacking(self, factors: Collection[str]) -> set[str]:
-        """What the kind needs beside `factors`, in the nearest way."""
-        return min((set(need - set(factors)) for need in self.needs), key=len)
-
 
 def _sets(*needs: Iterable[str]) -> tuple[frozenset[str], ...]:
     return tuple(map(frozenset, needs))
 
 
 _DORA = frozenset({"dora_scale", "magnitude"})
-_ROTATES = frozenset({"rescale"})
 _HALVES = ([("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")], [("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")])
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 KINDS = (
@@ -76,11 +71,8 @@ KINDS = (
     ),
     Kind("GLoRA", _sets(("a1", "a2", "b1", "b2")), frozenset({"bm"}), (("b2", 0),)),
     Kind("IA3", _sets(("weight", "on_input"))),
-    Kind("OFT", _sets(("oft_blocks",)), _ROTATES),
-    Kind("OFT's rotations", _sets(("oft_diag",)), _ROTATES),
-    Kind("full differences", _sets(("diff",), ("diff_b",))),
-    Kind("norms", _sets(("w_norm",), ("w_norm", "b_norm"), ("b_norm",))),
-    Kind("whole weights", _sets(("set_weight",))),
+    Kind("OFT", _sets(("oft_blocks",), ("oft_diag",)), frozenset({"rescale"})),
+    Kind("full", _sets(("diff",), ("diff_b",), ("w_norm",), ("b_norm",), ("w_norm", "b_norm"))),
 )
 
 
@@ -105,8 +97,3 @@ def _cuts(key: str) -> Iterator[int]:
 def kind_of(factors: Collection[str]) -> Kind | None:
     """The kind that these factors of one module make up."""
     return next((kind for kind in KINDS if kind.fits(factors)), None)
-
-
-def nearest_kind(factors: Collection[str]) -> Kind:
-    """The kind of which the most factors are there: what is damaged, for an error."""
-    return max(KINDS, key=lambda kind: len(frozenset().union(*kind.needs, kind.may) & set(factors)))

@@ -14,6 +14,7 @@ from ldmcli.disk.opening import bad_file, shown
 from ldmcli.errors import BadDataError, printable
 
 _log = logging.getLogger(__name__)
+_MAX_NAME = 200  # letters of a module's name, in any spelling
 _SHOWN = 3  # names of what does not fit
 
 
@@ -60,7 +61,7 @@ class Modules:
         """Raise BadDataError where a key that is part of no change is of one of the model's modules; lone scalars are
         not: they change nothing."""
         is_scalar = (split(key) or ("", ""))[1] in SCALARS
-        ends = [at for at, mark in enumerate(key) if mark == "."]
+        ends = [at for at, mark in enumerate(key[:_MAX_NAME]) if mark == "."]
         if not is_scalar and any(key[:end] in self._table for end in ends):
             what = f"changes a module in a way that this version does not know (“{key[:200]}”)"
             raise bad_file(adapter.path, what, "use a LoRA of another kind")
