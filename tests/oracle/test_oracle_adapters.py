@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_support import Networks, flat, layers, noise, small_networks, state, write
+from adapter_support import Networks, flat, layers, noise, small_networks, state, unequal, write
 from oracle.comparing import relative
 from oracle.random_families import random_family
 from oracle.random_model import random_pipeline
 from torch import Tensor, nn
 
 from ldmcli.adapters.adapter import open_adapter
+from ldmcli.adapters.embeddings import open_embedding
 from ldmcli.adapters.merging import Merger, Use
 from ldmcli.checkpoints.load import load_text_encoders, load_unet
 from ldmcli.checkpoints.source import open_model
+from ldmcli.config import TextEncoderConfig
 
 pytest.importorskip("peft", reason="make test installs it")
 lycoris = pytest.importorskip("lycoris.modules", reason="make test installs it")
@@ -170,6 +172,15 @@ def kohya_state(pipeline: Any, rank: int = 4, *, conv: bool = False) -> dict[str
     return found
 
 
+def our_networks(path: Path) -> tuple[Networks, str]:
+    """A model's networks as they are loaded, and its family."""
+    source = open_model(path)
+    cpu = torch.device("cpu")
+    texts = zip(source.config.text_encoders, load_text_encoders(source, cpu, torch.float32), strict=True)
+    networks: Networks = {"unet": load_unet(source, cpu, torch.float32)}
+    return networks | {text.part: encoder.model for text, encoder in texts}, source.config.family
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "sd1": random_pipeline,
     "sd2": lambda: random_family("sd2"),
@@ -188,13 +199,9 @@ def test_a_kohya_file_becomes_the_weights_that_diffusers_fuses(
     pipeline.load_lora_weights(str(file))
     pipeline.fuse_lora(parts, lora_scale=0.7)
     pipeline.unload_lora_weights()
-    source = open_model(tmp_path / "model")
-    cpu = torch.device("cpu")
-    ours: Networks = {"unet": load_unet(source, cpu, torch.float32)}
-    texts = zip(source.config.text_encoders, load_text_encoders(source, cpu, torch.float32), strict=True)
-    ours |= {text.part: encoder.model for text, encoder in texts}
+    ours, family = our_networks(tmp_path / "model")
     before = state(ours)
-    Merger(ours, source.config.family).merge([Use(open_adapter(file), 0.7, 0.7)])
+    Merger(ours, family).merge([Use(open_adapter(file), 0.7, 0.7)])
     after = state(ours)
     for part in parts:
         changed = 0
@@ -203,3 +210,68 @@ def test_a_kohya_file_becomes_the_weights_that_diffusers_fuses(
             assert relative(after[path], weight) < 1e-5, path
             changed += not torch.equal(before[path], after[path])
         assert changed > 10, part
+
+
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "refiner"])
+def test_a_single_file_takes_the_same_as_its_folder(name: str, family_models: Any, tmp_path: Path) -> None:
+    """OpenCLIP's files hold queries, keys and values as one."""
+    file = write(tmp_path / "lora.safetensors", kohya_state(family_models.diffusers(name)))
+    found = []
+    for layout in ("folder", "file"):
+        networks, family = our_networks(family_models.path(name, layout))
+        before = state(networks)
+        merger = Merger(networks, family)
+        merger.merge([Use(open_adapter(file))])
+        found.append(state(networks))
+        merger.restore()
+        assert not unequal(before, state(networks))
+        assert len(unequal(before, found[-1])) > 40
+    folder, single = found
+    assert not unequal(folder, {key: single[key] for key in folder})
+
+
+def test_what_diffusers_saves_has_its_scale_in_the_metadata(tmp_path: Path, one_thread: None) -> None:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = random_pipeline()
+    pipeline.save_pretrained(tmp_path / "model")
+    pipeline.unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv1"], alpha_pattern={"attn2.to_q": 3})
+    )
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, weight in pipeline.unet.named_parameters():
+            if ".lora_" in key:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "lora",
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)),
+        **_collate_lora_metadata({"unet": pipeline.unet}),
+    )
+    pipeline.fuse_lora(["unet"])
+    pipeline.unload_lora_weights()
+    ours, family = our_networks(tmp_path / "model")
+    before = state(ours)
+    Merger(ours, family).merge([Use(open_adapter(tmp_path / "lora"))])
+    for key, weight in pipeline.unet.state_dict().items():
+        assert relative(ours["unet"].get_parameter(key), weight) < 1e-5, key
+    assert len(unequal(before, state(ours))) > 30
+
+
+# ---- embeddings ----
+
+
+def test_diffusers_puts_the_same_vectors_into_its_table(tmp_path: Path, one_thread: None) -> None:
+    pipeline = random_pipeline()
+    vectors = noise(3, 64)
+    encoder = TextEncoderConfig(hidden_size=64)
+    for word, content in {"<one>": {"<cat>": vectors}, "<two>": {"emb_params": vectors[:1]}}.items():
+        file = write(tmp_path / f"{len(content)}.safetensors", content)
+        pipeline.load_textual_inversion(str(file), token=word)
+        found = open_embedding(file).vectors_for([encoder], "small")["text_encoder"]
+        ids = pipeline.tokenizer.convert_tokens_to_ids([word, f"{word}_1", f"{word}_2"][: len(found)])
+        assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids], found)
