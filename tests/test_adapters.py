@@ -264,8 +264,28 @@ BROKEN: dict[str, tuple[State, str]] = {
     "turns of another size": ({f"{TO_Q}.oft_blocks": noise(5, 7, 7)}, "does not fit"),
     "turns that are not square": ({f"{TO_Q}.oft_blocks": noise(4, 8, 7)}, "does not fit"),
     "sets without end": ({f"{TO_Q}.oft_blocks": noise(90, 4, 8, 8)}, "does not fit"),
-    "IA3 of neither": ({f"{TO_Q}.weight": noise(5), f"{TO_Q}.on_input": torch.tensor(0)}, "neither rows nor columns"),
+    "IA3 of neither": ({f"{TO_Q}.weight": noise(5), f"{TO_Q}.on_input": torch.tensor(0)}, "5 numbers for 32 rows"),
+    "a scale of what has none": ({f"{TO_Q}.diff": noise(32, 32), f"{TO_Q}.scale": torch.tensor(2.0)}, "no adapter of"),
+    "IA3 of the other axis": (
+        {
+            f"{TO_Q.replace('attn1_to_q', 'ff_net_0_proj')}.weight": noise(32),
+            f"{TO_Q.replace('attn1_to_q', 'ff_net_0_proj')}.on_input": torch.tensor(0),
+        },
+        "32 numbers for 256 rows",
+    ),
     "a bias where there is none": ({f"{TO_Q}.diff_b": noise(32)}, "has no bias"),
+    "a small file for a large memory": (
+        {f"{TO_Q}.lora_down.weight": noise(1, 500_000), f"{TO_Q}.lora_up.weight": noise(500_000, 1)},
+        "a change of 250000000000 numbers",
+    ),
+    "a Kronecker product for a large memory": (
+        {f"{TO_Q}.lokr_w1": noise(1000, 1000), f"{TO_Q}.lokr_w2": noise(1000, 1000)},
+        "a change of 1000000000000 numbers",
+    ),
+    "a core for a large memory": (
+        LORA | {f"{TO_Q}.lora_mid.weight": noise(4, 4, 500, 500)},
+        "a change of 256000000 numbers",
+    ),
     "a Kronecker product of another size": (
         {f"{TO_Q}.lokr_w1": noise(3, 3), f"{TO_Q}.lokr_w2": noise(9, 9)},
         "not fit",
@@ -362,9 +382,10 @@ def test_folders_of_parts_are_told_apart(networks: Networks, tmp_path: Path) -> 
     merger.restore()
     text = "text_encoder_2.encoder.layers.1.self_attn.q_proj.weight"
     assert unequal(before, after) == {f"unet.{ATTENTION}.to_q.weight", text}
-    merger.merge([Use(open_adapter(tmp_path / "a" / "text_encoder_2"))])
-    assert unequal(before, state(whole)) == {text}
-    merger.restore()
+    for path in (tmp_path / "a" / "text_encoder_2", tmp_path / "a" / "text_encoder_2" / "adapter_model.safetensors"):
+        merger.merge([Use(open_adapter(path))])
+        assert unequal(before, state(whole)) == {text}
+        merger.restore()
 
 
 def test_diffusers_writes_the_same_into_the_metadata(networks: Networks, tmp_path: Path) -> None:

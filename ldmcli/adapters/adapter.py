@@ -56,16 +56,16 @@ def open_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
 
 
 def _files(path: Path) -> Iterator[tuple[Path, str]]:
-    """Each file of an adapter, with what its keys lack in front where the folder's name says which part they are of."""
-    if not os.path.isdir(path):  # unlike Path.is_dir, never raises
-        yield path, ""
-        return
-    found = [(folder / name, folder) for folder in (path, *(path / part for part in PARTS)) for name in _FILES]
-    found = [(file, folder) for file, folder in found if os.path.lexists(file)]
+    """Each file of an adapter, with what its keys lack in front where PEFT's folder is named after a part."""
+    found = [path]
+    if os.path.isdir(path):  # unlike Path.is_dir, never raises
+        folders = (path, *(path / part for part in PARTS))
+        found = [folder / name for folder in folders for name in _FILES if os.path.lexists(folder / name)]
     if not found:
         raise bad_file(path, f"is a folder without {' or '.join(_FILES)}", "name the adapter's file")
-    for file, folder in found:
-        yield file, f"{folder.name}." if folder.name in PARTS and file.name == _FILES[0] else ""
+    for file in found:
+        part = file.absolute().parent.name
+        yield file, f"{part}." if file.name == PEFT_FILE and part in PARTS else ""
 
 
 def _sorted(file: WeightFile, prefix: str) -> tuple[dict[str, dict[str, str]], list[str]]:

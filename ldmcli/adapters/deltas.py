@@ -89,14 +89,10 @@ def glora(weight: Tensor, factors: Factors) -> Tensor:
 
 def ia3(weight: Tensor, factors: Factors) -> Tensor:
     """IA3: each output, or each input where `on_input` is set, times a number of its own (Liu et al. 2022)."""
-    scales, on_input = factors["weight"].flatten(), factors["on_input"].reshape(()).bool()
-    by_row = weight * scales.reshape(-1, *[1] * (weight.ndim - 1)) if len(scales) == weight.shape[0] else None
-    by_column = weight * scales.reshape(1, -1, *[1] * (weight.ndim - 2)) if len(scales) == weight.shape[1] else None
-    if by_row is not None and by_column is not None:
-        return torch.where(on_input, by_column, by_row)
-    if by_row is None and by_column is None:
-        raise ValueError("as many numbers as neither rows nor columns")
-    return by_column if by_row is None else by_row  # type: ignore[return-value]
+    scales, axis = factors["weight"].flatten(), int(bool(factors["on_input"]))
+    if len(scales) != weight.shape[axis]:
+        raise ValueError(f"{len(scales)} numbers for {weight.shape[axis]} {'columns' if axis else 'rows'}")
+    return weight * scales.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
 
 
 def oft(weight: Tensor, factors: Factors) -> Tensor:

@@ -33,7 +33,7 @@ _FACTORS = {f".{ending}": factor for factor, endings in _ENDINGS.items() for end
 # The same where a dot lacks: `attn1.processor.to_q_lora.down.weight`.
 _FACTORS |= {f"_lora.{factor}.weight": factor for factor in ("down", "up")}
 _LONGEST = max(ending.count(".") for ending in _FACTORS)
-_COMMON = {"alpha", "scale", "diff_b"}
+_COMMON = {"alpha", "diff_b"}
 SCALARS = {"alpha", "scale", "on_input"}
 
 
@@ -57,7 +57,8 @@ def _sets(*needs: Iterable[str]) -> tuple[frozenset[str], ...]:
     return tuple(map(frozenset, needs))
 
 
-_DORA = frozenset({"dora_scale", "magnitude"})
+_SCALE = frozenset({"scale"})
+_DORA = _SCALE | {"dora_scale", "magnitude"}
 _HALVES = ([("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")], [("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")])
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 KINDS = (
@@ -69,7 +70,7 @@ KINDS = (
         _DORA | {"lokr_t2"},
         (("lokr_w2_b", 0), ("lokr_w1_b", 0)),
     ),
-    Kind("GLoRA", _sets(("a1", "a2", "b1", "b2")), frozenset({"bm"}), (("b2", 0),)),
+    Kind("GLoRA", _sets(("a1", "a2", "b1", "b2")), _SCALE | {"bm"}, (("b2", 0),)),
     Kind("IA3", _sets(("weight", "on_input"))),
     Kind("OFT", _sets(("oft_blocks",), ("oft_diag",)), frozenset({"rescale"})),
     Kind("full", _sets(("diff",), ("diff_b",), ("w_norm",), ("b_norm",), ("w_norm", "b_norm"))),
