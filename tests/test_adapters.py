@@ -460,6 +460,7 @@ def test_trigger_words(metadata: dict[str, str], words: list[str], tmp_path: Pat
         (lambda: {f"{TO_Q}.lokr_w1": noise(4, 4), f"{TO_Q}.lokr_w2": noise(8, 8)}, "LoKr", None),
         (lambda: {f"{TO_Q}.oft_blocks": noise(3, 4, 8, 8)}, "BOFT", None),
         (lambda: {f"{TO_Q}.oft_blocks": noise(4, 8, 8)}, "OFT", None),
+        (lambda: {f"{TO_Q}.oft_diag": noise(4, 8, 8)}, "OFT", None),
         (lambda: {f"{TO_Q}.weight": noise(32), f"{TO_Q}.on_input": torch.tensor(0)}, "IA3", None),
     ],
 )

@@ -92,7 +92,7 @@ def _kind(change: Change) -> str:
     """The kind in the words users know."""
     infos = change.infos
     name = change.kind.name
-    if name == "OFT" and len(infos["oft_blocks"].shape) == 4:
+    if "oft_blocks" in infos and len(infos["oft_blocks"].shape) == 4:
         return "BOFT"
     if name == "LoRA" and (math.prod(infos["down"].shape[2:]) > 1 or "mid" in infos):
         name = "LoCon"
