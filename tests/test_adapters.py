@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -483,3 +485,13 @@ def test_metadata_tells_the_family_where_shapes_do_not(
     metadata: dict[str, str], family: str | None, tmp_path: Path
 ) -> None:
     assert base_family(opened(tmp_path, pair(TO_Q), metadata)) == family
+
+
+def test_a_file_is_described_without_torch(tmp_path: Path) -> None:
+    path = write(tmp_path / "adapter.safetensors", pair(TO_Q))
+    program = (
+        "import sys, pathlib; from ldmcli.adapters.adapter import open_adapter; from ldmcli.adapters.facts import facts\n"
+        "print(facts(open_adapter(pathlib.Path(sys.argv[1])))['rank'], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["4", "False"], done.stderr

@@ -110,8 +110,8 @@ def _load(path: Path, file: io.FileIO, size: int, device: str) -> "dict[str, tor
 def _state_dict(value: object) -> "dict[str, torch.Tensor]":
     """The tensors in what a checkpoint holds, by name; the rest (numbers, texts) is passed over.
 
-    Training programs keep the state dict under `state_dict`; inner tables give names with dots, and so do the numbers of
-    tables in a list, as embeddings for several text encoders are. Raises HeaderError.
+    Training programs keep the state dict under `state_dict`; inner tables give names with dots, and so do tables in a
+    list, as embeddings for several text encoders are, with their numbers in front. Raises HeaderError.
     """
     import torch
 
