@@ -490,7 +490,8 @@ def test_metadata_tells_the_family_where_shapes_do_not(
 def test_a_file_is_described_without_torch(tmp_path: Path) -> None:
     path = write(tmp_path / "adapter.safetensors", pair(TO_Q))
     program = (
-        "import sys, pathlib; from ldmcli.adapters.adapter import open_adapter; from ldmcli.adapters.facts import facts\n"
+        "import sys, pathlib; from ldmcli.adapters.adapter import open_adapter\n"
+        "from ldmcli.adapters.facts import facts\n"
         "print(facts(open_adapter(pathlib.Path(sys.argv[1])))['rank'], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
