@@ -119,8 +119,8 @@ def glora_conv() -> Made:
         noise(*s, seed=i) for i, s in enumerate([(128, 4, 1, 1), (4, 128, 1, 1), (64, 4, 1, 1), (4, 128, 3, 3)])
     )
     factors = {"a1.weight": a1, "a2.weight": a2, "b1.weight": b1, "b2.weight": b2}
-    turn = a1.double().flatten(1) @ a2.double().flatten(1)
-    return factors, lambda w: w + torch.einsum("oixy,ij->ojxy", w, turn) + product(b1.double(), b2.double())
+    rotation = a1.double().flatten(1) @ a2.double().flatten(1)
+    return factors, lambda w: w + torch.einsum("oixy,ij->ojxy", w, rotation) + product(b1.double(), b2.double())
 
 
 def ia3(shape: tuple[int, ...], *, on_input: bool) -> Made:
@@ -133,7 +133,7 @@ def ia3(shape: tuple[int, ...], *, on_input: bool) -> Made:
     return factors, lambda w: w * (1 + view)
 
 
-def turns(blocks: Tensor, constraint: float = 0.0) -> Tensor:
+def rotations(blocks: Tensor, constraint: float = 0.0) -> Tensor:
     skew = blocks.double() - blocks.double().transpose(-1, -2)
     if constraint and skew.norm() > constraint:
         skew = skew * constraint / skew.norm()
@@ -141,16 +141,16 @@ def turns(blocks: Tensor, constraint: float = 0.0) -> Tensor:
     return (eye + skew) @ torch.linalg.inv(eye - skew)
 
 
-def oft(shape: tuple[int, ...], *, constraint: float = 0.0, rescale: bool = False, holds_turns: bool = False) -> Made:
+def oft(shape: tuple[int, ...], *, constraint: float = 0.0, rescale: bool = False, as_rotations: bool = False) -> Made:
     blocks = noise(shape[0] // 8, 8, 8, seed=2)
-    turn = turns(blocks, constraint * shape[0])
-    factors = {"oft_diag": turn.float()} if holds_turns else {"oft_blocks": blocks, "alpha": alpha(constraint)}
+    rotation = rotations(blocks, constraint * shape[0])
+    factors = {"oft_diag": rotation.float()} if as_rotations else {"oft_blocks": blocks, "alpha": alpha(constraint)}
     scales = noise(shape[0], *[1] * (len(shape) - 1), seed=3) + 1
     if rescale:
         factors["rescale"] = scales
 
     def expected(w: Tensor) -> Tensor:
-        rows = [turn[i].T @ w[8 * i : 8 * i + 8].flatten(1) for i in range(len(turn))]
+        rows = [rotation[i].T @ w[8 * i : 8 * i + 8].flatten(1) for i in range(len(rotation))]
         whole = torch.cat(rows).reshape(w.shape)
         return whole * scales.double() if rescale else whole
 
@@ -161,7 +161,7 @@ def boft(shape: tuple[int, ...]) -> Made:
     size, count = 8, shape[0] // 8
     sets = int(math.log2(count)) + 1
     blocks = noise(sets, count, size, size, seed=2)
-    turn = turns(blocks)
+    rotation = rotations(blocks)
 
     def expected(w: Tensor) -> Tensor:
         flat = w.flatten(1)
@@ -170,7 +170,7 @@ def boft(shape: tuple[int, ...]) -> Made:
             order = [
                 start + at + half * far for start in range(0, shape[0], 2 * far) for at in range(far) for half in (0, 1)
             ]
-            mixed = torch.block_diag(*turn[i]) @ flat[order]
+            mixed = torch.block_diag(*rotation[i]) @ flat[order]
             flat = torch.empty_like(flat)
             flat[order] = mixed
         return flat.reshape(w.shape)
@@ -230,7 +230,7 @@ CASES: dict[str, tuple[str, Made]] = {
     "OFT of a convolution": (CONV, oft((64, 128, 3, 3))),
     "OFT, constrained": (LINEAR, oft((256, 32), constraint=0.01)),
     "OFT, rescaled": (LINEAR, oft((256, 32), rescale=True)),
-    "OFT with its turns": (LINEAR, oft((256, 32), holds_turns=True)),
+    "OFT as rotations": (LINEAR, oft((256, 32), as_rotations=True)),
     "BOFT": (LINEAR, boft((256, 32))),
     "BOFT of a convolution": (CONV, boft((64, 128, 3, 3))),
     "a difference": (CONV, full((64, 128, 3, 3))),
@@ -313,7 +313,7 @@ def test_biases(key: str, factors: Factors, layer: str, tmp_path: Path) -> None:
 def test_kinds_that_depend_on_the_weight_build_on_those_before(tmp_path: Path) -> None:
     """Differences add up whatever their order; a rotation turns what came before it."""
     _, (first, plain) = CASES["LoRA"]
-    _, (second, turned) = CASES["OFT"]
+    _, (second, rotated) = CASES["OFT"]
     files = [
         write(tmp_path / f"{i}.safetensors", spelled(LINEAR, factors)) for i, factors in enumerate((first, second))
     ]
@@ -323,7 +323,7 @@ def test_kinds_that_depend_on_the_weight_build_on_those_before(tmp_path: Path) -
         weight = networks["unet"].get_parameter(f"{LINEAR}.weight").double()
         Merger(networks, "small").merge([Use(open_adapter(files[i])) for i in order])
         found = networks["unet"].get_parameter(f"{LINEAR}.weight").double()
-        wanted = turned(plain(weight)) if order == (0, 1) else plain(turned(weight))
+        wanted = rotated(plain(weight)) if order == (0, 1) else plain(rotated(weight))
         assert (found - wanted).norm() < 1e-6 * wanted.norm()
         results.append(found)
     assert not torch.allclose(*results, rtol=1e-3)

@@ -251,7 +251,7 @@ BROKEN: dict[str, tuple[State, str]] = {
     "no size": (LORA | {f"{TO_Q}.lora_down.weight": noise(4, 0)}, "with no numbers"),
     "ranks that differ": (LORA | {f"{TO_Q}.lora_down.weight": noise(5, 32)}, "down .5, 32."),
     "another width": (LORA | {f"{TO_Q}.lora_down.weight": noise(4, 33)}, "down .4, 33."),
-    "turned": (
+    "transposed": (
         LORA | {f"{TO_Q}.lora_down.weight": noise(32, 4), f"{TO_Q}.lora_up.weight": noise(4, 32)},
         "does not fit",
     ),
@@ -263,8 +263,8 @@ BROKEN: dict[str, tuple[State, str]] = {
     "NaN": (LORA | {f"{TO_Q}.lora_down.weight": torch.full((4, 32), float("nan"))}, "NaN or infinity"),
     "infinity": (LORA | {f"{TO_Q}.alpha": torch.tensor(float("inf"))}, "NaN or infinity"),
     "magnitudes of another width": (LORA | {f"{TO_Q}.dora_scale": noise(1, 31)}, "31 magnitudes for 32 columns"),
-    "turns of another size": ({f"{TO_Q}.oft_blocks": noise(5, 7, 7)}, "does not fit"),
-    "turns that are not square": ({f"{TO_Q}.oft_blocks": noise(4, 8, 7)}, "does not fit"),
+    "rotations of another size": ({f"{TO_Q}.oft_blocks": noise(5, 7, 7)}, "does not fit"),
+    "rotations that are not square": ({f"{TO_Q}.oft_blocks": noise(4, 8, 7)}, "does not fit"),
     "sets without end": ({f"{TO_Q}.oft_blocks": noise(90, 4, 8, 8)}, "does not fit"),
     "IA3 of neither": ({f"{TO_Q}.weight": noise(5), f"{TO_Q}.on_input": torch.tensor(0)}, "5 numbers for 32 rows"),
     "a scale of what has none": ({f"{TO_Q}.diff": noise(32, 32), f"{TO_Q}.scale": torch.tensor(2.0)}, "no adapter of"),

@@ -83,8 +83,8 @@ def glora(weight: Tensor, factors: Factors) -> Tensor:
     core = factors.get("bm")
     added = _product(weight, b1, b2) if core is None else _tucker(weight, core, b1.flatten(1).T, b2.flatten(1))
     _check_size(weight, weight.numel() // weight.shape[1] * max(a1[0].numel(), a2[0].numel()))
-    turned = torch.einsum("oi...,ir,rj->oj...", weight, a1.flatten(1), a2.flatten(1))
-    return _scaled(_fitted(added, weight) + turned, factors, b2.shape[0])
+    product = torch.einsum("oi...,ir,rj->oj...", weight, a1.flatten(1), a2.flatten(1))
+    return _scaled(_fitted(added, weight) + product, factors, b2.shape[0])
 
 
 def ia3(weight: Tensor, factors: Factors) -> Tensor:
@@ -96,16 +96,14 @@ def ia3(weight: Tensor, factors: Factors) -> Tensor:
 
 
 def oft(weight: Tensor, factors: Factors) -> Tensor:
-    """OFT and BOFT: rows turned by orthogonal matrices."""
-    blocks = factors.get("oft_blocks")
-    if blocks is None:
-        turned = rotated(weight, factors["oft_diag"])
+    """OFT and BOFT, whose alpha is a constraint; old files of LyCORIS hold the rotations themselves, as `oft_diag`."""
+    if "oft_diag" in factors:
+        new = rotated(weight, factors["oft_diag"])
     else:
-        turned = rotated_by_blocks(weight, blocks, factors.get("alpha"))
-    rescale = factors.get("rescale")
-    if rescale is not None:
-        turned = turned * rescale.reshape(-1, *[1] * (weight.ndim - 1))
-    return turned - weight
+        new = rotated_by_blocks(weight, factors["oft_blocks"], factors.get("alpha"))
+    if "rescale" in factors:
+        new = new * factors["rescale"].reshape(-1, *[1] * (weight.ndim - 1))
+    return new - weight
 
 
 def difference(weight: Tensor, factors: Factors) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from ldmcli.adapters.adapter import Adapter, Change
@@ -70,7 +71,7 @@ def base_family(adapter: Adapter) -> str | None:
     return next((family for width, family in _CONTEXT.items() if width in widths), None)
 
 
-def trigger_words(metadata: "dict[str, str] | Any") -> list[str]:
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """The words that a LoRA was trained to answer: those its metadata names, else the tags that most of its pictures
     had."""
     phrase = metadata.get("modelspec.trigger_phrase", "")

@@ -88,9 +88,9 @@ def split(key: str) -> tuple[str, str] | None:
 
 def _cuts(key: str) -> Iterator[int]:
     """Where a factor's name may begin in `key`, from the left."""
-    glued = key.rfind("_lora.")
-    if glued > 0:
-        yield glued
+    without_dot = key.rfind("_lora.")
+    if without_dot > 0:
+        yield without_dot
     dots = [at for at, mark in enumerate(key) if mark == "." and at]
     yield from dots[-_LONGEST:]
 

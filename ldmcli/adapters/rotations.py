@@ -1,31 +1,31 @@
-"""Orthogonal fine-tuning: rows of a weight are turned, block by block (Qiu et al. 2023, OFT; Liu et al. 2023, BOFT)."""
+"""Orthogonal fine-tuning rotates rows of a weight, block by block (Qiu et al. 2023, OFT; Liu et al. 2023, BOFT)."""
 
 import torch
 from torch import Tensor
 
 
 def rotated_by_blocks(weight: Tensor, blocks: Tensor, constraint: Tensor | None) -> Tensor:
-    """`weight` turned by what `blocks` give through Cayley's transform: OFT where they are [blocks, size, size], BOFT
+    """`weight` rotated by what `blocks` give through Cayley's transform: OFT where they are [blocks, size, size], BOFT
     where there are several sets of them."""
-    turns = _cayley(blocks, constraint, weight.shape[0])
-    return rotated(weight, turns) if blocks.ndim == 3 else _butterfly(weight, turns)
+    rotations = _cayley(blocks, constraint, weight.shape[0])
+    return rotated(weight, rotations) if blocks.ndim == 3 else _butterfly(weight, rotations)
 
 
-def rotated(weight: Tensor, turns: Tensor) -> Tensor:
-    """Each block of rows times the transpose of its matrix; `turns` is [blocks, size, size]."""
-    grouped = weight.unflatten(0, turns.shape[:2])
-    return torch.einsum("knm,kn...->km...", turns, grouped).flatten(0, 1)
+def rotated(weight: Tensor, rotations: Tensor) -> Tensor:
+    """Each block of rows times the transpose of its matrix; `rotations` is [blocks, size, size]."""
+    rows = weight.unflatten(0, rotations.shape[:2])
+    return torch.einsum("knm,kn...->km...", rotations, rows).flatten(0, 1)
 
 
-def _butterfly(weight: Tensor, turns: Tensor) -> Tensor:
-    """BOFT: before each set of turns, rows that lie 2^i half blocks apart are put beside one another, and after it put
-    back. `turns` is [sets, blocks, size, size]."""
-    half = turns.shape[-1] // 2
-    for i, turn in enumerate(turns):
+def _butterfly(weight: Tensor, rotations: Tensor) -> Tensor:
+    """BOFT: before each set of rotations, rows that lie 2^i half blocks apart are put beside one another, and after it
+    put back. `rotations` is [sets, blocks, size, size]."""
+    half = rotations.shape[-1] // 2
+    for i, rotation in enumerate(rotations):
         mixed = weight.unflatten(0, (-1, 2, 2**i * half)).transpose(1, 2)
-        grouped = mixed.flatten(0, 2).unflatten(0, turn.shape[:2])
-        turned = torch.einsum("bij,bj...->bi...", turn, grouped).flatten(0, 1)
-        weight = turned.unflatten(0, mixed.shape[:3]).transpose(1, 2).flatten(0, 2)
+        rows = mixed.flatten(0, 2).unflatten(0, rotation.shape[:2])
+        rows = torch.einsum("bij,bj...->bi...", rotation, rows).flatten(0, 1)
+        weight = rows.unflatten(0, mixed.shape[:3]).transpose(1, 2).flatten(0, 2)
     return weight
 
 
