@@ -153,16 +153,27 @@ class FittedRequest:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRA:
+    """A LoRA or another adapter, by its file, folder or name; `weight` scales its changes to the U-Net, `text_weight`
+    those to the text encoders."""
+
+    name: str
+    weight: float = 1.0
+    text_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Which weights: a diffusers folder, a .safetensors file or a name of the hub each; `model` None is the embedded
     one. `vae` stands in place of the model's own. `prediction_type` overrides what the files say. `allow_pickle` lets
-    torch's restricted unpickler read .ckpt and .bin files."""
+    torch's restricted unpickler read .ckpt and .bin files. `loras` are merged into the model in this order."""
 
     model: str | None = None
     vae: str | None = None
     refiner: str | None = None
     prediction_type: str | None = None
     allow_pickle: bool = False
+    loras: tuple[LoRA, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

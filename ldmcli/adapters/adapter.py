@@ -1,17 +1,23 @@
 """An adapter on disk: its header read, sorted by module and checked, without torch and without reading a number."""
 
 import dataclasses
+import functools
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldmcli.adapters.change import PARTS, PEFT_FILE, Change, configured
 from ldmcli.adapters.kinds import SCALARS, kind_of, split
 from ldmcli.checkpoints.families import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import FLOATING
-from ldmcli.disk.opening import bad_file
+from ldmcli.disk.opening import bad_file, open_regular
+
+if TYPE_CHECKING:
+    from ldmcli.adapters.spellings import Place
 
 BUNDLED = "bundle_emb."  # begins the keys of embeddings that come with an adapter
 _FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of PEFT and diffusers
@@ -28,6 +34,32 @@ class Adapter:
     others: tuple[str, ...]
     bundled: tuple[str, ...]
     metadata: Mapping[str, str]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The SHA-256, in hex, of what its files hold after their headers, by which AUTOMATIC1111 knows a LoRA; of
+        whole files where they are pickles."""
+        digest = hashlib.sha256()
+        for path in sorted({change.file.path for change in self.changes.values()}):
+            with open_regular(path) as file:
+                if path.suffix == ".safetensors":
+                    file.seek(8 + int.from_bytes(file.read(8), "little"))
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """An adapter with the strengths it is merged with: the U-Net's, and that of the text encoders."""
+
+    adapter: Adapter
+    weight: float = 1.0
+    text_weight: float = 1.0
+
+    def strength(self, place: "Place") -> float:
+        """The strength for a module."""
+        return self.weight if place.part == "unet" else self.text_weight
 
 
 def open_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ldmcli.adapters.kinds import Kind
 from ldmcli.checkpoints.files import WeightFile
+from ldmcli.checkpoints.folder_config import Fields
 from ldmcli.checkpoints.header import HeaderError, TensorInfo, parse_json_object
-from ldmcli.checkpoints.json_fields import MAX_CONFIG_BYTES, Fields
-from ldmcli.disk.opening import bad_file, read_json
+from ldmcli.disk.opening import bad_file
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 PEFT_FILE = "adapter_model.safetensors"
@@ -54,7 +54,7 @@ def _configurations(file: WeightFile, prefix: str) -> Iterator[tuple[str, Fields
     """Each configuration with what the names it is for begin with."""
     beside = file.path.parent / _CONFIG
     if file.path.name == PEFT_FILE and os.path.lexists(beside):
-        yield prefix, Fields(beside, {}, read_json(beside, MAX_CONFIG_BYTES))
+        yield prefix, Fields(beside)
     elif _METADATA in file.metadata:
         try:
             whole = parse_json_object(file.metadata[_METADATA].encode())
@@ -63,7 +63,7 @@ def _configurations(file: WeightFile, prefix: str) -> Iterator[tuple[str, Fields
         for part in PARTS:
             own = {key.removeprefix(f"{part}."): value for key, value in whole.items() if key.startswith(f"{part}.")}
             if own:
-                yield f"{part}.", Fields(file.path, {}, own)
+                yield f"{part}.", Fields(file.path, own)
 
 
 def _scale(config: Fields, name: str, change: Change) -> float:

@@ -4,14 +4,13 @@ Weights are changed in place after loading and before they are laid out for spee
 copy of the base in float32 and cast once; taking out is copying back, bit for bit.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldmcli.adapters.adapter import Adapter
+from ldmcli.adapters.adapter import Adapter, Use
 from ldmcli.adapters.change import Change
 from ldmcli.adapters.deltas import Factors, new_bias, new_weight
 from ldmcli.adapters.placing import Modules
@@ -19,19 +18,6 @@ from ldmcli.adapters.spellings import Place
 from ldmcli.checkpoints.files import WeightFile, read_tensors
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """An adapter with the strengths it is merged with: the U-Net's, and that of the text encoders."""
-
-    adapter: Adapter
-    weight: float = 1.0
-    text_weight: float = 1.0
-
-    def strength(self, place: Place) -> float:
-        """The strength for a module."""
-        return self.weight if place.part == "unet" else self.text_weight
 
 
 class Merger:

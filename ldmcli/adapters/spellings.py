@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from ldmcli.checkpoints.key_map import UNET_PREFIX, clip_text_names, original_unet_keys
+from ldmcli.checkpoints.key_map import UNET_PREFIX, disk_names
 from ldmcli.networks.unet import UNet
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2")
@@ -56,9 +56,9 @@ def module_table(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
 
 def _unet(names: list[str], unet: UNet) -> Iterator[tuple[str, str]]:
     """Each name with each of its spellings."""
-    originals = original_unet_keys([f"{name}.weight" for name in names], unet.config)
+    originals = disk_names([f"{name}.weight" for name in names], unet.config, original=True)
     for name in names:
-        original = originals[f"{name}.weight"].removeprefix(UNET_PREFIX).removesuffix(".weight")
+        original = originals[f"{name}.weight"][0].removesuffix(".weight")
         yield from _joined(name, _UNET_FLAT, (_flat(name), _flat(original)))
         yield from _joined(name, _UNET_DOTTED, _with_processor(name))
         yield from _joined(name, _UNET_ORIGINAL, (original,))
@@ -80,7 +80,8 @@ def _text(names: list[str], part: str, *, lone: bool) -> Iterator[tuple[str, str
     flat = [prefix for each in parts for prefix in _TEXT_FLAT[each]]
     dotted = [prefix for each in parts for prefix in (f"{each}.", f"{each}.{_PEFT}", *_TEXT_DOTTED[each])]
     for name in names:
-        spelled = [*clip_text_names(name), *clip_text_names(_old_text(name))]
+        old = _old_text(name)
+        spelled = [f"text_model.{name}", name, f"text_model.{old}", old]
         yield from _joined(name, flat, map(_flat, spelled))
         yield from _joined(name, dotted, spelled)
         if part == parts[0]:  # in a file that names no part

@@ -123,6 +123,7 @@ _XL = (_UNET, "conditioner.embedders.1.")
 _FOLDER_UNET = ("conv_in.", "time_embedding.", "down_blocks.")
 _FOLDER_XL = (*_FOLDER_UNET, "add_embedding.")
 _MERGE = "this version does not apply it; name the whole model it was made for"
+_APPLY = "name the model it was made for with --model, and this with --lora"
 _NAME_VAE = "name a VAE for it with --vae"
 _LORA = (
     *(".lora_down.", ".lora_A.", ".lora_a.", ".lora.down.", "_lora.down.", ".lora_linear_layer."),
@@ -175,11 +176,10 @@ _TRANSFORMERS = _kinds(
 )
 
 _ADAPTERS = (
-    Kind("LoRA", parts=_LORA, cure=_MERGE),
+    Kind("LoRA", parts=_LORA, cure=_APPLY),
     Kind("ControlNet", ("control_model.",), without=(_VAE,), cure=_MERGE),
+    *_kinds(("LoRA", "lora_unet_"), ("LoRA", "lora_te"), cure=_APPLY),
     *_kinds(
-        ("LoRA", "lora_unet_"),
-        ("LoRA", "lora_te"),
         ("ControlNet", "input_hint_block.", "zero_convs."),
         ("ControlNet", "controlnet_cond_embedding."),
         ("ControlNet", "controlnet_down_blocks."),

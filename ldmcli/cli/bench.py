@@ -124,6 +124,9 @@ def _words(context: click.Context) -> list[str]:
         if parameter.name not in shared or value is None or value is False:
             continue
         name = max(parameter.opts, key=len)
+        if parameter.name == "loras":
+            words += [f"{name}={lora.name}:{lora.weight}:{lora.text_weight}" for lora in value]
+            continue
         text = ":".join(map(str, value)) if isinstance(value, tuple) else value
         words.append(name if value is True else f"{name}={text}")
     return [*words, "--", context.params["prompt"]]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import click
@@ -30,7 +31,10 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     codes = []
     for file in files:
         try:
-            facts = inspect(find_here(file) or expanded(file), allow_pickle=allow_pickle)
+            path = find_here(file) or expanded(file)
+            facts = inspect(path, allow_pickle=allow_pickle)
+            if facts.get("is") == "LoRA":
+                facts |= _adapter_facts(path, allow_pickle=allow_pickle)
         except LdmError as error:
             if len(files) == 1:
                 raise
@@ -45,6 +49,13 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
         for line in _lines(facts, "  " if len(files) > 1 else ""):
             click.echo(line)
     context.exit(codes[0] if codes else 0)
+
+
+def _adapter_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
+    from ldmcli.adapters.adapter import open_adapter
+    from ldmcli.adapters.facts import facts
+
+    return facts(open_adapter(path, allow_pickle=allow_pickle))
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

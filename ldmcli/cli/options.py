@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ import click
 from ldmcli.cli.terminal import LogHandler
 from ldmcli.errors import printable
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.spec import KERNELS, LONG_PROMPTS, PROMPT_SYNTAXES, REFINER_START, ModelSpec, RuntimeSpec
+from ldmcli.spec import KERNELS, LONG_PROMPTS, PROMPT_SYNTAXES, REFINER_START, LoRA, ModelSpec, RuntimeSpec
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -71,6 +73,31 @@ class _Interval(click.ParamType):
         except ValueError:
             pass
         raise click.BadParameter(f"{printable(repr(value))} is not two numbers with a colon between.", ctx, param)
+
+
+class _LoRA(click.ParamType):
+    """A file, folder or name with one or two weights after colons."""
+
+    name = "lora"
+    envvar_list_splitter = ";"
+
+    def convert(self, value: str | LoRA, param: click.Parameter | None, ctx: click.Context | None) -> LoRA:
+        if isinstance(value, LoRA):
+            return value
+        name, weights = value, list[float]()
+        while len(weights) < 2 and not os.path.lexists(name):
+            rest, colon, last = name.rpartition(":")
+            try:
+                weight = float(last)
+            except ValueError:
+                break
+            if not colon:
+                break
+            name, weights = rest, [weight, *weights]
+        if not name or not all(map(math.isfinite, weights)):
+            self.fail(f"{printable(repr(value))} is not FILE, FILE:WEIGHT or FILE:WEIGHT:TEXT_WEIGHT.", param, ctx)
+        weight = weights[0] if weights else 1.0
+        return LoRA(name, weight, weights[-1] if weights else 1.0)
 
 
 # What a picture is drawn with: these become a GenerationRequest's fields of the same names.
@@ -139,6 +166,9 @@ _MODEL = (
            "Hugging Face hub.  [default: the embedded model]"),
     option("--vae", metavar="MODEL", help="Another VAE, a folder or file, or TAESD, for a quick look."),
     option("--refiner", metavar="MODEL", help="An SDXL refiner for the last steps."),
+    option("--lora", "loras", type=_LoRA(), multiple=True, metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
+           help="Merge a LoRA, or another adapter, into the model; may be given again. TEXT_WEIGHT is that of the text "
+           "encoders.  [default weights: 1]"),
     option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),
            help="What the U-Net was trained to predict, where the files do not tell it right."),
     option("--allow-pickle", is_flag=True,

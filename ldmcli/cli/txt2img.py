@@ -32,7 +32,7 @@ from ldmcli.cli.output import Output, open_output
 from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
-from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, RuntimeSpec
+from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, LoRA, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age
 
@@ -182,13 +182,20 @@ class _Written:
         self._output.write(data, picture.request.seed, report | times)
         _log.debug("seed %d drawn in %.2f s: %s", picture.request.seed, picture.seconds, times["phases"])
 
-    def _compare(self, identity: dict[str, str]) -> None:
+    def _compare(self, identity: dict[str, Any]) -> None:
         """Say so, once, when a picture is run again with weights that have changed since."""
         if self._compared or self._record is None:
             return
         self._compared = True
-        if self._record["model"]["sha256"] != identity["sha256"]:
-            _log.warning("the model %s is not the one the picture was made with; it will differ", identity["name"])
+        for kind, then, now in (
+            ("model", [self._record["model"]], [identity]),
+            ("LoRA", self._record["model"].get("loras", ()), identity.get("loras", ())),
+        ):
+            for one, other in zip(then, now, strict=False):
+                if one["sha256"] != other["sha256"]:
+                    _log.warning(
+                        "the %s %s is not the one the picture was made with; it will differ", kind, other["name"]
+                    )
 
 
 def _read_record(picture: str | None) -> dict[str, Any] | None:
@@ -209,6 +216,8 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
     found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
     found["model"] = record["model"]["path"] or None
+    loras = record["model"].get("loras", ())
+    found["loras"] = tuple(LoRA(lora["path"], lora["weight"], lora["text_weight"]) for lora in loras)
     options.update({name: value for name, value in found.items() if not given(name)})
     options["model_given"] = given("model")
 

@@ -5,8 +5,9 @@ request, the model and the versions: enough to run it again.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,19 @@ _EMPHASIS = re.compile(r"[()\[\]\\]|\bBREAK\b")  # what A1111 takes for more tha
 
 
 def infotext(
-    request: GenerationRequest, model_name: str, model_hash: str, *, family: str = "", schedule: str | None = None
+    request: GenerationRequest,
+    model_name: str,
+    model_hash: str,
+    *,
+    family: str = "",
+    schedule: str | None = None,
+    loras: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The `parameters` text: prompt, negative prompt if there is one, a last line of `Name: value` pairs.
 
     `model_hash` is the SHA-256 of the weights in hex, of which ten digits are shown; `family` the model's, as its
-    configuration names it; `schedule` the one it was drawn with where the request leaves that to the model. Left out:
-    what none of them says, Eta when 0, name and hash when empty.
+    configuration names it; `schedule` the one it was drawn with where the request leaves that to the model; `loras`
+    have a name and a sha256 each. Left out: what none of them says, Eta when 0, name and hash when empty.
     """
     # A1111's own schedule is another for some samplers, such as DPM++ 2M.
     schedule = request.schedule or (schedule if request.sampler not in _OWN_SCHEDULE else None)
@@ -53,6 +60,7 @@ def infotext(
         "Clip skip": str(clip_skip) if request.clip_skip > 1 else "",
         "Emphasis": "None" if request.prompt_syntax == "plain" and _EMPHASIS.search(typed) else "",
         "RNG": "CPU",
+        "Lora hashes": _quoted(", ".join(f"{lora['name']}: {lora['sha256'][:12]}" for lora in loras)),
         "Version": f"ldmcli {__version__}",
     }
     lines = [request.prompt]
@@ -64,13 +72,13 @@ def infotext(
 
 def text_chunks(
     request: GenerationRequest,
-    model: Mapping[str, str],
+    model: Mapping[str, Any],
     runtime: Mapping[str, str],
     *,
     family: str = "",
     schedule: str | None = None,
 ) -> dict[str, str]:
-    """The text for `encode_png`: `model` holds name, path, sha256; `runtime` dtype, device and such; `family` and
+    """The text for `encode_png`: `model` has name, path, sha256, LoRAs; `runtime` dtype, device and such; `family` and
     `schedule` are as for `infotext`.
 
     The record is pure ASCII, so that every reader of PNG text gives it back unchanged.
@@ -82,7 +90,9 @@ def text_chunks(
         "runtime": dict(runtime),
     }
     return {
-        PARAMETERS_KEYWORD: infotext(request, model["name"], model["sha256"], family=family, schedule=schedule),
+        PARAMETERS_KEYWORD: infotext(
+            request, model["name"], model["sha256"], family=family, schedule=schedule, loras=model.get("loras", ())
+        ),
         RECORD_KEYWORD: json.dumps(record),
     }
 
@@ -154,10 +164,22 @@ def _shape_problem(record: Any) -> str:
             return f"whose {name} is missing or not an object"
     for name in ("model", "runtime"):
         for key, value in record[name].items():
-            if not isinstance(value, str):
+            if not isinstance(value, str) and (name, key) != ("model", "loras"):
                 return f"whose {name} field '{printable(key)}' is not text"
+    loras = record["model"].get("loras", [])
+    if not isinstance(loras, list) or not all(map(_is_lora, loras)):
+        return "whose LoRAs are not a list of paths, hashes and weights"
     missing = [key for key in ("name", "path", "sha256") if key not in record["model"]]
     return f"whose model has no {missing[0]}" if missing else ""
+
+
+def _is_lora(value: Any) -> bool:
+    texts, numbers = ("name", "path", "sha256"), ("weight", "text_weight")
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), str) for name in texts)
+        and all(type(value.get(name)) in (int, float) and math.isfinite(value[name]) for name in numbers)
+    )
 
 
 def _described(keywords: list[str]) -> str:

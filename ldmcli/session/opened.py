@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import ModelSource, PartSource, embedded_model, open_model, with_prediction_type
 from ldmcli.checkpoints.vae_source import open_vae
@@ -13,6 +15,9 @@ from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.hub.listing import find_model
 from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, ModelSpec, fit_to_model
 from ldmcli.speed.memory import check_memory
+
+if TYPE_CHECKING:
+    from ldmcli.adapters.adapter import Use
 
 _log = logging.getLogger(__name__)
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type")  # beside the model, what a picture depends on
@@ -26,6 +31,7 @@ class Opened:
     model: ModelSource
     vae: PartSource[VAEConfig | TinyVAEConfig] | None = None
     refiner: ModelSource | None = None
+    loras: "tuple[Use, ...]" = ()
 
     def fit(self, request: GenerationRequest, *, tiled: bool = False) -> FittedRequest:
         """The request with the model's own settings filled in. Raises UsageError where the model, or this machine's
@@ -57,11 +63,22 @@ class Opened:
             )
         return cut
 
-    def identity(self, sha256: str) -> dict[str, str]:
+    def identity(self, sha256: str) -> dict[str, Any]:
         """What a picture says of the weights it was drawn with; `sha256` is the model's."""
         named = {"name": self.model.name, "path": _shareable(self.spec.model), "sha256": sha256}
         others = {name: getattr(self.spec, name) for name in _OTHER_WEIGHTS}
-        return named | {name: _shareable(value) for name, value in others.items() if value}
+        loras = [
+            {
+                "name": use.adapter.path.stem,
+                "path": _shareable(lora.name),
+                "sha256": use.adapter.sha256,
+                "weight": lora.weight,
+                "text_weight": lora.text_weight,
+            }
+            for lora, use in zip(self.spec.loras, self.loras, strict=True)
+        ]
+        named |= {name: _shareable(value) for name, value in others.items() if value}
+        return named | ({"loras": loras} if loras else {})
 
 
 def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
@@ -84,7 +101,16 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
     if spec.refiner:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    return Opened(spec, model, vae, refiner)
+    return Opened(spec, model, vae, refiner, _opened_loras(spec, located) if spec.loras else ())
+
+
+def _opened_loras(spec: ModelSpec, located: Callable[[str], Path]) -> "tuple[Use, ...]":
+    from ldmcli.adapters.adapter import Use, open_adapter
+
+    return tuple(
+        Use(open_adapter(located(lora.name), allow_pickle=spec.allow_pickle), lora.weight, lora.text_weight)
+        for lora in spec.loras
+    )
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ldmcli.config import UNDECIDED, ModelConfig
 from ldmcli.disk.hashes import user_hashes
@@ -118,7 +118,7 @@ class Session:
         cut off and the request says that this is an error."""
         return self._opened.cut_text(text, request)
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """Name, path and SHA-256 of the weights, and what else a picture's record says of them. Waits for the hash."""
         return self._opened.identity(self.begin_hashing().result())
 
