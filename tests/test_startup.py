@@ -303,6 +303,51 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     assert kept[1] > 5 * (128 << 20) // 4096
 
 
+@pytest.mark.parametrize(
+    ("kernel", "own", "expected"),
+    [
+        ("always [madvise] never", None, ["", "glibc.malloc.hugetlb=1"]),
+        ("[always] madvise never", None, [""]),
+        ("always madvise [never]", None, [""]),
+        ("always [madvise] never", "glibc.malloc.check=0", ["glibc.malloc.check=0"]),
+    ],
+)
+def test_a_process_begins_again_for_large_pages(
+    kernel: str, own: str | None, expected: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "enabled").write_text(f"{kernel}\n")
+    code = """
+        import json, os, pathlib, sys
+        from ldmcli.speed.cpu import heap
+        tunables, begun = os.environ.get("GLIBC_TUNABLES", ""), pathlib.Path(sys.argv[1], "begun")
+        with begun.open("a") as file:
+            file.write(f"{os.getpid()} {tunables}\\n")
+        heap._LARGE_PAGES = pathlib.Path(sys.argv[1], "enabled")
+        os.confstr = lambda name: "glibc 2.36"
+        heap.ask_for_large_pages()
+        print(json.dumps([line.split(" ") for line in begun.read_text().splitlines()]))
+    """
+    environment = {"GLIBC_TUNABLES": own} if own else {}
+    begun = python(code, str(tmp_path), **environment)
+    assert [tunables for _, tunables in begun] == expected
+    assert len({process for process, _ in begun}) == 1
+
+
+def test_a_large_models_commands_ask_for_large_pages(tmp_path: Path) -> None:
+    code = """
+        import json, sys
+        import ldmcli.cli
+        asked = []
+        ldmcli.cli.ask_for_large_pages = lambda: asked.append(True)
+        ldmcli.cli.run = lambda arguments: 0
+        ldmcli.cli.os._exit = lambda code: print(json.dumps(asked))
+        ldmcli.cli.main()
+    """
+    for words, asked in ((("-m", "sd15"), True), (("--model=sd15",), True), ((), False)):
+        assert bool(python(code, "txt2img", "an apple", *words)) == asked
+    assert python(code, "txt2img", "an apple", LDM_MODEL="sd15")
+
+
 def test_what_the_steps_have_freed_is_given_back_if_it_is_much() -> None:
     code = """
         import ctypes, json

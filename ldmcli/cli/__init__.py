@@ -15,6 +15,7 @@ import click
 
 from ldmcli import __version__
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
+from ldmcli.speed.cpu.heap import ask_for_large_pages
 from ldmcli.speed.cpu.threads import yield_cores
 from ldmcli.speed.memory import is_out_of_memory
 
@@ -71,6 +72,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of `ldm`: runs the command line and exits with its code."""
+    if "LDM_MODEL" in os.environ or any(word.startswith(("-m", "--model")) for word in sys.argv[2:]):
+        ask_for_large_pages()  # the embedded model is too small to gain from them
     yield_cores()
     code = run(sys.argv[1:])
     if code in (_INTERRUPTED, _TERMINATED):
