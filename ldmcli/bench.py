@@ -114,7 +114,7 @@ def time_warm(
     session: "Session", request: "FittedRequest", record: dict[str, Any], clocks: Sequence[str], runs: int, batch: int
 ) -> None:
     """Note the times of images, each a batch from prompt to PNG data, and of their steps, in this process."""
-    from ldmcli.images.encode import encode_png
+    from ldmcli.images.encode import encode_pixels
     from ldmcli.speed.cpu.heap import keep_freed_memory
 
     keep_freed_memory()  # as the commands that draw do
@@ -127,7 +127,7 @@ def time_warm(
         clock, started = StepClock(device), time.perf_counter()
         requests = [dataclasses.replace(alike, seed=request.seed + k) for k in range(batch)]
         for picture in drawn(session, requests, clock.on_step, decode=image):
-            encode_png(picture.pixels(), {})
+            encode_pixels(picture.pixels(), {})
         seconds = time.perf_counter() - started
         if i >= 0:
             if image:

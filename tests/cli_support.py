@@ -56,7 +56,7 @@ class Result:
     def paths(self) -> list[Path]:
         """The reported paths; asserts that stdout holds nothing else."""
         paths = [Path(os.fsdecode(line)) for line in self.out.splitlines()]
-        assert all(path.suffix == ".png" and path.is_file() for path in paths), self
+        assert all(path.suffix in (".png", ".jpg", ".webp") and path.is_file() for path in paths), self
         return paths
 
     @property

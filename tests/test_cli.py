@@ -332,7 +332,7 @@ def test_every_option_has_its_variable() -> None:
         (["-o", "-", "--json"], ["--json", "-o -"]),
         (["-o", "one.png", "-c", "2"], ["one.png", "more than one"]),
         (["y", "-o", "one.png"], ["one.png", "more than one"]),
-        (["-o", "one.jpg"], ["one.jpg", "PNG"]),
+        (["-o", "one.gif"], ["one.gif", "PNG, JPEG or WebP"]),
         (["-o", "one.WEBP"], ["one.WEBP", "PNG"]),
     ],
 )

@@ -21,7 +21,7 @@ from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import ManifestWriter
 from ldmcli.batch.pictures import picture_path
 from ldmcli.gallery.html import visible
-from ldmcli.images.encode import encode_png
+from ldmcli.images.encode import encode_pixels
 from ldmcli.images.metadata import text_chunks
 from ldmcli.spec import GenerationRequest
 
@@ -85,7 +85,7 @@ class Reader(html.parser.HTMLParser):
 
 def picture(colour: Sequence[int] = (200, 40, 40), request: GenerationRequest | None = None) -> bytes:
     text = text_chunks(request, MODEL, {}) if request else {}
-    return encode_png(np.full((32, 48, 3), colour, np.uint8), text)
+    return encode_pixels(np.full((32, 48, 3), colour, np.uint8), text)
 
 
 def recipe(prompt: str, seed: int, **more: object) -> GenerationRequest:

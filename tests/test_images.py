@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from ldmcli.errors import BadDataError, MissingInputError
-from ldmcli.images.encode import encode_png
+from ldmcli.images.encode import encode_pixels
 from ldmcli.images.metadata import infotext, read_parameters, read_record, text_chunks
 from ldmcli.images.png_text import MAX_TEXT_BYTES, iterate_text
 from ldmcli.spec import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
@@ -39,7 +39,7 @@ TEXTS = [
 
 
 def save(path: Path, request: GenerationRequest = REQUEST, pixels: np.ndarray = PIXELS) -> Path:
-    path.write_bytes(encode_png(pixels, text_chunks(request, MODEL, RUNTIME)))
+    path.write_bytes(encode_pixels(pixels, text_chunks(request, MODEL, RUNTIME)))
     return path
 
 
@@ -74,7 +74,7 @@ def fields_of(text: str) -> dict[str, str]:
 def test_pixels_come_back_exactly(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     for ours in (pixels, pixels.transpose(1, 0, 2)[::2, ::-1]):
-        with Image.open(io.BytesIO(encode_png(ours, {}))) as image:
+        with Image.open(io.BytesIO(encode_pixels(ours, {}))) as image:
             assert image.mode == "RGB"
             np.testing.assert_array_equal(np.asarray(image), ours)
 
@@ -82,7 +82,7 @@ def test_pixels_come_back_exactly(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_reads_back_equal_here_and_in_pillow(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(encode_png(PIXELS, {"parameters": text, "other": text}))
+    path.write_bytes(encode_pixels(PIXELS, {"parameters": text, "other": text}))
     assert list(iterate_text(path)) == [("parameters", text), ("other", text)]
     with Image.open(path) as image:
         image.load()
@@ -92,10 +92,10 @@ def test_text_reads_back_equal_here_and_in_pillow(tmp_path: Path, text: str) -> 
 def test_what_png_cannot_hold_is_refused() -> None:
     for pixels in (PIXELS[0], np.zeros((2, 2, 4), np.uint8), np.zeros((2, 2, 3)), PIXELS[:0]):
         with pytest.raises(ValueError, match="uint8"):
-            encode_png(pixels, {})
+            encode_pixels(pixels, {})
     for text in ({"": "x"}, {"k" * 80: "x"}, {"猫": "x"}, {"k": "a\0b"}, {"k": "\ud800"}):
         with pytest.raises(ValueError, match=r"PNG text|codec"):
-            encode_png(PIXELS, text)
+            encode_pixels(PIXELS, text)
 
 
 # --- infotext
@@ -214,7 +214,7 @@ def test_the_longest_prompts_can_be_read_again(tmp_path: Path, letter: str) -> N
 def test_model_path_that_is_not_utf8_survives(tmp_path: Path) -> None:
     model = MODEL | {"name": "m\udcff", "path": "/models/m\udcff"}
     path = tmp_path / "a.png"
-    path.write_bytes(encode_png(PIXELS, text_chunks(REQUEST, model, RUNTIME)))
+    path.write_bytes(encode_pixels(PIXELS, text_chunks(REQUEST, model, RUNTIME)))
     assert read_record(path)["model"] == model
 
 
@@ -337,8 +337,8 @@ def test_broken_text_hides_no_good_text_and_is_told_where_none_is_found(
 
 HOSTILE: list[tuple[bytes, str]] = [
     (b"", "it is empty"),
-    (b"\xff\xd8\xff\xe0 a JPEG", "not a PNG file"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "not a PNG file"),
+    (b"GIF89a a GIF", "no PNG, JPEG or WebP file"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "no PNG, JPEG or WebP file"),
     (b"\x89PNG\r\n\x1a\n", "cut off"),
     (png_with(end=b""), "cut off"),
     (png_with(end=b"\0\0\0"), "cut off"),

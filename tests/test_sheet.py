@@ -12,13 +12,13 @@ from PIL import Image, ImageFont
 from ldmcli.errors import CannotCreateError
 from ldmcli.gallery import sheet
 from ldmcli.gallery.sheet import SheetPicture, check_sheet, wrapped, write_sheet
-from ldmcli.images.encode import encode_png
+from ldmcli.images.encode import encode_pixels
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 160, 60), (30, 60, 220)
 
 
 def plain(path: Path, colour: tuple[int, int, int], height: int = 64, width: int = 64) -> Path:
-    path.write_bytes(encode_png(np.full((height, width, 3), colour, np.uint8), {}))
+    path.write_bytes(encode_pixels(np.full((height, width, 3), colour, np.uint8), {}))
     return path
 
 
@@ -48,7 +48,7 @@ def test_pictures_keep_their_shape(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_an_empty_cell_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = encode_png(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), {})
+    whole = encode_pixels(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), {})
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("not a picture")
     os.mkfifo(tmp_path / "pipe.png")

@@ -14,7 +14,7 @@ from ldmcli.adapters.adapter import BUNDLED
 from ldmcli.checkpoints.families import SD1, SD2, SDXL, describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
 from ldmcli.config import TextEncoderConfig
-from ldmcli.disk.opening import PICTURES, bad_file, open_regular
+from ldmcli.disk.opening import bad_file, open_regular
 from ldmcli.images.png_text import iterate_text
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -127,7 +127,7 @@ def _of_picture(path: Path) -> dict[str, Tensor]:
     """The vectors in a picture's text, which is JSON in base64."""
     text = next((text for keyword, text in iterate_text(path) if keyword == _CHUNK), None)
     if text is None:
-        raise bad_file(path, f"is a picture without the text {_CHUNK}", PICTURES[1] + " that carries an embedding")
+        raise bad_file(path, f"is a picture without the text {_CHUNK}", "name a PNG file that carries an embedding")
     try:
         value: Any = json.loads(base64.b64decode(text, validate=True))
         (inner,) = value["string_to_param"].values()

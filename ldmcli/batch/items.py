@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from ldmcli.images.formats import Encoding
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 
 
@@ -39,7 +40,7 @@ class Outcome:
     item: Item
     status: str  # "done" or "failed"
     path: str = ""  # of the picture, from the run's folder on, with /
-    sha256: str = ""  # of the PNG file
+    sha256: str = ""  # of the file
     seconds: float = 0.0
     error: str = ""
     code: int = 0  # the exit code that names the class of the error
@@ -55,3 +56,4 @@ class Setup:
     model: ModelSpec = ModelSpec()
     runtime: RuntimeSpec = RuntimeSpec()
     metadata: bool = True
+    encoding: Encoding = Encoding()

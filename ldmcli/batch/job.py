@@ -16,6 +16,7 @@ from ldmcli.batch.settings import parse_grid
 from ldmcli.batch.survey import Survey, items, shard, survey
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import printable
+from ldmcli.images.formats import Encoding
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.startup import quicken
@@ -42,6 +43,7 @@ class JobSpec:
     count: int = 1
     shard: tuple[int, int] = (1, 1)
     metadata: bool = True
+    encoding: Encoding = Encoding()
 
 
 class Job:
@@ -92,9 +94,10 @@ class Job:
         spec = self.spec
         known = {"sha256": self._digest.sha256, "bytes": self._digest.size} if self._digest else {}
         settings = {name: value for name, value in spec.common.to_dict().items() if name not in ("prompt", "seed")}
-        # Beside the request, all that may change a PNG.
+        # Beside the request, all that may change a file.
         settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
         settings |= {"dtype": spec.runtime.dtype, "attention": spec.runtime.attention, "no_metadata": not spec.metadata}
+        settings |= spec.encoding.settings
         identity = RunIdentity(
             input={"name": spec.path.name if spec.path else STDIN, **known},
             model=self.session.identity(),
@@ -115,6 +118,7 @@ class Job:
 
     def _fit(self, request: GenerationRequest) -> GenerationRequest:
         fitted = self.session.fit(request)
+        self.spec.encoding.check_size(fitted.width, fitted.height)
         if fitted.guidance_scale < 1:
             self._remark("unread", UNREAD_PROMPT)
         return fitted.recorded

@@ -9,24 +9,25 @@ from pathlib import Path
 from ldmcli.batch.items import Item
 from ldmcli.disk.writing import make_folder, named_errors, write_exact
 from ldmcli.errors import StorageError
+from ldmcli.images.formats import ENDINGS
 
 _IMAGES = "images"
 _PER_FOLDER = 10_000
-_NAME = re.compile(r"(\d{1,19})-\d{1,20}(?:-(\d{1,19}))?\.png", re.ASCII)
+_NAME = re.compile(rf"(\d{{1,19}})-\d{{1,20}}(?:-(\d{{1,19}}))?(?:{'|'.join(map(re.escape, ENDINGS))})", re.ASCII)
 PICTURE_PATH = re.compile(rf"{_IMAGES}/\d{{5,19}}/{_NAME.pattern}", re.ASCII)
 
 
-def picture_path(item: Item) -> str:
+def picture_path(item: Item, ending: str = ".png") -> str:
     """Where a picture goes, from the run's folder on: named by row and seed, and by its number where that is not its
     row's. The only picture of row 31235, with seed 7, is `images/00003/00031235-7.png`."""
     name = f"{item.row:08d}-{item.request.seed}"
     if item.number != item.row - 1:  # rows can have several pictures, even with one seed
         name += f"-{item.number}"
-    return f"{_IMAGES}/{item.number // _PER_FOLDER:05d}/{name}.png"
+    return f"{_IMAGES}/{item.number // _PER_FOLDER:05d}/{name}{ending}"
 
 
 def write_picture(folder: Path, path: str, data: bytes) -> str:
-    """Put the PNG `data` at `path` in the run's folder, whole and synced or not at all; returns its SHA-256 in hex.
+    """Put a picture's `data` at `path` in the run's folder, whole and synced or not at all; returns its SHA-256.
 
     What is there already, of a run that was killed before it could say so, is replaced. Raises CannotCreateError, and
     StorageError where the disk is full or fails.

@@ -88,10 +88,10 @@ class Worker:
         except LdmError as error:
             return Outcome(item, FAILED, error=str(error), code=error.exit_code)
         try:
-            data = self._session.png(picture, metadata=self._setup.metadata)
-        except ValueError as error:  # no picture, or text that PNG cannot hold: the row's fault, not the disk's
+            data = self._session.encode(picture, self._setup.encoding, metadata=self._setup.metadata)
+        except ValueError as error:  # no picture, or text that no file can hold: the row's fault, not the disk's
             return Outcome(item, FAILED, error=printable(str(error)), code=LdmError.exit_code)
-        path = picture_path(item)
+        path = picture_path(item, self._setup.encoding.ending)
         return Outcome(item, DONE, path, write_picture(self._setup.folder, path, data))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,15 @@ from ldmcli.checkpoints.header import TensorInfo
 from ldmcli.checkpoints.source import ModelSource, model_of_file, open_model
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import BadDataError
+from ldmcli.images.formats import format_of_file
 from ldmcli.images.metadata import read_parameters, read_record
 
 _UNKNOWN = "epsilon or v_prediction: the network tells when it draws"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def inspect(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Facts about a PNG, a model folder or a .safetensors file, as JSON values. Raises LdmError where it is none."""
-    if _is_png(path):
+    """Facts about a picture, a model folder or a .safetensors file, as JSON values. Raises LdmError if it is none."""
+    if format_of_file(path):
         return {"kind": "picture", **_picture(path)}
     if os.path.isdir(path):  # unlike Path.is_dir, never raises
         return {"kind": "model", **_model(open_model(path, allow_pickle=allow_pickle))}
@@ -74,14 +73,3 @@ def _totals(tensors: Iterable[TensorInfo]) -> dict[str, Any]:
         "bytes": sum(info.end - info.start for info in found),
         "dtype": ", ".join(sorted({info.dtype for info in found})),
     }
-
-
-def _is_png(path: Path) -> bool:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:  # /proc/kmsg waits for who reads it
-            return False
-        with path.open("rb") as file:
-            return file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
-    except (OSError, ValueError):
-        return False

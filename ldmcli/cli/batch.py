@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ldmcli.cli.options import (
+    file_options,
     json_option,
     model_options,
     model_spec,
@@ -28,6 +29,7 @@ from ldmcli.cli.options import (
 )
 from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
+from ldmcli.images.formats import FORMATS, Encoding
 from ldmcli.spec import GenerationRequest
 from ldmcli.speed.cpu.threads import available_cores, is_small
 from ldmcli.speed.startup import may_have_gpu
@@ -66,10 +68,17 @@ class _Shard(click.ParamType):
         return int(found[1]), int(found[2])
 
 
+class _RowFormat(click.Choice[str]):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in (*FORMATS, "jpg"):
+            self.fail(f"{value!r} is no format of rows; --image-format is what pictures are written as.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command(short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
-@option("--format", type=click.Choice(["txt", "jsonl", "csv", "tsv"]),
+@option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv"]),
         help="What FILE is.  [default: by its name's ending; needed for -]")  # fmt: skip
 @option("--prompt-column", metavar="NAME", help="The CSV or TSV column, or JSON field, to take prompts from.")
 @option(
@@ -97,7 +106,8 @@ class _Shard(click.ParamType):
         help="Draw on this machine, or on a Ray cluster.")  # fmt: skip
 @option("--ray-address", metavar="ADDRESS", help="The cluster to use.  [default: one of this machine's own]")
 @option("--sheet", metavar="PNG", help="Write a contact sheet of the run's pictures at the end.")
-@option("--no-metadata", is_flag=True, help="Write no prompt and settings into the PNGs.")
+@file_options("--image-format")
+@option("--no-metadata", is_flag=True, help="Write no prompt and settings into the pictures.")
 @model_options
 @request_options
 @runtime_options
@@ -179,6 +189,7 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
         model_spec(options),
         runtime_spec(options),
         metadata=not options["no_metadata"],
+        encoding=Encoding(options["image_format"] or "png", options["quality"], options["lossless"]),
         **{name: options[name] for name in own},
     )
 
@@ -235,7 +246,7 @@ def _engine(job: "Job", devices: tuple[str, ...] | None, options: dict[str, Any]
     """What draws the batches: this process, several on this machine, or a Ray cluster."""
     from ldmcli.batch.items import Setup
 
-    setup = Setup(Path(options["output"]).resolve(), job.model, job.runtime, job.spec.metadata)
+    setup = Setup(Path(options["output"]).resolve(), job.model, job.runtime, job.spec.metadata, job.spec.encoding)
     if options["engine"] == "ray":
         from ldmcli.batch.ray_engine import run_ray
 

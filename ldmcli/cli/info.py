@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 @verbosity_options
 @click.pass_context
 def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
-    """Tell what each FILE is: the request a PNG holds; or a model's family, parts and dimensions.
+    """Tell what each FILE is: the request a picture holds; or a model's family, parts and dimensions.
 
     Only headers are read, so this is quick for files of any size. Where a file cannot be read, the others are shown all
     the same, and the exit code is that of the first that could not.

@@ -13,6 +13,7 @@ import click
 
 from ldmcli.cli.terminal import LogHandler
 from ldmcli.errors import printable
+from ldmcli.images.formats import FORMATS, QUALITY
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
 from ldmcli.spec import KERNELS, LONG_PROMPTS, PROMPT_SYNTAXES, REFINER_START, LoRA, ModelSpec, RuntimeSpec
 
@@ -206,6 +207,29 @@ _RUNTIME = (
     option("--vae-tiling", is_flag=True,
            help="Decode strip by strip: the same picture in little memory, slower; large maps go to TMPDIR."),
 )  # fmt: skip
+
+
+class _ImageFormat(click.Choice[str]):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert("jpeg" if value == "jpg" else value, param, ctx)
+
+
+def file_options(*names: str) -> Callable[[_Command], _Command]:
+    """The options that say how pictures are written; `names` is what the format's is called."""
+    options = (
+        option(*names, "image_format", type=_ImageFormat(list(FORMATS)),
+               help="What pictures are written as.  [default: by the output's ending; png]"),
+        option("--quality", type=click.IntRange(1, 100),
+               help=f"Of JPEG and WebP: 1 small, 100 best.  [default: {QUALITY}]"),
+        option("--lossless", is_flag=True, help="Of WebP: keep every pixel as it is."),
+    )  # fmt: skip
+
+    def decorate(command: _Command) -> _Command:
+        for one in reversed(options):
+            command = one(command)
+        return command
+
+    return decorate
 
 
 def request_options(command: _Command) -> _Command:

@@ -11,19 +11,21 @@ from typing import Any
 from ldmcli.cli.terminal import write_result
 from ldmcli.disk.writing import check_replaceable, prepare_folder, write_exact, write_new
 from ldmcli.errors import UsageError, printable
+from ldmcli.images.formats import ENDINGS, FORMATS, Encoding, format_of_name
 
 STDOUT = "-"
-_OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}
+_OTHER_FORMATS = {".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A checked place for PNG data. `path` None is standard output; `as_json` reports JSON lines instead of paths."""
+    """A checked place for pictures. `path` None is standard output; `as_json` reports JSON lines instead of paths."""
 
     path: Path | None
     is_file: bool
     overwrite: bool
     as_json: bool
+    ending: str = ".png"  # of files in a folder
     _of_seed: Counter[int] = dataclasses.field(default_factory=Counter)  # pictures written by this run
 
     def write(self, data: bytes, seed: int, record: dict[str, Any]) -> None:
@@ -37,7 +39,8 @@ class Output:
             self._of_seed[seed] += 1
             # what --overwrite may replace is not what this very run has drawn, of another prompt with the same seed
             again = f"-{self._of_seed[seed]}" if self.overwrite and self._of_seed[seed] > 1 else ""
-            written = write_new(self.path, f"ldm-{seed}{again}", data, overwrite=self.overwrite)
+            stem = f"ldm-{seed}{again}"
+            written = write_new(self.path, stem, data, overwrite=self.overwrite, ending=self.ending)
         if self.as_json:
             line = json.dumps({"path": str(written), **record}, ensure_ascii=True).encode("ascii")
         else:
@@ -45,30 +48,46 @@ class Output:
         write_result(line + b"\n")
 
 
-def open_output(where: str, *, overwrite: bool, as_json: bool, one_image: bool) -> Output:
-    """Check a place before anything is loaded: `-`, a path ending in .png, or a folder, as anything ending in / is,
-    which is made if need be.
+def choose_encoding(where: str, *, image_format: str | None, quality: int | None, lossless: bool) -> Encoding:
+    """How to write pictures: in the format that is asked for, else that of the ending of the path, else PNG. Raises
+    UsageError where these do not go together."""
+    named = None if where == STDOUT or _is_folder(where) else format_of_name(Path(where))
+    if named and image_format and named != image_format:
+        raise UsageError(f"{printable(where)} ends as {FORMATS[named].title}, and --image-format says {image_format}.")
+    return Encoding(image_format or named or "png", quality, lossless)
+
+
+def open_output(where: str, encoding: Encoding, *, overwrite: bool, as_json: bool, one_image: bool) -> Output:
+    """Check a place before anything is loaded: `-`, a path with the ending of a picture, or a folder, as anything
+    ending in / is, which is made if need be.
 
     Raises UsageError or CannotCreateError.
     """
     path = Path(where)
     if where == STDOUT:
         if as_json:
-            raise UsageError("--json and -o - both want standard output; give a folder or a .png path to -o.")
+            raise UsageError("--json and -o - both want standard output; give a folder or a file to -o.")
         if sys.stdout.isatty():
             raise UsageError(
-                "-o - writes PNG data, and standard output is a terminal; redirect it to a file or a pipe."
+                "-o - writes a picture's data, and standard output is a terminal; redirect it to a file or a pipe."
             )
         return Output(None, True, overwrite, as_json)
-    is_folder = where.endswith(os.sep) or os.path.isdir(path)  # unlike Path.is_dir, never raises
+    is_folder = _is_folder(where)
     if path.suffix.lower() in _OTHER_FORMATS and not is_folder:
-        raise UsageError(f"{printable(where)}: pictures are written as PNG; name a .png path or a folder.")
-    is_file = path.suffix.lower() == ".png" and not is_folder
+        endings = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        raise UsageError(
+            f"{printable(where)}: pictures are written as PNG, JPEG or WebP; name a folder, or a file in {endings}."
+        )
+    is_file = format_of_name(path) is not None and not is_folder
     if not is_file:
         prepare_folder(path)
-        return Output(path, False, overwrite, as_json)
+        return Output(path, False, overwrite, as_json, encoding.ending)
     if not one_image:
         raise UsageError(f"{printable(where)} is one file, and more than one picture may come; give a folder to -o.")
     prepare_folder(path.parent)
     check_replaceable(path, overwrite=overwrite)
     return Output(path, True, overwrite, as_json)
+
+
+def _is_folder(where: str) -> bool:
+    return where.endswith(os.sep) or os.path.isdir(where)  # unlike Path.is_dir, never raises

@@ -1,4 +1,4 @@
-"""`ldm txt2img`: prompts in, PNG files out."""
+"""`ldm txt2img`: prompts in, pictures out."""
 
 import contextlib
 import dataclasses
@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from ldmcli.cli.arguments import STDIN, read_prompts
 from ldmcli.cli.options import (
     REQUEST_OPTIONS,
+    file_options,
     json_option,
     model_options,
     model_spec,
@@ -28,10 +29,11 @@ from ldmcli.cli.options import (
     runtime_spec,
     verbosity_options,
 )
-from ldmcli.cli.output import Output, open_output
+from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
+from ldmcli.images.formats import Encoding
 from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, LoRA, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age
@@ -57,11 +59,12 @@ _WAITING = 2  # pictures that may wait for the writer
 @option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
         help="Pictures computed at once.")  # fmt: skip
 @option("-o", "--output", metavar="PATH", default=".",
-        help="A folder, a .png file, or - for PNG data on stdout.  [default: this folder]")  # fmt: skip
-@option("--from-image", metavar="PNG", help="Run the request in this picture again; options given win over it.")
+        help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]")  # fmt: skip
+@file_options("--image-format", "--format")
+@option("--from-image", metavar="FILE", help="Run the request in this picture again; options given win over it.")
 @runtime_options
 @option("--overwrite", is_flag=True, help="Replace files that are there already.")
-@option("--no-metadata", is_flag=True, help="Write no prompt and settings into the PNG.")
+@option("--no-metadata", is_flag=True, help="Write no prompt and settings into the picture.")
 @json_option("Report each picture as a JSON line.")
 @verbosity_options
 @click.pass_context
@@ -80,6 +83,8 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
     Every option can be set by environment too: LDM_MODEL, LDM_STEPS, LDM_GUIDANCE_SCALE, …
     """
     # 1. The request: from the command line, over that of a picture.
+    chosen = {name: options[name] for name in ("image_format", "quality", "lossless")}
+    encoding = choose_encoding(options["output"], **chosen)
     record = _read_record(options["from_image"])
     if record:
         _take_over(context, options, record)
@@ -91,13 +96,14 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
     pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
     session = _open(options, record, pictures)
     link_ahead()
-    fitted = _checked(requests, session, eager=STDIN not in prompts)
+    fitted = _checked(requests, session, encoding, eager=STDIN not in prompts)
     first = next(fitted, None)
     if first is None:
         _log.info("0 prompts on standard input, nothing to draw")
         return
     output = open_output(
         options["output"],
+        encoding,
         overwrite=options["overwrite"],
         as_json=options["as_json"],
         one_image=len(prompts) * options["count"] == 1 and STDIN not in prompts,
@@ -112,7 +118,7 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
         session.load([first])
     settle_down()
     session.begin_hashing()
-    with contextlib.closing(StepBar()) as bar, _Written(session, output, options, record) as written:
+    with contextlib.closing(StepBar()) as bar, _Written(session, output, encoding, options, record) as written:
         drawn = written.checked(_counted(first, fitted, options))
         for picture in session.draw(drawn, batch_size=options["batch_size"], on_step=bar):
             written.put(picture)
@@ -123,9 +129,14 @@ class _Written:
     which are then of one batch alone. What goes wrong is raised before the next batch or at the end of the block."""
 
     def __init__(
-        self, session: "Session", output: Output, options: dict[str, Any], record: dict[str, Any] | None
+        self,
+        session: "Session",
+        output: Output,
+        encoding: Encoding,
+        options: dict[str, Any],
+        record: dict[str, Any] | None,
     ) -> None:
-        self._session, self._output, self._record = session, output, record
+        self._session, self._output, self._encoding, self._record = session, output, encoding, record
         self._metadata = not options["no_metadata"]
         self._compared = record is None or options["model_given"]
         self._threads = None if options["as_json"] else ThreadPoolExecutor(1, "write")
@@ -175,7 +186,7 @@ class _Written:
         identity = self._session.identity()
         self._compare(identity)
         started = time.perf_counter()
-        data = self._session.png(picture, metadata=self._metadata)
+        data = self._session.encode(picture, self._encoding, metadata=self._metadata)
         self._session.stopwatch.add("png", time.perf_counter() - started)
         report = {**picture.request.to_dict(), "model": identity["name"], "seconds": round(picture.seconds, 3)}
         times = self._session.stopwatch.report()
@@ -258,7 +269,9 @@ def _with_runtime(session: "Session", record: dict[str, Any] | None) -> "Session
     return session
 
 
-def _checked(requests: Iterator[GenerationRequest], session: "Session", *, eager: bool) -> Iterator[FittedRequest]:
+def _checked(
+    requests: Iterator[GenerationRequest], session: "Session", encoding: Encoding, *, eager: bool
+) -> Iterator[FittedRequest]:
     """The requests fitted to the model, prompts' lengths looked at. `eager` checks all before the first is drawn;
     requests from an endless standard input are checked as they come."""
     read: set[str] = set()  # negative prompts whose length was looked at: one, which all requests share
@@ -267,6 +280,7 @@ def _checked(requests: Iterator[GenerationRequest], session: "Session", *, eager
     def check(request: GenerationRequest) -> FittedRequest:
         nonlocal hinted
         fitted = session.fit(request)
+        encoding.check_size(fitted.width, fitted.height)
         if not hinted and fitted.prompt_syntax == "plain" and (hint := syntax_hint(fitted.prompt)):
             hinted = True
             _log.warning("%s", hint)

@@ -15,13 +15,14 @@ from typing import Any
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, StorageError, printable
 
 WEIGHTS = (".safetensors", "name a weight file (.safetensors), or a folder with model_index.json")
-PICTURES = (".png", "name a PNG file")
+PICTURES = ((".png", ".jpg", ".jpeg", ".webp"), "name a PNG, JPEG or WebP file")
+_Wanted = tuple[str | tuple[str, ...], str]
 PARTS = ("", "the model folder is damaged, get it again")
 _LISTED = 2000  # names compared with a missing one: difflib needs ≈ 0.1 s for them
 
 
 @contextlib.contextmanager
-def open_regular(path: Path, wanted: tuple[str, str] = WEIGHTS) -> Iterator[io.FileIO]:
+def open_regular(path: Path, wanted: _Wanted = WEIGHTS) -> Iterator[io.FileIO]:
     """Open `path`, unbuffered; stat comes first, since opening a FIFO or a device can block or act.
 
     `wanted` is the ending of the files that would do and the advice where `path` is none of them.
@@ -68,7 +69,7 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     return value
 
 
-def _check_regular(path: Path, status: os.stat_result, wanted: tuple[str, str]) -> None:
+def _check_regular(path: Path, status: os.stat_result, wanted: _Wanted) -> None:
     if stat.S_ISREG(status.st_mode):
         return
     if stat.S_ISDIR(status.st_mode):
@@ -79,7 +80,7 @@ def _check_regular(path: Path, status: os.stat_result, wanted: tuple[str, str]) 
     raise bad_file(path, f"is {kinds.get(stat.S_IFMT(status.st_mode), 'no regular file')}", wanted[1])
 
 
-def _cannot_open(path: Path, error: OSError | ValueError, suffix: str) -> LdmError:
+def _cannot_open(path: Path, error: OSError | ValueError, suffix: str | tuple[str, ...]) -> LdmError:
     code = error.errno if isinstance(error, OSError) else errno.ENOENT  # else NUL or a surrogate in the path
     if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
         return MissingInputError(_missing_message(path, suffix))
@@ -90,7 +91,7 @@ def _cannot_open(path: Path, error: OSError | ValueError, suffix: str) -> LdmErr
     return StorageError(f"{shown(path)} cannot be opened: {printable(str(error))}.")
 
 
-def _missing_message(path: Path, suffix: str) -> str:
+def _missing_message(path: Path, suffix: str | tuple[str, ...]) -> str:
     """That `path` is not there, with the nearest names that are."""
     with contextlib.suppress(OSError, ValueError):
         if path.is_symlink():
@@ -104,7 +105,7 @@ def _missing_message(path: Path, suffix: str) -> str:
     return f"{shown(path)} does not exist; check the path."
 
 
-def listing(folder: Path, suffix: str, limit: int = 3) -> list[str]:
+def listing(folder: Path, suffix: str | tuple[str, ...], limit: int = 3) -> list[str]:
     """Up to `limit` names in `folder` that end in `suffix`, escaped; looks at 10,000 entries at most."""
     try:
         with os.scandir(folder) as entries:

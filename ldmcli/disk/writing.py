@@ -81,18 +81,18 @@ def is_marked(path: Path, marker: bytes) -> bool:
         return False
 
 
-def write_new(folder: Path, stem: str, data: bytes, *, overwrite: bool) -> Path:
+def write_new(folder: Path, stem: str, data: bytes, *, overwrite: bool, ending: str = ".png") -> Path:
     """Write `data` as the first free of `stem.png`, `stem-2.png` … in `folder`, and return that path. `stem` is a plain
-    file name.
+    file name; `ending` may be another.
 
     With `overwrite`, `stem.png` is replaced. Processes may choose the same stem at once: each gets its
     own file. Raises as `write_exact` does.
     """
     if overwrite:
-        return write_exact(folder / f"{stem}.png", data, overwrite=True)
-    with named_errors(folder / f"{stem}.png", "write"):
+        return write_exact(folder / f"{stem}{ending}", data, overwrite=True)
+    with named_errors(folder / f"{stem}{ending}", "write"):
         for number in itertools.count(1):
-            path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            path = folder / (f"{stem}{ending}" if number == 1 else f"{stem}-{number}{ending}")
             if not os.path.lexists(path):
                 with contextlib.suppress(FileExistsError):  # another process was faster
                     _write(path, data, overwrite=False)

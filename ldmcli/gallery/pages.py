@@ -1,4 +1,4 @@
-"""A folder of pictures as static HTML pages: from the manifest of a batch run, or from what the PNG files carry.
+"""A folder of pictures as static HTML pages: from the manifest of a batch run, or from what the pictures carry.
 
 What is known of each picture waits in a database that SQLite keeps on disk and deletes by itself, so that a million of
 them, written by many workers in any order, come out sorted and single in constant memory.
@@ -20,6 +20,7 @@ from ldmcli.disk.opening import shown
 from ldmcli.disk.writing import check_may_write, is_marked, prepare_folder, write_exact
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.gallery.html import MARK, Card, Page, render
+from ldmcli.images.formats import ENDINGS
 from ldmcli.images.metadata import read_record
 
 BRIEF_PAGE_SIZE = 10_000  # prompts on a page of the list that searches all: ≈ 5 MB, which a browser filters at once
@@ -94,8 +95,8 @@ def _collect(rows: sqlite3.Connection, folder: Path, base: str) -> tuple[int, in
     count, done = rows.execute("SELECT count(*), total(done) FROM card").fetchone()
     if not count and not is_batch:
         raise MissingInputError(
-            f"{shown(folder)} holds neither the manifest of a batch run nor a PNG with an ldmcli record; name a folder "
-            "that ldm batch or ldm txt2img wrote to."
+            f"{shown(folder)} holds neither the manifest of a batch run nor a picture with an ldmcli record; name a "
+            "folder that ldm batch or ldm txt2img wrote to."
         )
     return count, count - int(done)
 
@@ -118,9 +119,9 @@ def _from_manifests(folder: Path, base: str) -> Iterator[tuple[int, int, bool, C
 
 
 def _from_pictures(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Card]]:
-    """The same of each PNG below `folder` that carries a record, by folder and name."""
+    """The same of each picture below `folder` that carries a record, by folder and name."""
     number = others = 0
-    for path in _pngs(folder):
+    for path in _pictures(folder):
         try:
             request = read_record(path)["request"]
         except LdmError as error:
@@ -131,14 +132,14 @@ def _from_pictures(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Ca
         yield 1, number, True, _card(f"p{number}", request, name, os.path.normpath(os.path.join(base, name)))
         number += 1
     if others:
-        _log.warning("%d PNG files carry no readable ldmcli record and are left out", others)
+        _log.warning("%d pictures carry no readable ldmcli record and are left out", others)
 
 
-def _pngs(folder: Path) -> Iterator[Path]:
+def _pictures(folder: Path) -> Iterator[Path]:
     for where, folders, names in os.walk(folder, onerror=_warn_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(".png") and not name.startswith("."):
+            if name.lower().endswith(ENDINGS) and not name.startswith("."):
                 yield Path(where, name)
 
 

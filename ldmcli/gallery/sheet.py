@@ -15,6 +15,7 @@ from ldmcli.disk.opening import PICTURES, open_regular, shown
 from ldmcli.disk.writing import check_may_write, prepare_folder, write_exact
 from ldmcli.errors import BadDataError, LdmError, printable
 from ldmcli.images.encode import encode_image
+from ldmcli.images.formats import FORMATS
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -42,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 class SheetPicture(NamedTuple):
-    """One cell: a PNG file and the text under it."""
+    """One cell: a picture's file and the text under it."""
 
     path: Path
     caption: str
@@ -151,13 +152,13 @@ def _grid(count: int) -> _Grid:
 
 
 def _fitted(path: Path, cell: int) -> "Image.Image":
-    """The PNG file as RGB within a square of `cell`: shrunk smoothly, or enlarged by a whole factor so that small ones
+    """The file as RGB within a square of `cell`: shrunk smoothly, or enlarged by a whole factor so that small ones
     keep their pixels. Raises an LdmError where it cannot be read."""
     from PIL import Image
 
     with open_regular(path, PICTURES) as raw:
         try:
-            with Image.open(io.BufferedReader(raw), formats=["PNG"]) as file:
+            with Image.open(io.BufferedReader(raw), formats=list(FORMATS)) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BadDataError(f"{shown(path)} cannot be read: {printable(str(error))}.") from error

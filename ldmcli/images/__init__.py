@@ -1,1 +1,1 @@
-"""Pictures on disk: PNG encoding, metadata in both directions, and writes that are whole or absent."""
+"""Pictures as PNG, JPEG and WebP files: encoding, and metadata in both directions."""

@@ -7,18 +7,18 @@ request, the model and the versions: enough to run it again.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
 from ldmcli.errors import BadDataError, LdmError, printable
+from ldmcli.images.exif import PARAMETERS_KEYWORD, RECORD_KEYWORD, iterate_exif_text
+from ldmcli.images.formats import format_of_file
 from ldmcli.images.png_text import iterate_text
 from ldmcli.sampling.catalogue import SAMPLERS
 from ldmcli.spec import GenerationRequest
 
-RECORD_KEYWORD = "ldmcli"
-PARAMETERS_KEYWORD = "parameters"
 _MAX_SHOWN_KEYWORDS = 8
 # A1111's schedules with the same steps; of "SGM Uniform" they may be off by less than one of 1000 training steps.
 _SCHEDULE_TITLES = {"karras": "Karras", "leading": "DDIM", "trailing": "SGM Uniform", "linspace": "Uniform"}
@@ -78,10 +78,10 @@ def text_chunks(
     family: str = "",
     schedule: str | None = None,
 ) -> dict[str, str]:
-    """The text for `encode_png`: `model` has name, path, sha256, LoRAs; `runtime` dtype, device and such; `family` and
-    `schedule` are as for `infotext`.
+    """The text for a picture's file: `model` has name, path, sha256, LoRAs; `runtime` dtype, device and such; `family`
+    and `schedule` are as for `infotext`.
 
-    The record is pure ASCII, so that every reader of PNG text gives it back unchanged.
+    The record is pure ASCII, so that every reader of such text gives it back unchanged.
     """
     record = {
         "version": __version__,
@@ -98,15 +98,15 @@ def text_chunks(
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The `ldmcli` record of a PNG: `version`, `request` (all fields of a valid request), `model`, `runtime`.
+    """The `ldmcli` record of a picture: `version`, `request` (all fields of a valid request), `model`, `runtime`.
 
-    The record stands before the pixels and has its own checksum, so a picture cut off later still gives
-    it. Raises MissingInputError when there is no such file, BadDataError when it is no PNG or its record
-    is missing, broken or out of range, StorageError when reading fails.
+    In a PNG or JPEG it stands before the pixels, so a picture cut off later still gives it. Raises MissingInputError
+    when there is no such file, BadDataError when it is neither PNG, JPEG nor WebP or its record is missing, broken or
+    out of range, StorageError when reading fails.
     """
     shown = printable(str(path))
     keywords = []
-    for keyword, text in iterate_text(path):
+    for keyword, text in iterate_picture_text(path):
         if keyword == RECORD_KEYWORD:
             return _checked_record(text, shown)
         keywords.append(keyword)
@@ -114,8 +114,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_parameters(path: Path) -> str | None:
-    """The A1111 `parameters` text of a PNG from any program, or None without one; raises as `read_record`."""
-    return next((text for keyword, text in iterate_text(path) if keyword == PARAMETERS_KEYWORD), None)
+    """The A1111 `parameters` text of a picture from any program, or None without one; raises as `read_record`."""
+    return next((text for keyword, text in iterate_picture_text(path) if keyword == PARAMETERS_KEYWORD), None)
+
+
+def iterate_picture_text(path: Path) -> Iterator[tuple[str, str]]:
+    """Each (keyword, text) of a picture: of all text chunks of a PNG; of a JPEG or WebP, ours and A1111's in its EXIF
+    data. Bounded in memory and time, and raises, as `iterate_text` does."""
+    return iterate_exif_text(path) if format_of_file(path) in ("jpeg", "webp") else iterate_text(path)
 
 
 def _number(value: float) -> str:

@@ -75,7 +75,7 @@ def _text_chunks(path: Path) -> Iterator[tuple[bytes, int, BinaryIO]]:
         size = os.fstat(file.fileno()).st_size
         start = file.read(len(_SIGNATURE))
         if start != _SIGNATURE:
-            raise _DamageError(f"is not a PNG file: it {f'begins with {start!r}' if start else 'is empty'}")
+            raise _DamageError(f"is no PNG, JPEG or WebP file: it {f'begins with {start!r}' if start else 'is empty'}")
         for _ in range(_MAX_CHUNKS):
             header = file.read(8)
             if len(header) < 8:

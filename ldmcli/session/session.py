@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ldmcli.config import UNDECIDED, ModelConfig
 from ldmcli.disk.hashes import user_hashes
 from ldmcli.errors import LdmError
+from ldmcli.images.formats import Encoding
 from ldmcli.session.opened import Opened, open_spec
 from ldmcli.spec import FittedRequest, GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
@@ -122,20 +123,21 @@ class Session:
         """Name, path and SHA-256 of the weights, and what else a picture's record says of them. Waits for the hash."""
         return self._opened.identity(self.begin_hashing().result())
 
-    def png(self, picture: "Picture", *, metadata: bool = True) -> bytes:
-        """A picture as the bytes of a PNG file. Its `metadata` says how it was made: A1111's text, and our record, from
-        which it can be drawn again; for that it waits for the weights' hash. Raises as `Picture.pixels` does."""
-        from ldmcli.images.encode import encode_png
+    def encode(self, picture: "Picture", encoding: Encoding = Encoding(), *, metadata: bool = True) -> bytes:
+        """A picture as the bytes of a file, a PNG unless `encoding` says otherwise. Its `metadata` says how it was
+        made: A1111's text, and our record, from which it can be drawn again; for that it waits for the weights' hash.
+        Raises as `Picture.pixels` does, and UsageError where the format cannot hold the size."""
+        from ldmcli.images.encode import encode_pixels
         from ldmcli.images.metadata import text_chunks
 
         pixels = picture.pixels()
         if not metadata:
-            return encode_png(pixels, {})
+            return encode_pixels(pixels, {}, encoding)
         # Which of several GPUs it was makes no difference.
         runtime = picture.runtime | {"device": picture.runtime["device"].partition(":")[0]}
         request, family = picture.request, self._opened.model.config.family
         text = text_chunks(request.recorded, self.identity(), runtime, family=family, schedule=request.schedule)
-        return encode_png(pixels, text)
+        return encode_pixels(pixels, text, encoding)
 
     def begin_hashing(self) -> "Future[str]":
         """Find the weights' SHA-256 in a thread, beside whatever else is done."""
