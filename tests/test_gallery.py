@@ -187,7 +187,7 @@ def test_pictures_by_any_name_are_shown_and_foreign_ones_said(tmp_path: Path) ->
     (folder / "foreign.png").write_bytes(picture())
     (folder / "text.png").write_text("no picture")
     result = ldm_here("gallery", folder)
-    assert "2 PNG files carry no readable ldmcli record" in result.err
+    assert "2 pictures carry no readable ldmcli record" in result.err
     found = [os.fsencode(folder) + b"/" + urllib.parse.unquote_to_bytes(s) for s in
              Reader(folder / "index.html").all("img", "src")]  # fmt: skip
     assert sorted(found) == sorted([odd, *(os.fsencode(folder / name) for name in names)])

@@ -272,7 +272,7 @@ def test_pictures_that_hold_no_request(tmp_path: Path) -> None:
         "bomb.png": (head + chunk(b"zTXt", b"ldmcli\0\0" + zlib_bomb()) + end, ("zTXt",)),
         "wild.png": (head + chunk(b"tEXt", b'ldmcli\0{"version":"9"}') + end, ("request",)),
         "seed.png": (head + chunk(b"tEXt", b"ldmcli\0" + wild_record()) + end, ("seed", "abc")),
-        "page.png": (b"<html>", ("not a PNG",)),
+        "page.png": (b"<html>", ("no PNG, JPEG or WebP",)),
     }
     for name, (content, words) in pictures.items():
         (tmp_path / name).write_bytes(content)

@@ -246,6 +246,13 @@ def model_options(command: _Command) -> _Command:
     return command
 
 
+def device_options(command: _Command) -> _Command:
+    """--dtype and --device alone."""
+    for decorate in reversed(_RUNTIME[:2]):
+        command = decorate(command)
+    return command
+
+
 def runtime_options(command: _Command) -> _Command:
     """The options that say where and how to compute."""
     for decorate in reversed(_RUNTIME):

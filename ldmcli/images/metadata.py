@@ -4,6 +4,7 @@
 request, the model and the versions: enough to run it again.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -23,6 +24,8 @@ _MAX_SHOWN_KEYWORDS = 8
 # A1111's schedules with the same steps; of "SGM Uniform" they may be off by less than one of 1000 training steps.
 _SCHEDULE_TITLES = {"karras": "Karras", "leading": "DDIM", "trailing": "SGM Uniform", "linspace": "Uniform"}
 _OWN_SCHEDULE = ("ddim", "plms", "unipc", "lcm")  # samplers that draw with the same steps there, whatever is set
+# How A1111 reads the last line of its text, and how many pairs it must have to be that.
+_PAIR, _FEWEST_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'), 3
 _EMPHASIS = re.compile(r"[()\[\]\\]|\bBREAK\b")  # what A1111 takes for more than text
 
 
@@ -97,6 +100,25 @@ def text_chunks(
     }
 
 
+def with_upscaling(
+    text: Mapping[str, str], upscaler: str, *, by: float | None, size: tuple[int, int]
+) -> dict[str, str]:
+    """The text of a picture that was enlarged: what it said before, and by what and how much (None: to `size`), as
+    A1111 writes that after its parameters; in our record under `upscaled`."""
+    amount = f"Postprocess upscale by: {_number(by)}" if by else f"Postprocess upscale to: {size[0]}x{size[1]}"
+    said = f"{amount}, Postprocess upscaler: {_quoted(upscaler)}"
+    before = text.get(PARAMETERS_KEYWORD, "")
+    last = before.rpartition("\n")[2]
+    joint = "" if not before else ", " if len(_PAIR.findall(last)) >= _FEWEST_PAIRS else "\n"
+    added = {PARAMETERS_KEYWORD: f"{before}{joint}{said}"}
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(text.get(RECORD_KEYWORD, ""))
+        if isinstance(record, dict):
+            earlier = f"{record['upscaled']}; " if isinstance(record.get("upscaled"), str) else ""
+            added[RECORD_KEYWORD] = json.dumps(record | {"upscaled": earlier + said})
+    return {**text, **added}
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The `ldmcli` record of a picture: `version`, `request` (all fields of a valid request), `model`, `runtime`.
 
@@ -156,7 +178,7 @@ def _checked_record(text: str, shown: str) -> dict[str, Any]:
         "request": request.to_dict(),
         "model": record["model"],
         "runtime": record["runtime"],
-    }
+    } | ({"upscaled": record["upscaled"]} if isinstance(record.get("upscaled"), str) else {})
 
 
 def _shape_problem(record: Any) -> str:

@@ -1,0 +1,195 @@
+"""`ldm upscale`: pictures in, larger pictures out."""
+
+import contextlib
+import dataclasses
+import logging
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ldmcli.cli.arguments import STDIN
+from ldmcli.cli.options import device_options, expanded, file_options, json_option, option, verbosity_options
+from ldmcli.cli.output import Output, choose_encoding, open_output
+from ldmcli.cli.terminal import bar, loading
+from ldmcli.disk.opening import open_regular
+from ldmcli.disk.writing import check_replaceable
+from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.images.formats import Encoding, format_of_file
+from ldmcli.spec import RuntimeSpec
+from ldmcli.speed.startup import quicken, settle_down
+from ldmcli.upscaling.target import Target, check_memory, parse_size, upscaled
+from ldmcli.upscaling.tiles import TILE
+
+if TYPE_CHECKING:
+    from ldmcli.upscaling.upscaler import Upscaler, UpscalerFile
+
+_log = logging.getLogger(__name__)
+MAX_STDIN = 1 << 28  # bytes of a picture
+
+
+@click.command(short_help="Make pictures larger, by a network trained for it.")
+@click.argument("pictures", metavar="IMAGE...", nargs=-1, required=True)
+@option("-m", "--upscaler", metavar="FILE", default="embedded", show_default=True,
+        help="The network: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, as .safetensors.")  # fmt: skip
+@option("--allow-pickle", is_flag=True, help="Read .pth files too, by torch's restricted unpickler alone.")
+@option("-o", "--output", metavar="PATH", required=True,
+        help="A folder, a .png, .jpg or .webp file, or - for stdout.  [required]")  # fmt: skip
+@option("--scale", type=float, metavar="FACTOR", help="How many times as large.  [default: the network's own, often 4]")
+@option("--size", metavar="WxH", help="This size exactly, cut where the proportions differ; Wx or xH keep them.")
+@file_options("--image-format", "--format")
+@option("--tile", type=click.IntRange(0, 1 << 14), default=TILE, show_default=True, metavar="PIXELS",
+        help="Compute so much of a picture's side at once; 0 all. Smaller takes less memory.")  # fmt: skip
+@device_options
+@option("--overwrite", is_flag=True, help="Replace files that are there already.")
+@option("--no-metadata", is_flag=True, help="Write nothing of what the picture says of itself.")
+@json_option("Report each picture as a JSON line.")
+@verbosity_options
+@click.pass_context
+def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -> None:
+    """Make each IMAGE larger and print the path of each result; - reads a picture from standard input.
+
+    What a picture says of itself is kept and added to. Pictures are turned upright; transparency is kept where the
+    format has it. In a folder, a result has its picture's name. Where a picture cannot be read, the others are enlarged
+    all the same, and the exit code is that of the first that could not.
+
+    \b
+    Examples:
+    ldm upscale photo.jpg -o large.png
+    ldm upscale *.png -m 4x-UltraSharp.safetensors --scale 2 -o large
+    ldm upscale photo.jpg --size 1920x1080 -o wallpaper.webp --quality 85
+    ldm txt2img "a rose" -o - | ldm upscale - -o rose.png
+    """
+    from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
+
+    # 1. Everything that can be known before a network is read.
+    width, height = parse_size(options["size"]) if options["size"] else (None, None)
+    target = Target(options["scale"], width, height)
+    names = ("image_format", "quality", "lossless")
+    encoding = choose_encoding(options["output"], **{name: options[name] for name in names})
+    name = options["upscaler"]
+    path = name if name == EMBEDDED_UPSCALER else str(expanded(name))
+    file = open_upscaler(path, allow_pickle=options["allow_pickle"])
+    with _stdin_as_file(pictures) as sources:
+        outputs = _outputs(sources, encoding, options)
+        # 2. Each picture; the network is read once there is one.
+        quicken()
+        work = _Work(file, target, encoding, options)
+        codes = []
+        for source, output in zip(sources, outputs, strict=True):
+            try:
+                work.enlarge(source, output)
+            except BadDataError as error:
+                if len(sources) == 1:
+                    raise
+                _log.error("%s", error)
+                codes.append(error.exit_code)
+    context.exit(codes[0] if codes else 0)
+
+
+@contextlib.contextmanager
+def _stdin_as_file(pictures: Sequence[str]) -> Iterator[list[Path]]:
+    """The pictures' files; what standard input has, in one that is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="ldm-") as folder:
+        if STDIN in pictures:
+            if pictures.count(STDIN) > 1:
+                raise UsageError("- reads standard input, and that only once.")
+            data = sys.stdin.buffer.read(MAX_STDIN + 1)
+            if len(data) > MAX_STDIN:
+                raise BadDataError(f"standard input has more than {MAX_STDIN >> 20} MiB, too much for a picture.")
+            (Path(folder) / "stdin").write_bytes(data)
+        yield [Path(folder) / "stdin" if name == STDIN else expanded(name) for name in pictures]
+
+
+def _outputs(sources: Sequence[Path], encoding: Encoding, options: dict[str, Any]) -> list[Output]:
+    """Where each picture goes. Raises an LdmError where one is not there, or its result may not be written."""
+    for source in sources:
+        with open_regular(source, ("", "name a picture file")):
+            pass
+    overwrite = options["overwrite"]
+    output = open_output(
+        options["output"], encoding, overwrite=overwrite, as_json=options["as_json"], one_image=len(sources) == 1
+    )
+    if output.path is None and len(sources) > 1:
+        raise UsageError("-o - takes one picture, and there are more; give a folder to -o.")
+    if output.path is None or output.is_file:
+        return [output]
+    places = [output.path / f"{source.stem}{encoding.ending}" for source in sources]
+    for place, count in Counter(places).items():
+        if count > 1:
+            raise UsageError(f"{count} pictures would be written to {printable(str(place))}; enlarge them apart.")
+        check_replaceable(place, overwrite=overwrite)
+    return [dataclasses.replace(output, path=place, is_file=True) for place in places]
+
+
+class _Work:
+    """Enlarges pictures by one network, which is read when the first of them has been."""
+
+    def __init__(self, file: "UpscalerFile", target: Target, encoding: Encoding, options: dict[str, Any]) -> None:
+        self._file, self._target, self._encoding, self._options = file, target, encoding, options
+        self._upscaler: Upscaler | None = None
+
+    def enlarge(self, source: Path, output: Output) -> None:
+        """Read, enlarge, write and report one picture. Raises BadDataError where it cannot be read."""
+        import numpy as np
+        from PIL import Image
+
+        from ldmcli.images.encode import encode_image
+        from ldmcli.images.metadata import with_upscaling
+        from ldmcli.images.pixels import on_white, read_picture
+
+        picture = read_picture(str(source))
+        text = {} if self._options["no_metadata"] else _text_of(source)
+        if self._encoding.format == "jpeg" and picture.mode == "RGBA":
+            _log.warning("JPEG has no transparency; what is transparent becomes white")
+            picture = on_white(picture)
+        upscaler = self._loaded()
+        started = time.perf_counter()
+        size = self._target.size(*picture.size, upscaler.scale)
+        self._encoding.check_size(*size)
+        check_memory(*size)
+        with contextlib.closing(bar(desc=source.stem, unit="tile")) as progress:
+
+            def on_tile(done: int, total: int) -> None:
+                progress.total, progress.n = total, done
+                progress.refresh()
+
+            pixels = np.asarray(picture)
+            large = upscaled(upscaler, pixels, self._target, tile=self._options["tile"], on_tile=on_tile)
+        if not self._options["no_metadata"]:
+            by = None if self._options["size"] else self._target.scale or upscaler.scale
+            text = with_upscaling(text, upscaler.name, by=by, size=size)
+        data = encode_image(Image.fromarray(large), text, self._encoding)
+        report = {"image": str(source), "width": size[0], "height": size[1], "upscaler": upscaler.name}
+        output.write(data, 0, report | {"seconds": round(time.perf_counter() - started, 3)})
+
+    def _loaded(self) -> "Upscaler":
+        if self._upscaler is None:
+            from ldmcli.speed.policy import choose_runtime
+            from ldmcli.upscaling.upscaler import Upscaler
+
+            dtype = self._options["dtype"]
+            with contextlib.closing(loading(self._file.name)):
+                runtime = choose_runtime(RuntimeSpec(device=self._options["device"], dtype=dtype))
+                self._upscaler = Upscaler(self._file, runtime, asked=dtype != "auto")
+            settle_down()
+        return self._upscaler
+
+
+def _text_of(source: Path) -> dict[str, str]:
+    """What a picture says of itself, of each keyword the first; what is damaged is left out with a word."""
+    from ldmcli.images.metadata import iterate_picture_text
+
+    text: dict[str, str] = {}
+    if format_of_file(source):
+        try:
+            for keyword, value in iterate_picture_text(source):
+                text.setdefault(keyword, value)
+        except BadDataError as error:
+            _log.warning("%s Its result says no more than that.", error)
+    return text

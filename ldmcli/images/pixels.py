@@ -1,0 +1,157 @@
+"""Pictures that users name, as pixels: common formats by Pillow, upright, in sRGB, on white.
+
+They may come from anyone: a picture is looked at before memory is spent on it, and what is wrong is one sentence.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from ldmcli.disk.opening import open_regular, shown
+from ldmcli.errors import BadDataError, MissingInputError, printable
+
+# No format that runs other programs or draws what it describes.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 1 << 26  # 8192²: a quarter of a gigabyte, and several times that while it is converted
+MAX_BYTES = 1 << 28
+_CURE = "name a picture file, such as PNG, JPEG or WebP"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_WIDE = {"I;16", "I;16L", "I;16B", "I;16N", "I"}  # numbers of 16 bits, as Pillow gives them
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A picture that was read whole: its size once it is upright, and the SHA-256 of its file."""
+
+    width: int
+    height: int
+    sha256: str
+
+
+def read_picture(source: str | bytes) -> Image.Image:
+    """A picture by its path or its file's bytes, upright: RGB, or RGBA where it has transparency.
+
+    Raises MissingInputError, BadDataError or StorageError saying what it is instead.
+    """
+    return _decoded(_bytes_of(source), _named(source))
+
+
+def facts_of(source: str | bytes) -> Facts:
+    """Size and hash of a picture, read whole, once for each state of its file. Raises as `read_picture` does."""
+    if isinstance(source, bytes):
+        return _facts(source, None)
+    stamp = None
+    with contextlib.suppress(OSError, ValueError):
+        found = os.stat(source)
+        stamp = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return _facts(source, stamp)
+
+
+@functools.lru_cache(4096)
+def _facts(source: str | bytes, stamp: object) -> Facts:
+    data = _bytes_of(source)
+    picture = _decoded(data, _named(source))
+    return Facts(picture.width, picture.height, hashlib.sha256(data).hexdigest())
+
+
+def grey_of(picture: Image.Image) -> np.ndarray:
+    """A mask's brightness (height, width) uint8; what is transparent counts as black."""
+    if picture.mode == "RGBA":
+        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+        picture = Image.alpha_composite(black, picture)
+    return np.asarray(picture.convert("L"))
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """The picture without its transparency."""
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture).convert("RGB")
+
+
+def _named(source: str | bytes) -> str:
+    return "the picture that was given as data" if isinstance(source, bytes) else shown(Path(source))
+
+
+def _bytes_of(source: str | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    if _ADDRESS.match(source):
+        raise MissingInputError(f"{printable(source)} is an address, and pictures are read from files; fetch it first.")
+    with open_regular(Path(source), ("", _CURE)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise BadDataError(f"{_named(source)} is a file of {size >> 20} MiB; at most {MAX_BYTES >> 20} are read.")
+        return file.readall()
+
+
+def _decoded(data: bytes, name: str) -> Image.Image:
+    if not data:
+        raise BadDataError(f"{name} is empty; {_CURE}.")
+    with _named_errors(name), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise BadDataError(
+                f"{name} has {picture.width}×{picture.height} pixels; at most {MAX_PIXELS >> 20} million are read, so "
+                "make it smaller first."
+            )
+        frames = 1 if picture.format == "MPO" else int(getattr(picture, "n_frames", 1))
+        if frames > 1:
+            raise BadDataError(
+                f"{name} is animated or has pages ({frames}); save the one to use as a picture by itself."
+            )
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+        return _in_colour(upright, picture.info.get("icc_profile"))
+
+
+def _in_colour(picture: Image.Image, profile: Any) -> Image.Image:
+    """The picture as RGB, or RGBA where it has transparency."""
+    if picture.mode in _WIDE:
+        wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating numbers, whose range it does not say")
+    if picture.has_transparency_data:
+        return picture.convert("RGBA")
+    managed = _in_srgb(picture, profile) if isinstance(profile, bytes) and picture.mode in ("RGB", "CMYK") else None
+    return managed or picture.convert("RGB")
+
+
+def _in_srgb(picture: Image.Image, profile: bytes) -> Image.Image | None:
+    """The picture's colours as a screen shows them; None where they are that already or its profile is damaged."""
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" not in ImageCms.getProfileDescription(own).lower().replace(" ", ""):
+            return ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return None
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """What Pillow raises of a damaged file as one sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of bombs, which are refused here, and of damaged metadata
+            yield
+    except BadDataError:
+        raise
+    except UnidentifiedImageError:
+        raise BadDataError(f"{name} is no picture that can be read; {_CURE}.") from None
+    except Image.DecompressionBombError as error:
+        raise BadDataError(f"{name} has too many pixels; make it smaller first ({printable(str(error))}).") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly anything of damaged files
+        reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
+        raise BadDataError(f"{name} is damaged or cut off: {reason.rstrip('.')}.") from None

@@ -1,0 +1,227 @@
+"""Networks that enlarge pictures: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, by spandrel, which tells
+them by their tensors. The only module that imports it."""
+
+import dataclasses
+import logging
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldmcli.checkpoints.families import describe_single_file, with_article
+from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
+from ldmcli.disk.hashes import user_hashes
+from ldmcli.disk.opening import bad_file
+from ldmcli.errors import LdmError, MissingInputError, NotFiniteError, UsageError, printable
+from ldmcli.speed.memory import is_out_of_memory
+from ldmcli.speed.startup import whole_torch
+from ldmcli.upscaling.target import check_memory
+from ldmcli.upscaling.tiles import MIN_TILE, OVERLAP, TILE, tiles
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ldmcli.speed.policy import Runtime
+
+EMBEDDED_UPSCALER = "embedded"  # what the one that comes with this program is called by
+_EMBEDDED = "realesr-animevideov3"
+_CURE = "name the weights of an upscaler, such as ESRGAN's"
+_MAX_NUMBER = 2000  # in a tensor's name: spandrel builds as many blocks as names count
+_WRAPPERS = ("params_ema.", "params-ema.", "params.", "model_state_dict.", "net.")  # tables in files, the best first
+_log = logging.getLogger(__name__)
+
+OnTile = Callable[[int, int], object]  # tiles done, and of how many
+
+
+@dataclasses.dataclass(frozen=True)
+class UpscalerFile:
+    """The weights of an upscaler, looked at and not read."""
+
+    name: str
+    weights: WeightFile
+
+    def sha256(self, *, cache: bool = True) -> str:
+        """Of the file, in hex."""
+        return user_hashes(enabled=cache).sha256(self.weights.path)
+
+
+def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
+    """Look at the file called `name`; "embedded" is the network that comes with this program. Without torch.
+
+    Raises MissingInputError where there is none, BadDataError where it is something else, naming that.
+    """
+    path = _embedded() if name == EMBEDDED_UPSCALER else Path(name)
+    weights = open_weights(path, allow_pickle=allow_pickle)
+    kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
+    if kind != "unknown":
+        raise bad_file(path, f"is {with_article(kind)}, not an upscaler", _CURE)
+    return UpscalerFile(_EMBEDDED if name == EMBEDDED_UPSCALER else path.stem, weights)
+
+
+class Upscaler:
+    """A network in memory that makes pictures `scale` times as large. Threads may share it; it enlarges one picture at
+    a time."""
+
+    def __init__(self, file: UpscalerFile, runtime: "Runtime", *, asked: bool = False) -> None:
+        """Read `file` to the runtime's device. What cannot compute in the runtime's numbers does so in float32, or, if
+        these were `asked` for, is refused. Raises BadDataError, UsageError."""
+        import torch
+
+        self.name = file.name
+        self._net = _loaded(file.weights)
+        self.scale = int(self._net.scale)
+        supported = {torch.float16: self._net.supports_half, torch.bfloat16: self._net.supports_bfloat16}
+        dtype = runtime.dtype
+        if not supported.get(dtype, True):
+            if asked:
+                raise UsageError(f"{self._net.architecture.name} cannot compute in {dtype}; use --dtype fp32.")
+            dtype = torch.float32
+        self._device = runtime.device
+        self._overflowed = False
+        self._to(dtype)
+        self._net.model.register_forward_hook(self._look)
+        self._lock = threading.Lock()
+
+    @property
+    def architecture(self) -> str:
+        """What spandrel calls it."""
+        return str(self._net.architecture.name)
+
+    def enlarged(self, pixels: "np.ndarray", *, tile: int = TILE, on_tile: OnTile | None = None) -> "np.ndarray":
+        """`pixels` (height, width, 3 or 4) uint8, `scale` times as large; RGB, or RGBA, whose transparency the network
+        enlarges apart. Memory: both pictures and what a tile of `tile` pixels a side takes; 0 takes all at once.
+
+        Tiles differ from the whole only where what lies further away than OVERLAP tells. Numbers that are not finite
+        are repeated in float32; out of memory, with smaller tiles. Raises LdmError where that does not help.
+        """
+        import torch
+
+        height, width = pixels.shape[:2]
+        check_memory(width * self.scale, height * self.scale)
+        with self._lock, torch.inference_mode():
+            while True:
+                try:
+                    return self._enlarged(pixels, tile, on_tile)
+                except _OverflowError:
+                    _log.info("%s overflows 16 bits; computing in float32", self.name)
+                    self._to(torch.float32)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    smaller = (tile or max(height, width)) // 2
+                    if smaller < MIN_TILE:
+                        raise LdmError("out of memory, even in the smallest tiles; give a smaller picture.") from None
+                    _log.info("out of memory; going on in tiles of %d", smaller)
+                    tile = smaller
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+    def _enlarged(self, pixels: "np.ndarray", tile: int, on_tile: OnTile | None) -> "np.ndarray":
+        import numpy as np
+
+        height, width, channels = pixels.shape
+        result = np.empty((height * self.scale, width * self.scale, channels), np.uint8)
+        whole = tile == 0 or self._net.tiling.name == "INTERNAL"
+        cut = list(tiles(width, height, max(width, height) if whole else tile, OVERLAP))
+        opaque = channels == 3 or bool((pixels[..., 3] == pixels[0, 0, 3]).all())
+        for done, part in enumerate(cut, 1):
+            source = pixels[part.source]
+            target, inner = result[part.target(self.scale)], part.inner(self.scale)
+            target[..., :3] = self._computed(source[..., :3])[inner]
+            if channels == 4:
+                alpha = pixels[0, 0, 3] if opaque else self._computed(source[..., 3:].repeat(3, 2))[inner].mean(2)
+                target[..., 3] = np.rint(alpha)
+            if on_tile:
+                on_tile(done, len(cut))
+        return result
+
+    def _computed(self, pixels: "np.ndarray") -> "np.ndarray":
+        """One tile (height, width, 3) uint8. Raises _OverflowError."""
+        import torch
+
+        values = torch.from_numpy(pixels.copy()).to(self._device).permute(2, 0, 1)[None].to(self._dtype) / 255
+        self._overflowed = False
+        if self._net.input_channels == 1:
+            found = torch.cat([self._net(values[:, i : i + 1].contiguous()) for i in range(3)], 1)
+        else:
+            found = self._net(values.contiguous(memory_format=torch.channels_last))
+        if self._overflowed:
+            if self._dtype == torch.float32:
+                raise NotFiniteError("the upscaler gave numbers that are not finite; its weights may be damaged.")
+            raise _OverflowError
+        return found[0].float().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+    def _look(self, _module: Any, _inputs: Any, output: "torch.Tensor") -> None:
+        """Before spandrel limits the values, which turns infinity into white."""
+        self._overflowed |= not bool(output.isfinite().all())
+
+    def _to(self, dtype: "torch.dtype") -> None:
+        import torch
+
+        self._dtype = dtype
+        self._net.to(self._device, dtype).eval()
+        self._net.model.to(memory_format=torch.channels_last)
+
+
+class _OverflowError(Exception):
+    """A network gave infinity or no number at all."""
+
+
+def _embedded() -> Path:
+    package = Path(__file__).resolve().parent.parent
+    for weights in (package / "weights", package.parent / "weights"):
+        path = weights / _EMBEDDED / "model.safetensors"
+        if path.is_file():
+            return path.resolve()
+    raise MissingInputError(
+        f"the embedded upscaler {_EMBEDDED} was not installed with this copy of ldmcli; name another with -m, or take "
+        "the folder weights/ from ldmcli's repository."
+    )
+
+
+def _loaded(weights: WeightFile) -> Any:
+    """spandrel's descriptor of the network. Raises BadDataError."""
+    spandrel = _spandrel()
+    names = _names(list(weights.tensors))
+    numbers = (int(number) for name in names for number in re.findall(r"\d+", name)[:8] if len(number) < 10)
+    if max(numbers, default=0) > _MAX_NUMBER:
+        raise bad_file(weights.path, f"counts beyond {_MAX_NUMBER} in its tensors' names", _CURE)
+    tensors = {names[name]: tensor for name, tensor in read_tensors(weights, names, "cpu", None)}
+    try:
+        net = spandrel.MAIN_REGISTRY.load(spandrel.canonicalize_state_dict(tensors))
+    except spandrel.UnsupportedModelError:
+        first = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:3])
+        raise bad_file(weights.path, f"is no upscaler that is known (its first tensors: {first})", _CURE) from None
+    except Exception as error:  # of any kind, from some forty architectures
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise bad_file(weights.path, f"looks like an upscaler and is none: {reason}", _CURE) from None
+    if not isinstance(net, spandrel.ImageModelDescriptor) or net.purpose not in ("SR", "Restoration"):
+        kind = f"is a network for {net.purpose.lower()} ({net.architecture.name})"
+        raise bad_file(weights.path, kind, _CURE)
+    if (net.input_channels, net.output_channels) not in ((1, 1), (3, 3)):
+        raise bad_file(weights.path, f"makes {net.output_channels} channels of {net.input_channels}, not RGB", _CURE)
+    return net
+
+
+def _spandrel() -> Any:
+    whole_torch()  # torchvision, which spandrel imports, needs it
+    try:
+        import spandrel
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that does not go with torch
+        reason = printable(str(error).strip().partition("\n")[0])
+        raise LdmError(f"upscaling needs the package spandrel, which cannot be imported: {reason}.") from None
+    return spandrel
+
+
+def _names(keys: list[str]) -> dict[str, str]:
+    """The tensors of a network by their names in the file, with the names that they have there without tables around
+    them; of several tables, as trainers keep beside one another, the best."""
+    for wrapper in _WRAPPERS:
+        if inside := {key: key.removeprefix(wrapper) for key in keys if key.startswith(wrapper)}:
+            return inside
+    # ESRGAN's own first names are "model.0.", "model.1." and so on.
+    if all(re.match(r"model\.[^0-9]", key) for key in keys):
+        return {key: key.removeprefix("model.") for key in keys}
+    return {key: key for key in keys}
