@@ -166,7 +166,8 @@ class LoRA:
 class ModelSpec:
     """Which weights: a diffusers folder, a .safetensors file or a name of the hub each; `model` None is the embedded
     one. `vae` stands in place of the model's own. `prediction_type` overrides what the files say. `allow_pickle` lets
-    torch's restricted unpickler read .ckpt and .bin files. `loras` are merged into the model in this order."""
+    torch's restricted unpickler read .ckpt and .bin files. `loras` are merged into the model in this order. `upscaler`,
+    a file or "embedded", is the network that makes pictures larger once they are drawn."""
 
     model: str | None = None
     vae: str | None = None
@@ -174,6 +175,7 @@ class ModelSpec:
     prediction_type: str | None = None
     allow_pickle: bool = False
     loras: tuple[LoRA, ...] = ()
+    upscaler: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,6 +170,8 @@ _MODEL = (
     option("--lora", "loras", type=_LoRA(), multiple=True, metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
            help="Merge a LoRA, or another adapter, into the model; may be given again. TEXT_WEIGHT is that of the text "
            "encoders.  [default weights: 1]"),
+    option("--upscale", "upscaler", envvar="LDM_UPSCALE", metavar="FILE|embedded",
+           help="Make each picture larger by this network, as `ldm upscale` does."),
     option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),
            help="What the U-Net was trained to predict, where the files do not tell it right."),
     option("--allow-pickle", is_flag=True,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _RANDOM_SEEDS = 2**32  # short enough to type again
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
-_WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type")
+_WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler")
 _WAITING = 2  # pictures that may wait for the writer
 
 
@@ -229,6 +229,8 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
     found["model"] = record["model"]["path"] or None
     loras = record["model"].get("loras", ())
     found["loras"] = tuple(LoRA(lora["path"], lora["weight"], lora["text_weight"]) for lora in loras)
+    if "upscaled" in record and not found["upscaler"]:
+        _log.info("the picture was made larger after it was drawn (%s); it is drawn as it was", record["upscaled"])
     options.update({name: value for name, value in found.items() if not given(name)})
     options["model_given"] = given("model")
 

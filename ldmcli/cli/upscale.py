@@ -65,16 +65,14 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
     ldm upscale photo.jpg --size 1920x1080 -o wallpaper.webp --quality 85
     ldm txt2img "a rose" -o - | ldm upscale - -o rose.png
     """
-    from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
+    from ldmcli.upscaling.upscaler import open_upscaler
 
     # 1. Everything that can be known before a network is read.
     width, height = parse_size(options["size"]) if options["size"] else (None, None)
     target = Target(options["scale"], width, height)
     names = ("image_format", "quality", "lossless")
     encoding = choose_encoding(options["output"], **{name: options[name] for name in names})
-    name = options["upscaler"]
-    path = name if name == EMBEDDED_UPSCALER else str(expanded(name))
-    file = open_upscaler(path, allow_pickle=options["allow_pickle"])
+    file = open_upscaler(options["upscaler"], allow_pickle=options["allow_pickle"])
     with _stdin_as_file(pictures) as sources:
         outputs = _outputs(sources, encoding, options)
         # 2. Each picture; the network is read once there is one.

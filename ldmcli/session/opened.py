@@ -18,9 +18,10 @@ from ldmcli.speed.memory import check_memory
 
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
+    from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
-_OTHER_WEIGHTS = ("vae", "refiner", "prediction_type")  # beside the model, what a picture depends on
+_OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler")  # beside the model, what a picture depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Opened:
     vae: PartSource[VAEConfig | TinyVAEConfig] | None = None
     refiner: ModelSource | None = None
     loras: "tuple[Use, ...]" = ()
+    upscaler: "UpscalerFile | None" = None
 
     def fit(self, request: GenerationRequest, *, tiled: bool = False) -> FittedRequest:
         """The request with the model's own settings filled in. Raises UsageError where the model, or this machine's
@@ -78,6 +80,8 @@ class Opened:
             for lora, use in zip(self.spec.loras, self.loras, strict=True)
         ]
         named |= {name: _shareable(value) for name, value in others.items() if value}
+        if self.upscaler:
+            named["upscaler_sha256"] = self.upscaler.sha256
         return named | ({"loras": loras} if loras else {})
 
 
@@ -101,7 +105,8 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
     if spec.refiner:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    return Opened(spec, model, vae, refiner, _opened_loras(spec, located) if spec.loras else ())
+    loras = _opened_loras(spec, located) if spec.loras else ()
+    return Opened(spec, model, vae, refiner, loras, _opened_upscaler(spec))
 
 
 def _opened_loras(spec: ModelSpec, located: Callable[[str], Path]) -> "tuple[Use, ...]":
@@ -111,6 +116,14 @@ def _opened_loras(spec: ModelSpec, located: Callable[[str], Path]) -> "tuple[Use
         Use(open_adapter(located(lora.name), allow_pickle=spec.allow_pickle), lora.weight, lora.text_weight)
         for lora in spec.loras
     )
+
+
+def _opened_upscaler(spec: ModelSpec) -> "UpscalerFile | None":
+    if not spec.upscaler:
+        return None
+    from ldmcli.upscaling.upscaler import open_upscaler
+
+    return open_upscaler(spec.upscaler, allow_pickle=spec.allow_pickle)
 
 
 @functools.cache

@@ -77,6 +77,7 @@ class Picture:
         self._runtime = runtime
         self._source, self._place = source, place
         self._redraw = redraw
+        self.finish: Callable[[np.ndarray], np.ndarray] | None = None  # what is done with the pixels, such as upscaling
         self._found: np.ndarray | None = None
         self._lock = threading.Lock()
 
@@ -85,8 +86,9 @@ class Picture:
         the picture cannot be drawn, DeviceLostError where none can be any more."""
         with self._lock:
             if self._found is None:
-                self._found = self._finished()
-                self._redraw = None  # it holds the model
+                found = self._finished()
+                self._found = self.finish(found) if self.finish else found
+                self._redraw = self.finish = None  # they hold models
             return self._found
 
     @property

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ldmcli.session.drawing import Drawer
     from ldmcli.session.picture import Picture
     from ldmcli.speed.policy import Runtime
+    from ldmcli.upscaling.upscaler import Upscaler
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Session:
         self._runtime: Runtime | None = None
         self._unet: UNet | None = None  # where it had to be read to know what the model is
         self._drawer: Drawer | None = None
+        self._upscaler: Upscaler | None = None
         self._sha256: Future[str] | None = None
         self._lock = threading.RLock()
         self._drawing: weakref.WeakSet[threading.Event] = weakref.WeakSet()
@@ -128,7 +130,7 @@ class Session:
         made: A1111's text, and our record, from which it can be drawn again; for that it waits for the weights' hash.
         Raises as `Picture.pixels` does, and UsageError where the format cannot hold the size."""
         from ldmcli.images.encode import encode_pixels
-        from ldmcli.images.metadata import text_chunks
+        from ldmcli.images.metadata import text_chunks, with_upscaling
 
         pixels = picture.pixels()
         if not metadata:
@@ -137,6 +139,9 @@ class Session:
         runtime = picture.runtime | {"device": picture.runtime["device"].partition(":")[0]}
         request, family = picture.request, self._opened.model.config.family
         text = text_chunks(request.recorded, self.identity(), runtime, family=family, schedule=request.schedule)
+        if self._upscaler:
+            size = pixels.shape[1], pixels.shape[0]
+            text = with_upscaling(text, self._upscaler.name, by=self._upscaler.scale, size=size)
         return encode_pixels(pixels, text, encoding)
 
     def begin_hashing(self) -> "Future[str]":
@@ -192,7 +197,7 @@ class Session:
         with self._lock:
             if self._drawer is not None:
                 self._drawer.close()
-            self._drawer = self._unet = None
+            self._drawer = self._unet = self._upscaler = None
 
     def __enter__(self) -> Self:
         return self
@@ -215,6 +220,10 @@ class Session:
             suitable = threads_for(self.runtime_spec, opened.model.config, len(first))
             with computing(runtime.device, suitable, self.runtime_spec.expected_steps):
                 pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
+                if opened.upscaler:
+                    from ldmcli.upscaling.upscaler import Upscaler
+
+                    self._upscaler = Upscaler(opened.upscaler, runtime)
             self._unet = None
             self._drawer = Drawer(pipeline, self.runtime_spec, self._lock)
             _log.debug("%s loaded in %.2f s: %s", self.name, time.perf_counter() - started, runtime.to_dict())
@@ -222,7 +231,10 @@ class Session:
 
     def _draw(self, batch: Sequence[FittedRequest], on_step: Callable[[Progress], object]) -> "list[Picture]":
         with self._lock:
-            return self._loaded(batch).draw(batch, on_step)
+            pictures = self._loaded(batch).draw(batch, on_step)
+            for picture in pictures:
+                picture.finish = self._upscaler.enlarged if self._upscaler else None
+            return pictures
 
     def _settled(self) -> Opened:
         if self.undecided:

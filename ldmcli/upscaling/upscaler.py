@@ -2,7 +2,9 @@
 them by their tensors. The only module that imports it."""
 
 import dataclasses
+import functools
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.families import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
-from ldmcli.disk.hashes import user_hashes
+from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file
 from ldmcli.errors import LdmError, MissingInputError, NotFiniteError, UsageError, printable
 from ldmcli.speed.memory import is_out_of_memory
@@ -42,9 +44,10 @@ class UpscalerFile:
     name: str
     weights: WeightFile
 
-    def sha256(self, *, cache: bool = True) -> str:
+    @functools.cached_property
+    def sha256(self) -> str:
         """Of the file, in hex."""
-        return user_hashes(enabled=cache).sha256(self.weights.path)
+        return FileHashes().sha256(self.weights.path)
 
 
 def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
@@ -52,7 +55,7 @@ def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
 
     Raises MissingInputError where there is none, BadDataError where it is something else, naming that.
     """
-    path = _embedded() if name == EMBEDDED_UPSCALER else Path(name)
+    path = _embedded() if name == EMBEDDED_UPSCALER else Path(os.path.expanduser(name))
     weights = open_weights(path, allow_pickle=allow_pickle)
     kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
     if kind != "unknown":
