@@ -19,7 +19,7 @@ from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.terminal import bar, loading
 from ldmcli.disk.opening import open_regular
 from ldmcli.disk.writing import check_replaceable
-from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding, format_of_file
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.startup import quicken, settle_down
@@ -101,7 +101,13 @@ def _stdin_as_file(pictures: Sequence[str]) -> Iterator[list[Path]]:
             if len(data) > MAX_STDIN:
                 raise BadDataError(f"standard input has more than {MAX_STDIN >> 20} MiB, too much for a picture.")
             (Path(folder) / "stdin").write_bytes(data)
-        yield [Path(folder) / "stdin" if name == STDIN else expanded(name) for name in pictures]
+        yield [Path(folder) / "stdin" if name == STDIN else _file(name) for name in pictures]
+
+
+def _file(name: str) -> Path:
+    if "://" in name:
+        raise MissingInputError(f"{printable(name)} is an address, and pictures are read from files; fetch it first.")
+    return expanded(name)
 
 
 def _outputs(sources: Sequence[Path], encoding: Encoding, options: dict[str, Any]) -> list[Output]:

@@ -72,7 +72,7 @@ class Upscaler:
         these were `asked` for, is refused. Raises BadDataError, UsageError."""
         import torch
 
-        self.name = file.name
+        self.name, self._weights = file.name, file.weights
         self._net = _loaded(file.weights)
         self.scale = int(self._net.scale)
         supported = {torch.float16: self._net.supports_half, torch.bfloat16: self._net.supports_bfloat16}
@@ -83,8 +83,7 @@ class Upscaler:
             dtype = torch.float32
         self._device = runtime.device
         self._overflowed = False
-        self._to(dtype)
-        self._net.model.register_forward_hook(self._look)
+        self._prepare(dtype)
         self._lock = threading.Lock()
 
     @property
@@ -109,7 +108,8 @@ class Upscaler:
                     return self._enlarged(pixels, tile, on_tile)
                 except _OverflowError:
                     _log.info("%s overflows 16 bits; computing in float32", self.name)
-                    self._to(torch.float32)
+                    self._net = _loaded(self._weights)  # what is in memory has lost digits
+                    self._prepare(torch.float32)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -160,12 +160,13 @@ class Upscaler:
         """Before spandrel limits the values, which turns infinity into white."""
         self._overflowed |= not bool(output.isfinite().all())
 
-    def _to(self, dtype: "torch.dtype") -> None:
+    def _prepare(self, dtype: "torch.dtype") -> None:
         import torch
 
         self._dtype = dtype
         self._net.to(self._device, dtype).eval()
         self._net.model.to(memory_format=torch.channels_last)
+        self._net.model.register_forward_hook(self._look)
 
 
 class _OverflowError(Exception):
