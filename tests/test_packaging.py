@@ -74,6 +74,8 @@ def test_a_wheel_runs_elsewhere_with_its_model(tmp_path: Path) -> None:
     assert str(site) in done.stderr
     assert done.stdout == "out/ldm-7.png\n"
     assert (tmp_path / "out" / "ldm-7.png").read_bytes().startswith(b"\x89PNG")
+    assert (site / "ldmcli" / "weights" / "realesr-animevideov3" / "model.safetensors").is_file()
+    assert (site / "ldmcli" / "weights" / "realesr-animevideov3" / "LICENSE").is_file()
 
 
 def test_the_embedded_model_is_the_one_described() -> None:
@@ -84,3 +86,12 @@ def test_the_embedded_model_is_the_one_described() -> None:
     for digest, name in described.items():
         assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest, name
     assert sum(path.stat().st_size for path in files.values()) < 25_000_000
+
+
+def test_the_embedded_upscaler_is_the_one_described_and_comes_with_its_licence() -> None:
+    folder = ROOT / "weights" / "realesr-animevideov3"
+    assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "model.safetensors"]
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (ROOT / "weights" / "README.md").read_text()
+    assert "Xintao Wang" in (folder / "LICENSE").read_text()
+    assert (ROOT / "ldmcli" / "weights" / folder.name).resolve() == folder

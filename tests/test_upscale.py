@@ -13,6 +13,7 @@ import pytest
 import torch
 from cli_support import A1111, assert_refused, ldm, ldm_here, pixels, tiny_model, tiny_single_file
 from PIL import Image, PngImagePlugin
+from recipe_support import recipe_module
 from safetensors.torch import save_file
 from spandrel.architectures.Compact import Compact
 from spandrel.architectures.ESRGAN import ESRGAN
@@ -562,3 +563,24 @@ def test_what_a_network_cannot_compute_in_is_refused_if_asked_for(
     with pytest.raises(UsageError, match="--dtype fp32"):
         Upscaler(file, bf16, asked=True)
     assert np.array_equal(Upscaler(file, bf16).enlarged(PIXELS), Upscaler(file, FP32).enlarged(PIXELS))
+
+
+def test_weights_of_ncnn_become_those_of_a_compact_net() -> None:
+    """By the script that made the embedded network's file."""
+    state = {name: value.numpy() for name, value in compact(zero=False).items()}
+    kinds = {1: "PReLU", 4: "Convolution"}
+    layers, data = ["7767517", "5 5", "Input in 0 1 data"], b""
+    for number in (0, 1, 2, 3, 4):
+        weight = state[f"body.{number}.weight"]
+        numbers = f"0={weight.shape[0]} 1=3 6={weight.size}" if weight.ndim == 4 else f"0={weight.size}"
+        layers.append(f"{kinds[weight.ndim]} layer{number} 1 1 {number} {number + 1} {numbers}")
+        data += b"\x47\x6b\x30\x01" + weight.astype("<f2").tobytes() if weight.ndim == 4 else weight.tobytes()
+        data += b"\0" * (-len(data) % 4)
+        data += state[f"body.{number}.bias"].tobytes() if weight.ndim == 4 else b""
+    converted = recipe_module("convert_upscaler").converted("\n".join(layers), data)
+    assert converted.keys() == state.keys()
+    for name, value in converted.items():
+        expected = state[name].astype(np.float16) if value.ndim == 4 else state[name]
+        assert np.array_equal(value, expected), name
+    with pytest.raises(ValueError, match="left over"):
+        recipe_module("convert_upscaler").converted("\n".join(layers), data + b"\0\0\0\0")
