@@ -333,7 +333,7 @@ def test_every_option_has_its_variable() -> None:
         (["-o", "one.png", "-c", "2"], ["one.png", "more than one"]),
         (["y", "-o", "one.png"], ["one.png", "more than one"]),
         (["-o", "one.gif"], ["one.gif", "PNG, JPEG or WebP"]),
-        (["-o", "one.WEBP"], ["one.WEBP", "PNG"]),
+        (["-o", "one.TIFF"], ["one.TIFF", "PNG"]),
     ],
 )
 def test_outputs_that_cannot_be_meant(tmp_path: Path, options: list[str], words: list[str]) -> None:

@@ -176,9 +176,13 @@ def test_memory_that_does_not_suffice_makes_tiles_smaller(upscaler: Upscaler, mo
     large = np.random.default_rng(1).integers(0, 256, (300, 200, 3), np.uint8)
     assert np.array_equal(upscaler.enlarged(large, tile=0), repeated(large))
     assert seen[:3] == [300, 182, 107]
-    monkeypatch.setattr(Upscaler, "_computed", lambda self, values: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(LdmError, match="smallest tiles"):
-        upscaler.enlarged(large)
+    for error, words in (
+        (MemoryError(), "smallest tiles"),
+        (RuntimeError("shapes differ\nat"), "failed: shapes differ.$"),
+    ):
+        monkeypatch.setattr(Upscaler, "_computed", lambda self, values, e=error: (_ for _ in ()).throw(e))
+        with pytest.raises(LdmError, match=words):
+            upscaler.enlarged(large)
 
 
 def test_numbers_that_overflow_are_repeated_in_float32(tmp_path: Path) -> None:

@@ -130,14 +130,20 @@ class ModelSource:
 
 
 def embedded_model() -> Path:
-    """The folder of the model that comes with this program: inside the package when installed, beside it in a clone."""
+    """The folder of the model that comes with this program."""
+    return embedded_folder(EMBEDDED_NAME, INDEX, "--model")
+
+
+def embedded_folder(name: str, file: str, option: str) -> Path:
+    """The folder of a model that comes with this program, which has `file` in it: inside the package when installed,
+    beside it in a clone. `option` names another."""
     package = Path(__file__).resolve().parent.parent
     for weights in (package / "weights", package.parent / "weights"):
-        if (weights / EMBEDDED_NAME / INDEX).is_file():
-            return (weights / EMBEDDED_NAME).resolve()  # in a clone, what the package links to
+        if (weights / name / file).is_file():
+            return (weights / name).resolve()  # in a clone, what the package links to
     raise MissingInputError(
-        f"the embedded model {EMBEDDED_NAME} was not installed with this copy of ldmcli; name a model with --model, or "
-        "take the folder weights/ from ldmcli's repository."
+        f"the embedded model {name} was not installed with this copy of ldmcli; name a model with {option}, or take "
+        "the folder weights/ from ldmcli's repository."
     )
 
 

@@ -1,21 +1,24 @@
 """Networks that enlarge pictures: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, by spandrel, which tells
 them by their tensors. The only module that imports it."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.families import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
+from ldmcli.checkpoints.source import embedded_folder
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file
-from ldmcli.errors import LdmError, MissingInputError, NotFiniteError, UsageError, printable
+from ldmcli.errors import LdmError, NotFiniteError, UsageError, printable
 from ldmcli.speed.memory import is_out_of_memory
 from ldmcli.speed.startup import whole_torch
 from ldmcli.upscaling.target import check_memory
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from ldmcli.speed.policy import Runtime
 
 EMBEDDED_UPSCALER = "embedded"  # what the one that comes with this program is called by
-_EMBEDDED = "realesr-animevideov3"
+_EMBEDDED, _FILE = "realesr-animevideov3", "model.safetensors"
 _CURE = "name the weights of an upscaler, such as ESRGAN's"
 _MAX_NUMBER = 2000  # in a tensor's name: spandrel builds as many blocks as names count
 _WRAPPERS = ("params_ema.", "params-ema.", "params.", "model_state_dict.", "net.")  # tables in files, the best first
@@ -55,7 +58,10 @@ def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
 
     Raises MissingInputError where there is none, BadDataError where it is something else, naming that.
     """
-    path = _embedded() if name == EMBEDDED_UPSCALER else Path(os.path.expanduser(name))
+    if name == EMBEDDED_UPSCALER:
+        path = embedded_folder(_EMBEDDED, _FILE, "-m") / _FILE
+    else:
+        path = Path(os.path.expanduser(name))
     weights = open_weights(path, allow_pickle=allow_pickle)
     kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
     if kind != "unknown":
@@ -102,7 +108,7 @@ class Upscaler:
 
         height, width = pixels.shape[:2]
         check_memory(width * self.scale, height * self.scale)
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), _without_warnings():
             while True:
                 try:
                     return self._enlarged(pixels, tile, on_tile)
@@ -112,7 +118,8 @@ class Upscaler:
                     self._prepare(torch.float32)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
-                        raise
+                        reason = printable(str(error).strip().partition("\n")[0])
+                        raise LdmError(f"the upscaler {printable(self.name)} failed: {reason}.") from error
                     smaller = (tile or max(height, width)) // 2
                     if smaller < MIN_TILE:
                         raise LdmError("out of memory, even in the smallest tiles; give a smaller picture.") from None
@@ -144,7 +151,8 @@ class Upscaler:
         """One tile (height, width, 3) uint8. Raises _OverflowError."""
         import torch
 
-        values = torch.from_numpy(pixels.copy()).to(self._device).permute(2, 0, 1)[None].to(self._dtype) / 255
+        values = torch.from_numpy(pixels.copy()).to(self._device).permute(2, 0, 1)[None]
+        values = values.float().div(255).to(self._dtype)
         self._overflowed = False
         if self._net.input_channels == 1:
             found = torch.cat([self._net(values[:, i : i + 1].contiguous()) for i in range(3)], 1)
@@ -173,18 +181,6 @@ class _OverflowError(Exception):
     """A network gave infinity or no number at all."""
 
 
-def _embedded() -> Path:
-    package = Path(__file__).resolve().parent.parent
-    for weights in (package / "weights", package.parent / "weights"):
-        path = weights / _EMBEDDED / "model.safetensors"
-        if path.is_file():
-            return path.resolve()
-    raise MissingInputError(
-        f"the embedded upscaler {_EMBEDDED} was not installed with this copy of ldmcli; name another with -m, or take "
-        "the folder weights/ from ldmcli's repository."
-    )
-
-
 def _loaded(weights: WeightFile) -> Any:
     """spandrel's descriptor of the network. Raises BadDataError."""
     spandrel = _spandrel()
@@ -194,7 +190,8 @@ def _loaded(weights: WeightFile) -> Any:
         raise bad_file(weights.path, f"counts beyond {_MAX_NUMBER} in its tensors' names", _CURE)
     tensors = {names[name]: tensor for name, tensor in read_tensors(weights, names, "cpu", None)}
     try:
-        net = spandrel.MAIN_REGISTRY.load(spandrel.canonicalize_state_dict(tensors))
+        with _without_warnings():
+            net = spandrel.MAIN_REGISTRY.load(spandrel.canonicalize_state_dict(tensors))
     except spandrel.UnsupportedModelError:
         first = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:3])
         raise bad_file(weights.path, f"is no upscaler that is known (its first tensors: {first})", _CURE) from None
@@ -207,6 +204,14 @@ def _loaded(weights: WeightFile) -> Any:
     if (net.input_channels, net.output_channels) not in ((1, 1), (3, 3)):
         raise bad_file(weights.path, f"makes {net.output_channels} channels of {net.input_channels}, not RGB", _CURE)
     return net
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Inside the block nothing warns of what architectures call that will change one day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _spandrel() -> Any:

@@ -50,3 +50,4 @@ def test_pictures_are_those_of_spandrel(tmp_path: Path, name: str) -> None:
     assert ours.shape == expected.shape
     assert abs(ours.astype(int) - expected).max() <= 1
     assert (ours == expected).mean() > 0.99
+    assert upscaler.enlarged(pixels[:1, :2].copy()).shape == (theirs.scale, 2 * theirs.scale, 3)
