@@ -19,6 +19,8 @@ MAX_PROMPT_BYTES = 1 << 20
 MAX_SIZE = 1 << 17
 MAX_GUIDANCE = 1000.0
 MAX_CLIP_SKIP = 128
+MAX_EMBEDDINGS = 256
+MAX_NAME_BYTES = 4096
 REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' choice
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
@@ -31,8 +33,9 @@ class GenerationRequest:
 
     `seed` belongs to this one image: it seeds the image's own CPU generator, so the picture does not depend on what
     else is drawn beside it. `guidance_interval` is in noise levels sigma. The original size and crop are what SDXL
-    reads of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over. Raises
-    UsageError when a field is out of range, naming field, value and range.
+    reads of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over.
+    `embeddings` are files or names of the hub, FILE or FILE:WORD each, of textual-inversion embeddings, whose words
+    stand for vectors in the prompts. Raises UsageError when a field is out of range, naming field, value and range.
     """
 
     prompt: str
@@ -55,6 +58,7 @@ class GenerationRequest:
     crop_left: int = 0
     crop_top: int = 0
     refiner_start: float | None = None
+    embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -78,6 +82,8 @@ class GenerationRequest:
                 _check_whole(name, getattr(self, name), 1, MAX_SIZE)
         if self.guidance_interval is not None:
             object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
+        if self.embeddings != ():
+            object.__setattr__(self, "embeddings", _names("embeddings", self.embeddings, MAX_EMBEDDINGS))
         self._check_sampler()
 
     def _check_sampler(self) -> None:
@@ -90,7 +96,7 @@ class GenerationRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"embeddings": list(self.embeddings)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "GenerationRequest":
@@ -136,6 +142,7 @@ class FittedRequest:
     crop_left: int
     crop_top: int
     refiner_start: float
+    embeddings: tuple[str, ...]
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -166,8 +173,9 @@ class LoRA:
 class ModelSpec:
     """Which weights: a diffusers folder, a .safetensors file or a name of the hub each; `model` None is the embedded
     one. `vae` stands in place of the model's own. `prediction_type` overrides what the files say. `allow_pickle` lets
-    torch's restricted unpickler read .ckpt and .bin files. `loras` are merged into the model in this order. `upscaler`,
-    a file or "embedded", is the network that makes pictures larger once they are drawn."""
+    torch's restricted unpickler read .ckpt and .bin files. `loras` are merged into the model in this order.
+    `embedding_dir` is a folder of embeddings for all requests, each called by its file's name. `upscaler`, a file or
+    "embedded", is the network that makes pictures larger once they are drawn."""
 
     model: str | None = None
     vae: str | None = None
@@ -175,6 +183,7 @@ class ModelSpec:
     prediction_type: str | None = None
     allow_pickle: bool = False
     loras: tuple[LoRA, ...] = ()
+    embedding_dir: str | None = None
     upscaler: str | None = None
 
 
@@ -239,15 +248,15 @@ def fit_to_model(request: GenerationRequest, config: ModelConfig) -> FittedReque
     return FittedRequest(recorded=recorded, **(vars(recorded) | filled))
 
 
-def _check_text(name: str, value: Any) -> None:
+def _check_text(name: str, value: Any, most: int = MAX_PROMPT_BYTES) -> None:
     if not isinstance(value, str):
         raise UsageError(f"{name} must be text, not {type(value).__name__}.")
     try:
         size = len(value.encode("utf-8"))
     except UnicodeEncodeError:
         raise UsageError(f"{name} is not valid Unicode text (it holds a lone surrogate).") from None
-    if size > MAX_PROMPT_BYTES:
-        raise UsageError(f"{name} is {size} bytes long; at most {MAX_PROMPT_BYTES} are accepted.")
+    if size > most:
+        raise UsageError(f"{name} is {size} bytes long; at most {most} are accepted.")
     if "\0" in value:
         raise UsageError(f"{name} holds a NUL character; remove it.")
 
@@ -255,6 +264,21 @@ def _check_text(name: str, value: Any) -> None:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} {printable(repr(value))} is not known; choose from {', '.join(choices)}.")
+
+
+def _names(name: str, value: Any, most: int) -> tuple[str, ...]:
+    """A list of names; or several in one text, with semicolons between, as tables have them."""
+    if isinstance(value, str):
+        value = [one.strip() for one in value.split(";") if one.strip()]
+    if not isinstance(value, list | tuple):
+        raise UsageError(f"{name} {printable(repr(value))} is not a list of names.")
+    if len(value) > most:
+        raise UsageError(f"{name} has {len(value)} entries; at most {most} are accepted.")
+    for one in value:
+        _check_text(name, one, MAX_NAME_BYTES)
+        if not one.strip():
+            raise UsageError(f"{name} has an empty name; leave it out.")
+    return tuple(value)
 
 
 def _interval(value: Any) -> tuple[float, float]:

@@ -34,12 +34,13 @@ _SYNONYMS = {
     "eta": "ddim_eta",
     "schedule": "scheduler schedule_type",
     "guidance_rescale": "rescale_cfg cfg_rescale",
+    "embeddings": "embedding textual_inversion textual_inversions",
     "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
     SIZE: "resolution image_size",
 }
 # Options elsewhere that a row has none of; a column of the name is probably meant as one.
 _OPTIONS = (
-    " scale strength denoisingstrength model checkpoint vae lora loras embedding refiner controlnet image initimage "
+    " scale strength denoisingstrength model checkpoint vae lora loras refiner controlnet image initimage "
     "mask batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed "
     "variationseed styles clipstopatlastlayers "
 )
@@ -117,6 +118,8 @@ def normal(name: str, value: Any) -> Any:
     if name == "schedule" and type(value) is str and value.lower() in SPACINGS:
         return value.lower()
     if name == "guidance_interval" and isinstance(value, list) and all(type(one) in (int, float) for one in value):
+        return tuple(value)
+    if name == "embeddings" and isinstance(value, list) and all(type(one) is str for one in value):
         return tuple(value)
     return value
 

@@ -24,6 +24,7 @@ from ldmcli.speed.startup import quicken
 _log = logging.getLogger(__name__)
 _SHOWN_BAD_ROWS = 20
 _SHOWN_CUTS = 5
+_OF_EMBEDDINGS = ("negative_prompt", "embeddings")  # fields of a grid that may name some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Job:
         self.runtime = spec.runtime
         self._digest: Digest | None = None  # of the input that was surveyed
         self._remarks: collections.Counter[str] = collections.Counter()
+        self._embeddings: dict[str, str] = {}  # hashes by word, of those that the command or a row so far uses
+        varied = [{name: value} for name, values in self.grid for value in values if name in _OF_EMBEDDINGS]
+        for fields in ({}, *varied):
+            self._note_embeddings(dataclasses.replace(spec.common, **fields), named=True)
 
     def survey(self) -> Survey:
         """Go through all rows, logging the bad ones; then the input is opened anew."""
@@ -93,14 +98,15 @@ class Job:
         """Begin the run in the folder's run.json, or see that it is this one. Raises BadDataError if it is another."""
         spec = self.spec
         known = {"sha256": self._digest.sha256, "bytes": self._digest.size} if self._digest else {}
-        settings = {name: value for name, value in spec.common.to_dict().items() if name not in ("prompt", "seed")}
+        unsaid = {"prompt", "seed"} | ({"embeddings"} if not spec.common.embeddings else set())
+        settings = {name: value for name, value in spec.common.to_dict().items() if name not in unsaid}
         # Beside the request, all that may change a file.
         settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
         settings |= {"dtype": spec.runtime.dtype, "attention": spec.runtime.attention, "no_metadata": not spec.metadata}
         settings |= spec.encoding.settings
         identity = RunIdentity(
             input={"name": spec.path.name if spec.path else STDIN, **known},
-            model=self.session.identity(),
+            model=self.session.identity() | ({"embeddings": self._embeddings} if self._embeddings else {}),
             settings=settings | {"grid": {name: list(values) for name, values in self.grid}},
             rows=found.rows if found else None,
             shard=None if spec.shard == (1, 1) else "{}/{}".format(*spec.shard),
@@ -136,6 +142,10 @@ class Job:
             if cut := self.session.cut_text(text, request):
                 limit = f"the {self.session.token_limit} tokens the model reads"
                 self._remark("cut", f"a prompt is longer than {limit}; cut off: “{printable(cut)}”", _SHOWN_CUTS)
+        self._note_embeddings(request)
+
+    def _note_embeddings(self, request: GenerationRequest, *, named: bool = False) -> None:
+        self._embeddings |= {one["word"]: one["sha256"] for one in self.session.embeddings(request, named=named)}
 
 
 def _log_bad(bad: BadRow) -> None:

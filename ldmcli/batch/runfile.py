@@ -66,7 +66,7 @@ def open_run(
         return _write(folder, identity)
     differences = _differences(before, identity)
     if differences:
-        only_input = all(name.startswith("input.") for name in differences)
+        only_input = all(_is_of_input(name, values[0]) for name, values in differences.items())
         if not (extend and only_input and is_extended(before.input)):
             raise BadDataError(_refusal(folder, differences, only_input=only_input, extend=extend))
     if before.versions != identity.versions:
@@ -127,6 +127,11 @@ def _differences(before: RunIdentity, now: RunIdentity) -> dict[str, tuple[Any, 
     found = dict(_changes(one, other))
     parts = {name.partition(".")[0] for name in found.keys() - _NAMES}
     return {name: values for name, values in found.items() if name.partition(".")[0] in parts}
+
+
+def _is_of_input(name: str, before: Any) -> bool:
+    """Whether rows that were added to the input can make this difference: theirs may use embeddings of their own."""
+    return name.startswith("input.") or (name.startswith("model.embeddings") and before is None)
 
 
 def _changes(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -75,6 +75,7 @@ REFINER = dataclasses.replace(
     SDXL, name="Stable Diffusion XL refiner", texts=_REFINER_TEXTS, added_numbers=5, zero_empty_negative=False
 )
 FAMILIES = (SD1, SD2, SDXL, REFINER)
+EMBEDDING = "textual-inversion embedding"
 READ = "Stable Diffusion 1.x, 2.x and XL"  # what can be drawn with, in errors
 
 
@@ -124,6 +125,7 @@ _FOLDER_UNET = ("conv_in.", "time_embedding.", "down_blocks.")
 _FOLDER_XL = (*_FOLDER_UNET, "add_embedding.")
 _MERGE = "this version does not apply it; name the whole model it was made for"
 _APPLY = "name the model it was made for with --model, and this with --lora"
+_EMBED = "name the model it was made for with --model, and this with --embedding"
 _NAME_VAE = "name a VAE for it with --vae"
 _LORA = (
     *(".lora_down.", ".lora_A.", ".lora_a.", ".lora.down.", "_lora.down.", ".lora_linear_layer."),
@@ -217,9 +219,9 @@ _PARTS_ALONE = (
         ("CLIP image encoder only", "vision_model."),
         ("T5 text encoder only", "encoder.block.0.layer.0.SelfAttention."),
     ),
-    Kind("textual-inversion embedding", keys=("emb_params", "clip_l", "clip_g"), at_most=4, cure=_MERGE),
-    Kind("textual-inversion embedding", ("<",), at_most=4, cure=_MERGE),
-    Kind("textual-inversion embedding", ("string_to_param",), cure=_MERGE),
+    Kind(EMBEDDING, keys=("emb_params", "clip_l", "clip_g"), at_most=4, cure=_EMBED),
+    Kind(EMBEDDING, ("<",), at_most=4, cure=_EMBED),
+    Kind(EMBEDDING, ("string_to_param",), cure=_EMBED),
 )
 
 KINDS = (*_ORIGINAL, *_TRANSFORMERS, *_ADAPTERS, *_PARTS_ALONE)

@@ -15,6 +15,7 @@ from ldmcli.config import UNDECIDED
 from ldmcli.errors import BadDataError
 from ldmcli.images.formats import format_of_file
 from ldmcli.images.metadata import read_parameters, read_record
+from ldmcli.images.png_text import carries_embedding
 
 _UNKNOWN = "epsilon or v_prediction: the network tells when it draws"
 
@@ -39,9 +40,11 @@ def _picture(path: Path) -> dict[str, Any]:
         return read_record(path)
     except BadDataError:
         parameters = read_parameters(path)
-        if parameters is None:
-            raise
-        return {"parameters": parameters}
+        if parameters is not None:
+            return {"parameters": parameters}
+        if carries_embedding(path):
+            return {}
+        raise
 
 
 def _model(source: ModelSource) -> dict[str, Any]:

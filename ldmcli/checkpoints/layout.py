@@ -7,6 +7,7 @@ from ldmcli.errors import BadDataError, MissingInputError, printable
 
 INDEX = "model_index.json"
 GENERATION = "generation_config.json"  # how the model is best drawn with: transformers' name; diffusers ignores it
+LEARNED = ("learned_embeds.safetensors", "learned_embeds.bin")  # what diffusers calls an embedding, the better first
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -35,7 +36,7 @@ def needed_files(
     name: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, half: bool
 ) -> list[str]:
     """The files of the model `name` that a run reads, small ones first, out of all its `files` (paths from its root);
-    also of a repository that is one VAE.
+    also of a repository that is one VAE, or one embedding.
 
     `read` gives the JSON object in one of them. Raises MissingInputError naming a file that is not among `files`, and
     BadDataError where `files` are no model that can be run.
@@ -64,6 +65,8 @@ def needed_files(
 
     if INDEX not in files and any(file in files for file in weight_names(stem_of("vae"), half=half)):
         return ["config.json", *weights("")]
+    if INDEX not in files and (learned := [file for file in LEARNED if file in files]):
+        return learned[:1]
     if not any(file.endswith(".safetensors") for file in files):
         _check_pickles(f"the weights of {name}", files)
     if INDEX not in files:

@@ -127,6 +127,9 @@ def _words(context: click.Context) -> list[str]:
         if parameter.name == "loras":
             words += [f"{name}={lora.name}:{lora.weight}:{lora.text_weight}" for lora in value]
             continue
+        if isinstance(parameter, click.Option) and parameter.multiple:
+            words += [f"{name}={text}" for text in value]
+            continue
         text = ":".join(map(str, value)) if isinstance(value, tuple) else value
         words.append(name if value is True else f"{name}={text}")
     return [*words, "--", context.params["prompt"]]

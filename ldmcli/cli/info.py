@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ldmcli.cli.options import expanded, json_option, option, verbosity_options
-from ldmcli.errors import LdmError, printable
+from ldmcli.errors import BadDataError, LdmError, printable
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
             facts = inspect(path, allow_pickle=allow_pickle)
             if facts.get("is") == "LoRA":
                 facts |= _adapter_facts(path, allow_pickle=allow_pickle)
+            elif facts["kind"] != "model":
+                facts |= _embedding_facts(path, facts.get("is", ""), allow_pickle=allow_pickle)
         except LdmError as error:
             if len(files) == 1:
                 raise
@@ -58,11 +60,27 @@ def _adapter_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
     return facts(open_adapter(path, allow_pickle=allow_pickle))
 
 
+def _embedding_facts(path: Path, kind: str, *, allow_pickle: bool) -> dict[str, Any]:
+    """What is to be said of an embedding, which files of no other kind may be too; nothing of others."""
+    from ldmcli.checkpoints.families import EMBEDDING
+
+    if kind not in (EMBEDDING, "unknown", ""):
+        return {}
+    from ldmcli.adapters.embeddings import facts, open_embedding
+
+    try:
+        return {"is": EMBEDDING} | facts(open_embedding(path, allow_pickle=allow_pickle))
+    except BadDataError:
+        if kind == EMBEDDING:
+            raise
+        return {}
+
+
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     """Nested facts as aligned `name: value` lines, safe to print."""
     lines = []
     for name, value in facts.items():
-        if value is None:
+        if value is None or value == []:
             continue  # not said
         label = f"{indent}{name.replace('_', ' ')}:"
         if isinstance(value, dict):

@@ -101,11 +101,17 @@ class _LoRA(click.ParamType):
         return LoRA(name, weight, weights[-1] if weights else 1.0)
 
 
+class _Name(click.types.StringParamType):
+    """A text that may be given again; in the environment, with semicolons between."""
+
+    envvar_list_splitter = ";"
+
+
 # What a picture is drawn with: these become a GenerationRequest's fields of the same names.
 REQUEST_OPTIONS = (
     "negative_prompt", "width", "height", "steps", "sampler", "schedule", "eta", "guidance_scale", "guidance_rescale",
     "guidance_interval", "prompt_syntax", "on_long_prompt", "clip_skip", "original_width", "original_height",
-    "crop_left", "crop_top", "refiner_start",
+    "crop_left", "crop_top", "refiner_start", "embeddings",
 )  # fmt: skip
 _REQUEST = (
     option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show."),
@@ -137,6 +143,9 @@ _REQUEST = (
     option("--crop-top", type=int, default=0, show_default=True, help="SDXL: as --crop-left."),
     option("--refiner-start", type=float,
            help="Share of the noise schedule after which the refiner takes over.  [default: 0.8 with --refiner]"),
+    option("--embedding", "embeddings", type=_Name(), multiple=True, envvar="LDM_EMBEDDING", metavar="FILE[:WORD]",
+           help="A textual-inversion embedding, a file or ORG/NAME of the hub, for prompts that hold WORD, in any "
+           "letter case; may be given again.  [default word: the file's name]"),
 )  # fmt: skip
 
 
@@ -170,6 +179,8 @@ _MODEL = (
     option("--lora", "loras", type=_LoRA(), multiple=True, metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
            help="Merge a LoRA, or another adapter, into the model; may be given again. TEXT_WEIGHT is that of the text "
            "encoders.  [default weights: 1]"),
+    option("--embedding-dir", metavar="DIR",
+           help="A folder of embeddings, each for prompts that hold its file's name; only those are opened."),
     option("--upscale", "upscaler", envvar="LDM_UPSCALE", metavar="FILE|embedded",
            help="Make each picture larger by this network, as `ldm upscale` does."),
     option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),

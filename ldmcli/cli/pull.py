@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 def pull(model: str, fp16: bool) -> None:
     """Fetch a model from the Hugging Face hub, and print the folder it is in.
 
-    Only what is needed to draw is fetched, and only safetensors. It goes to the cache that all tools of the hub share.
-    Interrupted downloads resume. ORG/NAME/FILE.safetensors fetches one file.
+    Only what is needed to draw is fetched, and of models only safetensors. It goes to the cache that all tools of the
+    hub share. Interrupted downloads resume. ORG/NAME/FILE.safetensors fetches one file.
 
     \b
     Examples:
@@ -45,8 +45,9 @@ def pull(model: str, fp16: bool) -> None:
 def _kind(path: Path) -> str:
     """What was fetched. Raises BadDataError where it is a model, but none that can be run."""
     from ldmcli.checkpoints.inspection import inspect
-    from ldmcli.checkpoints.layout import INDEX
+    from ldmcli.checkpoints.layout import INDEX, LEARNED
 
     if path.is_dir() and not (path / INDEX).is_file():
-        return "a part of a model, to name after --vae"
+        is_embedding = any((path / name).is_file() for name in LEARNED)
+        return "an embedding, to name after --embedding" if is_embedding else "a part of a model, to name after --vae"
     return str(inspect(path)["is"])

@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from ldmcli.cli.arguments import STDIN, read_prompts
 from ldmcli.cli.options import (
     REQUEST_OPTIONS,
+    expanded,
     file_options,
     json_option,
     model_options,
@@ -32,7 +33,7 @@ from ldmcli.cli.options import (
 from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
-from ldmcli.errors import UsageError, printable
+from ldmcli.errors import MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, LoRA, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
@@ -231,8 +232,41 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
     found["loras"] = tuple(LoRA(lora["path"], lora["weight"], lora["text_weight"]) for lora in loras)
     if "upscaled" in record and not found["upscaler"]:
         _log.info("the picture was made larger after it was drawn (%s); it is drawn as it was", record["upscaled"])
+    found["embeddings"] = ()
     options.update({name: value for name, value in found.items() if not given(name)})
+    options["embeddings"] += tuple(_embeddings_again(options, record, context.params["prompts"]))
     options["model_given"] = given("model")
+
+
+def _embeddings_again(options: dict[str, Any], record: dict[str, Any], prompts: Sequence[str]) -> Iterator[str]:
+    """What names a picture's embeddings here, but for the words that the options give embeddings for. Raises
+    MissingInputError for one that is not here and whose word a prompt holds."""
+    recorded = record["model"].get("embeddings", ())
+    if not recorded:
+        return
+    from ldmcli.adapters.embedding_words import found_again, split_name
+    from ldmcli.conditioning.words import folded
+    from ldmcli.disk.hashes import user_hashes
+    from ldmcli.hub.fetch import parse
+
+    texts = folded("\n".join([*(prompts or (record["request"]["prompt"],)), options["negative_prompt"]]))
+    names = [split_name(name) for name in options["embeddings"]]
+    taken = {folded(Path(file).stem if word is None else word) for file, word in names}
+    sha256 = user_hashes(enabled=not options["no_cache"]).sha256
+    folder = None if options["embedding_dir"] is None else expanded(options["embedding_dir"])
+    for one in recorded:
+        word, path = one["word"], one["path"]
+        if folded(word) in taken or (STDIN not in prompts and folded(word) not in texts):
+            continue
+        file = found_again(one, folder, sha256)
+        if file is None and (parse(path) is None or expanded(path).exists()):
+            raise MissingInputError(
+                f"the picture was made with the embedding “{printable(word)}” ({printable(path)}, SHA-256 "
+                f"{printable(one['sha256'][:12])}), which is not here; give --embedding FILE:WORD or --embedding-dir."
+            )
+        if file is not None and sha256(file) != one["sha256"]:
+            _log.warning("the embedding %s is not the one the picture was made with; it will differ", printable(word))
+        yield f"{path if file in (None, expanded(path)) else file}:{word}"
 
 
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
@@ -297,8 +331,22 @@ def _checked(
         read.add(fitted.negative_prompt)
         return fitted
 
-    checked = map(check, requests)
-    return iter(list(checked)) if eager else checked
+    if not eager:
+        return map(check, requests)
+    checked = list(map(check, requests))
+    _warn_of_unused(session, checked)
+    return iter(checked)
+
+
+def _warn_of_unused(session: "Session", requests: Sequence[FittedRequest]) -> None:
+    """Say which embeddings that were asked for change no picture."""
+    if not requests[0].embeddings:
+        return
+    used = {one["word"] for request in requests for one in session.embeddings(request)}
+    for one in session.embeddings(requests[0], named=True):
+        if one["word"] not in used:
+            word, path = printable(one["word"]), printable(one["path"])
+            _log.warning("no prompt has the word “%s”, so the embedding %s changes nothing", word, path)
 
 
 def _counted(first: FittedRequest, others: Iterable[FittedRequest], options: dict[str, Any]) -> Iterator[FittedRequest]:

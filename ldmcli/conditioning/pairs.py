@@ -1,5 +1,6 @@
 """Requests to the conditionings of a U-Net: of each its negative prompt's and its prompt's."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,8 +32,13 @@ def pairs(config: ModelConfig, prompts: PromptEncoder, requests: Sequence[Fitted
     texts = [r.prompt for r in requests]
     if guided:
         texts += [r.negative_prompt for r, none in zip(requests, zeros, strict=True) if not none]
-    chunked = settings.on_long_prompt == "chunk"
-    encoded = prompts.encode(texts, syntax=settings.prompt_syntax, chunked=chunked, clip_skip=settings.clip_skip)
+    encoded = prompts.encode(
+        texts,
+        syntax=settings.prompt_syntax,
+        chunked=settings.on_long_prompt == "chunk",
+        clip_skip=settings.clip_skip,
+        words=prompts.words(settings),
+    )
     positives, negatives = encoded[: len(requests)], iter(encoded[len(requests) :])
     found = []
     for request, positive, none in zip(requests, positives, zeros, strict=True):
@@ -50,10 +56,13 @@ def context_chunks(config: ModelConfig, prompts: PromptEncoder, request: FittedR
     chunked = request.on_long_prompt == "chunk"
     if not chunked and request.prompt_syntax == "plain":
         return 1, 1
-    positive = prompts.chunks(request.prompt, syntax=request.prompt_syntax, chunked=chunked)
+    read = functools.partial(
+        prompts.chunks, syntax=request.prompt_syntax, chunked=chunked, words=prompts.words(request)
+    )
+    positive = read(request.prompt)
     if config.zero_empty_negative and not request.negative_prompt:
         return positive, positive
-    return prompts.chunks(request.negative_prompt, syntax=request.prompt_syntax, chunked=chunked), positive
+    return read(request.negative_prompt), positive
 
 
 def size_vector(pooled: Tensor, numbers: Tensor, config: UNetConfig) -> Tensor:

@@ -63,10 +63,6 @@ class Tokens:
     ids: list[int]
     starts: list[int]
 
-    def text_from(self, index: int) -> str:
-        """The text from token `index` on; "" where there are no more than `index` tokens."""
-        return self.text[self.starts[index] :] if index < len(self.ids) else ""
-
 
 class ClipTokenizer:
     """Prompts to token ids. `max_length` counts the begin and end marks; `cleaned` mends and splits text as OpenCLIP

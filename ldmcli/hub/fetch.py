@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ldmcli import __version__
-from ldmcli.checkpoints.layout import GENERATION, INDEX, needed_files, safetensors_hint
+from ldmcli.checkpoints.layout import GENERATION, INDEX, LEARNED, needed_files, safetensors_hint
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
@@ -151,7 +151,8 @@ def _hub() -> Any:
 def _kept(wanted: HubModel, half: bool) -> tuple[Path | None, str]:
     """The whole copy in the cache, or None and what it lacks."""
     with _errors(wanted):
-        names = [wanted.file] if wanted.file else [INDEX, "config.json"]  # the latter where the repository is a VAE
+        # The latter where the repository is a VAE or an embedding.
+        names = [wanted.file] if wanted.file else [INDEX, "config.json", *LEARNED]
         found = next(filter(None, (_cached(wanted, name, wanted.revision or "main") for name in names)), None)
     if found is None:
         return None, f"{wanted} is not in the hub cache ({printable(_cache())})"

@@ -12,6 +12,7 @@ from ldmcli.errors import BadDataError, printable
 from ldmcli.spec import MAX_PROMPT_BYTES
 
 MAX_TEXT_BYTES = 16 * MAX_PROMPT_BYTES  # of one picture: two full prompts, 6 bytes of JSON a byte, and room
+EMBEDDING_KEYWORD = "sd-ti-embedding"  # A1111's, of a picture that carries an embedding
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 1 << 17
 _MAX_BROKEN = 16  # text chunks passed over; each may unpack to MAX_TEXT_BYTES before it shows
@@ -53,6 +54,14 @@ def iterate_text(path: Path) -> Iterator[tuple[str, str]]:
         faults.append(str(error))
     if faults:
         raise BadDataError(f"'{shown}' {faults[0]}.")
+
+
+def carries_embedding(path: Path) -> bool:
+    """Whether a picture is a sound PNG that holds an embedding, as A1111 writes them. Raises as `open_regular` does."""
+    try:
+        return any(keyword == EMBEDDING_KEYWORD for keyword, _ in iterate_text(path))
+    except BadDataError:
+        return False
 
 
 def latin_text(data: bytes) -> str:

@@ -34,9 +34,13 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(n, tokens, hidden_size) of ids (n, tokens), tokens ≤ max_length."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """(n, tokens, hidden_size) of ids (n, tokens), tokens ≤ max_length. The id -1 - k stands for the k-th row of
+        `vectors` (count, hidden_size)."""
+        tokens = self.token_embedding(ids if vectors is None else ids.clamp(min=0))
+        if vectors is not None:
+            tokens[ids < 0] = vectors[-1 - ids[ids < 0]].to(tokens)
+        return tokens + self.position_embedding.weight[: ids.shape[1]]
 
 
 class CausalAttention(nn.Module):
@@ -101,9 +105,12 @@ class TextTransformer(nn.Module):
         if config.projection_dim is not None:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def forward(self, ids: Tensor, *, clip_skip: int = 1, pooled: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, ids: Tensor, vectors: Tensor | None = None, *, clip_skip: int = 1, pooled: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Hidden states (n, tokens, hidden_size) of ids (n, tokens), normed where the configuration says so; and, if
-        `pooled` and there is a projection, that of the end mark (n, projection_dim).
+        `pooled` and there is a projection, that of the end mark (n, projection_dim). Negative ids stand for `vectors`,
+        as in `Embeddings`; none of them is taken for an end mark.
 
         `clip_skip` 1 takes the layer the configuration names, 2 the one before; what nobody reads is not computed.
         Padding is attended to, as Stable Diffusion was trained.
@@ -113,7 +120,7 @@ class TextTransformer(nn.Module):
             raise ValueError(f"clip_skip {clip_skip} of a text encoder of {self.config.layers} layers")
         pools = pooled and self.config.projection_dim is not None
         layers = cast(nn.ModuleList, self.encoder["layers"])
-        x = states = self.embeddings(ids)
+        x = states = self.embeddings(ids, vectors)
         for number in range(self.config.layers if pools else chosen):
             x = layers[number](x)
             if number + 1 == chosen:

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,9 +26,6 @@ from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
-
-if TYPE_CHECKING:
-    from ldmcli.adapters.adapter import Use
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +53,7 @@ def load(
         prompts = []
         for source, reads_unet in reading:
             with stopwatch.phase("weights"):
-                uses = opened.loras if source is opened.model else ()
-                encoder = _text_encoders(source, runtime, stage, reads_unet, uses)
+                encoder = _text_encoders(opened, source, runtime, stage, reads_unet)
             with stopwatch.phase("text"):
                 for request in first:
                     with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
@@ -130,10 +125,11 @@ def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> Autoenc
 
 
 def _text_encoders(
-    source: ModelSource, runtime: Runtime, stage: Stage, unet: "Future[UNet]", uses: "Sequence[Use]"
+    opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage, unet: "Future[UNet]"
 ) -> PromptEncoder:
     """The source's text encoders; they and its U-Net, once that is read, with the adapters merged into them."""
     encoders = load_text_encoders(source, stage.home, runtime.text_dtype)
+    uses = opened.loras if source is opened.model else ()
     if uses:
         from ldmcli.adapters.merging import Merger
 
@@ -142,7 +138,7 @@ def _text_encoders(
         Merger({"unet": unet.result(), **texts}, source.config.family).merge(uses)
     for encoder in encoders:
         stage.add(encoder.model)
-    return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders])
+    return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders], opened.words)
 
 
 def _model(source: ModelSource, runtime: Runtime, stage: Stage, unet: UNet, prompts: PromptEncoder) -> DiffusionModel:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import ModelSource, PartSource, embedded_model, open_model, with_prediction_type
 from ldmcli.checkpoints.vae_source import open_vae
-from ldmcli.conditioning.chunks import tokenize
+from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
+from ldmcli.conditioning.tokenizer import ClipTokenizer
+from ldmcli.conditioning.words import NO_WORDS, Word, Words
 from ldmcli.config import TinyVAEConfig, VAEConfig
+from ldmcli.disk.hashes import FileHashes
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.hub.listing import find_model
 from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, ModelSpec, fit_to_model
@@ -18,6 +22,7 @@ from ldmcli.speed.memory import check_memory
 
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
+    from ldmcli.adapters.embedding_words import EmbeddingWords
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
@@ -46,7 +51,63 @@ class Opened:
         if note := self.model.config.schedule.of(fitted.sampler).note:
             _say_once(note)
         check_memory(self.model.config, fitted.width, fitted.height, tiled=tiled)
+        self.words(fitted)
+        if request.embeddings:
+            shareable = tuple(map(_shareable, request.embeddings))
+            fitted = dataclasses.replace(fitted, recorded=dataclasses.replace(fitted.recorded, embeddings=shareable))
         return fitted
+
+    def words(self, request: GenerationRequest | FittedRequest) -> Words:
+        """The words that stand for embeddings in prompts of `request`. Raises LdmError where one that it names is not
+        there or not for the model; of the others none is opened."""
+        adapters = [use.adapter for use in self.loras if use.adapter.bundled]
+        if not (request.embeddings or self.spec.embedding_dir or adapters):
+            return NO_WORDS
+        return self._embedding_words.words(request.embeddings, adapters)
+
+    @functools.cached_property
+    def _embedding_words(self) -> "EmbeddingWords":
+        from ldmcli.adapters.embedding_words import EmbeddingWords
+        from ldmcli.adapters.embeddings import open_embedding
+
+        config, folder = self.model.config, self.spec.embedding_dir
+        return EmbeddingWords(
+            config.text_encoders,
+            config.family,
+            lambda name: open_embedding(find_model(name, half=False), allow_pickle=self.spec.allow_pickle),
+            folder=None if folder is None else Path(folder).expanduser(),
+        )
+
+    def embeddings(
+        self, request: GenerationRequest | FittedRequest, hashes: FileHashes, *, named: bool = False
+    ) -> list[dict[str, str]]:
+        """What a picture says of the embeddings that its prompts use, but for those that come with a LoRA; with `named`
+        also of all that the request names. Raises LdmError."""
+        if not self.words(request):
+            return []
+        from ldmcli.adapters.embedding_words import EmbeddingWord
+
+        used: dict[Word, None] = dict.fromkeys(
+            self._embedding_words.named(request.embeddings).values() if named else ()
+        )
+        for text, tokenizer in itertools.product((request.prompt, request.negative_prompt), self.model.tokenizers):
+            used |= dict.fromkeys(self._tokenized(tokenizer, text, request).words)
+        found = [word for word in used if isinstance(word, EmbeddingWord) and word.name]
+        return [
+            {
+                "name": word.embedding.path.stem,
+                "word": word.text,
+                "path": _shareable(word.name),
+                "sha256": word.sha256(hashes),
+            }
+            for word in found
+        ]
+
+    def _tokenized(
+        self, tokenizer: ClipTokenizer, text: str, request: GenerationRequest | FittedRequest
+    ) -> TokenizedPrompt:
+        chunked = request.on_long_prompt == "chunk"
+        return tokenize(tokenizer, text, syntax=request.prompt_syntax, chunked=chunked, words=self.words(request))
 
     @property
     def token_limit(self) -> int:
@@ -56,8 +117,7 @@ class Opened:
     def cut_text(self, text: str, request: GenerationRequest | FittedRequest) -> str:
         """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
         cut off and the request says that this is an error."""
-        chunked = request.on_long_prompt == "chunk"
-        prompts = (tokenize(t, text, syntax=request.prompt_syntax, chunked=chunked) for t in self.model.tokenizers)
+        prompts = [self._tokenized(tokenizer, text, request) for tokenizer in self.model.tokenizers]
         cut = max((prompt.cut_text for prompt in prompts), key=len)
         if cut and request.on_long_prompt == "error":
             raise UsageError(

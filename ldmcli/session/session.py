@@ -125,6 +125,12 @@ class Session:
         """Name, path and SHA-256 of the weights, and what else a picture's record says of them. Waits for the hash."""
         return self._opened.identity(self.begin_hashing().result())
 
+    def embeddings(self, request: GenerationRequest | FittedRequest, *, named: bool = False) -> list[dict[str, str]]:
+        """Name, word, path and SHA-256 of each embedding that prompts of `request` use, as a picture's record has them;
+        with `named` also of all that it names itself. Those that come with a LoRA are not among them. Raises LdmError
+        where one is damaged or not for the model."""
+        return self._opened.embeddings(request, user_hashes(enabled=self.runtime_spec.cache), named=named)
+
     def encode(self, picture: "Picture", encoding: Encoding = Encoding(), *, metadata: bool = True) -> bytes:
         """A picture as the bytes of a file, a PNG unless `encoding` says otherwise. Its `metadata` says how it was
         made: A1111's text, and our record, from which it can be drawn again; for that it waits for the weights' hash.
@@ -138,7 +144,9 @@ class Session:
         # Which of several GPUs it was makes no difference.
         runtime = picture.runtime | {"device": picture.runtime["device"].partition(":")[0]}
         request, family = picture.request, self._opened.model.config.family
-        text = text_chunks(request.recorded, self.identity(), runtime, family=family, schedule=request.schedule)
+        embeddings = self.embeddings(request)
+        model = self.identity() | ({"embeddings": embeddings} if embeddings else {})
+        text = text_chunks(request.recorded, model, runtime, family=family, schedule=request.schedule)
         if self._upscaler:
             size = pixels.shape[1], pixels.shape[0]
             text = with_upscaling(text, self._upscaler.name, by=self._upscaler.scale, size=size)
