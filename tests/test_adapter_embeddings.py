@@ -25,6 +25,14 @@ SD1, SD2, SDXL, REFINER = (CLIP_L,), (VIT_H,), (CLIP_L, BIG_G), (BIG_G,)
 ONE, TWO = noise(3, 768, seed=1), noise(3, 1280, seed=2)
 
 
+def vectors_of(embedding: Embedding, encoders: tuple[TextEncoderConfig, ...]) -> dict[str, Tensor]:
+    """The vectors by the part of each text encoder of a model that the embedding is for."""
+    embedding.check(encoders, "the model")
+    found = {encoder.part: embedding.of_part(encoder.part) for encoder in encoders}
+    assert {len(tensor) for tensor in found.values()} == {embedding.count}
+    return found
+
+
 def tensors(**content: Tensor) -> Callable[[Path], Path]:
     return lambda folder: write(folder / "word.safetensors", content)
 
@@ -74,7 +82,7 @@ def test_vectors_for_one_text_encoder(build: Callable[[Path], Path], tmp_path: P
     embedding = open_embedding(build(tmp_path), allow_pickle=True)
     assert embedding.word == "word"
     assert embedding.family == "Stable Diffusion 1.x"
-    found = embedding.vectors_for(SD1, "Stable Diffusion 1.x")
+    found = vectors_of(embedding, SD1)
     assert list(found) == ["text_encoder"]
     assert found["text_encoder"].dtype == torch.float32
     assert torch.allclose(found["text_encoder"], ONE, rtol=1e-3)
@@ -94,15 +102,15 @@ def test_vectors_for_one_text_encoder(build: Callable[[Path], Path], tmp_path: P
 def test_vectors_for_two_text_encoders(build: Callable[[Path], Path], tmp_path: Path) -> None:
     embedding = open_embedding(build(tmp_path), allow_pickle=True)
     assert embedding.family == "Stable Diffusion XL"
-    found = embedding.vectors_for(SDXL, "Stable Diffusion XL")
+    found = vectors_of(embedding, SDXL)
     assert torch.equal(found["text_encoder"], ONE)
     assert torch.equal(found["text_encoder_2"], TWO)
-    assert torch.equal(embedding.vectors_for(REFINER, "refiner")["text_encoder_2"], TWO)
+    assert torch.equal(vectors_of(embedding, REFINER)["text_encoder_2"], TWO)
 
 
 def test_a_lone_vector_and_few_bits(tmp_path: Path) -> None:
     embedding = open_embedding(tensors(**{"<cat>": noise(1024).to(torch.bfloat16)})(tmp_path))
-    found = embedding.vectors_for(SD2, "Stable Diffusion 2.x")["text_encoder"]
+    found = vectors_of(embedding, SD2)["text_encoder"]
     assert found.shape == (1, 1024)
     assert torch.equal(found[0], noise(1024).to(torch.bfloat16).float())
 
@@ -121,7 +129,7 @@ def test_another_family_is_named_with_the_models(
     content: dict[str, Tensor], encoders: tuple[TextEncoderConfig, ...], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BadDataError, match=words):
-        open_embedding(tensors(**content)(tmp_path)).vectors_for(encoders, "the model")
+        open_embedding(tensors(**content)(tmp_path)).check(encoders, "the model")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +159,7 @@ def test_another_family_is_named_with_the_models(
 )
 def test_a_damaged_file_is_one_sentence(build: Callable[[Path], Path], words: str, tmp_path: Path) -> None:
     with pytest.raises(BadDataError, match=words) as caught:
-        open_embedding(build(tmp_path), allow_pickle=True)
+        open_embedding(build(tmp_path), allow_pickle=True).vectors  # noqa: B018  to read it
     assert "\n" not in str(caught.value)
 
 
@@ -179,9 +187,9 @@ def test_embeddings_that_come_with_a_lora(tmp_path: Path) -> None:
     assert len(open_adapter(path).bundled) == 4
     found: dict[str, Embedding] = {embedding.word: embedding for embedding in bundled_embeddings(open_weights(path))}
     assert set(found) == {"cat", "dog", "cow"}
-    assert torch.equal(found["cat"].vectors_for(SD1, "")["text_encoder"], ONE)
-    assert torch.equal(found["dog"].vectors_for(SDXL, "")["text_encoder_2"], TWO)
-    assert len(found["cow"].vectors_for(SD1, "")["text_encoder"]) == 1
+    assert torch.equal(vectors_of(found["cat"], SD1)["text_encoder"], ONE)
+    assert torch.equal(vectors_of(found["dog"], SDXL)["text_encoder_2"], TWO)
+    assert len(vectors_of(found["cow"], SD1)["text_encoder"]) == 1
 
 
 def test_a_bundled_one_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_support import EMBEDDED, Result, assert_refused, pixels, start, tiny_model, tiny_single_file, until
 from fork_server import LEAN, quick
 from hub_server import Hub
@@ -22,6 +23,7 @@ from ldmcli.checkpoints.source import open_model
 from ldmcli.errors import BadDataError, CannotCreateError, MissingInputError, StorageError
 from ldmcli.hub.faults import reworded
 from ldmcli.hub.fetch import HubModel, parse
+from ldmcli.images.metadata import read_record
 
 pytestmark = pytest.mark.timeout(300)
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -504,3 +506,20 @@ def test_hostile_indexes() -> None:
     read = {"model_index.json": index, UNET + ".index.json": {"weight_map": {"a": "there-is-none.safetensors"}}}
     with pytest.raises(MissingInputError, match="there-is-none"):
         needed_files("org/name", names, read.__getitem__, half=True)
+
+
+def test_an_embedding_is_fetched_by_the_name_of_its_repository(hub: Hub, run: Any, tmp_path: Path) -> None:
+    tensors = {"<toy>": torch.ones(16)}
+    hub.add("lab/toy", {"README.md": b"x", "learned_embeds.safetensors": save(tensors), "concept_images/0.jpeg": b"x"})
+    hub.add("lab/old", {"learned_embeds.bin": b"PK\x03\x04 data.pkl"})
+    command = ("txt2img", "a <toy>, a cat", "-m", tiny_model(), "-s", "1", "--steps", "1", "-o", tmp_path / "x.png")
+    for _ in range(2):
+        drawn = run(*command, "--embedding", "lab/toy", "--overwrite")
+        assert drawn.code == 0, drawn
+        assert "no prompt has" not in drawn.err
+    (used,) = read_record(tmp_path / "x.png")["model"]["embeddings"]
+    assert (used["word"], used["path"]) == ("<toy>", "lab/toy")
+    assert hub.took() == []
+    again = run("txt2img", "--from-image", tmp_path / "x.png", "-o", tmp_path / "y.png")
+    assert (again.code, pixels(tmp_path / "y.png").tolist()) == (0, pixels(tmp_path / "x.png").tolist())
+    assert_refused(run(*command, "-q", "--embedding", "lab/old:toy"), 65, "pickle", "--allow-pickle")

@@ -242,7 +242,7 @@ class TinyEncoder:
         self.pooled = pooled
         self.calls: list[int] = []
 
-    def encode(self, ids: Tensor, *, clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:
+    def encode(self, ids: Tensor, *, clip_skip: int = 1, words: Sequence[Any] = ()) -> tuple[Tensor, Tensor | None]:
         self.calls.append(len(ids))
         return self.model(ids, clip_skip=clip_skip, pooled=self.pooled)
 
