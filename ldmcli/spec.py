@@ -6,6 +6,7 @@ nothing heavy.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +20,71 @@ MAX_PROMPT_BYTES = 1 << 20
 MAX_SIZE = 1 << 17
 MAX_GUIDANCE = 1000.0
 MAX_CLIP_SKIP = 128
+MAX_LORAS = 64
+MAX_LORA_WEIGHT = 1000.0
 REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' choice
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """A LoRA or another adapter: `name` is its file, its folder, ORG/NAME[/FILE] of the hub, or what it is called in
+    the folder of LoRAs. `weight` scales its changes to the U-Net, `text_weight` those to the text encoders.
+
+    Fitting fills in `path`, as which it is found again, and `sha256`, of its numbers. `in_prompt`: a prompt names it.
+    Raises UsageError where a field cannot be meant.
+    """
+
+    name: str
+    weight: float = 1.0
+    text_weight: float = 1.0
+    path: str = ""
+    sha256: str = ""
+    in_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        for text in (self.name, self.path, self.sha256):
+            _check_text("a LoRA's name", text)
+        if not self.name:
+            raise UsageError("a LoRA has no name; give its file.")
+        _check_number("a LoRA's weight", self.weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
+        _check_number("a LoRA's text_weight", self.text_weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
+
+    @property
+    def what(self) -> tuple[object, ...]:
+        """What it does to a picture, wherever its file lies."""
+        return self.sha256 or self.path or self.name, self.weight, self.text_weight
+
+    @classmethod
+    def read(cls, value: Any) -> "LoRA":
+        """A LoRA as options and rows write it: FILE, FILE:WEIGHT, FILE:WEIGHT:TEXT_WEIGHT, or an object with the fields
+        of this class, whose text_weight is the weight unless it is given. Raises UsageError."""
+        if isinstance(value, LoRA):
+            return value
+        if isinstance(value, Mapping):
+            names = [field.name for field in dataclasses.fields(cls)]
+            unknown = [name for name in value if name not in names]
+            if unknown or "name" not in value:
+                wrong = f"no field {printable(repr(unknown[0]))}" if unknown else "to have a name"
+                raise UsageError(f"a LoRA has {wrong}; its fields are {', '.join(names[:4])}.")
+            return cls(**({"text_weight": value.get("weight", 1.0)} | dict(value)))
+        if not isinstance(value, str):
+            raise UsageError(f"a LoRA is FILE:WEIGHT or an object, not {printable(repr(value))}.")
+        name, weights = value, list[float]()
+        while len(weights) < 2 and not os.path.lexists(name):
+            rest, colon, last = name.rpartition(":")
+            try:
+                weights = [float(last), *weights] if colon else weights
+            except ValueError:
+                break
+            if not colon:
+                break
+            name = rest
+        if not name or not all(map(math.isfinite, weights)):
+            raise UsageError(f"{printable(repr(value))} is not FILE, FILE:WEIGHT or FILE:WEIGHT:TEXT_WEIGHT.")
+        return cls(name, *((weights[0], weights[-1]) if weights else ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +93,9 @@ class GenerationRequest:
 
     `seed` belongs to this one image: it seeds the image's own CPU generator, so the picture does not depend on what
     else is drawn beside it. `guidance_interval` is in noise levels sigma. The original size and crop are what SDXL
-    reads of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over. Raises
-    UsageError when a field is out of range, naming field, value and range.
+    reads of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over. `loras`
+    are merged into the model in this order. Raises UsageError when a field is out of range, naming field, value and
+    range.
     """
 
     prompt: str
@@ -55,6 +118,7 @@ class GenerationRequest:
     crop_left: int = 0
     crop_top: int = 0
     refiner_start: float | None = None
+    loras: tuple[LoRA, ...] = ()
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -78,6 +142,8 @@ class GenerationRequest:
                 _check_whole(name, getattr(self, name), 1, MAX_SIZE)
         if self.guidance_interval is not None:
             object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
+        if self.loras != ():
+            object.__setattr__(self, "loras", read_loras(self.loras))
         self._check_sampler()
 
     def _check_sampler(self) -> None:
@@ -111,8 +177,9 @@ class FittedRequest:
     """A request fitted to a model by `fit_to_model`: every field has a value, in the words of GenerationRequest.
 
     `schedule` is the spacing of the steps that is used, `guidance_interval` (0, inf) where all steps are guided,
-    `refiner_start` 1 where no refiner takes over. `recorded` is what pictures and manifests keep: the request with the
-    model's own size, sampler, steps and guidance, and nothing else filled in.
+    `refiner_start` 1 where no refiner takes over. `loras` are all that are merged, those that the prompt names too,
+    and `prompt` is without them. `recorded` is what pictures and manifests keep: the request with the model's own size,
+    sampler, steps and guidance, where its LoRAs were found, and nothing else filled in.
     """
 
     recorded: GenerationRequest
@@ -136,6 +203,7 @@ class FittedRequest:
     crop_left: int
     crop_top: int
     refiner_start: float
+    loras: tuple[LoRA, ...]
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -153,28 +221,18 @@ class FittedRequest:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
-    """A LoRA or another adapter, by its file, folder or name; `weight` scales its changes to the U-Net, `text_weight`
-    those to the text encoders."""
-
-    name: str
-    weight: float = 1.0
-    text_weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Which weights: a diffusers folder, a .safetensors file or a name of the hub each; `model` None is the embedded
     one. `vae` stands in place of the model's own. `prediction_type` overrides what the files say. `allow_pickle` lets
-    torch's restricted unpickler read .ckpt and .bin files. `loras` are merged into the model in this order. `upscaler`,
-    a file or "embedded", is the network that makes pictures larger once they are drawn."""
+    torch's restricted unpickler read .ckpt and .bin files. `lora_dir` is a folder in which LoRAs are found by name.
+    `upscaler`, a file or "embedded", is the network that makes pictures larger once they are drawn."""
 
     model: str | None = None
     vae: str | None = None
     refiner: str | None = None
     prediction_type: str | None = None
     allow_pickle: bool = False
-    loras: tuple[LoRA, ...] = ()
+    lora_dir: str | None = None
     upscaler: str | None = None
 
 
@@ -237,6 +295,20 @@ def fit_to_model(request: GenerationRequest, config: ModelConfig) -> FittedReque
         "refiner_start": 1.0 if request.refiner_start is None else request.refiner_start,
     }
     return FittedRequest(recorded=recorded, **(vars(recorded) | filled))
+
+
+def read_loras(value: Any) -> tuple[LoRA, ...]:
+    """A list of LoRAs, each as `LoRA.read` takes it; or one alone; or several in one text, with semicolons between.
+    Raises UsageError."""
+    if isinstance(value, str):
+        value = [one.strip() for one in value.split(";") if one.strip()]
+    elif isinstance(value, LoRA | Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise UsageError(f"loras {printable(repr(value))} is not a list of FILE:WEIGHT texts or of objects.")
+    if len(value) > MAX_LORAS:
+        raise UsageError(f"loras has {len(value)} entries; at most {MAX_LORAS} are accepted.")
+    return tuple(map(LoRA.read, value))
 
 
 def _check_text(name: str, value: Any) -> None:

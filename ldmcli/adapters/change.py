@@ -38,6 +38,12 @@ class Change:
         infos = self.infos
         return next((infos[name].shape[axis] for name, axis in self.kind.ranks if name in infos), None)
 
+    @property
+    def inputs(self) -> int | None:
+        """How many inputs the changed module has, of the kinds whose shapes tell."""
+        found = (self.infos.get(factor) for factor in ("down", "hada_w1_b", "diff"))
+        return next((info.shape[1] for info in found if info and len(info.shape) > 1), None)
+
 
 def configured(changes: dict[str, Change], file: WeightFile, prefix: str) -> dict[str, Change]:
     """The changes, those without a scale in the file with that of a configuration: PEFT's, beside the file, whose keys

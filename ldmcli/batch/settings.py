@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ldmcli.batch.fields import OWN, PROMPT, REQUEST_FIELDS, field_named, from_text, near, normal, problem_of
-from ldmcli.errors import UsageError, printable
+from ldmcli.errors import LdmError, UsageError, printable
 from ldmcli.spec import GenerationRequest
 
 MAX_COMBINATIONS = 10_000
@@ -97,7 +97,7 @@ class Settings:
             varied = dict(zip((name for name, _ in axes), values, strict=True))
             try:
                 request = self._fit(dataclasses.replace(self._common, prompt="", **{**settings, **varied}))
-            except UsageError as error:
+            except LdmError as error:
                 problems[str(error)] = None
             else:
                 requests.append((request, {name: varied[name] for name in OWN if name in varied}))

@@ -12,7 +12,7 @@ from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.reading import RawRow
 from ldmcli.batch.scratch import IdIndex
 from ldmcli.batch.settings import Fit, Grid, Settings, Variants, checked_grid
-from ldmcli.errors import UsageError, printable
+from ldmcli.errors import LdmError, printable
 from ldmcli.spec import MAX_SEED, GenerationRequest
 
 MAX_COUNT = 1_000_000
@@ -73,8 +73,8 @@ def items(
     Numbers: a bad row takes those that it would have if it were good; where its count cannot be read, as many as
     the command line gives a row. So mending it does not renumber the rows behind it.
 
-    `fit` fills in the model's own and raises UsageError where it cannot draw the request; it sees settings, with empty
-    prompts, once for many rows. `check_prompt` sees the first request of each row, and may raise UsageError too.
+    `fit` fills in the model's own and raises LdmError where it cannot draw the request; it sees settings, with empty
+    prompts, once for many rows. `check_prompt` sees the first request of each row, and may raise LdmError too.
     """
     grid = checked_grid(grid)
     settings = Settings(common, grid, fit)
@@ -161,7 +161,7 @@ class _Row:
             return
         try:
             check_prompt(next(self.requests(variants, seed)))
-        except UsageError as error:
+        except LdmError as error:
             self.problems.append(str(error))
 
     def requests(self, variants: Variants, seed: int) -> Iterator[GenerationRequest]:

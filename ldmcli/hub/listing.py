@@ -39,6 +39,12 @@ def find_model(name: str, *, half: bool) -> Path:
     return find_here(name) or locate(name, half=half)
 
 
+def find_adapter(name: str) -> Path:
+    """Where the adapter called `name` is on disk: in $LDM_MODELS, or on the hub; a path to nothing is returned as it
+    stands. Raises LdmError."""
+    return find_here(name) or locate(name, half=False)
+
+
 def find_here(name: str) -> Path | None:
     """What `name` means without the hub: a path, what is called so in $LDM_MODELS, or the embedded model."""
     path = Path(os.path.expanduser(name))

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,9 +26,6 @@ from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
-
-if TYPE_CHECKING:
-    from ldmcli.adapters.adapter import Use
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +51,11 @@ def load(
         kernels = in_background(runtime.try_kernels, "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
         prompts = []
-        for source, reads_unet in reading:
+        for source, _ in reading:
             with stopwatch.phase("weights"):
-                uses = opened.loras if source is opened.model else ()
-                encoder = _text_encoders(source, runtime, stage, reads_unet, uses)
+                encoder = _text_encoders(source, runtime, stage)
             with stopwatch.phase("text"):
-                for request in first:
+                for request in (request for request in first if not request.loras):  # else merging comes first
                     with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
                         pairs(source.config, encoder, [request])
             prompts.append(encoder)
@@ -129,17 +124,8 @@ def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> Autoenc
     return load_vae(vae, device, runtime.vae_dtype(vae.config), encoder=False)
 
 
-def _text_encoders(
-    source: ModelSource, runtime: Runtime, stage: Stage, unet: "Future[UNet]", uses: "Sequence[Use]"
-) -> PromptEncoder:
-    """The source's text encoders; they and its U-Net, once that is read, with the adapters merged into them."""
+def _text_encoders(source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:
     encoders = load_text_encoders(source, stage.home, runtime.text_dtype)
-    if uses:
-        from ldmcli.adapters.merging import Merger
-
-        parts = [text.part for text in source.config.text_encoders]
-        texts = {part: encoder.model for part, encoder in zip(parts, encoders, strict=True)}
-        Merger({"unet": unet.result(), **texts}, source.config.family).merge(uses)
     for encoder in encoders:
         stage.add(encoder.model)
     return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders])
