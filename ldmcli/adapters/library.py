@@ -145,8 +145,8 @@ class Library:
             return missing(path)
         where = f"nor in {shown(self._folder)}" if self._folder else "and no --lora-dir is given to look in"
         return MissingInputError(
-            f"the LoRA {printable(lora.name)} ({lora.sha256[:12]}) is not at {printable(lora.path)} {where}; name it with "
-            "--lora, or its folder with --lora-dir."
+            f"the LoRA {printable(lora.name)} ({lora.sha256[:12]}) is not at {printable(lora.path)} {where}; name it "
+            "with --lora, or its folder with --lora-dir."
         )
 
     def _unknown(self, lora: LoRA) -> UsageError:

@@ -112,8 +112,8 @@ _REQUEST = (
     option("--guidance-interval", type=_Interval(), metavar="LOW:HIGH",
            help="Guide only at noise levels sigma from LOW to HIGH (Kynkäänniemi et al.; for SDXL 0.28:5.42)."),
     option("--prompt-syntax", type=click.Choice(PROMPT_SYNTAXES), default="plain", show_default=True,
-           help="weighted: (word:1.3), (word), [word], \\(, BREAK and <lora:NAME:WEIGHT> count; plain: what you type is "
-           "what is read."),
+           help="weighted: (word:1.3), (word), [word], \\(, BREAK and <lora:NAME:WEIGHT> count; plain: what you type "
+           "is what is read."),
     option("--on-long-prompt", type=click.Choice(LONG_PROMPTS), default="warn", show_default=True,
            help="A prompt longer than the model reads: cut it with a warning, refuse, or read it in chunks."),
     option("--clip-skip", type=int, default=1, show_default=True,

@@ -6,8 +6,8 @@ the plain ones: nothing is held twice. Large 3×3 convolutions in float32 go to 
 kernel for these CPUs. Doubling a map's sides in front of a convolution is folded into the convolution's weights.
 
 Layers keep their parameters' names, and `Module.to` finds plain weights: later calls lay them out anew. Whoever changes
-weights in place calls `make_plain` first, and rearranged ones are not for saving. Where an operator is missing or refuses (another version
-of torch, another number type, a CPU without it) weights stay plain.
+weights in place calls `make_plain` first, and rearranged ones are not for saving. Where an operator is missing or
+refuses (another version of torch, another number type, a CPU without it) weights stay plain.
 """
 
 import functools
