@@ -1,5 +1,6 @@
 """`--lora`: adapters merged into a model, from the command line to the record in the picture."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from adapter_support import write
+from batch_support import item, setup_in
 from cli_support import assert_refused, ldm_here, pixels, tiny_model
 from safetensors import safe_open
 
 from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
 from ldmcli.adapters.adapter import open_adapter
+from ldmcli.batch.worker import Worker
 from ldmcli.images.metadata import read_parameters, read_record
 from ldmcli.spec import LoRA
 
@@ -228,6 +231,16 @@ def test_rows_of_a_batch_have_their_own_loras(sets: list[GenerationRequest], tmp
         assert "row 1 (line 1, id '1') is not what it was" in changed.err
     finally:
         lora_for(tiny_model(), Path(sets[0].loras[0].name), seed=1, size=0.5)
+
+
+def test_a_lora_that_goes_while_a_batch_is_drawn_fails_its_rows(tmp_path: Path) -> None:
+    """Its rows alone; what was checked is not relied on."""
+    with contextlib.closing(Worker(setup_in(tmp_path), "w")) as worker:
+        gone = LoRA("gone", path=str(tmp_path / "gone.safetensors"), sha256="0" * 64)
+        rows = [item(i, steps=1, loras=(gone,) if i == 1 else ()) for i in range(3)]
+        outcomes = [future.result() for future in worker.submit(rows)]
+    assert [outcome.status for outcome in outcomes] == ["done", "failed", "done"]
+    assert (outcomes[1].code, "the LoRA gone (000000000000) is not at" in outcomes[1].error) == (66, True)
 
 
 @pytest.mark.parametrize(

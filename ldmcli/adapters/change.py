@@ -14,7 +14,8 @@ from ldmcli.disk.opening import bad_file
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 PEFT_FILE = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of PEFT and diffusers
+ADAPTER_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 
 
@@ -58,7 +59,7 @@ def configured(changes: dict[str, Change], file: WeightFile, prefix: str) -> dic
 
 def _configurations(file: WeightFile, prefix: str) -> Iterator[tuple[str, Fields]]:
     """Each configuration with what the names it is for begin with."""
-    beside = file.path.parent / _CONFIG
+    beside = file.path.parent / ADAPTER_CONFIG
     if file.path.name == PEFT_FILE and os.path.lexists(beside):
         yield prefix, Fields(beside)
     elif _METADATA in file.metadata:

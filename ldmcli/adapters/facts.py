@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ldmcli.adapters.adapter import FILES, Adapter, Change
+from ldmcli.adapters.adapter import Adapter, Change
+from ldmcli.adapters.change import ADAPTER_FILES
 from ldmcli.checkpoints.families import REFINER, SD1, SD2, SDXL
 from ldmcli.checkpoints.header import HeaderError, parse_json_object
 from ldmcli.disk.opening import shown
@@ -84,7 +85,7 @@ def wants(adapter: Adapter) -> tuple[str, dict[str, Any]]:
     """What an adapter makes of a model that needs other settings, "LCM" say, and those, by the fields of a request; by
     its metadata, its file's name, and of a file that is called as all are, its folders'. Nothing where none tells."""
     path = adapter.path
-    generic = os.path.isdir(path) or path.name in FILES
+    generic = os.path.isdir(path) or path.name in ADAPTER_FILES
     names = [adapter.metadata.get(name, "") for name in _NAMES]
     names += path.parts[-4:] if generic else [path.stem]
     for name in map(str.lower, names):

@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ldmcli.adapters.adapter import ENDINGS, FILES, Adapter, open_adapter
+from ldmcli.adapters.adapter import ENDINGS, Adapter, open_adapter
+from ldmcli.adapters.change import ADAPTER_FILES
 from ldmcli.checkpoints.files import open_weights
 from ldmcli.disk.opening import missing, shown, without_home
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, UsageError, printable
@@ -127,7 +128,7 @@ class Library:
         left = _MAX_FILES
         for at, folders, names in os.walk(self._folder):
             folders.sort()
-            if Path(at) != self._folder and any(name in names for name in FILES):
+            if Path(at) != self._folder and any(name in names for name in ADAPTER_FILES):
                 yield Path(at)
                 folders.clear()
                 continue

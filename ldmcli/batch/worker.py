@@ -38,11 +38,17 @@ class Worker:
 
         What the futures raise, a full disk say, ends the run; so does DeviceLostError.
         """
-        pictures = self._session.draw((item.request for item in items), batch_size=max(1, len(items)))
-        return [
-            self._threads.submit(self._commit, item, picture, attempts)
-            for item, picture in zip(items, pictures, strict=True)
-        ]
+        fitted, futures = [], {}
+        for item in items:
+            try:
+                fitted.append((item, self._session.fit(item.request)))
+            except LdmError as error:  # it did fit: a LoRA is gone, or another, since
+                failed = Outcome(item, FAILED, error=str(error), code=error.exit_code)
+                futures[item.number] = self._threads.submit(self._noted, failed, attempts)
+        pictures = self._session.draw((request for _, request in fitted), batch_size=max(1, len(items)))
+        for (item, _), picture in zip(fitted, pictures, strict=True):
+            futures[item.number] = self._threads.submit(self._commit, item, picture, attempts)
+        return [futures[item.number] for item in items]
 
     def run(self, batches: Feed) -> Iterator[Outcome]:
         """Draw batches as they come until there are no more, each while the pictures of the one before are written.
@@ -74,8 +80,10 @@ class Worker:
 
     def _commit(self, item: Item, picture: Picture, attempts: int) -> Outcome:
         """Write a picture and then its line."""
-        outcome = self._written(item, picture)
-        outcome = dataclasses.replace(outcome, attempts=attempts, worker=self.name, seconds=picture.seconds)
+        return self._noted(self._written(item, picture), attempts, picture.seconds)
+
+    def _noted(self, outcome: Outcome, attempts: int, seconds: float = 0.0) -> Outcome:
+        outcome = dataclasses.replace(outcome, attempts=attempts, worker=self.name, seconds=seconds)
         with self._writing:
             self._manifest.append(outcome)
         return outcome

@@ -1,5 +1,6 @@
 """`ldm info`: what pictures and weight files hold, from their headers."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import click
 
 from ldmcli.cli.options import expanded, json_option, option, verbosity_options
-from ldmcli.errors import LdmError, printable
+from ldmcli.errors import BadDataError, LdmError, printable
 
 _log = logging.getLogger(__name__)
 
@@ -20,11 +21,13 @@ _log = logging.getLogger(__name__)
 @verbosity_options
 @click.pass_context
 def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
-    """Tell what each FILE is: the request a picture holds; or a model's family, parts and dimensions.
+    """Tell what each FILE is: the request a picture holds; a model's family, parts and dimensions; or a LoRA's kind,
+    rank, family and trigger words.
 
     Only headers are read, so this is quick for files of any size. Where a file cannot be read, the others are shown all
     the same, and the exit code is that of the first that could not.
     """
+    from ldmcli.adapters.adapter import is_adapter_folder
     from ldmcli.checkpoints.inspection import inspect
     from ldmcli.hub.listing import find_here
 
@@ -32,9 +35,15 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     for file in files:
         try:
             path = find_here(file) or expanded(file)
-            facts = inspect(path, allow_pickle=allow_pickle)
-            if facts.get("is") == "LoRA":
-                facts |= _adapter_facts(path, allow_pickle=allow_pickle)
+            if is_adapter_folder(path):
+                facts = {"kind": "weights", "is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
+            else:
+                facts = inspect(path, allow_pickle=allow_pickle)
+                if facts.get("is") == "LoRA":
+                    facts |= _adapter_facts(path, allow_pickle=allow_pickle)
+                elif facts.get("is") == "unknown":
+                    with contextlib.suppress(BadDataError):  # kinds that no key's ending tells
+                        facts |= _adapter_facts(path, allow_pickle=allow_pickle) | {"is": "LoRA"}
         except LdmError as error:
             if len(files) == 1:
                 raise
