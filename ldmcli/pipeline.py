@@ -66,8 +66,6 @@ class DiffusionModel:
 
     def adapt(self, uses: "Sequence[Use]", stage: Stage) -> None:
         """Have the weights be the model's with these adapters merged; see `Merger.merge`."""
-        if self.merger is None and not uses:
-            return
         if self.merger is None:
             from ldmcli.adapters.merging import Merger
 
@@ -151,12 +149,15 @@ class Pipeline:
         return [model for model in (self.model, self.refiner) if model]
 
     def adapt(self, uses: "Sequence[Use]") -> None:
-        """Have the weights be the model's with these adapters merged, each into the model or the refiner: the one that
-        reads text of the width it was trained with; where nothing tells, the model. Raises BadDataError."""
-        widths = {model.config.unet.context_dim: model for model in reversed(self.models)}
-        chosen = [widths.get(use.adapter.context_width or 0, self.model) for use in uses]
-        for model in self.models:
-            model.adapt([use for use, own in zip(uses, chosen, strict=True) if own is model], self.stage)
+        """Have the weights be the model's with these adapters merged, each into those of model and refiner that read
+        text of the width it was trained with; where nothing tells, the model's. Raises BadDataError."""
+        if not uses and not any(model.merger for model in self.models):
+            return
+        usual = self.config.unet.context_dim
+        with self.stopwatch.phase("weights"):
+            for model in self.models:
+                width = model.config.unet.context_dim
+                model.adapt([use for use in uses if (use.adapter.context_width or usual) == width], self.stage)
 
     @torch.inference_mode()
     def draw(self, requests: Sequence[FittedRequest], on_step: OnStep = lambda done, latents: None) -> Drawn:

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldmcli.adapters.change import ADAPTER_FILES, PARTS, PEFT_FILE, Change, configured
+from ldmcli.adapters.change import PARTS, Change, configured
 from ldmcli.adapters.kinds import SCALARS, kind_of, split
 from ldmcli.checkpoints.families import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import FLOATING
-from ldmcli.checkpoints.layout import INDEX
+from ldmcli.checkpoints.layout import ADAPTER_FILES, INDEX, PEFT_FILE
 from ldmcli.disk.opening import bad_file, open_regular
 
 if TYPE_CHECKING:

@@ -10,12 +10,10 @@ from ldmcli.adapters.kinds import Kind
 from ldmcli.checkpoints.files import WeightFile
 from ldmcli.checkpoints.folder_config import Fields
 from ldmcli.checkpoints.header import HeaderError, TensorInfo, parse_json_object
+from ldmcli.checkpoints.layout import ADAPTER_CONFIG, PEFT_FILE
 from ldmcli.disk.opening import bad_file
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-PEFT_FILE = "adapter_model.safetensors"
-ADAPTER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of PEFT and diffusers
-ADAPTER_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmcli.adapters.adapter import Adapter, Change
-from ldmcli.adapters.change import ADAPTER_FILES
 from ldmcli.checkpoints.families import REFINER, SD1, SD2, SDXL
 from ldmcli.checkpoints.header import HeaderError, parse_json_object
+from ldmcli.checkpoints.layout import ADAPTER_FILES
 from ldmcli.disk.opening import shown
 from ldmcli.errors import printable
 from ldmcli.spec import GenerationRequest

@@ -6,12 +6,13 @@ import difflib
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ldmcli.adapters.adapter import ENDINGS, Adapter, open_adapter
-from ldmcli.adapters.change import ADAPTER_FILES
 from ldmcli.checkpoints.files import open_weights
+from ldmcli.checkpoints.layout import ADAPTER_FILES
 from ldmcli.disk.opening import missing, shown, without_home
 from ldmcli.errors import BadDataError, LdmError, MissingInputError, UsageError, printable
 from ldmcli.spec import LoRA
@@ -27,6 +28,7 @@ class Library:
     def __init__(self, folder: str | None, locate: Callable[[str], Path], *, allow_pickle: bool = False) -> None:
         self._folder = Path(os.path.expanduser(folder)) if folder else None
         self._locate, self._allow_pickle = locate, allow_pickle
+        self._lock = threading.RLock()
         self._opened: dict[Path, Adapter] = {}
         self._located: dict[str, Path] = {}  # elsewhere: the hub is asked once
         self._paths: dict[str, list[Path]] | None = None  # in the folder, by stem and by path without ending
@@ -35,8 +37,9 @@ class Library:
     def found(self, lora: LoRA) -> LoRA:
         """The LoRA with its path and hash, and by a short name. Raises UsageError for a name that no file in the folder
         has, MissingInputError for a path to nothing, and what `open_adapter` raises."""
-        path, typed = self._place(lora)
-        adapter = self._open(path)
+        with self._lock:
+            path, typed = self._place(lora)
+            adapter = self._open(path)
         if lora.sha256 and lora.sha256 != adapter.sha256:
             _warn_once(f"the LoRA {printable(lora.name)} is not the one the picture was made with; it will differ")
         name = lora.name if lora.in_prompt else _bare(Path(typed).name)
@@ -44,7 +47,8 @@ class Library:
 
     def adapter(self, lora: LoRA) -> Adapter:
         """The adapter, opened. Raises as `found` does."""
-        return self._open(self._place(lora)[0])
+        with self._lock:
+            return self._open(self._place(lora)[0])
 
     def _open(self, path: Path) -> Adapter:
         known = self._opened.get(path)

@@ -9,9 +9,10 @@ from ldmcli.batch.dispatch import Feed
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
-from ldmcli.errors import LdmError, TryAgainError, printable
+from ldmcli.errors import BadDataError, LdmError, TryAgainError, printable
 from ldmcli.session import Session
 from ldmcli.session.picture import Picture
+from ldmcli.spec import FittedRequest
 
 _WRITERS = 4  # threads that encode and write; each waits for the disk most of the time
 
@@ -41,14 +42,23 @@ class Worker:
         fitted, futures = [], {}
         for item in items:
             try:
-                fitted.append((item, self._session.fit(item.request)))
-            except LdmError as error:  # it did fit: a LoRA is gone, or another, since
+                fitted.append((item, self._fitted(item)))
+            except LdmError as error:
                 failed = Outcome(item, FAILED, error=str(error), code=error.exit_code)
                 futures[item.number] = self._threads.submit(self._noted, failed, attempts)
         pictures = self._session.draw((request for _, request in fitted), batch_size=max(1, len(items)))
         for (item, _), picture in zip(fitted, pictures, strict=True):
             futures[item.number] = self._threads.submit(self._commit, item, picture, attempts)
         return [futures[item.number] for item in items]
+
+    def _fitted(self, item: Item) -> FittedRequest:
+        """The item's request, which did fit when its row was checked. Raises LdmError where a LoRA is gone since, or
+        another one."""
+        fitted = self._session.fit(item.request)
+        for before, now in zip(item.request.loras, fitted.loras, strict=False):
+            if before.sha256 not in ("", now.sha256):
+                raise BadDataError(f"the LoRA {printable(now.name)} has changed since the row was checked; run again.")
+        return fitted
 
     def run(self, batches: Feed) -> Iterator[Outcome]:
         """Draw batches as they come until there are no more, each while the pictures of the one before are written.

@@ -17,8 +17,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ldmcli import __version__
-from ldmcli.adapters.change import ADAPTER_CONFIG, ADAPTER_FILES, PEFT_FILE
-from ldmcli.checkpoints.layout import GENERATION, INDEX, needed_files, safetensors_hint
+from ldmcli.checkpoints.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    GENERATION,
+    INDEX,
+    PEFT_FILE,
+    needed_files,
+    safetensors_hint,
+)
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
