@@ -156,7 +156,7 @@ class GenerationRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"loras": [dataclasses.asdict(lora) for lora in self.loras]}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "GenerationRequest":

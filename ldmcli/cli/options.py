@@ -124,7 +124,7 @@ _REQUEST = (
     option("--crop-top", type=int, default=0, show_default=True, help="SDXL: as --crop-left."),
     option("--refiner-start", type=float,
            help="Share of the noise schedule after which the refiner takes over.  [default: 0.8 with --refiner]"),
-    option("--lora", "loras", type=_LoRA(), multiple=True, metavar="LORA[:WEIGHT[:TEXT_WEIGHT]]",
+    option("--lora", "loras", envvar="LDM_LORA", type=_LoRA(), multiple=True, metavar="LORA[:WEIGHT[:TEXT_WEIGHT]]",
            help="Merge a LoRA, or another adapter, into the model: a file, a name in --lora-dir or on the hub. May be "
            "given again; TEXT_WEIGHT is that of the text encoders.  [default weights: 1]"),
 )  # fmt: skip
