@@ -74,6 +74,7 @@ class DiffusionModel:
             self.merger = Merger({"unet": self.unet, **networks}, self.config.family)
         if tuple(uses) != self.merger.uses:
             stage.clear()  # weights in host memory are the ones that last
+            stage.wait()
             self.prompts.forget()
             self.merger.merge(uses)
 

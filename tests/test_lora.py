@@ -112,6 +112,7 @@ def test_a_lora_that_moved_is_found_in_the_folder_or_named(name: str, tmp_path: 
     first = drawn(tmp_path / "first.png", str(lora))
     (tmp_path / "loras").mkdir()
     lora_for(tiny_model(), tmp_path / "loras" / "other.safetensors", seed=5)
+    lora_for(tiny_model(), tmp_path / "loras" / "style.safetensors", seed=6)  # by another's name
     lora.rename(tmp_path / "loras" / f"{name}.safetensors")
     again = ("txt2img", "--from-image", tmp_path / "first.png", "-o", tmp_path / "again.png", "--overwrite")
     assert_refused(ldm_here(*again), 66, "the LoRA style", hash_of(tmp_path / "loras" / f"{name}.safetensors")[:12])

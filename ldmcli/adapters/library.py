@@ -76,14 +76,17 @@ class Library:
         return self._located[typed], typed
 
     def _in_folder(self, lora: LoRA) -> Path | None:
-        """The LoRA in the folder: by name, or, where it is known, by its hash."""
+        """The LoRA in the folder: by name, and where its hash is known and another's is there, by that."""
+        found = None
         for fresh in (False, True):
             if fresh or self._paths is None:
                 self._paths, self._aliases = self._listed(), None
             found = self._named(_bare(lora.name))
             if found and os.path.lexists(found):
-                return found
-        return self._by_hash(lora.sha256) if lora.sha256 else None
+                break
+        if lora.sha256 and not (found and self._open(found).sha256 == lora.sha256):
+            return self._by_hash(lora.sha256) or found
+        return found
 
     def _named(self, name: str) -> Path | None:
         """What is called so: a file's name without its ending, or, if that is one alone, what its metadata says."""
