@@ -37,7 +37,7 @@ LEAN_ONES: dict[str, tuple[Callable[[], dict[str, torch.Tensor]], str]] = {
     "another family": (
         lambda: {f"{TO_Q.replace('attn1_to_q', 'attn2_to_k')}.lora_{side}.weight": torch.ones(2, 2048).T[:, :2]
                  if side == "up" else torch.ones(2, 2048) for side in ("up", "down")},
-        "is for Stable Diffusion XL, and the model is",
+        "is for Stable Diffusion XL with text of 2048 numbers a token, and the model is",
     ),
 }  # fmt: skip
 # Once the model is loaded.

@@ -90,8 +90,10 @@ class Opened:
         models = [source.config for source in (self.model, self.refiner) if source]
         width = adapter.context_width
         if width and width not in [config.unet.context_dim for config in models]:
-            what = f"is for {base_family(adapter) or f'a model with text of {width} numbers'}"
-            raise bad_file(adapter.path, f"{what}, and the model is {models[0].family}", "use one made for it")
+            own = models[0].unet.context_dim
+            what = f"is for {base_family(adapter) or 'a model'} with text of {width} numbers a token"
+            what += f", and the model is {models[0].family} with {own}"
+            raise bad_file(adapter.path, what, "use one that was made for it")
         if wanted := wish(adapter, request):
             _say_once(wanted)
 
