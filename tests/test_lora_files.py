@@ -104,6 +104,10 @@ def test_peft_folders_are_described(tmp_path: Path) -> None:
         assert (facts["is"], facts["kinds"], facts["rank"]) == ("LoRA", {"LoRA": 1}, 4)
     ia3 = write(tmp_path / "ia3.safetensors", {f"{TO_Q}.weight": torch.ones(32), f"{TO_Q}.on_input": torch.tensor(0)})
     assert json.loads(ldm_here("info", "--json", ia3).out)["kinds"] == {"IA3": 1}
+    half = write(tmp_path / "half.safetensors", dict(list(factors().items())[:1]))
+    facts = json.loads(ldm_here("info", "--json", half).out)
+    assert facts["parameters"] == 16
+    assert "make up no adapter" in facts["problem"]
 
 
 # ---- the hub ----

@@ -1,6 +1,5 @@
 """`ldm info`: what pictures and weight files hold, from their headers."""
 
-import contextlib
 import json
 import logging
 from pathlib import Path
@@ -39,11 +38,8 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
                 facts = {"kind": "weights", "is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
             else:
                 facts = inspect(path, allow_pickle=allow_pickle)
-                if facts.get("is") == "LoRA":
-                    facts |= _adapter_facts(path, allow_pickle=allow_pickle)
-                elif facts.get("is") == "unknown":
-                    with contextlib.suppress(BadDataError):  # kinds that no key's ending tells
-                        facts |= _adapter_facts(path, allow_pickle=allow_pickle) | {"is": "LoRA"}
+                if facts.get("is") in ("LoRA", "unknown"):  # of some kinds no key's ending tells
+                    facts |= _tried_adapter_facts(path, facts["is"], allow_pickle=allow_pickle)
         except LdmError as error:
             if len(files) == 1:
                 raise
@@ -58,6 +54,14 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
         for line in _lines(facts, "  " if len(files) > 1 else ""):
             click.echo(line)
     context.exit(codes[0] if codes else 0)
+
+
+def _tried_adapter_facts(path: Path, kind: str, *, allow_pickle: bool) -> dict[str, Any]:
+    """What can be said of a file that may be an adapter; of a LoRA what is wrong with it, if something is."""
+    try:
+        return {"is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
+    except BadDataError as error:
+        return {"problem": str(error)} if kind == "LoRA" else {}
 
 
 def _adapter_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
