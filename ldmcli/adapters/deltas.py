@@ -16,13 +16,13 @@ Factors = Mapping[str, Tensor]
 
 def new_weight(kind: str, weight: Tensor, factors: Factors, strength: float) -> Tensor | None:
     """`weight` (float32) with the adapter merged: W + strength · (W' - W), for every kind, as in AUTOMATIC1111's web
-    UI. None where the adapter does not change it.
+    UI. None where the adapter does not change it. `weight` is written into.
 
     Raises RuntimeError, ValueError or IndexError where shapes do not fit.
     """
     if kind == "LoRA" and not factors.keys() & {"mid", "dora_scale", "magnitude"} and _whole(weight, factors):
-        up = _scaled(factors["up"], factors, factors["down"].shape[0])  # the usual case, in one pass over the weight
-        new = torch.addmm(weight.flatten(1), up.flatten(1), factors["down"].flatten(1), alpha=strength)
+        up = _scaled(factors["up"], factors, factors["down"].shape[0])  # the usual case: one pass, no copy
+        new = weight.flatten(1).addmm_(up.flatten(1), factors["down"].flatten(1), alpha=strength)
         return new.reshape(weight.shape)
     delta = DELTAS[kind](weight, factors)
     if delta is None:

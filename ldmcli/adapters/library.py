@@ -14,7 +14,7 @@ from ldmcli.adapters.adapter import ENDINGS, Adapter, open_adapter
 from ldmcli.checkpoints.files import open_weights
 from ldmcli.checkpoints.layout import ADAPTER_FILES
 from ldmcli.disk.opening import missing, shown, without_home
-from ldmcli.errors import BadDataError, LdmError, MissingInputError, UsageError, printable
+from ldmcli.errors import LdmError, MissingInputError, UsageError, printable
 from ldmcli.spec import LoRA
 
 _log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _alias(path: Path) -> str:
         return ""
     try:
         return open_weights(path).metadata.get("ss_output_name", "")
-    except (BadDataError, LdmError):
+    except LdmError:
         return ""
 
 

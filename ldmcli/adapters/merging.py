@@ -81,7 +81,8 @@ class Merger:
         self, place: Place, parameters: Mapping[str, Tensor], merges: Sequence[tuple[Use, str, Factors]]
     ) -> None:
         copies = self._base.setdefault(place, {})
-        values = {name: copies.get(name, parameter).float() for name, parameter in parameters.items()}
+        own = {name: copies.get(name, parameter) for name, parameter in parameters.items()}
+        values = {name: tensor.to(torch.float32, copy=True) for name, tensor in own.items()}  # to be written into
         changed: dict[str, Tensor] = {}
         for use, kind, stored in merges:
             factors = {name: tensor.to(values["weight"].device, torch.float32) for name, tensor in stored.items()}
