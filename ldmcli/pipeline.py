@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ from ldmcli.speed.cuda.graph import Graphs, recorded
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from ldmcli.adapters.adapter import Use
+    from ldmcli.adapters.merging import Merger
 
 _log = logging.getLogger(__name__)
 _ALWAYS = (0.0, float("inf"))  # the guidance interval that leaves out no step
@@ -58,6 +62,21 @@ class DiffusionModel:
     prompts: PromptEncoder
     call: Callable[..., Tensor] | None = None
     graphs: Graphs | None = None
+    merger: "Merger | None" = None  # where adapters were merged
+
+    def adapt(self, uses: "Sequence[Use]", stage: Stage) -> None:
+        """Have the weights be the model's with these adapters merged; see `Merger.merge`."""
+        if self.merger is None:
+            from ldmcli.adapters.merging import Merger
+
+            texts = zip(self.config.text_encoders, self.prompts.encoders, strict=True)
+            networks = {text.part: encoder.model for text, encoder in texts}
+            self.merger = Merger({"unet": self.unet, **networks}, self.config.family)
+        if tuple(uses) != self.merger.uses:
+            stage.clear()  # weights in host memory are the ones that last
+            stage.wait()
+            self.prompts.forget()
+            self.merger.merge(uses)
 
     def denoiser(self, requests: Sequence[FittedRequest], steps: Sequence[Step], stage: Stage) -> Denoiser:
         """The denoiser of a batch of requests that agree in all but prompts and seed, for latents of this batch; what
@@ -129,6 +148,17 @@ class Pipeline:
     def models(self) -> list[DiffusionModel]:
         """The model, and the refiner if there is one."""
         return [model for model in (self.model, self.refiner) if model]
+
+    def adapt(self, uses: "Sequence[Use]") -> None:
+        """Have the weights be the model's with these adapters merged, each into those of model and refiner that read
+        text of the width it was trained with; where nothing tells, the model's. Raises BadDataError."""
+        if not uses and not any(model.merger for model in self.models):
+            return
+        usual = self.config.unet.context_dim
+        with self.stopwatch.phase("weights"):
+            for model in self.models:
+                width = model.config.unet.context_dim
+                model.adapt([use for use in uses if (use.adapter.context_width or usual) == width], self.stage)
 
     @torch.inference_mode()
     def draw(self, requests: Sequence[FittedRequest], on_step: OnStep = lambda done, latents: None) -> Drawn:
@@ -207,7 +237,9 @@ class Pipeline:
         return (decode_tiled(self.vae, latents) if self.tile_vae else self.vae.decode(latents)).float()
 
     def offload(self) -> None:
-        """From now on hold only the part at work on the device, the others in host memory."""
+        """From now on hold only the part at work on the device, the others in host memory. Adapters are to be merged
+        again."""
+        self.adapt([])  # copies of the base would stay on the device
         self.runtime = dataclasses.replace(self.runtime, low_vram=True, cuda_graph=False)
         for model in self.models:
             model.free_graphs()

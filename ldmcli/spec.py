@@ -6,6 +6,7 @@ nothing heavy.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +22,71 @@ MAX_GUIDANCE = 1000.0
 MAX_CLIP_SKIP = 128
 MAX_EMBEDDINGS = 256
 MAX_NAME_BYTES = 4096
+MAX_LORAS = 64
+MAX_LORA_WEIGHT = 1000.0
 REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' choice
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """A LoRA or another adapter: `name` is its file, its folder, ORG/NAME[/FILE] of the hub, or what it is called in
+    the folder of LoRAs. `weight` scales its changes to the U-Net, `text_weight` those to the text encoders.
+
+    Fitting fills in `path`, as which it is found again, and `sha256`, of its numbers. `in_prompt`: a prompt names it.
+    Raises UsageError where a field cannot be meant.
+    """
+
+    name: str
+    weight: float = 1.0
+    text_weight: float = 1.0
+    path: str = ""
+    sha256: str = ""
+    in_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        for text in (self.name, self.path, self.sha256):
+            _check_text("a LoRA's name", text)
+        if not self.name:
+            raise UsageError("a LoRA has no name; give its file.")
+        _check_number("a LoRA's weight", self.weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
+        _check_number("a LoRA's text_weight", self.text_weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
+
+    @property
+    def what(self) -> tuple[object, ...]:
+        """What it does to a picture, wherever its file lies."""
+        return self.sha256 or self.path or self.name, self.weight, self.text_weight
+
+    @classmethod
+    def read(cls, value: Any) -> "LoRA":
+        """A LoRA as options and rows write it: FILE, FILE:WEIGHT, FILE:WEIGHT:TEXT_WEIGHT, or an object with the fields
+        of this class, whose text_weight is the weight unless it is given. Raises UsageError."""
+        if isinstance(value, LoRA):
+            return value
+        if isinstance(value, Mapping):
+            names = [field.name for field in dataclasses.fields(cls)]
+            unknown = [name for name in value if name not in names]
+            if unknown or "name" not in value:
+                wrong = f"no field {printable(repr(unknown[0]))}" if unknown else "to have a name"
+                raise UsageError(f"a LoRA has {wrong}; its fields are {', '.join(names[:4])}.")
+            return cls(**({"text_weight": value.get("weight", 1.0)} | dict(value)))
+        if not isinstance(value, str):
+            raise UsageError(f"a LoRA is FILE:WEIGHT or an object, not {printable(repr(value))}.")
+        name, weights = value, list[float]()
+        while len(weights) < 2 and not os.path.lexists(name):
+            rest, colon, last = name.rpartition(":")
+            try:
+                weights = [float(last), *weights] if colon else weights
+            except ValueError:
+                break
+            if not colon:
+                break
+            name = rest
+        if not name or not all(map(math.isfinite, weights)):
+            raise UsageError(f"{printable(repr(value))} is not FILE, FILE:WEIGHT or FILE:WEIGHT:TEXT_WEIGHT.")
+        return cls(name, *((weights[0], weights[-1]) if weights else ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +95,10 @@ class GenerationRequest:
 
     `seed` belongs to this one image: it seeds the image's own CPU generator, so the picture does not depend on what
     else is drawn beside it. `guidance_interval` is in noise levels sigma. The original size and crop are what SDXL
-    reads of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over.
-    `embeddings` are files or names of the hub, FILE or FILE:WORD each, of textual-inversion embeddings, whose words
-    stand for vectors in the prompts. Raises UsageError when a field is out of range, naming field, value and range.
+    reads of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over. `loras`
+    are merged into the model in this order. `embeddings` are files or names of the hub, FILE or FILE:WORD each, of
+    textual-inversion embeddings, whose words stand for vectors in the prompts. Raises UsageError when a field is out of
+    range, naming field, value and range.
     """
 
     prompt: str
@@ -58,6 +121,7 @@ class GenerationRequest:
     crop_left: int = 0
     crop_top: int = 0
     refiner_start: float | None = None
+    loras: tuple[LoRA, ...] = ()
     embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -82,6 +146,8 @@ class GenerationRequest:
                 _check_whole(name, getattr(self, name), 1, MAX_SIZE)
         if self.guidance_interval is not None:
             object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
+        if self.loras != ():
+            object.__setattr__(self, "loras", read_loras(self.loras))
         if self.embeddings != ():
             object.__setattr__(self, "embeddings", _names("embeddings", self.embeddings, MAX_EMBEDDINGS))
         self._check_sampler()
@@ -96,7 +162,8 @@ class GenerationRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return dataclasses.asdict(self) | {"embeddings": list(self.embeddings)}
+        lists = {"loras": [dataclasses.asdict(lora) for lora in self.loras], "embeddings": list(self.embeddings)}
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "GenerationRequest":
@@ -117,8 +184,9 @@ class FittedRequest:
     """A request fitted to a model by `fit_to_model`: every field has a value, in the words of GenerationRequest.
 
     `schedule` is the spacing of the steps that is used, `guidance_interval` (0, inf) where all steps are guided,
-    `refiner_start` 1 where no refiner takes over. `recorded` is what pictures and manifests keep: the request with the
-    model's own size, sampler, steps and guidance, and nothing else filled in.
+    `refiner_start` 1 where no refiner takes over. `loras` are all that are merged, those that the prompt names too,
+    and `prompt` is without them. `recorded` is what pictures and manifests keep: the request with the model's own size,
+    sampler, steps and guidance, where its LoRAs were found, and nothing else filled in.
     """
 
     recorded: GenerationRequest
@@ -142,6 +210,7 @@ class FittedRequest:
     crop_left: int
     crop_top: int
     refiner_start: float
+    loras: tuple[LoRA, ...]
     embeddings: tuple[str, ...]
 
     @property
@@ -160,21 +229,11 @@ class FittedRequest:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
-    """A LoRA or another adapter, by its file, folder or name; `weight` scales its changes to the U-Net, `text_weight`
-    those to the text encoders."""
-
-    name: str
-    weight: float = 1.0
-    text_weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Which weights: a diffusers folder, a .safetensors file or a name of the hub each; `model` None is the embedded
     one. `vae` stands in place of the model's own. `prediction_type` overrides what the files say. `allow_pickle` lets
-    torch's restricted unpickler read .ckpt and .bin files. `loras` are merged into the model in this order.
-    `embedding_dir` is a folder of embeddings for all requests, each called by its file's name. `upscaler`, a file or
+    torch's restricted unpickler read .ckpt and .bin files. `lora_dir` is a folder in which LoRAs are found by name,
+    `embedding_dir` one of embeddings for all requests, each called by its file's name. `upscaler`, a file or
     "embedded", is the network that makes pictures larger once they are drawn."""
 
     model: str | None = None
@@ -182,7 +241,7 @@ class ModelSpec:
     refiner: str | None = None
     prediction_type: str | None = None
     allow_pickle: bool = False
-    loras: tuple[LoRA, ...] = ()
+    lora_dir: str | None = None
     embedding_dir: str | None = None
     upscaler: str | None = None
 
@@ -246,6 +305,20 @@ def fit_to_model(request: GenerationRequest, config: ModelConfig) -> FittedReque
         "refiner_start": 1.0 if request.refiner_start is None else request.refiner_start,
     }
     return FittedRequest(recorded=recorded, **(vars(recorded) | filled))
+
+
+def read_loras(value: Any) -> tuple[LoRA, ...]:
+    """A list of LoRAs, each as `LoRA.read` takes it; or one alone; or several in one text, with semicolons between.
+    Raises UsageError."""
+    if isinstance(value, str):
+        value = [one.strip() for one in value.split(";") if one.strip()]
+    elif isinstance(value, LoRA | Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise UsageError(f"loras {printable(repr(value))} is not a list of FILE:WEIGHT texts or of objects.")
+    if len(value) > MAX_LORAS:
+        raise UsageError(f"loras has {len(value)} entries; at most {MAX_LORAS} are accepted.")
+    return tuple(map(LoRA.read, value))
 
 
 def _check_text(name: str, value: Any, most: int = MAX_PROMPT_BYTES) -> None:

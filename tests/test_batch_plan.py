@@ -26,7 +26,13 @@ def numbers(found: Iterator[list[Item]]) -> list[list[int]]:
 def test_equal_settings_share_a_batch() -> None:
     steps = [1, 1, 2, 1, 2, 2, 1]
     assert numbers(batches((item(i, s) for i, s in enumerate(steps)), 2)) == [[0, 1], [2, 4], [3, 6], [5]]
-    for field, value in (("width", 8), ("guidance_interval", (1.0, 2.0)), ("clip_skip", 2), ("schedule", "karras")):
+    for field, value in (
+        ("width", 8),
+        ("guidance_interval", (1.0, 2.0)),
+        ("clip_skip", 2),
+        ("schedule", "karras"),
+        ("loras", ("a",)),
+    ):
         assert numbers(batches([item(0), item(1, **{field: value})], 2)) == [[0], [1]]
     assert numbers(batches([], 4)) == []
 

@@ -257,10 +257,18 @@ def test_a_loras_own_embeddings_are_there_with_it(tmp_path: Path) -> None:
     alone = write(tmp_path / "glow.safetensors", {"emb_params": vectors()})
     assert np.array_equal(bundled, drawn(tmp_path / "alone.png", "a glow", "--embedding", alone))
     assert "embeddings" not in read_record(tmp_path / "bundled.png")["model"]  # they are the LoRA's
-    session = Session(
-        ModelSpec(str(tiny_model()), loras=(LoRA(str(path)),)), RuntimeSpec(device="cpu", dtype="fp32", cache=False)
-    )
-    assert list(session._opened.words(GenerationRequest("a glow"))) == ["glow"]
+    tagged = ("--lora-dir", tmp_path, "--prompt-syntax", "weighted")
+    assert np.array_equal(bundled, drawn(tmp_path / "tagged.png", "a glow<lora:style:1>", *tagged))
+    with Session(ModelSpec(str(tiny_model())), RuntimeSpec(device="cpu", dtype="fp32", cache=False)) as session:
+        requests = [
+            GenerationRequest("a glow", seed=1, steps=2, guidance_scale=5.0, loras=loras)
+            for loras in ((), (LoRA(str(path)),)) * 2
+        ]
+        pictures = [picture.pixels() for picture in session.draw(requests, batch_size=4)]
+    assert np.array_equal(pictures[1], bundled)
+    assert np.array_equal(pictures[3], bundled)
+    assert np.array_equal(pictures[0], pictures[2])
+    assert not np.array_equal(pictures[0], bundled)
 
 
 def test_an_embedding_is_described(tmp_path: Path) -> None:

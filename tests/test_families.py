@@ -157,7 +157,7 @@ def test_messages_read_as_sentences() -> None:
 
     assert message(keys("a.lora_A.weight")) == (
         "model.safetensors is a LoRA, not a whole model; "
-        "this version does not apply it; name the whole model it was made for."
+        "name the model it was made for with --model, and this with --lora."
     )
     assert message(original_unet(9, linear=True) | LABEL | VAE | SDXL_TEXT) == (
         "model.safetensors looks like SDXL inpainting (9 input channels); this version reads Stable Diffusion 1.x, 2.x "

@@ -9,18 +9,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldmcli.adapters.change import PARTS, PEFT_FILE, Change, configured
+from ldmcli.adapters.change import PARTS, Change, configured
 from ldmcli.adapters.kinds import SCALARS, kind_of, split
 from ldmcli.checkpoints.families import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import FLOATING
+from ldmcli.checkpoints.layout import ADAPTER_FILES, INDEX, PEFT_FILE
 from ldmcli.disk.opening import bad_file, open_regular
 
 if TYPE_CHECKING:
     from ldmcli.adapters.spellings import Place
 
 BUNDLED = "bundle_emb."  # begins the keys of embeddings that come with an adapter
-_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of PEFT and diffusers
+ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")  # of files; all but the first are pickles
 _AGAIN = "download it again, or ask its author for a sound file"
 
 
@@ -36,11 +37,22 @@ class Adapter:
     metadata: Mapping[str, str]
 
     @functools.cached_property
+    def files(self) -> tuple[WeightFile, ...]:
+        """The files that hold its changes."""
+        return tuple({change.file.path: change.file for change in self.changes.values()}.values())
+
+    @functools.cached_property
+    def context_width(self) -> int | None:
+        """The width of the text that the U-Net which it is for reads; None where no change tells."""
+        names = (name for name in self.changes if "attn2" in name and name.endswith(("to_k", "to_v")))
+        return next((width for name in names if (width := self.changes[name].inputs)), None)
+
+    @functools.cached_property
     def sha256(self) -> str:
         """The SHA-256, in hex, of what its files hold after their headers, by which AUTOMATIC1111 knows a LoRA; of
         whole files where they are pickles."""
         digest = hashlib.sha256()
-        for path in sorted({change.file.path for change in self.changes.values()}):
+        for path in sorted(file.path for file in self.files):
             with open_regular(path) as file:
                 if path.suffix == ".safetensors":
                     file.seek(8 + int.from_bytes(file.read(8), "little"))
@@ -87,14 +99,21 @@ def open_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     return Adapter(path, changes, tuple(others), tuple(bundled), metadata)
 
 
+def is_adapter_folder(path: Path) -> bool:
+    """Whether it is a folder of PEFT or diffusers that holds an adapter, and no model."""
+    inside = (path, *(path / part for part in PARTS))
+    there = any(os.path.lexists(folder / name) for folder in inside for name in ADAPTER_FILES)
+    return there and not os.path.lexists(path / INDEX)
+
+
 def _files(path: Path) -> Iterator[tuple[Path, str]]:
     """Each file of an adapter, with what its keys lack in front where PEFT's folder is named after a part."""
     found = [path]
     if os.path.isdir(path):  # unlike Path.is_dir, never raises
         folders = (path, *(path / part for part in PARTS))
-        found = [folder / name for folder in folders for name in _FILES if os.path.lexists(folder / name)]
+        found = [folder / name for folder in folders for name in ADAPTER_FILES if os.path.lexists(folder / name)]
     if not found:
-        raise bad_file(path, f"is a folder without {' or '.join(_FILES)}", "name the adapter's file")
+        raise bad_file(path, f"is a folder without {' or '.join(ADAPTER_FILES)}", "name the adapter's file")
     for file in found:
         part = file.absolute().parent.name
         yield file, f"{part}." if file.name == PEFT_FILE and part in PARTS else ""

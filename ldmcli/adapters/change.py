@@ -10,11 +10,10 @@ from ldmcli.adapters.kinds import Kind
 from ldmcli.checkpoints.files import WeightFile
 from ldmcli.checkpoints.folder_config import Fields
 from ldmcli.checkpoints.header import HeaderError, TensorInfo, parse_json_object
+from ldmcli.checkpoints.layout import ADAPTER_CONFIG, PEFT_FILE
 from ldmcli.disk.opening import bad_file
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-PEFT_FILE = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 
 
@@ -38,6 +37,12 @@ class Change:
         infos = self.infos
         return next((infos[name].shape[axis] for name, axis in self.kind.ranks if name in infos), None)
 
+    @property
+    def inputs(self) -> int | None:
+        """How many inputs the changed module has, of the kinds whose shapes tell."""
+        found = (self.infos.get(factor) for factor in ("down", "hada_w1_b", "diff"))
+        return next((info.shape[1] for info in found if info and len(info.shape) > 1), None)
+
 
 def configured(changes: dict[str, Change], file: WeightFile, prefix: str) -> dict[str, Change]:
     """The changes, those without a scale in the file with that of a configuration: PEFT's, beside the file, whose keys
@@ -52,7 +57,7 @@ def configured(changes: dict[str, Change], file: WeightFile, prefix: str) -> dic
 
 def _configurations(file: WeightFile, prefix: str) -> Iterator[tuple[str, Fields]]:
     """Each configuration with what the names it is for begin with."""
-    beside = file.path.parent / _CONFIG
+    beside = file.path.parent / ADAPTER_CONFIG
     if file.path.name == PEFT_FILE and os.path.lexists(beside):
         yield prefix, Fields(beside)
     elif _METADATA in file.metadata:

@@ -16,10 +16,14 @@ Factors = Mapping[str, Tensor]
 
 def new_weight(kind: str, weight: Tensor, factors: Factors, strength: float) -> Tensor | None:
     """`weight` (float32) with the adapter merged: W + strength · (W' - W), for every kind, as in AUTOMATIC1111's web
-    UI. None where the adapter does not change it.
+    UI. None where the adapter does not change it. `weight` is written into.
 
     Raises RuntimeError, ValueError or IndexError where shapes do not fit.
     """
+    if kind == "LoRA" and not factors.keys() & {"mid", "dora_scale", "magnitude"} and _whole(weight, factors):
+        up = _scaled(factors["up"], factors, factors["down"].shape[0])  # the usual case: one pass, no copy
+        new = weight.flatten(1).addmm_(up.flatten(1), factors["down"].flatten(1), alpha=strength)
+        return new.reshape(weight.shape)
     delta = DELTAS[kind](weight, factors)
     if delta is None:
         return None
@@ -120,6 +124,13 @@ DELTAS: dict[str, Callable[[Tensor, Factors], Tensor | None]] = {
     "OFT": oft,
     "full": difference,
 }
+
+
+def _whole(weight: Tensor, factors: Factors) -> bool:
+    """Whether the product of a LoRA's matrices has all of the weight's rows and columns."""
+    up, down = factors["up"], factors["down"]
+    rows_fit = up.ndim > 1 and len(up) == len(weight) and up[0].numel() == len(down)
+    return rows_fit and down.ndim > 1 and weight.ndim > 1 and down[0].numel() == weight[0].numel()
 
 
 def _product(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

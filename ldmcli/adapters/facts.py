@@ -1,6 +1,8 @@
 """What can be said of an adapter without a model: kinds, rank, the family it is for, trigger words. From headers."""
 
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +10,10 @@ from typing import Any
 from ldmcli.adapters.adapter import Adapter, Change
 from ldmcli.checkpoints.families import REFINER, SD1, SD2, SDXL
 from ldmcli.checkpoints.header import HeaderError, parse_json_object
+from ldmcli.checkpoints.layout import ADAPTER_FILES
+from ldmcli.disk.opening import shown
 from ldmcli.errors import printable
+from ldmcli.spec import GenerationRequest
 
 # The width of the text that cross-attention reads.
 _CONTEXT = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
@@ -34,6 +39,30 @@ _WRITTEN = (
     ("stable-diffusion-v2", SD2.name),
     ("sd_v2", SD2.name),
 )
+# LoRAs of distilled models: what their names have in them, and the settings that their authors give; a number of steps
+# in the name wins. Source: the model cards of LCM-LoRA, SDXL-Turbo, SDXL-Lightning and Hyper-SD.
+_WORD = r"(?<![a-z])(?:{})(?![a-z])"
+_OF_A_MODEL = r"(?=.*(?:sd|xl|\d[-_ ]*steps?))"
+_DISTILLED = (
+    ("LCM", _WORD.format("lcm|latent[-_ ]?consistency"), {"sampler": "lcm", "steps": 4, "guidance_scale": 1.0}),
+    (
+        "Turbo",
+        f"{_OF_A_MODEL}.*{_WORD.format('turbo')}",
+        {"sampler": "euler-a", "schedule": "trailing", "steps": 4, "guidance_scale": 1.0},
+    ),
+    (
+        "Lightning",
+        f"{_OF_A_MODEL}.*{_WORD.format('lightning')}",
+        {"sampler": "euler", "schedule": "trailing", "steps": 4, "guidance_scale": 1.0},
+    ),
+    (
+        "Hyper-SD",
+        r"(?<![a-z])hyper[-_ ]?sd",
+        {"sampler": "ddim", "schedule": "trailing", "steps": 8, "guidance_scale": 1.0},
+    ),
+)
+_STEPS = re.compile(r"(?<!\d)(\d{1,2})[-_ ]*steps?")
+_NAMES = ("ss_output_name", "modelspec.title")
 _TAGS = 5  # that are given as trigger words where none are named
 
 
@@ -49,17 +78,41 @@ def facts(adapter: Adapter) -> dict[str, Any]:
         "trigger_words": trigger_words(adapter.metadata),
         "embeddings": sorted({key.split(".")[1] for key in adapter.bundled}),
         "metadata": dict(adapter.metadata),
-    }
+    } | ({"wants": wants(adapter)[1]} if wants(adapter)[0] else {})
+
+
+def wants(adapter: Adapter) -> tuple[str, dict[str, Any]]:
+    """What an adapter makes of a model that needs other settings, "LCM" say, and those, by the fields of a request; by
+    its metadata, its file's name, and of a file that is called as all are, its folders'. Nothing where none tells."""
+    path = adapter.path
+    generic = os.path.isdir(path) or path.name in ADAPTER_FILES
+    names = [adapter.metadata.get(name, "") for name in _NAMES]
+    names += path.parts[-4:] if generic else [path.stem]
+    for name in map(str.lower, names):
+        for kind, pattern, settings in _DISTILLED:
+            if re.search(pattern, name[:300]):
+                steps = _STEPS.search(name)
+                own = {"steps": int(steps[1])} if steps else {}
+                return kind, settings | own | ({"guidance_scale": 5.0} if kind == "Hyper-SD" and "cfg" in name else {})
+    return "", {}
+
+
+def wish(adapter: Adapter, request: GenerationRequest) -> str:
+    """A sentence on the settings that an adapter wants and a request leaves open; "" where there are none."""
+    kind, settings = wants(adapter)
+    open_ = [name for name in settings if getattr(request, name) is None]
+    if not {"sampler", "steps", "guidance_scale"} & set(open_):
+        return ""
+    options = " ".join(f"--{name.replace('_', '-')} {settings[name]:g}" if name in ("steps", "guidance_scale")
+                       else f"--{name} {settings[name]}" for name in open_)  # fmt: skip
+    return f"{shown(adapter.path)} is a {kind} LoRA, which is drawn with other settings: {options}"
 
 
 def base_family(adapter: Adapter) -> str | None:
     """The name of the family an adapter is for: by the width of the text that its layers read, else by its modules'
     names or its metadata; None where nothing tells."""
-    for name, change in adapter.changes.items():
-        if "attn2" in name and name.endswith(("to_k", "to_v")):
-            family = _CONTEXT.get(_inputs(change) or 0)
-            if family:
-                return family
+    if family := _CONTEXT.get(adapter.context_width or 0):
+        return family
     for mark, family in _MARKS:
         if any(mark in name for name in adapter.changes):
             return family
@@ -67,7 +120,7 @@ def base_family(adapter: Adapter) -> str | None:
         stated = adapter.metadata.get(key, "")
         if stated:
             return next((family for word, family in _WRITTEN if stated.startswith(word)), printable(stated, 60))
-    widths = {_inputs(change) for name, change in adapter.changes.items() if name.endswith("q_proj")}
+    widths = {change.inputs for name, change in adapter.changes.items() if name.endswith("q_proj")}
     return next((family for width, family in _CONTEXT.items() if width in widths), None)
 
 
@@ -98,9 +151,3 @@ def _kind(change: Change) -> str:
     if name == "LoRA" and (math.prod(infos["down"].shape[2:]) > 1 or "mid" in infos):
         name = "LoCon"
     return f"{name} with DoRA" if {"dora_scale", "magnitude"} & infos.keys() else name
-
-
-def _inputs(change: Change) -> int | None:
-    """How many inputs the changed module has, of the kinds whose shapes tell."""
-    found = (change.infos.get(factor) for factor in ("down", "hada_w1_b", "diff"))
-    return next((info.shape[1] for info in found if info and len(info.shape) > 1), None)

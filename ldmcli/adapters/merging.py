@@ -1,7 +1,7 @@
 """Adapters merged into the weights of loaded networks, and taken out again without a trace.
 
-Weights are changed in place after loading and before they are laid out for speed. What is changed is computed from a
-copy of the base in float32 and cast once; taking out is copying back, bit for bit.
+Weights are changed in place, whatever speed has made of the layers. What is changed is computed from a copy of the base
+in float32 and cast once; taking out is copying back, bit for bit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,15 @@ from ldmcli.checkpoints.files import WeightFile, read_tensors
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError
 
+_KNOWN = 64  # adapters whose places are remembered
+
 
 class Merger:
     """The networks of one model, given by part, and copies of what adapters have changed in them; `family` is the
-    model's, for errors."""
+    model's, for errors. `uses` are the adapters that are merged now."""
 
     def __init__(self, networks: Mapping[str, nn.Module], family: str) -> None:
+        self.uses: tuple[Use, ...] = ()
         self._modules = Modules(networks, family)
         self._placed: dict[int, tuple[Adapter, dict[Place, Change]]] = {}  # by the adapter's id
         self._base: dict[Place, dict[str, Tensor]] = {}  # copies of parameters as they were
@@ -36,6 +39,8 @@ class Merger:
         A strength of 0 changes nothing. Where an adapter does not fit, all weights are the base's: raises BadDataError,
         and what reading its file raises. Modules of an adapter that the model lacks are a warning, once.
         """
+        if tuple(uses) == self.uses:
+            return
         try:
             read = [(use, _read(self._places(use.adapter), use)) for use in uses]
             places = {place: None for _, factors in read for place in factors}  # in order, each once
@@ -46,27 +51,38 @@ class Merger:
         except BaseException:
             self.restore()
             raise
+        self.uses = tuple(uses)
 
     @torch.inference_mode()
     def restore(self) -> None:
         """Put the base back, bit for bit."""
+        self.uses = ()
         for place in list(self._base):
             self._restore(place)
 
     def _restore(self, place: Place) -> None:
-        parameters = self._modules.parameters(place)
-        for name, copy in self._base.pop(place).items():
-            parameters[name].copy_(copy)
+        with self._modules.writing(place) as parameters:
+            for name, copy in self._base.pop(place).items():
+                parameters[name].copy_(copy)
 
     def _places(self, adapter: Adapter) -> dict[Place, Change]:
         if id(adapter) not in self._placed:
+            while len(self._placed) >= _KNOWN:
+                del self._placed[next(iter(self._placed))]
             self._placed[id(adapter)] = adapter, self._modules.placed(adapter)
         return self._placed[id(adapter)][1]
 
     def _write(self, place: Place, merges: Sequence[tuple[Use, str, Factors]]) -> None:
         """Change the parameters of one module."""
-        parameters, copies = self._modules.parameters(place), self._base.setdefault(place, {})
-        values = {name: copies.get(name, parameter).float() for name, parameter in parameters.items()}
+        with self._modules.writing(place) as parameters:
+            self._change(place, parameters, merges)
+
+    def _change(
+        self, place: Place, parameters: Mapping[str, Tensor], merges: Sequence[tuple[Use, str, Factors]]
+    ) -> None:
+        copies = self._base.setdefault(place, {})
+        own = {name: copies.get(name, parameter) for name, parameter in parameters.items()}
+        values = {name: tensor.to(torch.float32, copy=True) for name, tensor in own.items()}  # to be written into
         changed: dict[str, Tensor] = {}
         for use, kind, stored in merges:
             factors = {name: tensor.to(values["weight"].device, torch.float32) for name, tensor in stored.items()}
@@ -91,7 +107,8 @@ class Merger:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             why = f" ({error})" if isinstance(error, ValueError) else ""
-            raise self._modules.misfit(use.adapter, place, kind, factors, why) from None
+            shape = list(values["weight"].shape)
+            raise self._modules.misfit(use.adapter, place, shape, kind, factors, why) from None
         return {name: new for name, new in (("weight", weight), ("bias", bias)) if new is not None}
 
 
@@ -116,5 +133,5 @@ def _check_range(value: Tensor, dtype: torch.dtype, place: Place, uses: Sequence
     largest = max(-float(low), float(high))
     if not largest <= torch.finfo(dtype).max:  # nor NaN
         names = ", ".join(shown(use.adapter.path) for use in uses)
-        told = f"makes numbers of {largest:.4g} in {place}, more than {str(dtype).removeprefix('torch.')} can hold"
-        raise BadDataError(f"{names} {told}; use a smaller weight or --dtype fp32.")
+        what = f"makes numbers of {largest:.4g} in {place}, more than {str(dtype).removeprefix('torch.')} can hold"
+        raise BadDataError(f"{names} {what}; use a smaller weight or --dtype fp32.")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from ldmcli.adapters.kinds import SCALARS, split
 from ldmcli.adapters.spellings import Place, module_table
 from ldmcli.disk.opening import bad_file, shown
 from ldmcli.errors import BadDataError, printable
+from ldmcli.speed.weights import writing
 
 _log = logging.getLogger(__name__)
 _MAX_NAME = 200  # letters of a module's name, in any spelling
@@ -27,9 +29,9 @@ class Modules:
         self._family = family
         self._table = module_table(networks)
 
-    def parameters(self, place: Place) -> dict[str, Tensor]:
-        """A module's own weight, and its bias where it has one."""
-        return dict(self._networks[place.part].get_submodule(place.name).named_parameters(recurse=False))
+    def writing(self, place: Place) -> AbstractContextManager[dict[str, Tensor]]:
+        """A module's own weight, and its bias where it has one, to be written in place inside the block."""
+        return writing(self._networks[place.part], place.name)
 
     def placed(self, adapter: Adapter) -> dict[Place, Change]:
         """The adapter's changes by module. What has no place in this model is a warning.
@@ -67,11 +69,11 @@ class Modules:
             raise bad_file(adapter.path, what, "use a LoRA of another kind")
 
     def misfit(
-        self, adapter: Adapter, place: Place, kind: str, factors: Mapping[str, Tensor], why: str
+        self, adapter: Adapter, place: Place, shape: list[int], kind: str, factors: Mapping[str, Tensor], why: str
     ) -> BadDataError:
-        """The error for factors of a kind that do not fit a module, or one another."""
+        """The error for factors of a kind that do not fit a module, whose weight has this shape, or one another."""
         has = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in factors.items() if tensor.ndim)
-        told = f"the weight of {place} is {list(self.parameters(place)['weight'].shape)}, the {kind} has {has}{why}"
+        told = f"the weight of {place} is {shape}, the {kind} has {has}{why}"
         what = f"{_made_for(adapter)} and does not fit this {self._family} model: {told}"
         return bad_file(adapter.path, what, "use one that was made for it")
 

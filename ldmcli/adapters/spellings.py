@@ -12,6 +12,7 @@ from torch import nn
 
 from ldmcli.checkpoints.key_map import UNET_PREFIX, disk_names
 from ldmcli.networks.unet import UNet
+from ldmcli.speed.weights import names_with_weights
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _PEFT = "base_model.model."
@@ -47,7 +48,7 @@ def module_table(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
     table: dict[str, Place] = {}
     lone = "text_encoder" not in networks
     for part, network in networks.items():
-        names = [key.removesuffix(".weight") for key, _ in network.named_parameters() if key.endswith(".weight")]
+        names = names_with_weights(network)
         spelled = _unet(names, network) if isinstance(network, UNet) else _text(names, part, lone=lone)
         for name, spelling in spelled:
             table.setdefault(spelling, Place(part, name))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldmcli.errors import UsageError, printable
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.spec import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
+from ldmcli.spec import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest, read_loras
 
 PROMPT = "prompt"
 TEXTS = (PROMPT, "negative_prompt")  # kept as they are written, spaces included
@@ -35,12 +35,13 @@ _SYNONYMS = {
     "schedule": "scheduler schedule_type",
     "guidance_rescale": "rescale_cfg cfg_rescale",
     "embeddings": "embedding textual_inversion textual_inversions",
+    "loras": "lora",
     "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
     SIZE: "resolution image_size",
 }
 # Options elsewhere that a row has none of; a column of the name is probably meant as one.
 _OPTIONS = (
-    " scale strength denoisingstrength model checkpoint vae lora loras refiner controlnet image initimage "
+    " scale strength denoisingstrength model checkpoint vae refiner controlnet image initimage "
     "mask batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed "
     "variationseed styles clipstopatlastlayers "
 )
@@ -121,6 +122,9 @@ def normal(name: str, value: Any) -> Any:
         return tuple(value)
     if name == "embeddings" and isinstance(value, list) and all(type(one) is str for one in value):
         return tuple(value)
+    if name == "loras":
+        with contextlib.suppress(UsageError):  # the check of the field says what is wrong
+            return read_loras(value)
     return value
 
 

@@ -15,6 +15,7 @@ from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.batch.settings import parse_grid
 from ldmcli.batch.survey import Survey, items, shard, survey
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
+from ldmcli.conditioning.lora_tags import split_tags
 from ldmcli.errors import printable
 from ldmcli.images.formats import Encoding
 from ldmcli.session import Session
@@ -57,6 +58,8 @@ class Job:
         self.session = Session(spec.model, spec.runtime)
         if self.session.undecided:
             quicken()
+        loras = tuple(map(self.session.find_lora, spec.common.loras))
+        self.spec = dataclasses.replace(spec, common=dataclasses.replace(spec.common, loras=loras))
         self.model = self.session.spec  # asked for its prediction type once, not by every worker
         self.session.close()
         self.runtime = spec.runtime
@@ -89,7 +92,7 @@ class Job:
         for one in shard(found, spec.shard):
             if reporting and isinstance(one, BadRow):
                 _log_bad(one)
-            yield one
+            yield self._with_loras(one) if isinstance(one, Item) else one
         if self._digest is None:  # else they were logged when the rows were surveyed
             for hint in self.reader.hints:
                 _log.warning("%s", hint)
@@ -98,8 +101,12 @@ class Job:
         """Begin the run in the folder's run.json, or see that it is this one. Raises BadDataError if it is another."""
         spec = self.spec
         known = {"sha256": self._digest.sha256, "bytes": self._digest.size} if self._digest else {}
-        unsaid = {"prompt", "seed"} | ({"embeddings"} if not spec.common.embeddings else set())
-        settings = {name: value for name, value in spec.common.to_dict().items() if name not in unsaid}
+        settings = {name: value for name, value in spec.common.to_dict().items() if name not in ("prompt", "seed")}
+        del settings["loras"], settings["embeddings"]
+        if spec.common.loras:  # earlier versions had none; a file that was moved is the same file
+            settings["loras"] = [lora.what for lora in spec.common.loras]
+        if spec.common.embeddings:
+            settings["embeddings"] = spec.common.embeddings
         # Beside the request, all that may change a file.
         settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
         settings |= {"dtype": spec.runtime.dtype, "attention": spec.runtime.attention, "no_metadata": not spec.metadata}
@@ -129,6 +136,13 @@ class Job:
             self._remark("unread", UNREAD_PROMPT)
         return fitted.recorded
 
+    def _with_loras(self, item: Item) -> Item:
+        """The item with the LoRAs that its prompt names: batches are of one set, and the manifest has their hashes."""
+        request = item.request
+        if request.prompt_syntax != "weighted" or not split_tags(request.prompt)[1]:
+            return item
+        return dataclasses.replace(item, request=self.session.fit(request).recorded)
+
     def _remark(self, kind: str, sentence: str, limit: int = 1) -> None:
         """Warn of something, a few times a run."""
         if self._remarks[kind] < limit:
@@ -136,6 +150,8 @@ class Job:
             _log.warning("%s", sentence)
 
     def _check_prompt(self, request: GenerationRequest) -> None:
+        if request.prompt_syntax == "weighted" and "<" in request.prompt + request.negative_prompt:
+            self.session.fit(request)  # what it names is there
         for text in (request.prompt, request.negative_prompt):
             if request.prompt_syntax == "plain" and not self._remarks["syntax"] and (hint := syntax_hint(text)):
                 self._remark("syntax", hint)

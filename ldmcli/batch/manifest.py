@@ -36,7 +36,7 @@ _MAX_LINE = 1 << 26  # two texts of a request escaped in full take 12 MiB
 _MAX_ERROR = 10_000
 _BLOCK = 1 << 16
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
-_encode_sorted = json.JSONEncoder(sort_keys=True).encode
+_encode_sorted = json.JSONEncoder(sort_keys=True, default=lambda lora: lora.what).encode
 # Lines begin and end so that a million of them are read in seconds: the ledger needs no more than the beginning, which
 # the CRC-32 at the end vouches for. Others, such as another program's rewriting, are parsed in full.
 _HEAD = re.compile(

@@ -9,9 +9,10 @@ from ldmcli.batch.dispatch import Feed
 from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
-from ldmcli.errors import LdmError, TryAgainError, printable
+from ldmcli.errors import BadDataError, LdmError, TryAgainError, printable
 from ldmcli.session import Session
 from ldmcli.session.picture import Picture
+from ldmcli.spec import FittedRequest
 
 _WRITERS = 4  # threads that encode and write; each waits for the disk most of the time
 
@@ -38,11 +39,26 @@ class Worker:
 
         What the futures raise, a full disk say, ends the run; so does DeviceLostError.
         """
-        pictures = self._session.draw((item.request for item in items), batch_size=max(1, len(items)))
-        return [
-            self._threads.submit(self._commit, item, picture, attempts)
-            for item, picture in zip(items, pictures, strict=True)
-        ]
+        fitted, futures = [], {}
+        for item in items:
+            try:
+                fitted.append((item, self._fitted(item)))
+            except LdmError as error:
+                failed = Outcome(item, FAILED, error=str(error), code=error.exit_code)
+                futures[item.number] = self._threads.submit(self._noted, failed, attempts)
+        pictures = self._session.draw((request for _, request in fitted), batch_size=max(1, len(items)))
+        for (item, _), picture in zip(fitted, pictures, strict=True):
+            futures[item.number] = self._threads.submit(self._commit, item, picture, attempts)
+        return [futures[item.number] for item in items]
+
+    def _fitted(self, item: Item) -> FittedRequest:
+        """The item's request, which did fit when its row was checked. Raises LdmError where a LoRA is gone since, or
+        another one."""
+        fitted = self._session.fit(item.request)
+        for before, now in zip(item.request.loras, fitted.loras, strict=False):
+            if before.sha256 not in ("", now.sha256):
+                raise BadDataError(f"the LoRA {printable(now.name)} has changed since the row was checked; run again.")
+        return fitted
 
     def run(self, batches: Feed) -> Iterator[Outcome]:
         """Draw batches as they come until there are no more, each while the pictures of the one before are written.
@@ -74,8 +90,10 @@ class Worker:
 
     def _commit(self, item: Item, picture: Picture, attempts: int) -> Outcome:
         """Write a picture and then its line."""
-        outcome = self._written(item, picture)
-        outcome = dataclasses.replace(outcome, attempts=attempts, worker=self.name, seconds=picture.seconds)
+        return self._noted(self._written(item, picture), attempts, picture.seconds)
+
+    def _noted(self, outcome: Outcome, attempts: int, seconds: float = 0.0) -> Outcome:
+        outcome = dataclasses.replace(outcome, attempts=attempts, worker=self.name, seconds=seconds)
         with self._writing:
             self._manifest.append(outcome)
         return outcome

@@ -51,6 +51,14 @@ class WeightFile:
     stamp: tuple[int, ...] = field(default=(), compare=False)  # device, inode, bytes, modification time in ns
     loader: "Loader | None" = field(default=None, compare=False, repr=False)  # of a pickled file
 
+    @property
+    def changed(self) -> bool:
+        """Whether the file is another now than the one that was checked, or gone."""
+        try:
+            return _stamp(os.stat(self.path)) != self.stamp
+        except OSError:
+            return True
+
 
 def open_weights(path: Path, *, allow_pickle: bool = False) -> WeightFile:
     """Check the weight file at `path` and describe it, without torch and without reading tensor data.

@@ -1,4 +1,4 @@
-"""Which files make up a diffusers model, by their names: what to fetch of a repository, and whether it is whole."""
+"""Which files make up a model or an adapter, by their names: what to fetch of a repository, and whether it is whole."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -8,6 +8,9 @@ from ldmcli.errors import BadDataError, MissingInputError, printable
 INDEX = "model_index.json"
 GENERATION = "generation_config.json"  # how the model is best drawn with: transformers' name; diffusers ignores it
 LEARNED = ("learned_embeds.safetensors", "learned_embeds.bin")  # what diffusers calls an embedding, the better first
+PEFT_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of PEFT and diffusers
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside its file
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -20,11 +20,13 @@ _log = logging.getLogger(__name__)
 @verbosity_options
 @click.pass_context
 def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
-    """Tell what each FILE is: the request a picture holds; or a model's family, parts and dimensions.
+    """Tell what each FILE is: the request a picture holds; a model's family, parts and dimensions; a LoRA's kind, rank,
+    family and trigger words; or an embedding's word, vectors and family.
 
     Only headers are read, so this is quick for files of any size. Where a file cannot be read, the others are shown all
     the same, and the exit code is that of the first that could not.
     """
+    from ldmcli.adapters.adapter import is_adapter_folder
     from ldmcli.checkpoints.inspection import inspect
     from ldmcli.hub.listing import find_here
 
@@ -32,11 +34,14 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     for file in files:
         try:
             path = find_here(file) or expanded(file)
-            facts = inspect(path, allow_pickle=allow_pickle)
-            if facts.get("is") == "LoRA":
-                facts |= _adapter_facts(path, allow_pickle=allow_pickle)
-            elif facts["kind"] != "model":
-                facts |= _embedding_facts(path, facts.get("is", ""), allow_pickle=allow_pickle)
+            if is_adapter_folder(path):
+                facts = {"kind": "weights", "is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
+            else:
+                facts = inspect(path, allow_pickle=allow_pickle)
+                if facts.get("is") in ("LoRA", "unknown"):  # of some kinds no key's ending tells
+                    facts |= _tried_adapter_facts(path, facts["is"], allow_pickle=allow_pickle)
+                if facts["kind"] != "model":
+                    facts |= _embedding_facts(path, facts.get("is", ""), allow_pickle=allow_pickle)
         except LdmError as error:
             if len(files) == 1:
                 raise
@@ -51,6 +56,14 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
         for line in _lines(facts, "  " if len(files) > 1 else ""):
             click.echo(line)
     context.exit(codes[0] if codes else 0)
+
+
+def _tried_adapter_facts(path: Path, kind: str, *, allow_pickle: bool) -> dict[str, Any]:
+    """What can be said of a file that may be an adapter; of a LoRA what is wrong with it, if something is."""
+    try:
+        return {"is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
+    except BadDataError as error:
+        return {"problem": str(error)} if kind == "LoRA" else {}
 
 
 def _adapter_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:

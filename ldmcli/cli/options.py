@@ -2,8 +2,6 @@
 
 import dataclasses
 import logging
-import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ldmcli.cli.terminal import LogHandler
-from ldmcli.errors import printable
+from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import FORMATS, QUALITY
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
 from ldmcli.spec import KERNELS, LONG_PROMPTS, PROMPT_SYNTAXES, REFINER_START, LoRA, ModelSpec, RuntimeSpec
@@ -82,23 +80,11 @@ class _LoRA(click.ParamType):
     name = "lora"
     envvar_list_splitter = ";"
 
-    def convert(self, value: str | LoRA, param: click.Parameter | None, ctx: click.Context | None) -> LoRA:
-        if isinstance(value, LoRA):
-            return value
-        name, weights = value, list[float]()
-        while len(weights) < 2 and not os.path.lexists(name):
-            rest, colon, last = name.rpartition(":")
-            try:
-                weight = float(last)
-            except ValueError:
-                break
-            if not colon:
-                break
-            name, weights = rest, [weight, *weights]
-        if not name or not all(map(math.isfinite, weights)):
-            self.fail(f"{printable(repr(value))} is not FILE, FILE:WEIGHT or FILE:WEIGHT:TEXT_WEIGHT.", param, ctx)
-        weight = weights[0] if weights else 1.0
-        return LoRA(name, weight, weights[-1] if weights else 1.0)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> LoRA:
+        try:
+            return LoRA.read(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 class _Name(click.types.StringParamType):
@@ -111,7 +97,7 @@ class _Name(click.types.StringParamType):
 REQUEST_OPTIONS = (
     "negative_prompt", "width", "height", "steps", "sampler", "schedule", "eta", "guidance_scale", "guidance_rescale",
     "guidance_interval", "prompt_syntax", "on_long_prompt", "clip_skip", "original_width", "original_height",
-    "crop_left", "crop_top", "refiner_start", "embeddings",
+    "crop_left", "crop_top", "refiner_start", "loras", "embeddings",
 )  # fmt: skip
 _REQUEST = (
     option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show."),
@@ -132,7 +118,8 @@ _REQUEST = (
     option("--guidance-interval", type=_Interval(), metavar="LOW:HIGH",
            help="Guide only at noise levels sigma from LOW to HIGH (Kynkäänniemi et al.; for SDXL 0.28:5.42)."),
     option("--prompt-syntax", type=click.Choice(PROMPT_SYNTAXES), default="plain", show_default=True,
-           help="weighted: (word:1.3), (word), [word], \\( and BREAK count; plain: what you type is what is read."),
+           help="weighted: (word:1.3), (word), [word], \\(, BREAK and <lora:NAME:WEIGHT> count; plain: what you type "
+           "is what is read."),
     option("--on-long-prompt", type=click.Choice(LONG_PROMPTS), default="warn", show_default=True,
            help="A prompt longer than the model reads: cut it with a warning, refuse, or read it in chunks."),
     option("--clip-skip", type=int, default=1, show_default=True,
@@ -143,6 +130,9 @@ _REQUEST = (
     option("--crop-top", type=int, default=0, show_default=True, help="SDXL: as --crop-left."),
     option("--refiner-start", type=float,
            help="Share of the noise schedule after which the refiner takes over.  [default: 0.8 with --refiner]"),
+    option("--lora", "loras", envvar="LDM_LORA", type=_LoRA(), multiple=True, metavar="LORA[:WEIGHT[:TEXT_WEIGHT]]",
+           help="Merge a LoRA, or another adapter, into the model: a file, a name in --lora-dir or on the hub. May be "
+           "given again; TEXT_WEIGHT is that of the text encoders.  [default weights: 1]"),
     option("--embedding", "embeddings", type=_Name(), multiple=True, envvar="LDM_EMBEDDING", metavar="FILE[:WORD]",
            help="A textual-inversion embedding, a file or ORG/NAME of the hub, for prompts that hold WORD, in any "
            "letter case; may be given again.  [default word: the file's name]"),
@@ -176,9 +166,7 @@ _MODEL = (
            "Hugging Face hub.  [default: the embedded model]"),
     option("--vae", metavar="MODEL", help="Another VAE, a folder or file, or TAESD, for a quick look."),
     option("--refiner", metavar="MODEL", help="An SDXL refiner for the last steps."),
-    option("--lora", "loras", type=_LoRA(), multiple=True, metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]",
-           help="Merge a LoRA, or another adapter, into the model; may be given again. TEXT_WEIGHT is that of the text "
-           "encoders.  [default weights: 1]"),
+    option("--lora-dir", metavar="DIR", help="Where LoRAs are found by name, for --lora and for <lora:NAME:WEIGHT>."),
     option("--embedding-dir", metavar="DIR",
            help="A folder of embeddings, each for prompts that hold its file's name; only those are opened."),
     option("--upscale", "upscaler", envvar="LDM_UPSCALE", metavar="FILE|embedded",

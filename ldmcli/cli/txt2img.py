@@ -35,7 +35,7 @@ from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
-from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, LoRA, RuntimeSpec
+from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age
 
@@ -199,15 +199,9 @@ class _Written:
         if self._compared or self._record is None:
             return
         self._compared = True
-        for kind, then, now in (
-            ("model", [self._record["model"]], [identity]),
-            ("LoRA", self._record["model"].get("loras", ()), identity.get("loras", ())),
-        ):
-            for one, other in zip(then, now, strict=False):
-                if one["sha256"] != other["sha256"]:
-                    _log.warning(
-                        "the %s %s is not the one the picture was made with; it will differ", kind, other["name"]
-                    )
+        if self._record["model"]["sha256"] != identity["sha256"]:
+            name = identity["name"]
+            _log.warning("the model %s is not the one the picture was made with; it will differ", name)
 
 
 def _read_record(picture: str | None) -> dict[str, Any] | None:
@@ -228,8 +222,6 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
     found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
     found["model"] = record["model"]["path"] or None
-    loras = record["model"].get("loras", ())
-    found["loras"] = tuple(LoRA(lora["path"], lora["weight"], lora["text_weight"]) for lora in loras)
     if "upscaled" in record and not found["upscaler"]:
         _log.info("the picture was made larger after it was drawn (%s); it is drawn as it was", record["upscaled"])
     found["embeddings"] = ()

@@ -15,7 +15,7 @@ def syntax_hint(prompt: str) -> str:
     """A sentence on AUTOMATIC1111's syntax in a prompt that is read plainly; "" where there is none."""
     if found := _NETWORK.search(prompt):
         what = printable(found[0], 60)
-        return f"“{what}” in a prompt is text, with --prompt-syntax weighted too: --lora FILE:WEIGHT loads a LoRA."
+        return f"“{what}” in a prompt is text; --prompt-syntax weighted or --lora FILE:WEIGHT loads a LoRA."
     weight = _WEIGHT.search(prompt)
     start = prompt.rfind("(", 0, weight.start()) if weight else -1
     if weight and start >= 0:

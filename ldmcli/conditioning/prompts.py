@@ -99,6 +99,11 @@ class PromptEncoder:
             self._bytes -= self._held.popitem(last=False)[1].size
         return [found[key] for key in keys]
 
+    def forget(self) -> None:
+        """Remember no prompt: the encoders' weights have changed."""
+        self._held.clear()
+        self._bytes = 0
+
     def chunks(self, prompt: str, *, syntax: str, chunked: bool, words: Words = NO_WORDS) -> int:
         """How many chunks the prompt is read in."""
         found = (tokenize(e.tokenizer, prompt, syntax=syntax, chunked=chunked, words=words) for e in self.encoders)

@@ -105,6 +105,11 @@ def _missing_message(path: Path, suffix: str | tuple[str, ...]) -> str:
     return f"{shown(path)} does not exist; check the path."
 
 
+def missing(path: Path, suffix: str = WEIGHTS[0]) -> MissingInputError:
+    """The error for a path to nothing, with the nearest names that are there."""
+    return MissingInputError(_missing_message(path, suffix))
+
+
 def listing(folder: Path, suffix: str | tuple[str, ...], limit: int = 3) -> list[str]:
     """Up to `limit` names in `folder` that end in `suffix`, escaped; looks at 10,000 entries at most."""
     try:
@@ -113,6 +118,16 @@ def listing(folder: Path, suffix: str | tuple[str, ...], limit: int = 3) -> list
     except OSError:
         return []
     return [printable(name) for name in sorted(names)[:limit]]
+
+
+def without_home(path: str) -> str:
+    """A path as it may stand in a picture that is given away: without the name of the user's home."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry of this user
+        return path
+    inside = home != Path("/") and Path(path).is_relative_to(home)
+    return str(Path("~") / Path(path).relative_to(home)) if inside else path
 
 
 def bad_file(path: Path, cause: str, cure: str) -> BadDataError:

@@ -12,12 +12,21 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ldmcli import __version__
-from ldmcli.checkpoints.layout import GENERATION, INDEX, LEARNED, needed_files, safetensors_hint
+from ldmcli.checkpoints.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    GENERATION,
+    INDEX,
+    LEARNED,
+    PEFT_FILE,
+    needed_files,
+    safetensors_hint,
+)
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
@@ -109,6 +118,50 @@ def locate(model: str, *, half: bool) -> Path:
         _log.warning("%s The copy fetched before is used.", error)
         return kept
     return _fetch(wanted, listing, half)
+
+
+def locate_adapter(name: str) -> Path:
+    """Where an adapter of the hub is on disk, ORG/NAME[/FILE][@REVISION], fetched if need be with PEFT's configuration;
+    what is no name of one is a path as it stands. Of a repository it is the file that PEFT or diffusers writes, or else
+    its only .safetensors file. Raises LdmError."""
+    wanted = parse(name)
+    if wanted is None or (not wanted.revision and os.path.isdir(wanted.repository.partition("/")[0])):
+        return locate(name, half=False)
+    names, failure = _names_of(wanted)
+    if not wanted.file:
+        found = [file for file in ADAPTER_FILES if file in names][:1]
+        found = found or [file for file in names if file.endswith(".safetensors")]
+        if not found and failure:
+            raise failure
+        if len(found) != 1:
+            hint = safetensors_hint(str(wanted), names)
+            raise MissingInputError(f"{wanted} has no LoRA to take; it has {hint or 'no safetensors file'}.")
+        wanted = dataclasses.replace(wanted, file=found[0])
+    beside = str(PurePosixPath(wanted.file).with_name(ADAPTER_CONFIG))
+    path = locate(str(wanted), half=False)
+    if wanted.file.endswith(PEFT_FILE) and beside in names and not (path.parent / ADAPTER_CONFIG).exists():
+        with _errors(wanted):
+            _download(wanted, beside, wanted.revision or "main")
+    return path
+
+
+def _names_of(wanted: HubModel) -> tuple[list[str], LdmError | None]:
+    """A repository's files, or those of it in the cache, and why there are no more."""
+    failure: LdmError | None = None
+    if not _hub().constants.HF_HUB_OFFLINE:
+        try:
+            return sorted(_ask(wanted).sizes), None
+        except LdmError as error:
+            failure = error
+    at = f"{wanted.repository}@{wanted.revision}" if wanted.revision not in ("", "main") else wanted.repository
+    kept = next((model.path for model in cached_models() if model.name == at), None)
+    if kept is None:
+        return [], failure or _not_here(f"{wanted} is not in the hub cache ({printable(_cache())})")
+    return sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()), failure
+
+
+def _not_here(lack: str) -> MissingInputError:
+    return MissingInputError(f"{lack}, and HF_HUB_OFFLINE is set; unset it and run the same again.")
 
 
 def fetch(wanted: HubModel, *, half: bool) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from ldmcli.checkpoints.layout import INDEX
 from ldmcli.checkpoints.source import EMBEDDED_NAME, embedded_model, open_model
 from ldmcli.errors import LdmError
-from ldmcli.hub.fetch import cached_models, locate
+from ldmcli.hub.fetch import cached_models, locate, locate_adapter
 
 _WEIGHTS = ".safetensors"
 _MAX_ENTRIES = 1000  # looked at in one folder
@@ -37,6 +37,12 @@ def find_model(name: str, *, half: bool) -> Path:
     """Where the model called `name` is on disk; one of the hub is fetched if need be, and a path to nothing is returned
     as it stands. Raises LdmError."""
     return find_here(name) or locate(name, half=half)
+
+
+def find_adapter(name: str) -> Path:
+    """Where the adapter called `name` is on disk: in $LDM_MODELS, or on the hub; a path to nothing is returned as it
+    stands. Raises LdmError."""
+    return find_here(name) or locate_adapter(name)
 
 
 def find_here(name: str) -> Path | None:

@@ -6,7 +6,6 @@ request, the model and the versions: enough to run it again.
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ _SCHEDULE_TITLES = {"karras": "Karras", "leading": "DDIM", "trailing": "SGM Unif
 _OWN_SCHEDULE = ("ddim", "plms", "unipc", "lcm")  # samplers that draw with the same steps there, whatever is set
 # How A1111 reads the last line of its text, and how many pairs it must have to be that.
 _PAIR, _FEWEST_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'), 3
-_LISTS = (("model", "loras"), ("model", "embeddings"))  # what is not text in a record
 _EMPHASIS = re.compile(r"[()\[\]\\]|\bBREAK\b")  # what A1111 takes for more than text
 
 
@@ -37,15 +35,13 @@ def infotext(
     *,
     family: str = "",
     schedule: str | None = None,
-    loras: Sequence[Mapping[str, Any]] = (),
     embeddings: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The `parameters` text: prompt, negative prompt if there is one, a last line of `Name: value` pairs.
 
     `model_hash` is the SHA-256 of the weights in hex, of which ten digits are shown; `family` the model's, as its
-    configuration names it; `schedule` the one it was drawn with where the request leaves that to the model; `loras`
-    have a name and a sha256 each, `embeddings` a word and a sha256. Left out: what none of them says, Eta when 0, name
-    and hash when empty.
+    configuration names it; `schedule` the one it was drawn with where the request leaves that to the model;
+    `embeddings` have a word and a sha256 each. Left out: what none of them says, Eta when 0, name and hash when empty.
     """
     # A1111's own schedule is another for some samplers, such as DPM++ 2M.
     schedule = request.schedule or (schedule if request.sampler not in _OWN_SCHEDULE else None)
@@ -66,7 +62,7 @@ def infotext(
         "Clip skip": str(clip_skip) if request.clip_skip > 1 else "",
         "Emphasis": "None" if request.prompt_syntax == "plain" and _EMPHASIS.search(typed) else "",
         "RNG": "CPU",
-        "Lora hashes": _quoted(", ".join(f"{lora['name']}: {lora['sha256'][:12]}" for lora in loras)),
+        "Lora hashes": _quoted(", ".join(f"{lora.name}: {lora.sha256[:12]}" for lora in request.loras)),
         "TI hashes": _quoted(", ".join(f"{_bare(one['word'])}: {one['sha256'][:12]}" for one in embeddings)),
         "Version": f"ldmcli {__version__}",
     }
@@ -85,8 +81,8 @@ def text_chunks(
     family: str = "",
     schedule: str | None = None,
 ) -> dict[str, str]:
-    """The text for a picture's file: `model` has name, path, sha256, LoRAs, embeddings; `runtime` dtype, device and
-    such; `family` and `schedule` are as for `infotext`.
+    """The text for a picture's file: `model` has name, path, sha256, embeddings; `runtime` dtype, device and such;
+    `family` and `schedule` are as for `infotext`.
 
     The record is pure ASCII, so that every reader of such text gives it back unchanged.
     """
@@ -103,7 +99,6 @@ def text_chunks(
             model["sha256"],
             family=family,
             schedule=schedule,
-            loras=model.get("loras", ()),
             embeddings=model.get("embeddings", ()),
         ),
         RECORD_KEYWORD: json.dumps(record),
@@ -207,29 +202,17 @@ def _shape_problem(record: Any) -> str:
             return f"whose {name} is missing or not an object"
     for name in ("model", "runtime"):
         for key, value in record[name].items():
-            if not isinstance(value, str) and (name, key) not in _LISTS:
+            if not isinstance(value, str) and (name, key) != ("model", "embeddings"):
                 return f"whose {name} field '{printable(key)}' is not text"
     embeddings = record["model"].get("embeddings", [])
     if not isinstance(embeddings, list) or not all(map(_is_embedding, embeddings)):
         return "whose embeddings are not a list of words, paths and hashes"
-    loras = record["model"].get("loras", [])
-    if not isinstance(loras, list) or not all(map(_is_lora, loras)):
-        return "whose LoRAs are not a list of paths, hashes and weights"
     missing = [key for key in ("name", "path", "sha256") if key not in record["model"]]
     return f"whose model has no {missing[0]}" if missing else ""
 
 
 def _is_embedding(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("word", "path", "sha256"))
-
-
-def _is_lora(value: Any) -> bool:
-    texts, numbers = ("name", "path", "sha256"), ("weight", "text_weight")
-    return (
-        isinstance(value, dict)
-        and all(isinstance(value.get(name), str) for name in texts)
-        and all(type(value.get(name)) in (int, float) and math.isfinite(value[name]) for name in numbers)
-    )
 
 
 def _described(keywords: list[str]) -> str:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ from ldmcli.errors import LdmError, NotFiniteError, TryAgainError, printable
 from ldmcli.pipeline import Drawn, Pipeline
 from ldmcli.session.picture import Arrival, Picture
 from ldmcli.session.session import Progress
-from ldmcli.spec import FittedRequest, RuntimeSpec
+from ldmcli.spec import FittedRequest, LoRA, RuntimeSpec
 from ldmcli.speed.cpu.threads import choose_threads
 from ldmcli.speed.memory import is_out_of_memory
 from ldmcli.speed.policy import computing
+
+if TYPE_CHECKING:
+    from ldmcli.adapters.adapter import Use
 
 _log = logging.getLogger(__name__)
 _Size = tuple[int, int]
@@ -45,10 +49,17 @@ def threads_for(spec: RuntimeSpec, config: ModelConfig, pictures: int) -> int:
 
 class Drawer:
     """Draws with a pipeline, and learns how many pictures of a size fit into memory at once. Whoever calls it holds
-    `lock`; so do pictures while they are drawn again."""
+    `lock`; so do pictures while they are drawn again. `uses` says what is to be merged for LoRAs."""
 
-    def __init__(self, pipeline: Pipeline, spec: RuntimeSpec, lock: threading.RLock) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        spec: RuntimeSpec,
+        lock: threading.RLock,
+        uses: "Callable[[Sequence[LoRA]], Sequence[Use]]",
+    ) -> None:
         self.pipeline = pipeline
+        self._uses = uses
         self._spec, self._lock = spec, lock
         self._most: dict[_Size, int] = {}  # pictures at once, for sizes that ran out of memory
         self._tiled: set[_Size] = set()  # sizes whose latents are decoded in strips
@@ -121,6 +132,7 @@ class Drawer:
             except BaseException as error:
                 raise _Ended(error) from None
 
+        self.pipeline.adapt(self._uses(requests[0].loras))
         drawn = self.pipeline.draw(requests, step)
         self._last = Arrival(drawn, started, self._last)
         return self._last
@@ -190,6 +202,7 @@ class Drawer:
         if not self.pipeline.runtime.half:
             raise NotFiniteError("the U-Net gave numbers that are not finite; its weights may be damaged.")
         _log.info("numbers that are not finite in 16 bits; drawing the picture in float32")
+        self.pipeline.adapt(self._uses(picture.request.loras))
         with self.pipeline.in_float32():
             drawn = self.pipeline.draw([picture.request])
             latents_finite, image_finite = drawn.finite[0].tolist()

@@ -51,11 +51,11 @@ def load(
         kernels = in_background(runtime.try_kernels, "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
         prompts = []
-        for source, reads_unet in reading:
+        for source, _ in reading:
             with stopwatch.phase("weights"):
-                encoder = _text_encoders(opened, source, runtime, stage, reads_unet)
+                encoder = _text_encoders(opened, source, runtime, stage)
             with stopwatch.phase("text"):
-                for request in first:
+                for request in (request for request in first if not request.loras):  # else merging comes first
                     with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
                         pairs(source.config, encoder, [request])
             prompts.append(encoder)
@@ -124,18 +124,8 @@ def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> Autoenc
     return load_vae(vae, device, runtime.vae_dtype(vae.config), encoder=False)
 
 
-def _text_encoders(
-    opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage, unet: "Future[UNet]"
-) -> PromptEncoder:
-    """The source's text encoders; they and its U-Net, once that is read, with the adapters merged into them."""
+def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:
     encoders = load_text_encoders(source, stage.home, runtime.text_dtype)
-    uses = opened.loras if source is opened.model else ()
-    if uses:
-        from ldmcli.adapters.merging import Merger
-
-        parts = [text.part for text in source.config.text_encoders]
-        texts = {part: encoder.model for part, encoder in zip(parts, encoders, strict=True)}
-        Merger({"unet": unet.result(), **texts}, source.config.family).merge(uses)
     for encoder in encoders:
         stage.add(encoder.model)
     return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders], opened.words)

@@ -4,25 +4,28 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import ModelSource, PartSource, embedded_model, open_model, with_prediction_type
 from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
+from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
+from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, UsageError, printable
-from ldmcli.hub.listing import find_model
-from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, ModelSpec, fit_to_model
+from ldmcli.hub.listing import find_adapter, find_model
+from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, LoRA, ModelSpec, fit_to_model
 from ldmcli.speed.memory import check_memory
 
 if TYPE_CHECKING:
-    from ldmcli.adapters.adapter import Use
+    from ldmcli.adapters.adapter import Adapter, Use
     from ldmcli.adapters.embedding_words import EmbeddingWords
+    from ldmcli.adapters.library import Library
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
@@ -37,30 +40,83 @@ class Opened:
     model: ModelSource
     vae: PartSource[VAEConfig | TinyVAEConfig] | None = None
     refiner: ModelSource | None = None
-    loras: "tuple[Use, ...]" = ()
     upscaler: "UpscalerFile | None" = None
+    _library: "list[Library]" = dataclasses.field(default_factory=list, compare=False, repr=False)  # one, once needed
+
+    @property
+    def adapters(self) -> "Library":
+        """The adapters that requests name."""
+        if not self._library:
+            from ldmcli.adapters.library import Library
+
+            self._library.append(Library(self.spec.lora_dir, find_adapter, allow_pickle=self.spec.allow_pickle))
+        return self._library[0]
 
     def fit(self, request: GenerationRequest, *, tiled: bool = False) -> FittedRequest:
-        """The request with the model's own settings filled in. Raises UsageError where the model, or this machine's
-        memory, cannot draw it; `tiled` pictures are decoded in little of that."""
+        """The request with the model's own settings filled in, and its LoRAs looked at. Raises UsageError where the
+        model, or this machine's memory, cannot draw it, and as `Library.found` does; `tiled` pictures are decoded in
+        little of that."""
         if self.refiner and request.refiner_start is None:
             request = dataclasses.replace(request, refiner_start=REFINER_START)
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
-        fitted = fit_to_model(request, self.model.config)
+        prompt, request = self._with_loras(request)
+        fitted = dataclasses.replace(fit_to_model(request, self.model.config), prompt=prompt)
         if note := self.model.config.schedule.of(fitted.sampler).note:
             _say_once(note)
         check_memory(self.model.config, fitted.width, fitted.height, tiled=tiled)
         self.words(fitted)
         if request.embeddings:
-            shareable = tuple(map(_shareable, request.embeddings))
+            shareable = tuple(map(without_home, request.embeddings))
             fitted = dataclasses.replace(fitted, recorded=dataclasses.replace(fitted.recorded, embeddings=shareable))
         return fitted
+
+    def _with_loras(self, request: GenerationRequest) -> tuple[str, GenerationRequest]:
+        """The prompt without what names LoRAs, and the request with all its LoRAs found."""
+        prompt, named = request.prompt, tuple[LoRA, ...]()
+        if request.prompt_syntax == "weighted":
+            prompt, named = split_tags(request.prompt)
+            check_negative(request.negative_prompt)
+        if not named and not request.loras:
+            return prompt, request
+        known = {lora.name: lora for lora in request.loras if lora.in_prompt}
+        named = tuple(
+            dataclasses.replace(lora, path=known[lora.name].path, sha256=known[lora.name].sha256)
+            if lora.name in known
+            else lora
+            for lora in named
+        )
+        loras = (*(lora for lora in request.loras if not lora.in_prompt), *named)
+        found = tuple(map(self.adapters.found, loras))
+        for lora in found:
+            self._check_lora(self.adapters.adapter(lora), request)
+        return prompt, dataclasses.replace(request, loras=found)
+
+    def _check_lora(self, adapter: "Adapter", request: GenerationRequest) -> None:
+        """Raise BadDataError where the shapes tell that an adapter is for another family; say what it wants."""
+        from ldmcli.adapters.facts import base_family, wish
+
+        models = [source.config for source in (self.model, self.refiner) if source]
+        width = adapter.context_width
+        if width and width not in [config.unet.context_dim for config in models]:
+            own = models[0].unet.context_dim
+            what = f"is for {base_family(adapter) or 'a model'} with text of {width} numbers a token"
+            what += f", and the model is {models[0].family} with {own}"
+            raise bad_file(adapter.path, what, "use one that was made for it")
+        if wanted := wish(adapter, request):
+            _say_once(wanted)
+
+    def uses(self, loras: Sequence[LoRA]) -> "list[Use]":
+        """What is to be merged for these LoRAs. Raises as `Library.found` does."""
+        from ldmcli.adapters.adapter import Use
+
+        return [Use(self.adapters.adapter(lora), lora.weight, lora.text_weight) for lora in loras]
 
     def words(self, request: GenerationRequest | FittedRequest) -> Words:
         """The words that stand for embeddings in prompts of `request`. Raises LdmError where one that it names is not
         there or not for the model; of the others none is opened."""
-        adapters = [use.adapter for use in self.loras if use.adapter.bundled]
+        tags = split_tags(request.prompt)[1] if request.prompt_syntax == "weighted" else ()
+        adapters = [adapter for adapter in map(self.adapters.adapter, (*request.loras, *tags)) if adapter.bundled]
         if not (request.embeddings or self.spec.embedding_dir or adapters):
             return NO_WORDS
         return self._embedding_words.words(request.embeddings, adapters)
@@ -97,7 +153,7 @@ class Opened:
             {
                 "name": word.embedding.path.stem,
                 "word": word.text,
-                "path": _shareable(word.name),
+                "path": without_home(word.name),
                 "sha256": word.sha256(hashes),
             }
             for word in found
@@ -107,6 +163,8 @@ class Opened:
         self, tokenizer: ClipTokenizer, text: str, request: GenerationRequest | FittedRequest
     ) -> TokenizedPrompt:
         chunked = request.on_long_prompt == "chunk"
+        if request.prompt_syntax == "weighted":
+            text = split_tags(text)[0]
         return tokenize(tokenizer, text, syntax=request.prompt_syntax, chunked=chunked, words=self.words(request))
 
     @property
@@ -127,22 +185,10 @@ class Opened:
 
     def identity(self, sha256: str) -> dict[str, Any]:
         """What a picture says of the weights it was drawn with; `sha256` is the model's."""
-        named = {"name": self.model.name, "path": _shareable(self.spec.model), "sha256": sha256}
+        named = {"name": self.model.name, "path": without_home(self.spec.model or ""), "sha256": sha256}
         others = {name: getattr(self.spec, name) for name in _OTHER_WEIGHTS}
-        loras = [
-            {
-                "name": use.adapter.path.stem,
-                "path": _shareable(lora.name),
-                "sha256": use.adapter.sha256,
-                "weight": lora.weight,
-                "text_weight": lora.text_weight,
-            }
-            for lora, use in zip(self.spec.loras, self.loras, strict=True)
-        ]
-        named |= {name: _shareable(value) for name, value in others.items() if value}
-        if self.upscaler:
-            named["upscaler_sha256"] = self.upscaler.sha256
-        return named | ({"loras": loras} if loras else {})
+        named |= {name: without_home(value) for name, value in others.items() if value}
+        return named | ({"upscaler_sha256": self.upscaler.sha256} if self.upscaler else {})
 
 
 def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
@@ -165,17 +211,7 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
     if spec.refiner:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    loras = _opened_loras(spec, located) if spec.loras else ()
-    return Opened(spec, model, vae, refiner, loras, _opened_upscaler(spec))
-
-
-def _opened_loras(spec: ModelSpec, located: Callable[[str], Path]) -> "tuple[Use, ...]":
-    from ldmcli.adapters.adapter import Use, open_adapter
-
-    return tuple(
-        Use(open_adapter(located(lora.name), allow_pickle=spec.allow_pickle), lora.weight, lora.text_weight)
-        for lora in spec.loras
-    )
+    return Opened(spec, model, vae, refiner, _opened_upscaler(spec))
 
 
 def _opened_upscaler(spec: ModelSpec) -> "UpscalerFile | None":
@@ -205,15 +241,3 @@ def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
             f"{printable(str(refiner.path))} ({other.family}) cannot refine what {printable(str(model.path))} "
             f"({one.family}) begins: their latents differ."
         )
-
-
-def _shareable(model: str | None) -> str:
-    """A model's path as it may stand in a picture that is given away: without the name of the user's home."""
-    if model is None:
-        return ""
-    path = Path(model)
-    try:
-        home = Path.home()
-    except RuntimeError:  # neither HOME nor an entry of this user
-        return model
-    return str(Path("~") / path.relative_to(home)) if home != Path("/") and path.is_relative_to(home) else model

@@ -16,7 +16,7 @@ from ldmcli.disk.hashes import user_hashes
 from ldmcli.errors import LdmError
 from ldmcli.images.formats import Encoding
 from ldmcli.session.opened import Opened, open_spec
-from ldmcli.spec import FittedRequest, GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.spec import FittedRequest, GenerationRequest, LoRA, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -112,9 +112,14 @@ class Session:
         return self._opened.token_limit
 
     def fit(self, request: GenerationRequest) -> FittedRequest:
-        """The request with the model's own in place of what it leaves open. Raises UsageError where the model, or this
-        machine's memory, cannot draw it."""
+        """The request with the model's own in place of what it leaves open, and its LoRAs found. Raises UsageError
+        where the model, or this machine's memory, cannot draw it, MissingInputError or BadDataError where a LoRA is not
+        there or not for the model."""
         return self._settled().fit(request, tiled=self.runtime_spec.vae_tiling)
+
+    def find_lora(self, lora: LoRA) -> LoRA:
+        """A LoRA with its path and hash; the model is not asked. Raises LdmError where it is not there, or none."""
+        return self._opened.adapters.found(lora)
 
     def cut_text(self, text: str, request: GenerationRequest | FittedRequest) -> str:
         """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
@@ -233,7 +238,7 @@ class Session:
 
                     self._upscaler = Upscaler(opened.upscaler, runtime)
             self._unet = None
-            self._drawer = Drawer(pipeline, self.runtime_spec, self._lock)
+            self._drawer = Drawer(pipeline, self.runtime_spec, self._lock, opened.uses)
             _log.debug("%s loaded in %.2f s: %s", self.name, time.perf_counter() - started, runtime.to_dict())
             return self._drawer
 

@@ -94,6 +94,11 @@ class Stage:
         self._away = []
         self._release()
 
+    def wait(self) -> None:
+        """Until what was sent has left host memory: before weights there are written to."""
+        if self.narrow and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _pack(self, part: nn.Module) -> list[Tensor]:
         """The part's weights, moved into pieces of host memory."""
         home = _room_for(_tensors(part), pinned=self.device.type == "cuda")

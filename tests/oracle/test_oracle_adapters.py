@@ -1,5 +1,6 @@
 """Adapters against those who write them: LyCORIS' own layers, PEFT's own files, and diffusers' pipelines."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from adapter_support import Networks, flat, layers, noise, small_networks, state, unequal, write
-from oracle.comparing import relative
+from conftest import open_session
+from oracle.comparing import pixels_apart, relative
+from oracle.family_models import draw_theirs
 from oracle.random_families import random_family
 from oracle.random_model import random_pipeline
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ from ldmcli.adapters.merging import Merger, Use
 from ldmcli.checkpoints.load import load_text_encoders, load_unet
 from ldmcli.checkpoints.source import open_model
 from ldmcli.config import TextEncoderConfig
+from ldmcli.errors import BadDataError
+from ldmcli.spec import GenerationRequest, LoRA
 
 pytest.importorskip("peft", reason="make test installs it")
 lycoris = pytest.importorskip("lycoris.modules", reason="make test installs it")
@@ -260,6 +265,60 @@ def test_what_diffusers_saves_has_its_scale_in_the_metadata(tmp_path: Path, one_
     for key, weight in pipeline.unet.state_dict().items():
         assert relative(ours["unet"].get_parameter(key), weight) < 1e-5, key
     assert len(unequal(before, state(ours))) > 30
+
+
+WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pictures_are_diffusers(name: str, tmp_path: Path, one_thread: None) -> None:
+    """Of one LoRA at all weights, and of two in either order, drawn by one session."""
+    pipeline = MODELS[name]()
+    pipeline.save_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    state = kohya_state(pipeline)
+    halved = {key: tensor / 2 if "lora_up" in key else tensor for key, tensor in state.items()}
+    queries = {key: tensor for key, tensor in state.items() if "attn1_to_q" in key}
+    files = [write(tmp_path / f"{n}.safetensors", tensors) for n, tensors in enumerate((halved, queries))]
+    chosen = [[(0, weight)] for weight in WEIGHTS] + [[(0, 0.5), (1, -0.7)], [(1, -0.7), (0, 0.5)]]
+    usual: dict[str, Any] = {"seed": 3, "steps": 2, "sampler": "ddim", "guidance_scale": 5.0, "width": 64, "height": 64}
+    wanted = [
+        GenerationRequest("a red apple", loras=tuple(LoRA(str(files[i]), w, w) for i, w in uses), **usual)
+        for uses in chosen
+    ]
+    with open_session(tmp_path / "model") as session:
+        ours = [picture.pixels() for picture in session.draw(wanted)]
+    parts = [part for part in ("unet", "text_encoder", "text_encoder_2") if getattr(pipeline, part, None) is not None]
+    base = {part: copy.deepcopy(getattr(pipeline, part).state_dict()) for part in parts}
+    for uses, request, found in zip(chosen, wanted, ours, strict=True):
+        for i, weight in uses:  # one after the other: a second one beside the first has diffusers lose the text encoder
+            pipeline.load_lora_weights(str(files[i]))
+            pipeline.fuse_lora(parts if i == 0 else ["unet"], lora_scale=weight)
+            pipeline.unload_lora_weights()
+        theirs = draw_theirs(pipeline, [request])[1][0]
+        assert pixels_apart(found, theirs) <= 1, uses
+        for part in parts:
+            getattr(pipeline, part).load_state_dict(base[part])
+    assert len({found.tobytes() for found in ours}) >= len(WEIGHTS) + 1
+    assert pixels_apart(ours[-1], ours[-2]) <= 1
+
+
+def test_a_lora_goes_to_the_base_or_to_the_refiner(family_models: Any, tmp_path: Path, caplog: Any) -> None:
+    """Whichever it was trained for, without a word on the other; one for neither is refused."""
+    base, refiner = (kohya_state(family_models.diffusers(name)) for name in ("sdxl", "refiner"))
+    files = [write(tmp_path / f"{n}.safetensors", state) for n, state in enumerate((base, refiner))]
+    usual: dict[str, Any] = {"seed": 3, "steps": 4, "width": 32, "height": 32, "refiner_start": 0.5}
+    with open_session(family_models.path("sdxl"), refiner=str(family_models.path("refiner"))) as session:
+        for chosen in ((), (0,), (1,), (0, 1)):
+            request = GenerationRequest("a fox", loras=tuple(LoRA(str(files[i])) for i in chosen), **usual)
+            (picture,) = session.draw([request])
+            picture.pixels()
+            assert session._drawer is not None
+            merged = [model.merger for model in session._drawer.pipeline.models]
+            assert [bool(merger and merger.uses) for merger in merged] == [0 in chosen, 1 in chosen]
+    assert not [record for record in caplog.records if record.name.startswith("ldmcli.adapters")]
+    with open_session(family_models.path("sdxl")) as session, pytest.raises(BadDataError, match="the model is Stable"):
+        session.fit(GenerationRequest("a fox", loras=(LoRA(str(files[1])),)))
 
 
 # ---- embeddings ----

@@ -5,9 +5,9 @@ called again with an input of the same shape, or sure to be, does so once, and k
 the plain ones: nothing is held twice. Large 3×3 convolutions in float32 go to winograd.py instead: oneDNN has no such
 kernel for these CPUs. Doubling a map's sides in front of a convolution is folded into the convolution's weights.
 
-Layers keep their parameters' names, and `Module.to` finds plain weights: later calls lay them out anew. Weights changed
-in place go unnoticed, and rearranged ones are not for saving. Where an operator is missing or refuses (another version
-of torch, another number type, a CPU without it) weights stay plain.
+Layers keep their parameters' names, and `Module.to` finds plain weights: later calls lay them out anew. Whoever changes
+weights in place calls `make_plain` first, and rearranged ones are not for saving. Where an operator is missing or
+refuses (another version of torch, another number type, a CPU without it) weights stay plain.
 """
 
 import functools
@@ -146,6 +146,14 @@ def _give_back(size: int) -> None:
     if _left >= MUCH:
         _left = 0
         give_back_free_memory(0)
+
+
+def make_plain(holder: nn.Module, layer: nn.Module) -> None:
+    """Have a layer, which is part of `holder`, hold its plain weights and nothing made of them, until its next call."""
+    if isinstance(holder, FastUpsample):
+        holder._folded = None
+    if isinstance(layer, _Packed):
+        layer._unpack()
 
 
 class PackedConv2d(_Packed, nn.Conv2d):

@@ -4,6 +4,8 @@ less: what is fused is rounded once.
 Group norms with SiLU, sums with their layer norm and gates are kernels of their own. The bias of a convolution goes
 into what follows it, since cuDNN adds it in a pass of its own. Queries, keys and values of self-attention are one
 product. What a kernel does not take (on a CPU, not channels last), torch computes by the same formula.
+
+Layers whose weights became part of another's are hidden: `hidden_parameters` gives them by the names they had.
 """
 
 from collections.abc import Sequence
@@ -84,6 +86,9 @@ class FusedGEGLU(GEGLU):
         return geglu(self.proj(x))
 
 
+_JOINED = ("to_q", "to_k", "to_v")  # in the order of JoinedAttention's rows
+
+
 class JoinedAttention(Attention):
     """Attention of a sequence to itself, whose queries, keys and values are one product."""
 
@@ -97,7 +102,7 @@ class JoinedAttention(Attention):
 
 def _joined(attention: Attention) -> JoinedAttention:
     """`attention` with its first three layers in one. Their weights are copied; they themselves are not kept."""
-    layers = (attention.to_q, attention.to_k, attention.to_v)
+    layers = [getattr(attention, name) for name in _JOINED]
     joined = recast(JoinedAttention, attention)
     del joined.to_q, joined.to_k, joined.to_v
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -116,11 +121,15 @@ def _product(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> nn.Linear:
 
 
 class Rows(nn.Module):
-    """Some of the last axis."""
+    """Some of the last axis, in place of the layer that gave them, which had this `bias`."""
 
-    def __init__(self, start: int, count: int) -> None:
+    bias: Tensor
+
+    def __init__(self, start: int, count: int, bias: Tensor) -> None:
         super().__init__()
         self.start, self.count = start, count
+        with torch.inference_mode(False), torch.no_grad():
+            self.register_buffer("bias", bias.detach().clone(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.narrow(-1, self.start, self.count)
@@ -134,8 +143,49 @@ def _join_time(unet: UNet) -> None:
     unet.time_activation = nn.Sequential(unet.time_activation, _product([layer.weight for layer in layers], biases))
     start = 0
     for resnet, layer in zip(resnets, layers, strict=True):
-        resnet.time_emb_proj = Rows(start, layer.out_features)
+        resnet.time_emb_proj = Rows(start, layer.out_features, _bias(layer))
         start += layer.out_features
+
+
+def hidden_layers(network: nn.Module) -> tuple[list[str], set[str]]:
+    """The names of a network's hidden layers, and of those that hold their weights."""
+    hidden: list[str] = []
+    made: set[str] = set()
+    for name, part in network.named_modules():
+        if isinstance(part, JoinedAttention):
+            hidden += [f"{name}.{layer}" for layer in _JOINED]
+            made.add(f"{name}.to_qkv")
+        elif isinstance(part, Rows):
+            hidden.append(name)
+            made.add("time_activation.1")
+    return hidden, made
+
+
+def hidden_parameters(network: nn.Module, holder: nn.Module, name: str) -> dict[str, Tensor] | None:
+    """The parameters of a hidden layer, which was part of `holder`, as views; None where it is not hidden."""
+    if isinstance(holder, JoinedAttention) and name in _JOINED:
+        whole, count = holder.to_qkv, holder.to_qkv.out_features // len(_JOINED)
+        start = count * _JOINED.index(name)
+        return {key: tensor.detach().narrow(0, start, count) for key, tensor in whole.named_parameters()}
+    rows = getattr(holder, name, None)
+    if isinstance(rows, Rows):
+        weight = _time_product(network).weight.detach()
+        return {"weight": weight.narrow(0, rows.start, rows.count), "bias": rows.bias}
+    return None
+
+
+def rejoin(network: nn.Module, holder: nn.Module, name: str) -> None:
+    """After a change to the layer of this name in `holder`: have the biases joined anew that it is part of."""
+    if isinstance(holder, FusedResnetBlock) and name in ("conv1", "time_emb_proj"):
+        rows = holder.time_emb_proj
+        if isinstance(rows, Rows):
+            joined = _bias(_time_product(network)).detach().narrow(0, rows.start, rows.count)
+            joined.copy_(rows.bias + _bias(holder.conv1))
+
+
+def _time_product(network: nn.Module) -> nn.Linear:
+    """The layer into which `_join_time` put the time projections of a U-Net."""
+    return cast(nn.Linear, cast(nn.Sequential, network.time_activation)[1])
 
 
 class FusedTransformerBlock(TransformerBlock):
