@@ -57,7 +57,8 @@ def test_the_root_names_the_public_classes_and_imports_nothing_heavy() -> None:
     code = """
         import sys
         import ldmcli
-        assert set(ldmcli.__all__) <= set(dir(ldmcli)) | {"Session", "GenerationRequest", "LoRA", "ModelSpec", "RuntimeSpec"}
+        lazy = {"Session", "GenerationRequest", "LoRA", "ModelSpec", "RuntimeSpec"}
+        assert set(ldmcli.__all__) <= set(dir(ldmcli)) | lazy
         from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
         session = Session()
         assert (session.spec, session.runtime_spec) == (ModelSpec(), RuntimeSpec())
