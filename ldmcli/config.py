@@ -34,6 +34,11 @@ class UNetConfig:
     added_number_dim: int = 256
     guidance_dim: int | None = None  # sinusoids of the guidance scale, for models distilled to read it (LCM)
 
+    @property
+    def extra_channels(self) -> int:
+        """How many input channels it reads behind the latents: 5 for inpainting, a mask and the rest's latents."""
+        return self.in_channels - self.out_channels
+
 
 class LatentScale:
     """How an autoencoder's own latents and those that are diffused belong together."""

@@ -16,12 +16,13 @@ from ldmcli.config import ModelConfig
 from ldmcli.errors import NotFiniteError
 from ldmcli.networks.inputs import Conditioning, joined
 from ldmcli.networks.taesd import TinyVAE
-from ldmcli.networks.tiling import decode_tiled
+from ldmcli.networks.tiling import decode_tiled, encode_tiled
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.sampling.denoiser import Denoiser, Model, predicting
 from ldmcli.sampling.guidance import guided, in_interval, paired, with_channels, within
-from ldmcli.sampling.noise import SeededNoise
+from ldmcli.sampling.inpainting import Kept, noised
+from ldmcli.sampling.noise import SeededNoise, to_device
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
 from ldmcli.spec import FittedRequest
@@ -34,6 +35,7 @@ from ldmcli.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
     from ldmcli.adapters.merging import Merger
+    from ldmcli.images.canvas import Canvas
 
 _log = logging.getLogger(__name__)
 _ALWAYS = (0.0, float("inf"))  # the guidance interval that leaves out no step
@@ -44,11 +46,22 @@ OnStep = Callable[[int, Tensor], object]  # steps done, and latents, which it ma
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """What a device was asked for, and may still be at work on: `latents` (batch, channels, height, width), of each
-    picture its `pixels` (height, width, 3) uint8, and whether its latents and its image are `finite` (batch, 2)."""
+    picture its `pixels` (height, width, 3) uint8, and whether its latents and its image are `finite` (batch, 2). Where
+    there are `canvases`, a picture's pixels are to be put into its own."""
 
     latents: Tensor
     pixels: Sequence[Tensor]
     finite: Tensor
+    canvases: "Sequence[Canvas]" = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What sampling starts from: latents, what joins them as input channels, what of a picture is kept all along."""
+
+    latents: Tensor
+    channels: Tensor | None = None
+    kept: Kept | None = None
 
 
 @dataclasses.dataclass
@@ -78,10 +91,22 @@ class DiffusionModel:
             self.prompts.forget()
             self.merger.merge(uses)
 
-    def denoiser(self, requests: Sequence[FittedRequest], steps: Sequence[Step], stage: Stage) -> Denoiser:
-        """The denoiser of a batch of requests that agree in all but prompts and seed, for latents of this batch; what
-        does not depend on the latents is computed here, once. `steps` are those of the whole run."""
+    def denoiser(
+        self,
+        requests: Sequence[FittedRequest],
+        steps: Sequence[Step],
+        stage: Stage,
+        channels: Tensor | None = None,
+    ) -> Denoiser:
+        """The denoiser of a batch of requests that agree in all but prompts, seed and pictures, for latents of this
+        batch, behind which it joins `channels`; what does not depend on the latents is computed here, once. `steps`
+        are those of the whole run."""
         found = pairs(self.config, self.prompts, requests)
+        if channels is not None:
+            found = [
+                (dataclasses.replace(one, channels=own), dataclasses.replace(other, channels=own))
+                for (one, other), own in zip(found, channels.split(1), strict=True)
+            ]
         stage.bring(self.unet)
         model = self._chain([pair[0] for pair in found], [pair[1] for pair in found], requests[0], steps)
         return predicting(model, self.config.schedule.prediction_type)
@@ -136,8 +161,10 @@ class Pipeline:
     vae: AutoencoderKL | TinyVAE
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
+    read_encoder: Callable[[], AutoencoderKL] | None = None
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     stage: Stage = dataclasses.field(default_factory=Stage)
+    _encoder: AutoencoderKL | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -162,21 +189,27 @@ class Pipeline:
 
     @torch.inference_mode()
     def draw(self, requests: Sequence[FittedRequest], on_step: OnStep = lambda done, latents: None) -> Drawn:
-        """Ask the device for pictures of requests that agree in all but prompts and seed, and wait for none of it."""
+        """Ask the device for pictures of requests that agree in all but prompts, seed and pictures, and wait for none
+        of it."""
         settings = requests[0]
-        # 1. Where the steps sit on the noise schedule, and seeds to the latents they start from.
+        # 1. Where the steps sit on the noise schedule; seeds and pictures to the latents they start from.
         schedule = Schedule(self.config.schedule)
         steps = schedule.steps(settings.steps, settings.sampler, settings.schedule)
+        taken = steps[len(steps) - settings.steps_taken :]
         factor, channels = self.vae.config.factor, self.vae.config.latent_channels
         shape = channels, settings.height // factor, settings.width // factor
         noise = SeededNoise([request.seed for request in requests], shape, self.runtime.device)
-        latents = noise() * schedule.first_scale(steps, settings.sampler, settings.schedule)
-        done = 0
+        canvases = _canvases(requests) if settings.reads_image else []
+        scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
+        start = self._start(settings, canvases, noise, taken, scale)
+        latents, done = start.latents, 0
         on_step(done, latents)
-        for model, part in self._stages(steps, settings):
+        for model, part in self._stages(taken, settings):
             # 2. Prompts and guidance make a denoiser of the model, once for all its steps.
             with self.stopwatch.phase("text"):
-                denoise = model.denoiser(requests, steps, self.stage)
+                denoise = model.denoiser(requests, steps, self.stage, start.channels)
+                if start.kept:
+                    denoise = start.kept.beside(denoise, taken[0])
             # 3. The sampler walks from noise to latents.
             with self.stopwatch.phase("denoise"):
                 self.stopwatch.mark("ready")
@@ -184,9 +217,84 @@ class Pipeline:
                 for latents in sampler(denoise, latents, part, noise, eta=settings.eta):  # noqa: B020
                     self.stopwatch.mark("first_step")
                     done += 1
+                    if start.kept:
+                        latents.copy_(start.kept.at(latents, taken[done] if done < len(taken) else None))
                     on_step(done, latents)
         # 4. The autoencoder decodes them.
-        return self._decoded(latents)
+        return dataclasses.replace(self._decoded(latents), canvases=canvases)
+
+    def _start(
+        self,
+        settings: FittedRequest,
+        canvases: "Sequence[Canvas]",
+        noise: SeededNoise,
+        taken: Sequence[Step],
+        scale: float,
+    ) -> _Start:
+        """What the first of the steps to be taken starts from. Each image's generator draws, as in diffusers, the noise
+        of its picture's posterior, that of the start, and that of the posterior of what is not masked, read or not."""
+        inpaints = self.config.unet.extra_channels > 0
+        if not canvases and not inpaints:
+            return _Start(noise() * scale)
+        pictures = self._pictures(canvases)
+        reads = pictures is not None and (settings.strength < 1 or not inpaints)
+        image = self._encoded(pictures, noise()) if pictures is not None and reads else None
+        fresh = noise()
+        latents = fresh * scale
+        if settings.mask is None and not inpaints:
+            assert image is not None
+            return _Start(noised(image, fresh, taken[0]) if taken else image)
+        beside = noise()
+        masks = self._masks(settings, canvases, len(fresh))
+        small = masks[:, :, :: self.vae.config.factor, :: self.vae.config.factor]
+        if image is not None and settings.strength < 1:
+            content = image
+            if settings.masked_content in ("noise", "zero"):
+                new = noise() if settings.masked_content == "noise" else torch.zeros_like(image)
+                content = (1 - small) * image + small * new
+            latents = noised(content, fresh, taken[0]) if taken else content
+        if not inpaints:
+            assert image is not None
+            return _Start(latents, kept=Kept(image, fresh, small))
+        unmasked = torch.zeros_like(masks).expand(-1, 3, -1, -1) if pictures is None else pictures * (1 - masks)
+        return _Start(latents, torch.cat([small, self._encoded(unmasked, beside)], dim=1))
+
+    def _pictures(self, canvases: "Sequence[Canvas]") -> Tensor | None:
+        """The canvases' pictures (batch, 3, height, width) in -1…1, on the device."""
+        if not canvases:
+            return None
+        pixels = torch.stack([torch.tensor(canvas.pixels) for canvas in canvases]).permute(0, 3, 1, 2)
+        return to_device(pixels, self.runtime.device).to(torch.float32) / 255 * 2 - 1
+
+    def _masks(self, settings: FittedRequest, canvases: "Sequence[Canvas]", count: int) -> Tensor:
+        """What is repainted, (batch, 1, height, width), as 1; all of a picture that has no mask."""
+        if settings.mask is None:
+            return torch.ones(count, 1, settings.height, settings.width, device=self.runtime.device)
+        masks = torch.stack([torch.tensor(canvas.mask)[None] for canvas in canvases])
+        return to_device(masks.to(torch.float32), self.runtime.device)
+
+    def _encoded(self, pictures: Tensor, noise: Tensor) -> Tensor:
+        """The latents of pictures (batch, 3, height, width) in -1…1 that `noise` stands for in their posteriors."""
+        if self._encoder is None:
+            assert self.read_encoder is not None
+            self.take_encoder(self.read_encoder())
+        encoder = self._encoder
+        assert encoder is not None
+        self.stage.bring(encoder)
+        dtype = next(encoder.parameters()).dtype
+        encode = functools.partial(encode_tiled, encoder) if self.tile_vae else encoder.encode
+        with self.stopwatch.phase("vae"):
+            # One at a time, as they are decoded.
+            found = [
+                encode(one.to(dtype, memory_format=torch.channels_last)).at(own)
+                for one, own in zip(pictures.split(1), noise.split(1), strict=True)
+            ]
+        return encoder.config.scaled(torch.cat(found))
+
+    def take_encoder(self, encoder: AutoencoderKL) -> None:
+        """Read pictures with this half of an autoencoder from now on."""
+        self._encoder = encoder.to(next(self.vae.parameters()).dtype) if not self.runtime.half else encoder
+        self.stage.add(encoder)
 
     def _stages(
         self, steps: Sequence[Step], settings: FittedRequest
@@ -262,9 +370,17 @@ class Pipeline:
     def _convert(self, runtime: Runtime, vae_dtype: torch.dtype) -> None:
         self.runtime = runtime
         self.vae.to(vae_dtype)
+        if self._encoder:
+            self._encoder.to(vae_dtype)
         for model in self.models:
             model.runtime = runtime
             model.unet.to(runtime.dtype)
+
+
+def _canvases(requests: Sequence[FittedRequest]) -> "list[Canvas]":
+    from ldmcli.images.canvas import canvas_of
+
+    return [canvas_of(request) for request in requests]
 
 
 def _as_it_is(prepared: Any) -> Any:

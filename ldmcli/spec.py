@@ -28,6 +28,19 @@ REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' cho
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
+PICTURES = ("image", "mask")  # fields that name a picture
+# Fields that say what is drawn on, and how.
+IMAGE_FIELDS = (
+    *PICTURES, "strength", "resize", "invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding",
+    "paste_back",
+)  # fmt: skip
+STRENGTH = 0.75  # how much of a given picture is drawn anew unless asked
+RESIZES = ("stretch", "crop", "fill")
+MASKED_CONTENTS = ("original", "fill", "noise", "zero")
+INPAINT_AREAS = ("whole", "masked")
+ALPHA = "alpha"  # as a mask: the picture's own transparency
+MAX_PADDING = 1 << 12
+MAX_BLUR = 512.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +110,15 @@ class GenerationRequest:
     else is drawn beside it. `guidance_interval` is in noise levels sigma. The original size and crop are what SDXL
     reads of the picture. `refiner_start` is the share of the noise schedule after which a refiner takes over. `loras`
     are merged into the model in this order. `embeddings` are files or names of the hub, FILE or FILE:WORD each, of
-    textual-inversion embeddings, whose words stand for vectors in the prompts. Raises UsageError when a field is out of
-    range, naming field, value and range.
+    textual-inversion embeddings, whose words stand for vectors in the prompts.
+
+    `image` is the path of a picture to start from, or the bytes of its file; `strength` how much of it is drawn anew, 1
+    all; `resize` how it comes to the size. `mask`, a path or bytes too, or "alpha" for the picture's own transparency,
+    is white where the picture is repainted, or black where `invert_mask`; `mask_blur` softens its edge, in pixels.
+    `masked_content` is what repainting starts from. `inpaint_area` "masked" draws the mask's surroundings,
+    `mask_padding` pixels of them, at the full size. `paste_back` leaves all else of the picture as it was.
+
+    Raises UsageError when a field is out of range, naming field, value and range.
     """
 
     prompt: str
@@ -123,6 +143,16 @@ class GenerationRequest:
     refiner_start: float | None = None
     loras: tuple[LoRA, ...] = ()
     embeddings: tuple[str, ...] = ()
+    image: str | bytes | None = None
+    strength: float | None = None
+    resize: str = "stretch"
+    mask: str | bytes | None = None
+    invert_mask: bool = False
+    mask_blur: float = 0.0
+    masked_content: str = "original"
+    inpaint_area: str = "whole"
+    mask_padding: int = 32
+    paste_back: bool = True
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -151,6 +181,7 @@ class GenerationRequest:
         if self.embeddings != ():
             object.__setattr__(self, "embeddings", _names("embeddings", self.embeddings, MAX_EMBEDDINGS))
         self._check_sampler()
+        self._check_inputs()
 
     def _check_sampler(self) -> None:
         if self.sampler is None:
@@ -160,10 +191,29 @@ class GenerationRequest:
         if self.eta != 0 and not sampler.takes_eta:
             raise UsageError(f"eta {self.eta} does not go with sampler {sampler.name}; use --sampler ddim or --eta 0.")
 
+    def _check_inputs(self) -> None:
+        for name in PICTURES:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _picture(name, getattr(self, name)))
+        if self.strength is not None:
+            _check_number("strength", self.strength, 0.0, 1.0)
+        _check_number("mask_blur", self.mask_blur, 0.0, MAX_BLUR)
+        _check_whole("mask_padding", self.mask_padding, 0, MAX_PADDING)
+        _check_choice("resize", self.resize, RESIZES)
+        _check_choice("masked_content", self.masked_content, MASKED_CONTENTS)
+        _check_choice("inpaint_area", self.inpaint_area, INPAINT_AREAS)
+        for name in ("invert_mask", "paste_back"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} {printable(repr(getattr(self, name)))} is neither true nor false.")
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
+        """The fields as plain JSON values, those about pictures where there is one; - stands for a picture that was
+        given as bytes."""
+        given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
+        left_out = () if self.image is not None else IMAGE_FIELDS
+        said = {name: value for name, value in vars(self).items() if name not in left_out}
         lists = {"loras": [dataclasses.asdict(lora) for lora in self.loras], "embeddings": list(self.embeddings)}
-        return dataclasses.asdict(self) | lists
+        return said | given | lists
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "GenerationRequest":
@@ -186,7 +236,8 @@ class FittedRequest:
     `schedule` is the spacing of the steps that is used, `guidance_interval` (0, inf) where all steps are guided,
     `refiner_start` 1 where no refiner takes over. `loras` are all that are merged, those that the prompt names too,
     and `prompt` is without them. `recorded` is what pictures and manifests keep: the request with the model's own size,
-    sampler, steps and guidance, where its LoRAs were found, and nothing else filled in.
+    sampler, steps and guidance, where its LoRAs were found, and nothing else filled in. `inputs` are the
+    SHA-256 of the pictures that it names, by field.
     """
 
     recorded: GenerationRequest
@@ -212,12 +263,34 @@ class FittedRequest:
     refiner_start: float
     loras: tuple[LoRA, ...]
     embeddings: tuple[str, ...]
+    image: str | bytes | None
+    strength: float
+    resize: str
+    mask: str | bytes | None
+    invert_mask: bool
+    mask_blur: float
+    masked_content: str
+    inpaint_area: str
+    mask_padding: int
+    paste_back: bool
+    inputs: tuple[tuple[str, str], ...] = ()
 
     @property
     def settings(self) -> tuple[object, ...]:
-        """What pictures that are drawn together must agree in: all but prompts and seed."""
-        own = ("recorded", "prompt", "negative_prompt", "seed")
-        return tuple(value for name, value in vars(self).items() if name not in own)
+        """What pictures that are drawn together must agree in: all but prompts, seed and pictures."""
+        own = ("recorded", "prompt", "negative_prompt", "seed", "inputs", *PICTURES)
+        given = (self.image is None, self.mask is None)
+        return (*given, *(value for name, value in vars(self).items() if name not in own))
+
+    @property
+    def steps_taken(self) -> int:
+        """How many of the steps are taken: the last ones, which begin at the noise that `strength` asks for."""
+        return int(self.steps * self.strength)
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether the picture bears on the result; with strength 1 and without a mask it does not."""
+        return self.image is not None and (self.strength < 1 or self.mask is not None)
 
     def with_seed(self, seed: int) -> "FittedRequest":
         """The same picture of another seed."""
@@ -269,12 +342,18 @@ class RuntimeSpec:
     expected_steps: int = 0
 
 
-def fit_to_model(request: GenerationRequest, config: ModelConfig) -> FittedRequest:
-    """The request with the model's own in place of what it leaves open. Raises UsageError where the model cannot draw
-    it: a size that is no whole number of latents, or more steps than its schedule has."""
-    width = config.default_size if request.width is None else request.width
-    height = config.default_size if request.height is None else request.height
+def fit_to_model(
+    request: GenerationRequest, config: ModelConfig, picture: tuple[int, int] | None = None
+) -> FittedRequest:
+    """The request with the model's own in place of what it leaves open; `picture` is the width and height of its image.
+    Raises UsageError where the model cannot draw it: a size that is no whole number of latents, or more steps than its
+    schedule has."""
     multiple = config.size_multiple
+    usual = (config.default_size, config.default_size)
+    if picture and request.inpaint_area == "whole":
+        usual = max(1, picture[0] // multiple) * multiple, max(1, picture[1] // multiple) * multiple
+    width = usual[0] if request.width is None else request.width
+    height = usual[1] if request.height is None else request.height
     if width % multiple or height % multiple:
         nearest = "×".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
         raise UsageError(
@@ -288,6 +367,7 @@ def fit_to_model(request: GenerationRequest, config: ModelConfig) -> FittedReque
         "sampler": defaults.sampler if request.sampler is None else request.sampler,
         "steps": defaults.steps if request.steps is None else request.steps,
         "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        "strength": _strength(request, request.steps or defaults.steps),
     }
     recorded = dataclasses.replace(request, **own)
     sampler = sampler_named(own["sampler"])
@@ -303,6 +383,7 @@ def fit_to_model(request: GenerationRequest, config: ModelConfig) -> FittedReque
         "original_width": request.original_width or width,
         "original_height": request.original_height or height,
         "refiner_start": 1.0 if request.refiner_start is None else request.refiner_start,
+        "strength": 1.0 if own["strength"] is None else own["strength"],
     }
     return FittedRequest(recorded=recorded, **(vars(recorded) | filled))
 
@@ -319,6 +400,34 @@ def read_loras(value: Any) -> tuple[LoRA, ...]:
     if len(value) > MAX_LORAS:
         raise UsageError(f"loras has {len(value)} entries; at most {MAX_LORAS} are accepted.")
     return tuple(map(LoRA.read, value))
+
+
+def _strength(request: GenerationRequest, steps: int) -> float | None:
+    """The strength of a request with an image. Raises UsageError where there is none to apply it to, or no step."""
+    if request.image is None:
+        for name in ("strength", "mask"):
+            if getattr(request, name) is not None:
+                raise UsageError(f"{name} is for a request with an image; give one, or leave it out.")
+        return None
+    strength = STRENGTH if request.strength is None else request.strength
+    if 0 < strength * steps < 1:
+        raise UsageError(
+            f"strength {strength:g} of {steps} steps is less than one step; use {math.ceil(1000 / steps) / 1000:g} or "
+            "more, or 0 for the picture as the autoencoder gives it back."
+        )
+    return strength
+
+
+def _picture(name: str, value: Any) -> str | bytes:
+    """A picture's path as text, or the bytes of its file."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, bytes) and value:
+        return value
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{name} must be a path or a picture file's bytes, not {type(value).__name__} or empty.")
+    _check_text(name, value)
+    return value
 
 
 def _check_text(name: str, value: Any, most: int = MAX_PROMPT_BYTES) -> None:

@@ -489,7 +489,7 @@ def test_seed_minus_one_is_as_if_not_given(tmp_path: Path, name: str, value: str
     [
         ("p.csv", "prompt,guidence\na,7\n", "column 'guidence' is no field of a request; did you mean guidance_scale?"),
         ("p.csv", "prompt,cfg-scal\na,7\n", "did you mean guidance_scale"),
-        ("p.csv", "prompt,Denoising strength\na,0.7\n", "rows cannot choose it"),
+        ("p.csv", "prompt,Checkpoint\na,x\n", "rows cannot choose it"),
         ("p.csv", "prompt,scale\na,0.7\n", "rows cannot choose it"),
         ("p.txt", '--prompt "a" --steps 3\n--prompt "b"\n', "line 1 begins with --"),
     ],

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from ldmcli.checkpoints.families import KINDS, REFINER, SD1, SD2, SDXL, Family, describe_single_file, require_family
+from ldmcli.checkpoints.families import (
+    KINDS,
+    REFINER,
+    SD1,
+    SD2,
+    SD2_INPAINTING,
+    SDXL,
+    Family,
+    describe_single_file,
+    require_family,
+)
 from ldmcli.errors import BadDataError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -75,18 +85,22 @@ MODELS: list[tuple[Family, str, Shapes]] = [
     (SD2, "Stable Diffusion 2.x checkpoint", SD2_UNET | VAE | OPEN_CLIP),
     (SDXL, "SDXL checkpoint", SDXL_UNET | VAE | SDXL_TEXT),
     (SDXL, "SDXL checkpoint", SDXL_UNET | VAE | SDXL_TEXT | keys("v_pred", "ztsnr")),
+    (SD1, "Stable Diffusion 1.x inpainting (9 input channels)", original_unet(9) | VAE | CLIP),
+    (
+        SD2_INPAINTING,
+        "Stable Diffusion 2.x inpainting (9 input channels)",
+        original_unet(9, linear=True) | VAE | OPEN_CLIP,
+    ),
+    (SDXL, "SDXL inpainting (9 input channels)", original_unet(9, linear=True) | LABEL | VAE | SDXL_TEXT),
     (REFINER, "SDXL refiner checkpoint", SDXL_UNET | VAE | keys("conditioner.embedders.0.model.ln_final.weight")),
 ]
 
 OTHERS: list[tuple[str, Shapes]] = [
-    ("Stable Diffusion 1.x inpainting (9 input channels)", original_unet(9) | VAE | CLIP),
     ("instruct-pix2pix (8 input channels)", original_unet(8) | VAE | CLIP),
     ("Stable Diffusion 2.x upscaler (7 input channels)", original_unet(7, linear=True) | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x unCLIP", SDXL_UNET | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x checkpoint without its VAE", SD2_UNET | OPEN_CLIP),
-    ("Stable Diffusion 2.x inpainting (9 input channels)", original_unet(9, linear=True) | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x depth", original_unet(5) | VAE | OPEN_CLIP | keys("depth_model.model.scratch.weight")),
-    ("SDXL inpainting (9 input channels)", original_unet(9, linear=True) | LABEL | VAE | SDXL_TEXT),
     ("SDXL instruct-pix2pix (8 input channels)", original_unet(8, linear=True) | LABEL | VAE | SDXL_TEXT),
     ("SDXL in EDM's formulation (Playground 2.5)", SDXL_UNET | VAE | SDXL_TEXT | keys("edm_mean", "edm_std")),
     ("SDXL checkpoint without its VAE", SDXL_UNET | SDXL_TEXT),
@@ -159,9 +173,9 @@ def test_messages_read_as_sentences() -> None:
         "model.safetensors is a LoRA, not a whole model; "
         "name the model it was made for with --model, and this with --lora."
     )
-    assert message(original_unet(9, linear=True) | LABEL | VAE | SDXL_TEXT) == (
-        "model.safetensors looks like SDXL inpainting (9 input channels); this version reads Stable Diffusion 1.x, 2.x "
-        "and XL with 4 input channels."
+    assert message(original_unet(8, linear=True) | LABEL | VAE | SDXL_TEXT) == (
+        "model.safetensors looks like SDXL instruct-pix2pix (8 input channels); this version reads Stable Diffusion "
+        "1.x, 2.x and XL with 4 input channels, or 9."
     )
     assert "an IP-Adapter" in message(keys("image_proj.a", "ip_adapter.b"))
 

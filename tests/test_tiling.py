@@ -49,6 +49,19 @@ def test_tiled_is_the_plain_decode(
     torch.testing.assert_close(tiling.decode_tiled(small_vae, latents), small_vae.decode(latents))
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 3, 4, 4), (2, 3, 52, 28), (1, 3, 12, 160)])
+@pytest.mark.parametrize("strip", [1, 300, 5000, 1 << 23])
+def test_tiled_is_the_plain_encode(
+    small_vae: AutoencoderKL, shape: tuple[int, ...], strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiling, "STRIP", strip)
+    monkeypatch.setattr(tiling, "ROWS", 1)
+    images = normal(*shape)
+    found, wanted = tiling.encode_tiled(small_vae, images), small_vae.encode(images)
+    torch.testing.assert_close(found.mean, wanted.mean)
+    torch.testing.assert_close(found.logvar, wanted.logvar)
+
+
 def test_tiling_leaves_latents_and_weights_alone(small_vae: AutoencoderKL) -> None:
     latents = normal(1, 4, 6, 6)
     before = [tensor.clone() for tensor in [latents, *small_vae.parameters()]]

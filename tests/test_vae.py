@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_support import ldm
+from conftest import open_session
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig
 from ldmcli.errors import BadDataError, LdmError, MissingInputError
 from ldmcli.networks.taesd import TinyVAE
+from ldmcli.spec import GenerationRequest
 from ldmcli.speed.policy import Runtime
 
 State = dict[str, Tensor]
@@ -180,14 +182,14 @@ def test_a_model_without_a_vae_is_drawn_with_another(
 
 
 def test_only_a_vae_may_be_lacking(model_file: Path, tmp_path: Path) -> None:
-    """Whether or not another VAE is named, what else a file is shows: inpainting, a U-Net alone, a damaged VAE."""
+    """Whether or not another VAE is named, what else a file is shows: pix2pix, a U-Net alone, a damaged VAE."""
     state = load_file(model_file)
     first = "model.diffusion_model.input_blocks.0.0.weight"
     wide = {key: t for key, t in state.items() if not key.startswith("first_stage_model.")}
-    wide[first] = state[first].repeat(1, 3, 1, 1)[:, :9]
+    wide[first] = state[first].repeat(1, 2, 1, 1)
     alone = {key: t for key, t in state.items() if key.startswith("model.diffusion_model.")}
     damaged = {key: t for key, t in state.items() if key != "first_stage_model.post_quant_conv.weight"}
-    for made, told in ((wide, "inpainting"), (alone, "U-Net only"), (damaged, "post_quant_conv.weight is missing")):
+    for made, told in ((wide, "pix2pix"), (alone, "U-Net only"), (damaged, "post_quant_conv.weight is missing")):
         with pytest.raises(BadDataError, match=told):
             open_model(written(made, tmp_path / "model.safetensors"), own_vae=False)
 
@@ -271,3 +273,17 @@ sys.exit("torch" in sys.modules)
 def test_a_vae_that_overflows_is_kept_out_of_fp16(dtype: torch.dtype, force_upcast: bool, wanted: torch.dtype) -> None:
     runtime = Runtime(torch.device("cpu"), dtype, dtype, "sdpa")
     assert runtime.vae_dtype(VAEConfig(force_upcast=force_upcast)) == wanted
+
+
+def test_a_picture_is_read_by_the_models_own_vae_where_another_can_only_decode(
+    model_folder: Path, tiny_state: State, tmp_path: Path
+) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), "red").save(picture)
+    request = GenerationRequest("a", image=picture, strength=0.5, steps=2)
+    with open_session(model_folder, vae=str(written(tiny_state, tmp_path / "taesd.safetensors"))) as session:
+        (drawn,) = session.draw([request])
+        assert drawn.pixels().shape == (64, 64, 3)
+    with open_session(model_folder) as session:
+        (other,) = session.draw([request])
+        assert torch.equal(drawn.latents, other.latents)

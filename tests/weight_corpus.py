@@ -241,7 +241,7 @@ OTHER_KINDS = [
          info="LoRA"),
     Case("unknown kind", _tensors({f"some\x1b[31m.{i}": [2] for i in range(9)}),
          ("no model", "some\\x1b[31m.0", "4 more"), info="unknown"),
-    Case("inpainting model", _changed(lambda _: {_MODEL: [32, 9, 3, 3]}), ("inpainting",), info="inpainting"),
+    Case("pix2pix model", _changed(lambda _: {_MODEL: [32, 8, 3, 3]}), ("pix2pix",), info="pix2pix"),
     Case("odd widths", _changed(_wider), ("33 channels", "32 norm groups"), info="Stable Diffusion 1"),
     Case("endless width", _changed(lambda _: {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight":
          [1 << 50, 0]}), ("dimension of 1125899906842624",), info="Stable Diffusion 1"),

@@ -5,13 +5,15 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ldmcli.errors import UsageError, printable
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.spec import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest, read_loras
+from ldmcli.spec import ALPHA, MAX_PROMPT_BYTES, MAX_SEED, PICTURES, GenerationRequest, read_loras
 
 PROMPT = "prompt"
 TEXTS = (PROMPT, "negative_prompt")  # kept as they are written, spaces included
@@ -36,18 +38,27 @@ _SYNONYMS = {
     "guidance_rescale": "rescale_cfg cfg_rescale",
     "embeddings": "embedding textual_inversion textual_inversions",
     "loras": "lora",
+    "image": "init_image init_img input_image image_path image_file source_image",
+    "mask": "mask_image mask_path mask_file inpaint_mask",
+    "strength": "denoising_strength denoise denoise_strength",
+    "resize": "resize_mode",
+    "invert_mask": "mask_invert inpainting_mask_invert",
+    "masked_content": "inpainting_fill",
+    "mask_padding": "inpaint_full_res_padding padding_mask_crop",
     "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
     SIZE: "resolution image_size",
 }
 # Options elsewhere that a row has none of; a column of the name is probably meant as one.
 _OPTIONS = (
-    " scale strength denoisingstrength model checkpoint vae refiner controlnet image initimage "
-    "mask batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed "
+    " scale model checkpoint vae refiner controlnet "
+    "batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed "
     "variationseed styles clipstopatlastlayers "
 )
 _TYPES = {field.name: field.type for field in dataclasses.fields(GenerationRequest)} | {"count": int}
 _WHOLE = {name for name, kind in _TYPES.items() if kind in (int, int | None)}
 _NUMBERS = {name for name, kind in _TYPES.items() if kind in (float, float | None)}
+_FLAGS = {name for name, kind in _TYPES.items() if kind is bool}
+_FLAG_TEXTS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _WHOLE_TEXT = re.compile(r"[+-]?[0-9]{1,40}")
 _NUMBER_TEXT = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf(?:inity)?)", re.IGNORECASE)
 _COMMA = re.compile(r"[+-]?[0-9]*,[0-9]+")
@@ -92,6 +103,8 @@ def from_text(name: str, text: str, *, decimal_comma: bool = False) -> Any:
     if name in TEXTS:
         return text
     text = text.strip()
+    if name in _FLAGS:
+        return _FLAG_TEXTS.get(text.lower(), text)
     if name in _WHOLE or name in _NUMBERS:
         number = text
         if decimal_comma and _COMMA.fullmatch(text) and not _THOUSANDS.fullmatch(text):
@@ -165,6 +178,13 @@ def _sides(value: Any) -> tuple[int, ...]:
         return tuple(value)
     found = _SIZE_TEXT.fullmatch(value) if isinstance(value, str) else None
     return tuple(map(int, found.groups())) if found else ()
+
+
+def located(name: str, value: Any, folder: Path) -> Any:
+    """The value of a row's field; the path of a picture as one in the folder of the prompt file."""
+    if name in PICTURES and isinstance(value, str) and value not in ("", ALPHA) and "\0" not in value:
+        return value if "://" in value else os.path.abspath(folder / value)
+    return value
 
 
 def problem_of(name: str, value: Any) -> str:

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from ldmcli.conditioning.lora_tags import split_tags
 from ldmcli.errors import printable
 from ldmcli.images.formats import Encoding
 from ldmcli.session import Session
-from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.spec import IMAGE_FIELDS, GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.startup import quicken
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Job:
         self.session.close()
         self.runtime = spec.runtime
         self._digest: Digest | None = None  # of the input that was surveyed
+        self._pictures: dict[str, str] = {}  # those that rows name, with their hashes, in the order of the rows
         self._remarks: collections.Counter[str] = collections.Counter()
         self._embeddings: dict[str, str] = {}  # hashes by word, of those that the command or a row so far uses
         varied = [{name: value} for name, values in self.grid for value in values if name in _OF_EMBEDDINGS]
@@ -87,8 +90,9 @@ class Job:
         """The pictures of this shard's rows, once; `reporting`: bad rows are logged as they pass."""
         spec, fit, check = self.spec, self._fit, self._check_prompt
         found = items(
-            self.reader, spec.common, seed=spec.seed, count=spec.count, grid=self.grid, fit=fit, check_prompt=check
-        )
+            self.reader, spec.common, seed=spec.seed, count=spec.count, grid=self.grid, fit=fit, check_prompt=check,
+            folder=spec.path.parent if spec.path else Path(),
+        )  # fmt: skip
         for one in shard(found, spec.shard):
             if reporting and isinstance(one, BadRow):
                 _log_bad(one)
@@ -100,13 +104,17 @@ class Job:
     def open_run(self, folder: Path, found: Survey | None, *, extend: bool = False) -> None:
         """Begin the run in the folder's run.json, or see that it is this one. Raises BadDataError if it is another."""
         spec = self.spec
-        known = {"sha256": self._digest.sha256, "bytes": self._digest.size} if self._digest else {}
+        known: dict[str, Any] = {"sha256": self._digest.sha256, "bytes": self._digest.size} if self._digest else {}
+        if self._pictures and self._digest:
+            known |= self._pictures_known(len(self._pictures))
         settings = {name: value for name, value in spec.common.to_dict().items() if name not in ("prompt", "seed")}
         del settings["loras"], settings["embeddings"]
         if spec.common.loras:  # earlier versions had none; a file that was moved is the same file
             settings["loras"] = [lora.what for lora in spec.common.loras]
         if spec.common.embeddings:
             settings["embeddings"] = spec.common.embeddings
+        usual = vars(GenerationRequest(""))
+        settings |= {name: v for name, v in vars(spec.common).items() if name in IMAGE_FIELDS and v != usual[name]}
         # Beside the request, all that may change a file.
         settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
         settings |= {"dtype": spec.runtime.dtype, "attention": spec.runtime.attention, "no_metadata": not spec.metadata}
@@ -124,13 +132,21 @@ class Job:
     def _is_extended(self, before: Mapping[str, Any]) -> bool:
         if self.spec.path is None:
             return True  # there, rows are compared one by one as they come
-        return continues(self.spec.path, Digest(str(before.get("sha256")), int(before.get("bytes", 0))))
+        pictures = self._pictures_known(before["pictures"]) if type(before.get("pictures")) is int else {}
+        same = all(before[name] == value for name, value in pictures.items())
+        return same and continues(self.spec.path, Digest(str(before.get("sha256")), int(before.get("bytes", 0))))
+
+    def _pictures_known(self, count: int) -> dict[str, Any]:
+        """What run.json says of the first `count` pictures that rows name."""
+        text = " ".join(itertools.islice(self._pictures.values(), count))
+        return {"pictures": count, "pictures_sha256": hashlib.sha256(text.encode("ascii")).hexdigest()}
 
     def _open(self) -> RowReader:
         return open_rows(self.spec.path, format=self.spec.format, prompt_column=self.spec.prompt_column)
 
     def _fit(self, request: GenerationRequest) -> GenerationRequest:
         fitted = self.session.fit(request)
+        self._pictures |= {str(getattr(request, name)): sha256 for name, sha256 in fitted.inputs}
         self.spec.encoding.check_size(fitted.width, fitted.height)
         if fitted.guidance_scale < 1:
             self._remark("unread", UNREAD_PROMPT)

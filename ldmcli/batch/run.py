@@ -11,11 +11,12 @@ from ldmcli.batch.fields import OWN, REQUEST_FIELDS
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.ledger import Counts, Ledger
 from ldmcli.batch.manifest import ManifestWriter
+from ldmcli.spec import PICTURES
 
 _INPUT = "input"  # the manifest of rows that no worker ever sees
 
 Engine = Callable[..., Iterator[Outcome]]  # of the batches, and stop=
-_settings = operator.attrgetter(*(f"request.{name}" for name in REQUEST_FIELDS if name not in OWN))
+_settings = operator.attrgetter(*(f"request.{name}" for name in REQUEST_FIELDS if name not in (*OWN, *PICTURES)))
 
 
 class Run:
@@ -77,7 +78,7 @@ class Run:
 
 
 def batches(items: Iterable[Item], size: int, *, window: int = 1024) -> Iterator[list[Item]]:
-    """Batches of at most `size` pictures whose requests differ in texts and seed alone.
+    """Batches of at most `size` pictures whose requests differ in texts, seed and pictures alone.
 
     A batch goes out as soon as it is full, so an input that waits for its user still flows; and it goes out unfilled
     once `window` pictures have come since its first. So at most `window` are held back, and the order is the same

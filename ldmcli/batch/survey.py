@@ -5,9 +5,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from ldmcli.batch.fields import EXTRAS, IDS, OWN, PROMPT, REQUEST_FIELDS, own_problem, problem_of, unknown
+from ldmcli.batch.fields import EXTRAS, IDS, OWN, PROMPT, REQUEST_FIELDS, located, own_problem, problem_of, unknown
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.reading import RawRow
 from ldmcli.batch.scratch import IdIndex
@@ -57,6 +58,7 @@ def items(
     seed: int,
     count: int = 1,
     grid: Grid = (),
+    folder: Path = Path(),
     fit: Fit = lambda request: request,
     check_prompt: Callable[[GenerationRequest], object] = lambda request: None,
 ) -> Iterator[Item | BadRow]:
@@ -73,6 +75,8 @@ def items(
     Numbers: a bad row takes those that it would have if it were good; where its count cannot be read, as many as
     the command line gives a row. So mending it does not renumber the rows behind it.
 
+    Paths of pictures in rows start from `folder`.
+
     `fit` fills in the model's own and raises LdmError where it cannot draw the request; it sees settings, with empty
     prompts, once for many rows. `check_prompt` sees the first request of each row, and may raise LdmError too.
     """
@@ -81,7 +85,7 @@ def items(
     ids = IdIndex()
     number = 0
     for raw in reader:
-        row = _Row(raw, count)
+        row = _Row(raw, count, folder)
         if taken := ids.claim(raw.row, raw.line, row.given_id):
             row.problems.append(f"id {printable(repr(row.id))} is taken already by {taken}; ids must differ.")
         variants = settings.of(row.settings, row.own)
@@ -113,7 +117,7 @@ class _Row:
     """One raw row taken apart: its id, count, extra and fields, and what is wrong with them. `settings` are what many
     rows have in common, and `own` which of the other fields it gives."""
 
-    def __init__(self, raw: RawRow, count: int) -> None:
+    def __init__(self, raw: RawRow, count: int, folder: Path) -> None:
         self.raw = raw
         self.problems: list[str] = [raw.problem] if raw.problem else []
         fields = dict(raw.fields or {})
@@ -134,7 +138,7 @@ class _Row:
                 one = f"{name} {printable(repr(value))} is not a single value."
                 self.problems.append(problem_of(name, value) or one)
             elif name not in OWN:
-                self.settings[name] = value
+                self.settings[name] = located(name, value, folder)
             else:
                 self._own[name] = value
                 if problem := own_problem(name, value):

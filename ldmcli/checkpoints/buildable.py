@@ -71,7 +71,7 @@ def _faults(config: ModelConfig) -> Iterator[str]:
 
 
 def _unet_faults(unet: UNetConfig) -> Iterator[str]:
-    if unet.out_channels != unet.in_channels:
+    if unet.extra_channels not in (0, unet.out_channels + 1):
         yield f"the U-Net takes {unet.in_channels} latent channels and gives {unet.out_channels}"
     if not any(unet.attention):
         yield "no level of the U-Net attends to the text"
@@ -132,7 +132,7 @@ def _fit_faults(config: ModelConfig) -> Iterator[str]:
         yield f"the U-Net reads pooled prompts of width {unet.pooled_dim}, the text encoder writes {pooled}; {_APART}"
     if len({text.max_length for text in texts}) > 1:
         yield "the text encoders read different numbers of tokens"
-    if unet.in_channels != vae.latent_channels:
-        yield f"the U-Net takes {unet.in_channels} latent channels, the VAE has {vae.latent_channels}; {_APART}"
+    if unet.out_channels != vae.latent_channels:
+        yield f"the U-Net takes {unet.out_channels} latent channels, the VAE has {vae.latent_channels}; {_APART}"
     if config.default_size > MAX_SIZE:
         yield f"its own picture size {config.default_size} is over {MAX_SIZE}"

@@ -74,6 +74,7 @@ SDXL = Family(
 REFINER = dataclasses.replace(
     SDXL, name="Stable Diffusion XL refiner", texts=_REFINER_TEXTS, added_numbers=5, zero_empty_negative=False
 )
+SD2_INPAINTING = dataclasses.replace(SD2, prediction_type="epsilon")  # the only one there is
 FAMILIES = (SD1, SD2, SDXL, REFINER)
 EMBEDDING = "textual-inversion embedding"
 READ = "Stable Diffusion 1.x, 2.x and XL"  # what can be drawn with, in errors
@@ -135,17 +136,18 @@ _LORA = (
 _ORIGINAL = (
     Kind("Stable Diffusion 1.x with ControlNet", (*_PARTS, "control_model."), whole=True),
     Kind("Stable Diffusion 2.x depth", (*_PARTS, "depth_model."), whole=True),
-    Kind("Stable Diffusion 2.x inpainting (9 input channels)", _SD2, channels=9, whole=True),
+    Kind("Stable Diffusion 2.x inpainting (9 input channels)", (*_PARTS, *_SD2), channels=9, family=SD2_INPAINTING),
     Kind("Stable Diffusion 2.x upscaler (7 input channels)", _SD2, channels=7, whole=True),
     Kind("Stable Diffusion 2.x unCLIP", (*_SD2, _LABEL), whole=True),
     Kind("Stable Diffusion 2.x checkpoint", (*_PARTS, *_SD2), channels=4, family=SD2),
     Kind("Stable Diffusion 1.x inpainting (9 input channels)", _PARTS, keys=_CLIP, channels=9, linear=False,
-         whole=True),
+         without=("conditioner.", _LABEL), family=SD1),
     Kind("instruct-pix2pix (8 input channels)", _PARTS, keys=_CLIP, channels=8, linear=False, whole=True),
     Kind("GLIGEN (Stable Diffusion 1.x with boxes)", (*_PARTS, f"{_UNET}position_net."), whole=True),
     Kind("Stable Diffusion 1.x checkpoint", _PARTS, keys=_CLIP, without=("conditioner.", _LABEL), channels=4,
          linear=False, family=SD1),
-    Kind("SDXL inpainting (9 input channels)", _XL, channels=9, whole=True),
+    Kind("SDXL inpainting (9 input channels)", (*_PARTS, _LABEL, *(text.prefix for text in _XL_TEXTS)), channels=9,
+         family=SDXL),
     Kind("SDXL instruct-pix2pix (8 input channels)", _XL, channels=8, whole=True),
     Kind("SDXL in EDM's formulation (Playground 2.5)", _XL, keys=("edm_mean", "edm_std", "edm_vpred.sigma_max"),
          whole=True),
@@ -245,7 +247,7 @@ def require_family(shapes: Shapes, path: Path, *, own_vae: bool = True) -> Famil
     if kind is None:
         raise BadDataError(f"{shown} is no model this version knows ({_first_keys(shapes)}); it reads {READ}.")
     if kind.whole:
-        raise BadDataError(f"{shown} looks like {kind.name}; this version reads {READ} with 4 input channels.")
+        raise BadDataError(f"{shown} looks like {kind.name}; this version reads {READ} with 4 input channels, or 9.")
     raise BadDataError(f"{shown} is {with_article(kind.name)}, not a whole model; {kind.cure}.")
 
 

@@ -47,15 +47,17 @@ def load_vae(
     dtype: torch.dtype,
     *,
     encoder: bool = True,
+    decoder: bool = True,
 ) -> AutoencoderKL | TinyVAE:
-    """A model's autoencoder, or one by itself; without its `encoder`, two fifths of it, where pictures are only
-    drawn."""
+    """A model's autoencoder, or one by itself; without its `encoder`, two fifths of it, where pictures are only drawn;
+    or without its `decoder`."""
     part = source.part("vae") if isinstance(source, ModelSource) else source
     config: VAEConfig | TinyVAEConfig = part.config
     if isinstance(config, TinyVAEConfig):
         return fill(on_meta(lambda: TinyVAE(config)), part, device, dtype)
-    unread = () if encoder else (f"{part.prefix}encoder.", f"{part.prefix}quant_conv.")
-    return fill(on_meta(lambda: AutoencoderKL(config, encoder=encoder)), part, device, dtype, unread)
+    halves = {"encoder.": encoder, "quant_conv.": encoder, "decoder.": decoder, "post_quant_conv.": decoder}
+    unread = tuple(f"{part.prefix}{name}" for name, wanted in halves.items() if not wanted)
+    return fill(on_meta(lambda: AutoencoderKL(config, encoder=encoder, decoder=decoder)), part, device, dtype, unread)
 
 
 def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.dtype) -> list[TextEncoder]:

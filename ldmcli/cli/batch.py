@@ -17,6 +17,7 @@ import click
 
 from ldmcli.cli.options import (
     file_options,
+    image_options,
     json_option,
     model_options,
     model_spec,
@@ -110,6 +111,7 @@ class _RowFormat(click.Choice[str]):
 @option("--no-metadata", is_flag=True, help="Write no prompt and settings into the pictures.")
 @model_options
 @request_options
+@image_options
 @runtime_options
 @json_option("Report each picture as a JSON line as soon as it is there.")
 @verbosity_options
@@ -118,8 +120,8 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     """Draw every row of a prompt FILE into the folder DIR; - reads standard input.
 
     FILE is plain text (a prompt a line, # comments), JSON lines, CSV or TSV, maybe gzip. Rows may set prompt,
-    negative_prompt, seed, steps, guidance_scale, width, height, sampler, … and count and id; what they don't say, the
-    options say. All rows are checked before the model is loaded.
+    negative_prompt, seed, steps, guidance_scale, width, height, sampler, image, mask, strength, … and count and id;
+    what they don't say, the options say. All rows are checked before the model is loaded.
 
     Running the same command again goes on where it stopped, however it stopped: what is done is not drawn again.
 
@@ -148,6 +150,8 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
+    if _STDIN in (options["image"], options["mask"]):
+        raise click.UsageError("a picture of a batch is a file; standard input is for rows.", context)
     devices = parse_devices(options["devices"]) if options["devices"] else None
     if options["ray_address"] and options["engine"] != "ray":
         raise UsageError("--ray-address is for --engine ray.")

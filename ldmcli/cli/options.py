@@ -13,7 +13,19 @@ from ldmcli.cli.terminal import LogHandler
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import FORMATS, QUALITY
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.spec import KERNELS, LONG_PROMPTS, PROMPT_SYNTAXES, REFINER_START, LoRA, ModelSpec, RuntimeSpec
+from ldmcli.spec import (
+    IMAGE_FIELDS,
+    INPAINT_AREAS,
+    KERNELS,
+    LONG_PROMPTS,
+    MASKED_CONTENTS,
+    PROMPT_SYNTAXES,
+    REFINER_START,
+    RESIZES,
+    LoRA,
+    ModelSpec,
+    RuntimeSpec,
+)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -139,9 +151,36 @@ _REQUEST = (
 )  # fmt: skip
 
 
+# What a picture is drawn on, where a command takes any: fields of a GenerationRequest too.
+_FILE = click.Path(allow_dash=True)  # for a shell to complete; what is wrong with it is said where it is read
+_IMAGE = (
+    option("-i", "--image", "--init-img", type=_FILE, metavar="FILE",
+           help="The picture to start from: PNG, JPEG, WebP, GIF, BMP, TIFF; - is standard input."),
+    option("--strength", "--denoising-strength", type=float,
+           help="How much of it is drawn anew: 1 all, as if there were no picture; 0 nothing, it only passes the VAE.  "
+           "[default: 0.75]"),
+    option("--resize", type=click.Choice(RESIZES), default="stretch", show_default=True,
+           help="How it comes to the size, which is --width and --height or its own rounded down: stretched, "
+           "cropped, or with its edges continued."),
+    option("--mask", type=_FILE, metavar="FILE|alpha",
+           help="Repaint only what is white in this picture; alpha: where the picture itself is transparent."),
+    option("--invert-mask", is_flag=True, help="Repaint what is black instead."),
+    option("--mask-blur", type=float, default=0.0, show_default=True, help="Soften the mask's edge, in pixels."),
+    option("--masked-content", type=click.Choice(MASKED_CONTENTS), default="original", show_default=True,
+           help="What repainting starts from: the picture, the colours around, noise, or nothing."),
+    option("--inpaint-area", type=click.Choice(INPAINT_AREAS), default="whole", show_default=True,
+           help="Draw the whole picture, or only the mask's surroundings at the full size, which is --width and "
+           "--height or the model's own."),
+    option("--mask-padding", type=int, default=32, show_default=True,
+           help="How many pixels around the mask --inpaint-area masked draws."),
+    option("--paste-back/--no-paste-back", default=True, show_default=True,
+           help="Leave what is not masked as it was, pixel for pixel."),
+)  # fmt: skip
+
+
 def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that the options give."""
-    settings = {name: options[name] for name in REQUEST_OPTIONS}
+    settings = {name: options[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS) if name in options}
     if options["refiner"] and settings["refiner_start"] is None:
         settings["refiner_start"] = REFINER_START
     return settings
@@ -206,7 +245,7 @@ _RUNTIME = (
            help="Threads to compute with on a CPU.  [default: one a core; a small model's pictures one each]"),
     option("--no-cache", is_flag=True, help="Neither read nor keep hashes of weights on disk."),
     option("--vae-tiling", is_flag=True,
-           help="Decode strip by strip: the same picture in little memory, slower; large maps go to TMPDIR."),
+           help="Let the VAE work strip by strip: the same picture in little memory, slower; large maps go to TMPDIR."),
 )  # fmt: skip
 
 
@@ -236,6 +275,13 @@ def file_options(*names: str) -> Callable[[_Command], _Command]:
 def request_options(command: _Command) -> _Command:
     """The options that say how a picture is drawn: REQUEST_OPTIONS."""
     for decorate in reversed(_REQUEST):
+        command = decorate(command)
+    return command
+
+
+def image_options(command: _Command) -> _Command:
+    """The options that say which picture to draw on: IMAGE_FIELDS."""
+    for decorate in reversed(_IMAGE):
         command = decorate(command)
     return command
 

@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import random
+import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -35,7 +37,7 @@ from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
-from ldmcli.spec import MAX_SEED, FittedRequest, GenerationRequest, RuntimeSpec
+from ldmcli.spec import ALPHA, IMAGE_FIELDS, MAX_SEED, PICTURES, FittedRequest, GenerationRequest, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age
 
@@ -44,30 +46,43 @@ if TYPE_CHECKING:
     from ldmcli.session.picture import Picture
 
 _log = logging.getLogger(__name__)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 _RANDOM_SEEDS = 2**32  # short enough to type again
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
 _WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler")
 _WAITING = 2  # pictures that may wait for the writer
 
 
+_DRAWING = (
+    model_options,
+    request_options,
+    option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]"),
+    option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,
+           help="Pictures per prompt, with seeds SEED, SEED+1, …"),
+    option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
+           help="Pictures computed at once."),
+    option("-o", "--output", metavar="PATH", default=".",
+           help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]"),
+    file_options("--image-format", "--format"),
+    option("--from-image", metavar="FILE", help="Run the request in this picture again; options given win over it."),
+    runtime_options,
+    option("--overwrite", is_flag=True, help="Replace files that are there already."),
+    option("--no-metadata", is_flag=True, help="Write no prompt and settings into the picture."),
+    json_option("Report each picture as a JSON line."),
+    verbosity_options,
+)  # fmt: skip
+
+
+def drawing_options(command: _Command) -> _Command:
+    """The options of every command that draws prompts given as arguments."""
+    for decorate in reversed(_DRAWING):
+        command = decorate(command)
+    return command
+
+
 @click.command(short_help="Draw prompts given as arguments.")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
-@model_options
-@request_options
-@option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]")
-@option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,
-        help="Pictures per prompt, with seeds SEED, SEED+1, …")  # fmt: skip
-@option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
-        help="Pictures computed at once.")  # fmt: skip
-@option("-o", "--output", metavar="PATH", default=".",
-        help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]")  # fmt: skip
-@file_options("--image-format", "--format")
-@option("--from-image", metavar="FILE", help="Run the request in this picture again; options given win over it.")
-@runtime_options
-@option("--overwrite", is_flag=True, help="Replace files that are there already.")
-@option("--no-metadata", is_flag=True, help="Write no prompt and settings into the picture.")
-@json_option("Report each picture as a JSON line.")
-@verbosity_options
+@drawing_options
 @click.pass_context
 def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) -> None:
     """Draw each PROMPT and print the path of each picture.
@@ -83,6 +98,12 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
 
     Every option can be set by environment too: LDM_MODEL, LDM_STEPS, LDM_GUIDANCE_SCALE, …
     """
+    draw(context, prompts, options)
+
+
+def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Draw the prompts as the options of a command say; what that lacks of the IMAGE_FIELDS is as usual. Raises
+    LdmError, and click's UsageError for what only a command line can get wrong."""
     # 1. The request: from the command line, over that of a picture.
     chosen = {name: options[name] for name in ("image_format", "quality", "lossless")}
     encoding = choose_encoding(options["output"], **chosen)
@@ -92,6 +113,8 @@ def txt2img(context: click.Context, prompts: tuple[str, ...], **options: Any) ->
         prompts = prompts or (record["request"]["prompt"],)
     if not prompts:
         raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
+    if STDIN in prompts and options.get("image") == STDIN:
+        raise click.UsageError("standard input is either the prompts or the picture.", context)
     requests = _requests(prompts, options)
     # 2. What the model is, from its headers; then every check that needs no weights.
     pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
@@ -218,7 +241,8 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
     def given(name: str) -> bool:
         return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
-    found = {name: record["request"][name] for name in (*REQUEST_OPTIONS, "seed")}
+    request = record["request"]
+    found = {name: request[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, "seed") if name in request}
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
     found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
     found["model"] = record["model"]["path"] or None
@@ -228,6 +252,24 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
     options.update({name: value for name, value in found.items() if not given(name)})
     options["embeddings"] += tuple(_embeddings_again(options, record, context.params["prompts"]))
     options["model_given"] = given("model")
+    for name in PICTURES:
+        if not given(name) and name in request and options[name] is not None:
+            options[name] = _picture_again(name, options[name], record.get("inputs", {}).get(name))
+
+
+def _picture_again(name: str, path: str, sha256: str | None) -> str:
+    """Where the picture is that another was made from. Raises MissingInputError where it is not there any more."""
+    if path == ALPHA:
+        return path
+    found = str(expanded(path))
+    if path == STDIN or not os.path.exists(found):
+        where = "standard input" if path == STDIN else f"{printable(path)}, which is not there"
+        raise MissingInputError(f"the picture was made with an {name} from {where}; give that with --{name}.")
+    from ldmcli.images.pixels import facts_of
+
+    if facts_of(found).sha256 != sha256:
+        _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
+    return found
 
 
 def _embeddings_again(options: dict[str, Any], record: dict[str, Any], prompts: Sequence[str]) -> Iterator[str]:
@@ -264,6 +306,8 @@ def _embeddings_again(options: dict[str, Any], record: dict[str, Any], prompts: 
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
     """The first request of each prompt. Raises UsageError before any prompt is read where an option is out of range."""
     seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
+    if options.get("image") == STDIN:
+        options["image"] = sys.stdin.buffer.read()
     common = GenerationRequest(prompt="", seed=seed, **request_settings(options))
     if seed + options["count"] - 1 > MAX_SEED:
         raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")

@@ -22,6 +22,7 @@ from ldmcli.spec import GenerationRequest
 _MAX_SHOWN_KEYWORDS = 8
 # A1111's schedules with the same steps; of "SGM Uniform" they may be off by less than one of 1000 training steps.
 _SCHEDULE_TITLES = {"karras": "Karras", "leading": "DDIM", "trailing": "SGM Uniform", "linspace": "Uniform"}
+_CONTENT_TITLES = {"fill": "fill", "noise": "latent noise", "zero": "latent nothing"}
 _OWN_SCHEDULE = ("ddim", "plms", "unipc", "lcm")  # samplers that draw with the same steps there, whatever is set
 # How A1111 reads the last line of its text, and how many pairs it must have to be that.
 _PAIR, _FEWEST_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'), 3
@@ -57,11 +58,13 @@ def infotext(
         "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
         "Model hash": model_hash[:10],
         "Model": _quoted(model_name),
+        "Denoising strength": _number(request.strength) if request.strength is not None else "",
         "Eta DDIM": _number(request.eta) if request.eta else "",
         "CFG Rescale": _number(request.guidance_rescale) if request.guidance_rescale else "",
         "Clip skip": str(clip_skip) if request.clip_skip > 1 else "",
         "Emphasis": "None" if request.prompt_syntax == "plain" and _EMPHASIS.search(typed) else "",
         "RNG": "CPU",
+        **(_mask_values(request) if request.mask is not None else {}),
         "Lora hashes": _quoted(", ".join(f"{lora.name}: {lora.sha256[:12]}" for lora in request.loras)),
         "TI hashes": _quoted(", ".join(f"{_bare(one['word'])}: {one['sha256'][:12]}" for one in embeddings)),
         "Version": f"ldmcli {__version__}",
@@ -73,6 +76,18 @@ def infotext(
     return "\n".join(lines)
 
 
+def _mask_values(request: GenerationRequest) -> dict[str, str]:
+    """What A1111 says of a mask; it takes what is not there for its own defaults."""
+    masked = request.inpaint_area == "masked"
+    return {
+        "Mask blur": _number(request.mask_blur),
+        "Mask mode": "Inpaint not masked" if request.invert_mask else "",
+        "Masked content": _CONTENT_TITLES.get(request.masked_content, ""),
+        "Inpaint area": "Only masked" if masked else "",
+        "Masked area padding": str(request.mask_padding) if masked else "",
+    }
+
+
 def text_chunks(
     request: GenerationRequest,
     model: Mapping[str, Any],
@@ -80,9 +95,10 @@ def text_chunks(
     *,
     family: str = "",
     schedule: str | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The text for a picture's file: `model` has name, path, sha256, embeddings; `runtime` dtype, device and such;
-    `family` and `schedule` are as for `infotext`.
+    `family` and `schedule` are as for `infotext`; `inputs` are the SHA-256 of the pictures that the request names.
 
     The record is pure ASCII, so that every reader of such text gives it back unchanged.
     """
@@ -91,7 +107,7 @@ def text_chunks(
         "request": request.to_dict(),
         "model": dict(model),
         "runtime": dict(runtime),
-    }
+    } | ({"inputs": dict(inputs)} if inputs else {})
     return {
         PARAMETERS_KEYWORD: infotext(
             request,
@@ -188,7 +204,9 @@ def _checked_record(text: str, shown: str) -> dict[str, Any]:
         "request": request.to_dict(),
         "model": record["model"],
         "runtime": record["runtime"],
-    } | ({"upscaled": record["upscaled"]} if isinstance(record.get("upscaled"), str) else {})
+        **({"upscaled": record["upscaled"]} if isinstance(record.get("upscaled"), str) else {}),
+        **({"inputs": record["inputs"]} if "inputs" in record else {}),
+    }
 
 
 def _shape_problem(record: Any) -> str:
@@ -207,6 +225,9 @@ def _shape_problem(record: Any) -> str:
     embeddings = record["model"].get("embeddings", [])
     if not isinstance(embeddings, list) or not all(map(_is_embedding, embeddings)):
         return "whose embeddings are not a list of words, paths and hashes"
+    inputs = record.get("inputs", {})
+    if not isinstance(inputs, dict) or not all(isinstance(value, str) for value in inputs.values()):
+        return "whose inputs are not hashes of pictures"
     missing = [key for key in ("name", "path", "sha256") if key not in record["model"]]
     return f"whose model has no {missing[0]}" if missing else ""
 

@@ -48,9 +48,9 @@ class FeatureMap:
                 self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
             weakref.finalize(self, self._file.close)
 
-    def beside(self, channels: int, scale: int = 1) -> "FeatureMap":
+    def beside(self, channels: int, scale: float = 1) -> "FeatureMap":
         """An unwritten map of this one's kind, `scale` times as high and wide."""
-        return FeatureMap(channels, scale * self.height, scale * self.width, like=self._like)
+        return FeatureMap(channels, int(scale * self.height), int(scale * self.width), like=self._like)
 
     def read(self, rows: slice) -> Tensor:
         """Some rows, (1, channels, any, width); not to be changed. Raises StorageError."""
@@ -121,7 +121,7 @@ class FeatureMap:
         except OSError as error:
             size = f"{self._row * self.height / 1e6:,.0f} MB"
             raise StorageError(
-                f"a temporary file of {size} for decoding, in {printable(self._folder)}, failed "
+                f"a temporary file of {size} for the autoencoder, in {printable(self._folder)}, failed "
                 f"({error.strerror or error}); make room there, or set TMPDIR to a folder on a disk with more."
             ) from None
 

@@ -1,4 +1,4 @@
-"""Decoding latents in memory that does not grow with the picture, to the same picture.
+"""Decoding latents, and encoding pictures, in memory that does not grow with the picture, to the same numbers.
 
 The usual tiling decodes square tiles apart and blends their edges. A KL autoencoder's group norms then see other
 numbers in each tile, and each tile gets a tone of its own, up to tens of levels of 255 off. Here a layer is computed
@@ -11,16 +11,16 @@ TAESD has no norms: each of its pixels depends on a bounded region, so tiles wit
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmcli.networks.feature_map import FeatureMap
-from ldmcli.networks.layers import ResnetBlock, Upsample
+from ldmcli.networks.layers import Downsample, ResnetBlock, Upsample
 from ldmcli.networks.taesd import TinyVAE
-from ldmcli.networks.vae import AutoencoderKL, PixelAttention
+from ldmcli.networks.vae import AutoencoderKL, DiagonalGaussian, MidBlock, PixelAttention
 
 STRIP = 1 << 22  # numbers of a feature map that are worked on at a time, but ROWS rows at least:
 ROWS = 16  # two more are computed for each strip
@@ -53,19 +53,52 @@ def _decode(vae: AutoencoderKL, latents: Tensor, image: Tensor) -> None:
     x = FeatureMap(channels, height, width, like=latents)
     for a, _, rows, inside in _strips(height, channels * width):
         x.write(a, decoder.conv_in(vae.post_quant_conv(latents[:, :, rows]))[:, :, inside])
-    middle = decoder.mid_block
-    # In the order they run.
-    for layer in [middle.resnets[0], middle.attentions[0], middle.resnets[1], *decoder.up_blocks.modules()]:
+    x = _through([*_middle(decoder.mid_block), *decoder.up_blocks.modules()], x)
+    norm = x.norm(decoder.conv_norm_out)
+    for a, b, rows, inside in _strips(x.height, x.width * x.channels):
+        strip = F.silu(norm(x.read(rows)), inplace=True)
+        image[:, :, a:b] = decoder.conv_out(strip)[:, :, inside]
+
+
+@torch.no_grad()
+def encode_tiled(vae: AutoencoderKL, images: Tensor) -> DiagonalGaussian:
+    """What `vae.encode` gives for images (batch, 3, height, width), but for rounding. Raises as `decode_tiled` does."""
+    return DiagonalGaussian(torch.cat([_encode(vae, one) for one in images.split(1)]))
+
+
+def _encode(vae: AutoencoderKL, image: Tensor) -> Tensor:
+    """The moments of one picture."""
+    encoder = vae.encoder
+    channels, height, width = encoder.conv_in.out_channels, *image.shape[2:]
+    image = image.contiguous(memory_format=torch.channels_last)
+    x = FeatureMap(channels, height, width, like=image)
+    for a, _, rows, inside in _strips(height, channels * width):
+        x.write(a, encoder.conv_in(image[:, :, rows])[:, :, inside])
+    x = _through([*encoder.down_blocks.modules(), *_middle(encoder.mid_block)], x)
+    norm = x.norm(encoder.conv_norm_out)
+    moments = [
+        encoder.conv_out(F.silu(norm(x.read(rows)), inplace=True))[:, :, inside]
+        for _, _, rows, inside in _strips(x.height, x.width * x.channels)
+    ]
+    return vae.quant_conv(torch.cat(moments, dim=2))
+
+
+def _middle(block: MidBlock) -> list[nn.Module]:
+    return [block.resnets[0], block.attentions[0], block.resnets[1]]
+
+
+def _through(layers: Iterable[nn.Module], x: FeatureMap) -> FeatureMap:
+    """What layers make of x, which is lost, in the order they run; modules that only hold others are passed over."""
+    for layer in layers:
         if isinstance(layer, ResnetBlock):
             x = _resnet(layer, x)
         elif isinstance(layer, PixelAttention):
             _attend(layer, x)
         elif isinstance(layer, Upsample):
             x = _upsample(layer, x)
-    norm = x.norm(decoder.conv_norm_out)
-    for a, b, rows, inside in _strips(x.height, x.width * x.channels):
-        strip = F.silu(norm(x.read(rows)), inplace=True)
-        image[:, :, a:b] = decoder.conv_out(strip)[:, :, inside]
+        elif isinstance(layer, Downsample):
+            x = _downsample(layer, x)
+    return x
 
 
 def _strips(height: int, per_row: int) -> list[tuple[int, int, slice, slice]]:
@@ -122,6 +155,15 @@ def _upsample(layer: Upsample, x: FeatureMap) -> FeatureMap:
     for a, _, rows, inside in reversed(_strips(x.height, out.width * 2 * out.channels)):
         out.write(2 * a, layer(x.read(rows))[:, :, 2 * inside.start : 2 * inside.stop])
         x.cut(a + 2)
+    return out
+
+
+def _downsample(layer: Downsample, x: FeatureMap) -> FeatureMap:
+    """x at half its size, as `layer` makes it, with zeros right of it and below."""
+    out = x.beside(layer.conv.out_channels, scale=0.5)
+    for a, b in _parts(out.height, max(ROWS, STRIP // (x.width * x.channels)) // 2):
+        end = min(2 * b + 1, x.height)
+        out.write(a, layer.conv(F.pad(x.read(slice(2 * a, end)), (0, 1, 0, 2 * b + 1 - end))))
     return out
 
 

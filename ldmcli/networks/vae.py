@@ -28,6 +28,10 @@ class DiagonalGaussian:
             noise = torch.randn_like(self.mean)
         else:
             noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32).to(self.mean)
+        return self.at(noise)
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The latents that standard-normal noise, shaped as the mean, stands for."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
@@ -130,21 +134,26 @@ class AutoencoderKL(nn.Module):
     """Encoder and decoder with the 1×1 convolutions around the latents.
 
     Latents here are the autoencoder's own: whoever diffuses them multiplies by `config.scaling_factor`. Without
-    `encoder` it can only decode.
+    `encoder` it can only decode, without `decoder` only encode.
     """
 
     encoder: Encoder
     quant_conv: nn.Conv2d
+    decoder: Decoder
+    post_quant_conv: nn.Conv2d
 
-    def __init__(self, config: VAEConfig, *, encoder: bool = True) -> None:
+    def __init__(self, config: VAEConfig, *, encoder: bool = True, decoder: bool = True) -> None:
         super().__init__()
         self.config = config
+        # In this order weights are drawn when one is trained, and optimizers count them.
         if encoder:
             self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        if encoder:  # in this order weights are drawn when one is trained, and optimizers count them
+        if decoder:
+            self.decoder = Decoder(config)
+        if encoder:
             self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        if decoder:
+            self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """The posterior of images (batch, 3, height, width) in -1…1."""

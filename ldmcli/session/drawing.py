@@ -124,7 +124,7 @@ class Drawer:
         return Picture(request, self.pipeline.runtime, arrival, place, self._again)
 
     def _drawn(self, requests: Sequence[FittedRequest], on_step: Callable[[Progress], object]) -> Arrival:
-        started, steps = time.perf_counter(), requests[0].steps
+        started, steps = time.perf_counter(), requests[0].steps_taken
 
         def step(done: int, latents: Tensor) -> None:
             try:
@@ -198,7 +198,9 @@ class Drawer:
         started = time.perf_counter()
         if latents_finite:
             pixels = self.pipeline.decode(picture.latents)
-            return Arrival(Drawn(picture.latents, [pixels], torch.ones(1, 2, dtype=torch.bool)), started, None)
+            canvases = [picture.canvas] if picture.canvas else []
+            sound = torch.ones(1, 2, dtype=torch.bool)
+            return Arrival(Drawn(picture.latents, [pixels], sound, canvases), started, None)
         if not self.pipeline.runtime.half:
             raise NotFiniteError("the U-Net gave numbers that are not finite; its weights may be damaged.")
         _log.info("numbers that are not finite in 16 bits; drawing the picture in float32")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -50,6 +51,9 @@ def load(
         reading = [(source, _read_unet(source, own, runtime, stage)) for source, own in sources if source]
         kernels = in_background(runtime.try_kernels, "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
+        read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
+        encodes = any(request.reads_image or opened.model.config.unet.extra_channels for request in first)
+        vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
         prompts = []
         for source, _ in reading:
             with stopwatch.phase("weights"):
@@ -68,7 +72,12 @@ def load(
             decoder = runtime.prepare(vae.result())
             stage.add(decoder)
     refiner = models[1] if opened.refiner else None
-    return Pipeline(runtime, models[0], decoder, refiner, stopwatch=stopwatch, stage=stage)
+    pipeline = Pipeline(
+        runtime, models[0], decoder, refiner, read_encoder=read_encoder, stopwatch=stopwatch, stage=stage
+    )
+    if vae_encoder:
+        pipeline.take_encoder(vae_encoder.result())
+    return pipeline
 
 
 def settle(opened: Opened, runtime: Runtime) -> tuple[Opened, UNet | None]:
@@ -96,7 +105,7 @@ def probed_prediction_type(unet: UNet) -> str:
     latents = half.expand(1, unet.config.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
     context = unet.project_context(half.expand(1, 2, unet.config.context_dim))
     output = unet(latents, unet.embed_time(torch.tensor([999.0], device=weight.device)), context)
-    return "v_prediction" if float((output - latents).float().mean()) < -1 else "epsilon"
+    return "v_prediction" if float((output - latents[:, : output.shape[1]]).float().mean()) < -1 else "epsilon"
 
 
 @contextlib.contextmanager
@@ -122,6 +131,14 @@ def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> Autoenc
     torch.set_num_threads(1)
     vae = opened.vae or opened.model.part("vae")
     return load_vae(vae, device, runtime.vae_dtype(vae.config), encoder=False)
+
+
+def _load_encoder(opened: Opened, runtime: Runtime, stage: Stage) -> AutoencoderKL:
+    """The encoding half of the autoencoder, which pictures are read with."""
+    part = opened.encoder
+    encoder = load_vae(part, stage.home, runtime.vae_dtype(part.config), decoder=False)
+    assert isinstance(encoder, AutoencoderKL)
+    return runtime.prepare(encoder)
 
 
 def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:

@@ -17,9 +17,9 @@ from ldmcli.conditioning.words import NO_WORDS, Word, Words
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
-from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.hub.listing import find_adapter, find_model
-from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, LoRA, ModelSpec, fit_to_model
+from ldmcli.spec import PICTURES, REFINER_START, FittedRequest, GenerationRequest, LoRA, ModelSpec, fit_to_model
 from ldmcli.speed.memory import check_memory
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Opened:
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
         prompt, request = self._with_loras(request)
-        fitted = dataclasses.replace(fit_to_model(request, self.model.config), prompt=prompt)
+        fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
         if note := self.model.config.schedule.of(fitted.sampler).note:
             _say_once(note)
         check_memory(self.model.config, fitted.width, fitted.height, tiled=tiled)
@@ -167,6 +167,29 @@ class Opened:
             text = split_tags(text)[0]
         return tokenize(tokenizer, text, syntax=request.prompt_syntax, chunked=chunked, words=self.words(request))
 
+    def _fitted(self, request: GenerationRequest) -> FittedRequest:
+        if request.image is None:
+            return fit_to_model(request, self.model.config)
+        from ldmcli.images.canvas import input_facts
+
+        facts = input_facts(request)
+        fitted = fit_to_model(request, self.model.config, (facts["image"].width, facts["image"].height))
+        self.encoder  # noqa: B018  to know that there is one
+        return dataclasses.replace(fitted, inputs=tuple((name, each.sha256) for name, each in facts.items()))
+
+    @property
+    def encoder(self) -> PartSource[Any]:
+        """The autoencoder that pictures are read with: the model's own where `vae` can only decode. Raises UsageError
+        where there is none."""
+        if self.vae is None or isinstance(self.vae.config, VAEConfig):
+            return self.vae or self.model.part("vae")
+        try:
+            return self.model.part("vae")
+        except (LdmError, KeyError):
+            raise UsageError(
+                "--vae names a VAE that cannot read pictures, and the model has none of its own."
+            ) from None
+
     @property
     def token_limit(self) -> int:
         """How many tokens of a prompt the model reads, or of each chunk of it; begin and end marks not counted."""
@@ -231,7 +254,7 @@ def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
     """Raises BadDataError where the two do not work on the same latents with the same steps."""
     one, other = model.config, refiner.config
     same = (
-        one.unet.in_channels == other.unet.in_channels
+        one.unet.out_channels == other.unet.in_channels
         and one.vae.factor == other.vae.factor
         and one.vae.scaling_factor == other.vae.scaling_factor
         and one.schedule.training_steps == other.schedule.training_steps
@@ -241,3 +264,10 @@ def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
             f"{printable(str(refiner.path))} ({other.family}) cannot refine what {printable(str(model.path))} "
             f"({one.family}) begins: their latents differ."
         )
+
+
+def shareable(request: GenerationRequest) -> GenerationRequest:
+    """The request as it may stand in a picture that is given away."""
+    paths = {name: getattr(request, name) for name in PICTURES}
+    shown: dict[str, Any] = {name: without_home(path) for name, path in paths.items() if isinstance(path, str)}
+    return dataclasses.replace(request, **shown) if shown else request

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from ldmcli.images.canvas import Canvas
     from ldmcli.pipeline import Drawn
     from ldmcli.speed.policy import Runtime
 
@@ -22,7 +23,7 @@ class Arrival:
         """`started`: when the device was asked, s; `before`: the pictures that it draws first."""
         import torch
 
-        self.latents = drawn.latents
+        self.latents, self.canvases = drawn.latents, drawn.canvases
         # Copies that are not waited for go to pinned memory.
         self._finite = drawn.finite.to("cpu", non_blocking=True)
         self._pixels = [pixels.to("cpu", non_blocking=True) for pixels in drawn.pixels]
@@ -98,6 +99,12 @@ class Picture:
         return self._arrival.latents[self._place : self._place + 1]
 
     @property
+    def canvas(self) -> "Canvas | None":
+        """What of a given picture it is drawn on."""
+        canvases = self._arrival.canvases
+        return canvases[self._place] if canvases else None
+
+    @property
     def seconds(self) -> float:
         """What it took; pictures that were drawn together share alike. 0 for one that failed."""
         return 0.0 if isinstance(self._source, Exception) else self._source.seconds()
@@ -114,9 +121,10 @@ class Picture:
         return self._source
 
     def _finished(self) -> "np.ndarray":
-        pixels, latents_finite, image_finite = self._arrival.picture(self._place)
+        arrival = self._arrival
+        pixels, latents_finite, image_finite = arrival.picture(self._place)
         if (latents_finite and image_finite) or self._redraw is None:
-            return pixels
+            return arrival.canvases[self._place].finished(pixels) if arrival.canvases else pixels
         again = self._redraw(self, latents_finite)
         self._runtime, self._source, self._place, self._redraw = again._runtime, again._source, again._place, None
         return self._finished()

@@ -15,7 +15,7 @@ from ldmcli.config import UNDECIDED, ModelConfig
 from ldmcli.disk.hashes import user_hashes
 from ldmcli.errors import LdmError
 from ldmcli.images.formats import Encoding
-from ldmcli.session.opened import Opened, open_spec
+from ldmcli.session.opened import Opened, open_spec, shareable
 from ldmcli.spec import FittedRequest, GenerationRequest, LoRA, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
 
@@ -151,7 +151,8 @@ class Session:
         request, family = picture.request, self._opened.model.config.family
         embeddings = self.embeddings(request)
         model = self.identity() | ({"embeddings": embeddings} if embeddings else {})
-        text = text_chunks(request.recorded, model, runtime, family=family, schedule=request.schedule)
+        recorded, inputs = shareable(request.recorded), dict(request.inputs)
+        text = text_chunks(recorded, model, runtime, family=family, schedule=request.schedule, inputs=inputs)
         if self._upscaler:
             size = pixels.shape[1], pixels.shape[0]
             text = with_upscaling(text, self._upscaler.name, by=self._upscaler.scale, size=size)

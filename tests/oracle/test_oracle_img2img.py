@@ -1,0 +1,246 @@
+"""Drawing on pictures gives the numbers of diffusers' Img2Img and Inpaint, with four and nine input channels."""
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from graph_support import FakeRecorder, load_plainly, recording
+from oracle.comparing import diffusers_scheduler, fitted, pixels_apart, relative
+from oracle.family_models import FamilyModels
+from oracle.original_layout import original_state, write
+from oracle.random_families import RECIPES, random_family
+from oracle.random_model import random_pipeline, save
+from PIL import Image
+from torch import Tensor
+
+from ldmcli.pipeline import Pipeline
+from ldmcli.spec import GenerationRequest
+
+TOLERANCE = 1e-4
+SIZE = 96
+SAMPLERS = [("ddim", 0.0), ("ddim", 1.0), ("plms", 0.0), ("euler-a", 0.0), ("dpmpp-2m", 0.0)]
+Pair = tuple[Pipeline, Any]
+
+
+def runs(*names: str) -> list[tuple[str, str, float]]:
+    """Each model with each sampler; of DDIM only eta 1, which is the same and more, where a model is slow."""
+    slow = ("sdxl", "sdxl-9", "sd2-9")
+    return [(name, *sampler) for name in names for sampler in SAMPLERS[name in slow :]]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four pictures, and of each a mask beside it: a blob that is on no latent's edge."""
+    folder = tmp_path_factory.mktemp("pictures")
+    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+    for i in range(4):
+        waves = [np.sin((3 + i) * x + c) * np.cos((2 + c) * y + i) for c in range(3)]
+        pixels = (np.stack(waves, -1) * 100 + 128).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        inside = (x - 0.45 - 0.05 * i) ** 2 + (y - 0.55) ** 2 < 0.09
+        Image.fromarray(inside.astype(np.uint8) * 255).save(folder / f"{i}-mask.png")
+    return [folder / f"{i}.png" for i in range(4)]
+
+
+def mask_of(picture: Path) -> Path:
+    return picture.with_name(f"{picture.stem}-mask.png")
+
+
+@pytest.fixture(scope="module")
+def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 1 with nine input channels."""
+    return save(random_pipeline(unet={"in_channels": 9}), tmp_path_factory.mktemp("inpainting") / "model")
+
+
+@pytest.fixture(scope="module")
+def models(
+    family_models: FamilyModels,
+    pipeline: Pipeline,
+    random_model: Any,
+    inpainting_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Pair]:
+    """This program and diffusers with the same weights, by the model's name; that of nine channels is a folder, or a
+    single file."""
+    found: dict[str, Pair] = {"sd1": (pipeline, random_model)}
+    for name in ("sd2-v", "sdxl"):
+        found[name] = family_models.ours(name), family_models.diffusers(name)
+    folder = tmp_path_factory.mktemp("nine")
+    found["sd1-9"] = load(inpainting_folder), random_pipeline(unet={"in_channels": 9})
+    for name in ("sd2", "sdxl"):
+        reference = random_family(name, in_channels=9)
+        parts = {part: getattr(reference, part) for part in ("unet", "vae", *RECIPES[name].texts)}
+        found[f"{name}-9"] = load(write(original_state(parts), folder / f"{name}.safetensors")), reference
+    return found
+
+
+def requests_for(pictures: Sequence[Path], **settings: Any) -> list[GenerationRequest]:
+    """One for each picture."""
+    usual: dict[str, Any] = {"steps": 5, "guidance_scale": 3.0, "width": SIZE, "height": SIZE, "paste_back": False}
+    prompts = ["a red apple", "", "a whale", "a rose"]
+    return [
+        GenerationRequest(prompt, "fog", seed=7 + i, image=str(picture), **usual | settings)
+        for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=False))
+    ]
+
+
+def draw_theirs(reference: Any, requests: Sequence[GenerationRequest]) -> tuple[list[Tensor], np.ndarray]:
+    """diffusers' latents after each step, scaled as ours, and its pictures."""
+    import diffusers
+
+    settings = requests[0]
+    kind = "Inpaint" if settings.mask else "Img2Img"
+    family = "StableDiffusionXL" if hasattr(reference, "text_encoder_2") else "StableDiffusion"
+    cls = getattr(diffusers, f"{family}{kind}Pipeline")
+    takes = inspect.signature(cls.__init__).parameters
+    parts = {name: part for name, part in reference.components.items() if name in takes}
+    off = {"add_watermarker": False, "requires_safety_checker": False, "force_zeros_for_empty_prompt": True}
+    other = cls(**parts, **{name: value for name, value in off.items() if name in takes})
+    other.set_progress_bar_config(disable=True)
+    assert settings.sampler
+    assert settings.strength is not None
+    other.scheduler = diffusers_scheduler(settings.sampler, reference.scheduler.config)
+    if settings.sampler == "plms":
+        mend_plms(other)
+    latents: list[Tensor] = []
+
+    def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents.append(tensors["latents"].clone())
+        return tensors
+
+    given = [Image.open(str(request.image)).convert("RGB") for request in requests]
+    masks = {"mask_image": [Image.open(str(request.mask)) for request in requests]} if settings.mask else {}
+    with mock.patch.object(other, "check_inputs"):
+        images = other(
+            [request.prompt for request in requests],
+            negative_prompt=[request.negative_prompt for request in requests],
+            image=given,
+            **masks,
+            **({"height": SIZE, "width": SIZE} if masks else {}),
+            strength=settings.strength,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            eta=settings.eta,
+            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+            output_type="np",
+            callback_on_step_end=keep,
+        ).images
+    if settings.sampler == "plms":
+        del latents[0]  # where its first, provisional step leads
+    if settings.sampler == "heun":
+        latents = [*latents[1::2], latents[-1]]
+    if settings.sampler in ("euler", "euler-a", "heun"):
+        levels = [(sigma**2 + 1) ** 0.5 for sigma in sorted(set(other.scheduler.sigmas.tolist()), reverse=True)[1:]]
+        latents = [each / level for each, level in zip(latents, levels[-len(latents) :], strict=True)]
+    return latents, (images * 255).round().astype(np.uint8)
+
+
+def draw_ours(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> tuple[list[Tensor], np.ndarray]:
+    """This program's latents after each step, as they are gone on with, and its pictures."""
+    latents: list[Tensor] = []
+    drawn = pipeline.draw(fitted(pipeline, requests), lambda done, now: latents.append(now.clone()))
+    return latents[1:], np.stack([pixels.numpy() for pixels in drawn.pixels])
+
+
+def mend_plms(other: Any) -> None:
+    """Have diffusers' PLMS begin at its first step as it does at the noisiest: with the next timestep twice. Its
+    Img2Img pipeline cuts a list in which that of the whole run is doubled, so that it skips a level later on."""
+
+    def timesteps(num_inference_steps: int, strength: float, device: Any, **_: Any) -> tuple[Tensor, int]:
+        all_of_them = other.scheduler.timesteps
+        taken = int(num_inference_steps * strength)
+        distinct = torch.cat([all_of_them[:1], all_of_them[2:]])[-taken:]
+        return torch.cat([distinct[:2], distinct[1:]]), taken + 1
+
+    other.get_timesteps = timesteps
+
+
+def assert_same(pair: Pair, requests: list[GenerationRequest]) -> None:
+    ours, pixels = draw_ours(pair[0], requests)
+    theirs, their_pixels = draw_theirs(pair[1], requests)
+    settings = requests[0]
+    assert settings.strength is not None
+    assert settings.steps is not None
+    assert len(ours) == len(theirs) == int(settings.steps * settings.strength)
+    errors = [relative(a, b) for a, b in zip(ours, theirs, strict=True)]
+    assert max(errors) < TOLERANCE, f"worst after step {errors.index(max(errors)) + 1}: {errors}"
+    assert pixels_apart(pixels, their_pixels) <= 1
+    assert their_pixels.std() > 10  # a picture, not a flat colour
+
+
+@pytest.mark.parametrize(("count", "strength"), [(1, 0.84), (4, 0.5)])
+@pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd1", "sd2-v", "sdxl"))
+def test_a_picture(
+    models: dict[str, Pair], pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+) -> None:
+    assert_same(models[name], requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength))
+
+
+@pytest.mark.parametrize(("count", "strength"), [(1, 1.0), (4, 0.5)])
+@pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd1", "sd2-v", "sdxl", "sd1-9", "sd2-9", "sdxl-9"))
+def test_parts_of_a_picture(
+    models: dict[str, Pair], pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+) -> None:
+    requests = requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength)
+    for request in requests:
+        object.__setattr__(request, "mask", str(mask_of(Path(str(request.image)))))
+    assert_same(models[name], requests)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp-2m-sde", "unipc"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_other_samplers(models: dict[str, Pair], pictures: list[Path], sampler: str, masked: bool) -> None:
+    mask = str(mask_of(pictures[0])) if masked else None
+    assert_same(models["sd1"], requests_for(pictures[:1], sampler=sampler, strength=0.7, mask=mask))
+
+
+def test_recorded_steps_read_the_mask_of_each_picture(inpainting_folder: Path, pictures: list[Path]) -> None:
+    """As on a GPU, where a recording made for one picture is replayed for another."""
+    plain = load_plainly(inpainting_folder)
+    graphed = recording(plain, FakeRecorder())
+    for picture in pictures[:2]:
+        requests = requests_for([picture], strength=1.0, mask=str(mask_of(picture)), sampler="ddim")
+        (latents, _), (wanted, _) = draw_ours(graphed, requests), draw_ours(plain, requests)
+        assert relative(latents[-1], wanted[-1]) < TOLERANCE
+
+
+def test_a_refiner_takes_the_last_steps_of_a_drawing_on_a_picture(
+    family_models: FamilyModels, pictures: list[Path]
+) -> None:
+    ours = family_models.ours("sdxl", refiner="refiner")
+    requests = requests_for(
+        pictures[:1], strength=0.8, sampler="euler", refiner_start=0.6, mask=str(mask_of(pictures[0]))
+    )
+    latents, _ = draw_ours(ours, requests)
+    alone, _ = draw_ours(family_models.ours("sdxl"), [dataclasses.replace(r, refiner_start=None) for r in requests])
+    same = [relative(a, b) < TOLERANCE for a, b in zip(latents, alone, strict=True)]
+    assert same == [True, True, False, False]
+
+
+def test_strips_give_the_same_picture(models: dict[str, Pair], pictures: list[Path]) -> None:
+    plain, _ = models["sd1"]
+    requests = requests_for(pictures[:1], strength=0.4, sampler="ddim")
+    (latents, _), (wanted, _) = (draw_ours(dataclasses.replace(plain, tile_vae=t), requests) for t in (True, False))
+    assert relative(latents[-1], wanted[-1]) < TOLERANCE
+
+
+def test_a_model_for_inpainting_draws_without_a_picture_as_if_all_were_masked(
+    models: dict[str, Pair], pictures: list[Path], tmp_path: Path
+) -> None:
+    ours, reference = models["sd1-9"]
+    settings: dict[str, Any] = {"steps": 3, "sampler": "ddim", "guidance_scale": 3.0, "width": SIZE, "height": SIZE}
+    latents, _ = draw_ours(ours, [GenerationRequest("a pear", "fog", seed=3, **settings)])
+    white = tmp_path / "white.png"
+    Image.new("L", (SIZE, SIZE), 255).save(white)
+    masked = GenerationRequest(
+        "a pear", "fog", seed=3, image=str(pictures[0]), mask=str(white), strength=1.0, **settings
+    )
+    theirs, _ = draw_theirs(reference, [masked])
+    assert [relative(a, b) < TOLERANCE for a, b in zip(latents, theirs, strict=True)] == [True] * 3
