@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     import torch
 
     from ldmcli.config import ModelConfig
+    from ldmcli.fitting import FittedRequest
     from ldmcli.session import Session
     from ldmcli.session.picture import Picture
     from ldmcli.session.session import Progress
-    from ldmcli.spec import FittedRequest, GenerationRequest
+    from ldmcli.spec import GenerationRequest
 
 PHASES = ("imports", "weights", "text", "denoise", "vae", "png", "rest")
 _log = logging.getLogger(__name__)

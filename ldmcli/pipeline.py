@@ -14,6 +14,7 @@ from ldmcli.conditioning.pairs import is_guided, pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import ModelConfig
 from ldmcli.errors import NotFiniteError
+from ldmcli.fitting import FittedRequest
 from ldmcli.networks.inputs import Conditioning, joined
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.tiling import decode_tiled, encode_tiled
@@ -25,7 +26,6 @@ from ldmcli.sampling.inpainting import Kept, noised
 from ldmcli.sampling.noise import SeededNoise, to_device
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
-from ldmcli.spec import FittedRequest
 from ldmcli.speed.cpu.heap import give_back_free_memory
 from ldmcli.speed.cuda.graph import Graphs, recorded
 from ldmcli.speed.offload import Stage

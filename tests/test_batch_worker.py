@@ -21,10 +21,10 @@ from ldmcli.batch.dispatch import Batch, Feed, Stop
 from ldmcli.batch.items import Item, Outcome
 from ldmcli.batch.worker import Worker
 from ldmcli.errors import LdmError, StorageError
+from ldmcli.fitting import FittedRequest
 from ldmcli.images.metadata import read_record
 from ldmcli.pipeline import Pipeline
 from ldmcli.session.drawing import DeviceLostError
-from ldmcli.spec import FittedRequest
 
 
 def opened(folder: Path, **fields: Any) -> "contextlib.closing[Worker]":

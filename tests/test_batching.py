@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.errors import UsageError
+from ldmcli.fitting import fit_to_model
 from ldmcli.pipeline import Pipeline, rounded
 from ldmcli.sampling.schedule import Schedule
-from ldmcli.spec import GenerationRequest, fit_to_model
+from ldmcli.spec import GenerationRequest
 
 # Kernels may sum in another order for another batch size; that is all an image's neighbours can change.
 LATENTS_TOLERANCE = 1e-5

@@ -15,7 +15,8 @@ from ldmcli.checkpoints.source import open_model
 from ldmcli.config import Defaults
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.errors import BadDataError
-from ldmcli.spec import MAX_GUIDANCE, MAX_STEPS, GenerationRequest, fit_to_model
+from ldmcli.fitting import fit_to_model
+from ldmcli.spec import MAX_GUIDANCE, MAX_STEPS, GenerationRequest
 
 pytestmark = pytest.mark.timeout(300)
 OWN = {"guidance_scale": 3, "num_inference_steps": 2, "sampler": "euler"}

@@ -14,9 +14,10 @@ from cli_support import tiny_model
 from conftest import open_session
 
 from ldmcli.cli import run
+from ldmcli.fitting import FittedRequest
 from ldmcli.pipeline import Drawn, Pipeline
 from ldmcli.session.picture import Arrival
-from ldmcli.spec import FittedRequest, GenerationRequest
+from ldmcli.spec import GenerationRequest
 from ldmcli.stopwatch import Stopwatch
 
 

@@ -108,11 +108,8 @@ class Job:
         if self._pictures and self._digest:
             known |= self._pictures_known(len(self._pictures))
         settings = {name: value for name, value in spec.common.to_dict().items() if name not in ("prompt", "seed")}
-        del settings["loras"], settings["embeddings"]
-        if spec.common.loras:  # earlier versions had none; a file that was moved is the same file
+        if spec.common.loras:  # a file that was moved is the same file
             settings["loras"] = [lora.what for lora in spec.common.loras]
-        if spec.common.embeddings:
-            settings["embeddings"] = spec.common.embeddings
         usual = vars(GenerationRequest(""))
         settings |= {name: v for name, v in vars(spec.common).items() if name in IMAGE_FIELDS and v != usual[name]}
         # Beside the request, all that may change a file.

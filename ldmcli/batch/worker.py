@@ -10,9 +10,9 @@ from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, printable
+from ldmcli.fitting import FittedRequest
 from ldmcli.session import Session
 from ldmcli.session.picture import Picture
-from ldmcli.spec import FittedRequest
 
 _WRITERS = 4  # threads that encode and write; each waits for the disk most of the time
 

@@ -36,8 +36,9 @@ from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import MissingInputError, UsageError, printable
+from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
-from ldmcli.spec import ALPHA, IMAGE_FIELDS, MAX_SEED, PICTURES, FittedRequest, GenerationRequest, RuntimeSpec
+from ldmcli.spec import ALPHA, IMAGE_FIELDS, MAX_SEED, PICTURES, GenerationRequest, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age
 
@@ -248,7 +249,7 @@ def _take_over(context: click.Context, options: dict[str, Any], record: dict[str
     found["model"] = record["model"]["path"] or None
     if "upscaled" in record and not found["upscaler"]:
         _log.info("the picture was made larger after it was drawn (%s); it is drawn as it was", record["upscaled"])
-    found["embeddings"] = ()
+    found |= {"loras": request.get("loras", ()), "embeddings": ()}
     options.update({name: value for name, value in found.items() if not given(name)})
     options["embeddings"] += tuple(_embeddings_again(options, record, context.params["prompts"]))
     options["model_given"] = given("model")

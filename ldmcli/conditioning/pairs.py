@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ldmcli.conditioning.prompts import EncodedPrompt, PromptEncoder
 from ldmcli.config import ModelConfig, UNetConfig
+from ldmcli.fitting import FittedRequest
 from ldmcli.networks.inputs import Conditioning
 from ldmcli.networks.layers import sinusoids
-from ldmcli.spec import FittedRequest
 
 # The aesthetic scores that condition SDXL's refiner, for prompts and for negative prompts: its authors' numbers.
 _AESTHETIC, _NEGATIVE_AESTHETIC = 6.0, 2.5

@@ -12,8 +12,8 @@ from ldmcli.conditioning.chunks import Chunk, TokenizedPrompt, tokenize
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words, occurring
 from ldmcli.errors import LdmError
+from ldmcli.fitting import FittedRequest
 from ldmcli.networks.clip import TextTransformer
-from ldmcli.spec import FittedRequest
 
 _MAX_BYTES = 128 << 20  # a prompt takes 0.2 to 0.6 MB, more where it is read in chunks
 

@@ -6,8 +6,9 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from ldmcli.errors import BadDataError
+from ldmcli.fitting import FittedRequest
 from ldmcli.images.pixels import Facts, facts_of, grey_of, on_white, read_picture
-from ldmcli.spec import ALPHA, PICTURES, FittedRequest, GenerationRequest
+from ldmcli.spec import ALPHA, PICTURES, GenerationRequest
 
 _FILLS = (256, 64, 16, 4, 2, 0)  # radii of the blurs that grow colours into what is masked, as AUTOMATIC1111 has them
 Box = tuple[int, int, int, int]  # left, top, right, bottom

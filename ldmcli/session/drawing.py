@@ -15,10 +15,11 @@ from torch import Tensor
 from ldmcli.conditioning.pairs import context_chunks
 from ldmcli.config import ModelConfig
 from ldmcli.errors import LdmError, NotFiniteError, TryAgainError, printable
+from ldmcli.fitting import FittedRequest
 from ldmcli.pipeline import Drawn, Pipeline
 from ldmcli.session.picture import Arrival, Picture
 from ldmcli.session.session import Progress
-from ldmcli.spec import FittedRequest, LoRA, RuntimeSpec
+from ldmcli.spec import LoRA, RuntimeSpec
 from ldmcli.speed.cpu.threads import choose_threads
 from ldmcli.speed.memory import is_out_of_memory
 from ldmcli.speed.policy import computing

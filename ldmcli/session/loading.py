@@ -16,12 +16,12 @@ from ldmcli.conditioning.pairs import pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import LdmError
+from ldmcli.fitting import FittedRequest
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.pipeline import DiffusionModel, Pipeline
 from ldmcli.session.opened import Opened
-from ldmcli.spec import FittedRequest
 from ldmcli.speed.compiled import compiled
 from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
 from ldmcli.speed.offload import Stage

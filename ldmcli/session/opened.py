@@ -18,8 +18,9 @@ from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
+from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hub.listing import find_adapter, find_model
-from ldmcli.spec import PICTURES, REFINER_START, FittedRequest, GenerationRequest, LoRA, ModelSpec, fit_to_model
+from ldmcli.spec import PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory
 
 if TYPE_CHECKING:

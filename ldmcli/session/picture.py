@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ldmcli.spec import FittedRequest
+from ldmcli.fitting import FittedRequest
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 from ldmcli.config import UNDECIDED, ModelConfig
 from ldmcli.disk.hashes import user_hashes
 from ldmcli.errors import LdmError
+from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
 from ldmcli.session.opened import Opened, open_spec, shareable
-from ldmcli.spec import FittedRequest, GenerationRequest, LoRA, ModelSpec, RuntimeSpec
+from ldmcli.spec import GenerationRequest, LoRA, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.pipeline import Pipeline
 from ldmcli.sampling.registry import SAMPLERS
-from ldmcli.spec import REFINER_START, FittedRequest, GenerationRequest, fit_to_model
+from ldmcli.spec import REFINER_START, GenerationRequest
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),

@@ -1,0 +1,144 @@
+"""Requests fitted to a model: what they leave open is filled in, what the model cannot draw is refused."""
+
+import dataclasses
+import math
+from typing import Any
+
+from ldmcli.config import ModelConfig
+from ldmcli.errors import UsageError
+from ldmcli.sampling.catalogue import check_fit, sampler_named
+from ldmcli.spec import PICTURES, STRENGTH, GenerationRequest, LoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedRequest:
+    """A request fitted to a model by `fit_to_model`: every field has a value, in the words of GenerationRequest.
+
+    `schedule` is the spacing of the steps that is used, `guidance_interval` (0, inf) where all steps are guided,
+    `refiner_start` 1 where no refiner takes over. `loras` are all that are merged, those that the prompt names too,
+    and `prompt` is without them. `recorded` is what pictures and manifests keep: the request with the model's own size,
+    sampler, steps and guidance, where its LoRAs were found, and nothing else filled in. `inputs` are the
+    SHA-256 of the pictures that it names, by field.
+    """
+
+    recorded: GenerationRequest
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    sampler: str
+    eta: float
+    schedule: str
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
+    clip_skip: int
+    prompt_syntax: str
+    on_long_prompt: str
+    original_width: int
+    original_height: int
+    crop_left: int
+    crop_top: int
+    refiner_start: float
+    loras: tuple[LoRA, ...]
+    embeddings: tuple[str, ...]
+    image: str | bytes | None
+    strength: float
+    resize: str
+    mask: str | bytes | None
+    invert_mask: bool
+    mask_blur: float
+    masked_content: str
+    inpaint_area: str
+    mask_padding: int
+    paste_back: bool
+    inputs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What pictures that are drawn together must agree in: all but prompts, seed and pictures."""
+        own = ("recorded", "prompt", "negative_prompt", "seed", "inputs", *PICTURES)
+        given = (self.image is None, self.mask is None)
+        return (*given, *(value for name, value in vars(self).items() if name not in own))
+
+    @property
+    def steps_taken(self) -> int:
+        """How many of the steps are taken: the last ones, which begin at the noise that `strength` asks for."""
+        return int(self.steps * self.strength)
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether the picture bears on the result; with strength 1 and without a mask it does not."""
+        return self.image is not None and (self.strength < 1 or self.mask is not None)
+
+    def with_seed(self, seed: int) -> "FittedRequest":
+        """The same picture of another seed."""
+        return dataclasses.replace(self, seed=seed, recorded=dataclasses.replace(self.recorded, seed=seed))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is recorded of it, as plain JSON values."""
+        return self.recorded.to_dict()
+
+
+def fit_to_model(
+    request: GenerationRequest, config: ModelConfig, picture: tuple[int, int] | None = None
+) -> FittedRequest:
+    """The request with the model's own in place of what it leaves open; `picture` is the width and height of its image.
+    Raises UsageError where the model cannot draw it: a size that is no whole number of latents, or more steps than its
+    schedule has."""
+    multiple = config.size_multiple
+    usual = (config.default_size, config.default_size)
+    if picture and request.inpaint_area == "whole":
+        usual = max(1, picture[0] // multiple) * multiple, max(1, picture[1] // multiple) * multiple
+    width = usual[0] if request.width is None else request.width
+    height = usual[1] if request.height is None else request.height
+    if width % multiple or height % multiple:
+        nearest = "×".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
+        raise UsageError(
+            f"size {width}×{height} does not fit the model, whose sides are multiples of {multiple}; the nearest is "
+            f"{nearest}."
+        )
+    defaults = config.defaults
+    own: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "sampler": defaults.sampler if request.sampler is None else request.sampler,
+        "steps": defaults.steps if request.steps is None else request.steps,
+        "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        "strength": _strength(request, request.steps or defaults.steps),
+    }
+    recorded = dataclasses.replace(request, **own)
+    sampler = sampler_named(own["sampler"])
+    check_fit(sampler, config.schedule, own["steps"], request.schedule)
+    shallowest = min(text.layers - text.skipped_layers for text in config.text_encoders)
+    if request.clip_skip > shallowest:
+        raise UsageError(
+            f"clip_skip {request.clip_skip} does not fit the model, whose text encoder has {shallowest} layers for it."
+        )
+    filled = own | {
+        "schedule": sampler.spacing(config.schedule, request.schedule),
+        "guidance_interval": request.guidance_interval or (0.0, math.inf),
+        "original_width": request.original_width or width,
+        "original_height": request.original_height or height,
+        "refiner_start": 1.0 if request.refiner_start is None else request.refiner_start,
+        "strength": 1.0 if own["strength"] is None else own["strength"],
+    }
+    return FittedRequest(recorded=recorded, **(vars(recorded) | filled))
+
+
+def _strength(request: GenerationRequest, steps: int) -> float | None:
+    """The strength of a request with an image. Raises UsageError where there is none to apply it to, or no step."""
+    if request.image is None:
+        for name in ("strength", "mask"):
+            if getattr(request, name) is not None:
+                raise UsageError(f"{name} is for a request with an image; give one, or leave it out.")
+        return None
+    strength = STRENGTH if request.strength is None else request.strength
+    if 0 < strength * steps < 1:
+        raise UsageError(
+            f"strength {strength:g} of {steps} steps is less than one step; use {math.ceil(1000 / steps) / 1000:g} or "
+            "more, or 0 for the picture as the autoencoder gives it back."
+        )
+    return strength
