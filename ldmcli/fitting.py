@@ -4,10 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
+from ldmcli import hires
 from ldmcli.config import ModelConfig
 from ldmcli.errors import UsageError
 from ldmcli.sampling.catalogue import check_fit, sampler_named
-from ldmcli.spec import PICTURES, STRENGTH, GenerationRequest, LoRA
+from ldmcli.spec import HIRES_FIELDS, PICTURES, STRENGTH, GenerationRequest, LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +18,9 @@ class FittedRequest:
     `schedule` is the spacing of the steps that is used, `guidance_interval` (0, inf) where all steps are guided,
     `refiner_start` 1 where no refiner takes over. `loras` are all that are merged, those that the prompt names too,
     and `prompt` is without them. `recorded` is what pictures and manifests keep: the request with the model's own size,
-    sampler, steps and guidance, where its LoRAs were found, and nothing else filled in. `inputs` are the
-    SHA-256 of the pictures that it names, by field.
+    sampler, steps and guidance, where its LoRAs were found, and nothing else filled in. `steps_taken`
+    is how many of the steps are taken: the last ones, which begin at the noise that `strength` asks for. `inputs` are
+    the SHA-256 of the pictures, and of the upscaler, that it names, by field.
     """
 
     recorded: GenerationRequest
@@ -54,6 +56,11 @@ class FittedRequest:
     inpaint_area: str
     mask_padding: int
     paste_back: bool
+    hires: str | None
+    hires_strength: float
+    hires_steps: int
+    hires_upscaler: str
+    steps_taken: int
     inputs: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -64,14 +71,40 @@ class FittedRequest:
         return (*given, *(value for name, value in vars(self).items() if name not in own))
 
     @property
-    def steps_taken(self) -> int:
-        """How many of the steps are taken: the last ones, which begin at the noise that `strength` asks for."""
-        return int(self.steps * self.strength)
-
-    @property
     def reads_image(self) -> bool:
         """Whether the picture bears on the result; with strength 1 and without a mask it does not."""
         return self.image is not None and (self.strength < 1 or self.mask is not None)
+
+    @property
+    def passes(self) -> "tuple[FittedRequest, ...]":
+        """The request itself; or, where `hires` is asked for, what is drawn at first, of which a refiner sees nothing,
+        and what is drawn of that in its final size."""
+        if self.hires is None:
+            return (self,)
+        width, height = self.final_size
+        second: dict[str, Any] = {
+            "width": width,
+            "height": height,
+            "original_width": self.recorded.original_width or width,
+            "original_height": self.recorded.original_height or height,
+            "steps": hires.run_in_full(self.hires_steps, self.hires_strength),
+            "steps_taken": self.hires_steps if self.hires_strength else 0,
+            "image": None,
+            "strength": self.hires_strength,
+            "masked_content": "original",
+            "hires": None,
+        }
+        return dataclasses.replace(self, refiner_start=1.0, hires=None), dataclasses.replace(self, **second)
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of what is drawn in the end."""
+        return hires.hires_size(self.hires, self.width, self.height) if self.hires else (self.width, self.height)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the autoencoder reads pictures for it, be they its own."""
+        return self.reads_image or (self.hires is not None and self.hires_upscaler != hires.LATENT)
 
     def with_seed(self, seed: int) -> "FittedRequest":
         """The same picture of another seed."""
@@ -94,12 +127,7 @@ def fit_to_model(
         usual = max(1, picture[0] // multiple) * multiple, max(1, picture[1] // multiple) * multiple
     width = usual[0] if request.width is None else request.width
     height = usual[1] if request.height is None else request.height
-    if width % multiple or height % multiple:
-        nearest = "×".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
-        raise UsageError(
-            f"size {width}×{height} does not fit the model, whose sides are multiples of {multiple}; the nearest is "
-            f"{nearest}."
-        )
+    _check_size("size", width, height, multiple)
     defaults = config.defaults
     own: dict[str, Any] = {
         "width": width,
@@ -109,23 +137,61 @@ def fit_to_model(
         "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         "strength": _strength(request, request.steps or defaults.steps),
     }
+    own |= _second_pass(request, own["steps"])
     recorded = dataclasses.replace(request, **own)
     sampler = sampler_named(own["sampler"])
     check_fit(sampler, config.schedule, own["steps"], request.schedule)
+    if request.hires:
+        _check_size(f"hires {request.hires}: size", *hires.hires_size(request.hires, width, height), multiple)
+        in_full = hires.run_in_full(own["hires_steps"], own["hires_strength"])
+        try:
+            check_fit(sampler, config.schedule, in_full, request.schedule)
+        except UsageError as error:
+            given = f"{own['hires_steps']} steps of strength {own['hires_strength']:g}"
+            raise UsageError(f"the second pass, {given}, is the end of {in_full} steps, and {error}") from None
     shallowest = min(text.layers - text.skipped_layers for text in config.text_encoders)
     if request.clip_skip > shallowest:
         raise UsageError(
             f"clip_skip {request.clip_skip} does not fit the model, whose text encoder has {shallowest} layers for it."
         )
+    strength = 1.0 if own["strength"] is None else own["strength"]
     filled = own | {
         "schedule": sampler.spacing(config.schedule, request.schedule),
         "guidance_interval": request.guidance_interval or (0.0, math.inf),
         "original_width": request.original_width or width,
         "original_height": request.original_height or height,
         "refiner_start": 1.0 if request.refiner_start is None else request.refiner_start,
-        "strength": 1.0 if own["strength"] is None else own["strength"],
+        "strength": strength,
+        "steps_taken": int(own["steps"] * strength),
+        "hires_strength": own.get("hires_strength", 0.0),
+        "hires_steps": own.get("hires_steps", 0),
+        "hires_upscaler": own.get("hires_upscaler", ""),
     }
     return FittedRequest(recorded=recorded, **(vars(recorded) | filled))
+
+
+def _check_size(what: str, width: int, height: int, multiple: int) -> None:
+    if width % multiple or height % multiple:
+        nearest = "×".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
+        raise UsageError(
+            f"{what} {width}×{height} does not fit the model, whose sides are multiples of {multiple}; the nearest is "
+            f"{nearest}."
+        )
+
+
+def _second_pass(request: GenerationRequest, steps: int) -> dict[str, Any]:
+    """The HIRES_FIELDS that a request with a second pass leaves open. Raises UsageError where there is none to apply
+    them to, or a mask, which says what is not to be drawn anew."""
+    if request.hires is None:
+        for name in HIRES_FIELDS:
+            if getattr(request, name) is not None:
+                raise UsageError(f"{name} is for a request with hires; give that, or leave it out.")
+        return {}
+    if request.mask is not None:
+        raise UsageError("hires draws the whole picture anew, and a mask keeps parts of it; leave out one of them.")
+    usual = {"hires_strength": hires.STRENGTH, "hires_steps": steps, "hires_upscaler": hires.LATENT}
+    given = {name: getattr(request, name) for name in usual}
+    return {name: usual[name] if value is None else value for name, value in given.items()}
 
 
 def _strength(request: GenerationRequest, steps: int) -> float | None:

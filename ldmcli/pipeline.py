@@ -13,8 +13,10 @@ from torch import Tensor
 from ldmcli.conditioning.pairs import is_guided, pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import ModelConfig
+from ldmcli.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels, no_upscaler
 from ldmcli.errors import NotFiniteError
 from ldmcli.fitting import FittedRequest
+from ldmcli.hires import LATENT
 from ldmcli.networks.inputs import Conditioning, joined
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.tiling import decode_tiled, encode_tiled
@@ -22,14 +24,14 @@ from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.sampling.denoiser import Denoiser, Model, predicting
 from ldmcli.sampling.guidance import guided, in_interval, paired, with_channels, within
-from ldmcli.sampling.inpainting import Kept, noised
-from ldmcli.sampling.noise import SeededNoise, to_device
+from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
 from ldmcli.speed.cpu.heap import give_back_free_memory
 from ldmcli.speed.cuda.graph import Graphs, recorded
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
+from ldmcli.starting import Earlier, Starter, as_image, canvases_of
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -53,15 +55,6 @@ class Drawn:
     pixels: Sequence[Tensor]
     finite: Tensor
     canvases: "Sequence[Canvas]" = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Start:
-    """What sampling starts from: latents, what joins them as input channels, what of a picture is kept all along."""
-
-    latents: Tensor
-    channels: Tensor | None = None
-    kept: Kept | None = None
 
 
 @dataclasses.dataclass
@@ -162,6 +155,7 @@ class Pipeline:
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
     read_encoder: Callable[[], AutoencoderKL] | None = None
+    read_upscaler: ReadUpscaler = no_upscaler
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     stage: Stage = dataclasses.field(default_factory=Stage)
     _encoder: AutoencoderKL | None = None
@@ -190,7 +184,25 @@ class Pipeline:
     @torch.inference_mode()
     def draw(self, requests: Sequence[FittedRequest], on_step: OnStep = lambda done, latents: None) -> Drawn:
         """Ask the device for pictures of requests that agree in all but prompts, seed and pictures, and wait for none
-        of it."""
+        of it but what a second pass enlarges as pixels."""
+        canvases = canvases_of(requests)
+        first, *later = zip(*(request.passes for request in requests), strict=True)
+        latents = self._sampled(first, canvases, on_step)
+        if later:
+            second, done = later[0], first[0].steps_taken
+            enlarged = self._enlarged(latents, second[0])
+            latents = self._sampled(second, [], lambda now, them: on_step(done + now, them) if now else None, enlarged)
+        # 4. The autoencoder decodes them.
+        return dataclasses.replace(self._decoded(latents), canvases=canvases)
+
+    def _sampled(
+        self,
+        requests: Sequence[FittedRequest],
+        canvases: "Sequence[Canvas]",
+        on_step: OnStep,
+        earlier: Earlier | None = None,
+    ) -> Tensor:
+        """The latents of one pass; of one that goes on with an `earlier` pass's, those enlarged."""
         settings = requests[0]
         # 1. Where the steps sit on the noise schedule; seeds and pictures to the latents they start from.
         schedule = Schedule(self.config.schedule)
@@ -199,9 +211,9 @@ class Pipeline:
         factor, channels = self.vae.config.factor, self.vae.config.latent_channels
         shape = channels, settings.height // factor, settings.width // factor
         noise = SeededNoise([request.seed for request in requests], shape, self.runtime.device)
-        canvases = _canvases(requests) if settings.reads_image else []
         scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
-        start = self._start(settings, canvases, noise, taken, scale)
+        starter = Starter(self._encoded, self.config.unet.extra_channels > 0, self.runtime.device)
+        start = starter.start(settings, canvases, noise, taken, scale, earlier)
         latents, done = start.latents, 0
         on_step(done, latents)
         for model, part in self._stages(taken, settings):
@@ -220,58 +232,26 @@ class Pipeline:
                     if start.kept:
                         latents.copy_(start.kept.at(latents, taken[done] if done < len(taken) else None))
                     on_step(done, latents)
-        # 4. The autoencoder decodes them.
-        return dataclasses.replace(self._decoded(latents), canvases=canvases)
+        return latents
 
-    def _start(
-        self,
-        settings: FittedRequest,
-        canvases: "Sequence[Canvas]",
-        noise: SeededNoise,
-        taken: Sequence[Step],
-        scale: float,
-    ) -> _Start:
-        """What the first of the steps to be taken starts from. Each image's generator draws, as in diffusers, the noise
-        of its picture's posterior, that of the start, and that of the posterior of what is not masked, read or not."""
-        inpaints = self.config.unet.extra_channels > 0
-        if not canvases and not inpaints:
-            return _Start(noise() * scale)
-        pictures = self._pictures(canvases)
-        reads = pictures is not None and (settings.strength < 1 or not inpaints)
-        image = self._encoded(pictures, noise()) if pictures is not None and reads else None
-        fresh = noise()
-        latents = fresh * scale
-        if settings.mask is None and not inpaints:
-            assert image is not None
-            return _Start(noised(image, fresh, taken[0]) if taken else image)
-        beside = noise()
-        masks = self._masks(settings, canvases, len(fresh))
-        small = masks[:, :, :: self.vae.config.factor, :: self.vae.config.factor]
-        if image is not None and settings.strength < 1:
-            content = image
-            if settings.masked_content in ("noise", "zero"):
-                new = noise() if settings.masked_content == "noise" else torch.zeros_like(image)
-                content = (1 - small) * image + small * new
-            latents = noised(content, fresh, taken[0]) if taken else content
-        if not inpaints:
-            assert image is not None
-            return _Start(latents, kept=Kept(image, fresh, small))
-        unmasked = torch.zeros_like(masks).expand(-1, 3, -1, -1) if pictures is None else pictures * (1 - masks)
-        return _Start(latents, torch.cat([small, self._encoded(unmasked, beside)], dim=1))
+    def _enlarged(self, latents: Tensor, second: FittedRequest) -> Earlier:
+        """What a first pass drew in the size of the second, whose settings are `second`'s."""
+        if second.hires_upscaler == LATENT:
+            larger = enlarged_latents(latents, second, self.vae.config.factor)
+            return lambda noise: larger
+        images = [self._enlarged_image(one, second) for one in latents.split(1)]
+        return lambda noise: self._encoded(torch.cat(images), noise())
 
-    def _pictures(self, canvases: "Sequence[Canvas]") -> Tensor | None:
-        """The canvases' pictures (batch, 3, height, width) in -1…1, on the device."""
-        if not canvases:
-            return None
-        pixels = torch.stack([torch.tensor(canvas.pixels) for canvas in canvases]).permute(0, 3, 1, 2)
-        return to_device(pixels, self.runtime.device).to(torch.float32) / 255 * 2 - 1
-
-    def _masks(self, settings: FittedRequest, canvases: "Sequence[Canvas]", count: int) -> Tensor:
-        """What is repainted, (batch, 1, height, width), as 1; all of a picture that has no mask."""
-        if settings.mask is None:
-            return torch.ones(count, 1, settings.height, settings.width, device=self.runtime.device)
-        masks = torch.stack([torch.tensor(canvas.mask)[None] for canvas in canvases])
-        return to_device(masks.to(torch.float32), self.runtime.device)
+    def _enlarged_image(self, latents: Tensor, second: FittedRequest) -> Tensor:
+        """The image (1, 3, height, width) in -1…1 that latents (1, …) decode to, enlarged. Not finite where they are
+        not."""
+        if not latents.isfinite().all():
+            return torch.full((1, 3, second.height, second.width), torch.nan, device=latents.device)
+        with self.stopwatch.phase("vae"):
+            image = self._decode_as(latents, next(self.vae.parameters()).dtype)
+            pixels = rounded(image) if image.isfinite().all() else self.decode(latents)
+        larger = enlarged_pixels(pixels.cpu().numpy(), second, self.read_upscaler)
+        return as_image(torch.tensor(larger, device=latents.device)[None])
 
     def _encoded(self, pictures: Tensor, noise: Tensor) -> Tensor:
         """The latents of pictures (batch, 3, height, width) in -1…1 that `noise` stands for in their posteriors."""
@@ -375,12 +355,6 @@ class Pipeline:
         for model in self.models:
             model.runtime = runtime
             model.unet.to(runtime.dtype)
-
-
-def _canvases(requests: Sequence[FittedRequest]) -> "list[Canvas]":
-    from ldmcli.images.canvas import canvas_of
-
-    return [canvas_of(request) for request in requests]
 
 
 def _as_it_is(prepared: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import check_spacing, sampler_named
 
 MAX_SEED = 2**64 - 1
@@ -33,6 +34,7 @@ IMAGE_FIELDS = (
     *PICTURES, "strength", "resize", "invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding",
     "paste_back",
 )  # fmt: skip
+HIRES_FIELDS = ("hires", "hires_strength", "hires_steps", "hires_upscaler")
 STRENGTH = 0.75  # how much of a given picture is drawn anew unless asked
 RESIZES = ("stretch", "crop", "fill")
 MASKED_CONTENTS = ("original", "fill", "noise", "zero")
@@ -117,6 +119,9 @@ class GenerationRequest:
     `masked_content` is what repainting starts from. `inpaint_area` "masked" draws the mask's surroundings,
     `mask_padding` pixels of them, at the full size. `paste_back` leaves all else of the picture as it was.
 
+    `hires`, a scale or WIDTHxHEIGHT, enlarges what is drawn and draws `hires_strength` of it anew, in `hires_steps`.
+    `hires_upscaler` is "latent", "lanczos", "embedded" or an upscaler's file.
+
     Raises UsageError when a field is out of range, naming field, value and range.
     """
 
@@ -152,6 +157,10 @@ class GenerationRequest:
     inpaint_area: str = "whole"
     mask_padding: int = 32
     paste_back: bool = True
+    hires: str | None = None
+    hires_strength: float | None = None
+    hires_steps: int | None = None
+    hires_upscaler: str | None = None
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -181,6 +190,7 @@ class GenerationRequest:
             object.__setattr__(self, "embeddings", _names("embeddings", self.embeddings, MAX_EMBEDDINGS))
         self._check_sampler()
         self._check_inputs()
+        self._check_hires()
 
     def _check_sampler(self) -> None:
         if self.sampler is None:
@@ -205,11 +215,25 @@ class GenerationRequest:
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} {printable(repr(getattr(self, name)))} is neither true nor false.")
 
+    def _check_hires(self) -> None:
+        if self.hires is not None:
+            object.__setattr__(self, "hires", read_hires(self.hires))
+        if self.hires_strength is not None:
+            _check_number("hires_strength", self.hires_strength, 0.0, 1.0)
+        if self.hires_steps is not None:
+            _check_whole("hires_steps", self.hires_steps, 1, MAX_STEPS)
+        if self.hires_upscaler is not None:
+            _check_text("hires_upscaler", self.hires_upscaler, MAX_NAME_BYTES)
+            if not self.hires_upscaler:
+                raise UsageError(f"hires_upscaler is empty; choose from {', '.join(UPSCALERS)}, or name a file.")
+            object.__setattr__(self, "hires_upscaler", read_upscaler(self.hires_upscaler))
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, those about pictures where there is one, LoRAs and embeddings where there
-        are any; - stands for a picture that was given as bytes."""
+        """The fields as plain JSON values, those about pictures where there is one, those about a second pass where
+        one is asked for, LoRAs and embeddings where there are any; - stands for a picture that was given as bytes."""
         given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
-        left_out = () if self.image is not None else IMAGE_FIELDS
+        parts = ((self.image, IMAGE_FIELDS), (self.hires, HIRES_FIELDS))
+        left_out = [name for part, names in parts if part is None for name in names]
         said = {name: value for name, value in vars(self).items() if name not in left_out}
         lists = {"loras": [dataclasses.asdict(lora) for lora in self.loras], "embeddings": list(self.embeddings)}
         return {name: value for name, value in (said | given | lists).items() if value or name not in lists}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.errors import UsageError, printable
+from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
 from ldmcli.spec import ALPHA, MAX_PROMPT_BYTES, MAX_SEED, PICTURES, GenerationRequest, read_loras
 
@@ -45,13 +46,16 @@ _SYNONYMS = {
     "invert_mask": "mask_invert inpainting_mask_invert",
     "masked_content": "inpainting_fill",
     "mask_padding": "inpaint_full_res_padding padding_mask_crop",
+    "hires": "hires_upscale hires_resize hr_scale",
+    "hires_steps": "hr_second_pass_steps",
+    "hires_upscaler": "hr_upscaler",
     "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
     SIZE: "resolution image_size",
 }
 # Options elsewhere that a row has none of; a column of the name is probably meant as one.
 _OPTIONS = (
     " scale model checkpoint vae refiner controlnet "
-    "batchsize device dtype precision hiresupscale hiressteps facerestoration restorefaces tiling subseed "
+    "batchsize device dtype precision facerestoration restorefaces tiling subseed "
     "variationseed styles clipstopatlastlayers "
 )
 _TYPES = {field.name: field.type for field in dataclasses.fields(GenerationRequest)} | {"count": int}
@@ -133,6 +137,11 @@ def normal(name: str, value: Any) -> Any:
         return value.lower()
     if name == "guidance_interval" and isinstance(value, list) and all(type(one) in (int, float) for one in value):
         return tuple(value)
+    if name == "hires_upscaler":
+        return read_upscaler(value)
+    if name == "hires":
+        with contextlib.suppress(UsageError):
+            return read_hires(value)
     if name == "embeddings" and isinstance(value, list) and all(type(one) is str for one in value):
         return tuple(value)
     if name == "loras":
@@ -181,8 +190,9 @@ def _sides(value: Any) -> tuple[int, ...]:
 
 
 def located(name: str, value: Any, folder: Path) -> Any:
-    """The value of a row's field; the path of a picture as one in the folder of the prompt file."""
-    if name in PICTURES and isinstance(value, str) and value not in ("", ALPHA) and "\0" not in value:
+    """The value of a row's field; the path of a picture or an upscaler as one in the folder of the prompt file."""
+    words = {"hires_upscaler": UPSCALERS, **dict.fromkeys(PICTURES, (ALPHA,))}
+    if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)
     return value
 

@@ -21,7 +21,7 @@ from ldmcli.conditioning.lora_tags import split_tags
 from ldmcli.errors import printable
 from ldmcli.images.formats import Encoding
 from ldmcli.session import Session
-from ldmcli.spec import IMAGE_FIELDS, GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.spec import HIRES_FIELDS, IMAGE_FIELDS, GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.startup import quicken
 
 _log = logging.getLogger(__name__)
@@ -111,7 +111,8 @@ class Job:
         if spec.common.loras:  # a file that was moved is the same file
             settings["loras"] = [lora.what for lora in spec.common.loras]
         usual = vars(GenerationRequest(""))
-        settings |= {name: v for name, v in vars(spec.common).items() if name in IMAGE_FIELDS and v != usual[name]}
+        for name in (*IMAGE_FIELDS, *HIRES_FIELDS):
+            settings |= {name: value} if (value := getattr(spec.common, name)) != usual[name] else {}
         # Beside the request, all that may change a file.
         settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
         settings |= {"dtype": spec.runtime.dtype, "attention": spec.runtime.attention, "no_metadata": not spec.metadata}
@@ -144,7 +145,7 @@ class Job:
     def _fit(self, request: GenerationRequest) -> GenerationRequest:
         fitted = self.session.fit(request)
         self._pictures |= {str(getattr(request, name)): sha256 for name, sha256 in fitted.inputs}
-        self.spec.encoding.check_size(fitted.width, fitted.height)
+        self.spec.encoding.check_size(*fitted.final_size)
         if fitted.guidance_scale < 1:
             self._remark("unread", UNREAD_PROMPT)
         return fitted.recorded

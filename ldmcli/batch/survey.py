@@ -14,6 +14,7 @@ from ldmcli.batch.reading import RawRow
 from ldmcli.batch.scratch import IdIndex
 from ldmcli.batch.settings import Fit, Grid, Settings, Variants, checked_grid
 from ldmcli.errors import LdmError, printable
+from ldmcli.hires import hires_size
 from ldmcli.spec import MAX_SEED, GenerationRequest
 
 MAX_COUNT = 1_000_000
@@ -24,7 +25,8 @@ _FIELDS = frozenset(REQUEST_FIELDS)
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What an input comes to: `rows` counts the bad ones too, `pixel_steps` is the sum of width × height × steps."""
+    """What an input comes to: `rows` counts the bad ones too, `pixel_steps` is the sum of width × height × steps of
+    all passes."""
 
     rows: int
     images: int
@@ -47,7 +49,10 @@ def survey(found: Iterable[Item | BadRow], limit: int) -> Survey:
         else:
             images += 1
             request = one.request
-            pixel_steps += (request.width or 0) * (request.height or 0) * (request.steps or 0)
+            width, height = request.width or 0, request.height or 0
+            pixel_steps += width * height * (request.steps or 0)
+            if request.hires is not None:
+                pixel_steps += math.prod(hires_size(request.hires, width, height)) * (request.hires_steps or 0)
     return Survey(rows, images, bad_rows, first_bad, pixel_steps)
 
 

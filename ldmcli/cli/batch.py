@@ -17,6 +17,7 @@ import click
 
 from ldmcli.cli.options import (
     file_options,
+    hires_options,
     image_options,
     json_option,
     model_options,
@@ -111,6 +112,7 @@ class _RowFormat(click.Choice[str]):
 @option("--no-metadata", is_flag=True, help="Write no prompt and settings into the pictures.")
 @model_options
 @request_options
+@hires_options
 @image_options
 @runtime_options
 @json_option("Report each picture as a JSON line as soon as it is there.")

@@ -11,9 +11,11 @@ import click
 
 from ldmcli.cli.terminal import LogHandler
 from ldmcli.errors import UsageError, printable
+from ldmcli.hires import STRENGTH as HIRES_STRENGTH
 from ldmcli.images.formats import FORMATS, QUALITY
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
 from ldmcli.spec import (
+    HIRES_FIELDS,
     IMAGE_FIELDS,
     INPAINT_AREAS,
     KERNELS,
@@ -178,9 +180,21 @@ _IMAGE = (
 )  # fmt: skip
 
 
+# A second, larger pass, where a command draws: fields of a GenerationRequest too.
+_HIRES = (
+    option("--hires", metavar="SCALE|WxH",
+           help="Enlarge what is drawn, and draw it again in that size: 2 times, or 1024x768."),
+    option("--hires-strength", type=float, help=f"How much of it is drawn anew.  [default: {HIRES_STRENGTH}]"),
+    option("--hires-steps", type=int, help="Steps of this second pass.  [default: as many as of the first]"),
+    option("--hires-upscaler", metavar="latent|lanczos|embedded|FILE",
+           help="What enlarges: interpolation of the latents, which stay blurred below a strength of 0.5; of the "
+           "picture; or a network, as `ldm upscale` takes.  [default: latent]"),
+)  # fmt: skip
+
+
 def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that the options give."""
-    settings = {name: options[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS) if name in options}
+    settings = {name: options[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS) if name in options}
     if options["refiner"] and settings["refiner_start"] is None:
         settings["refiner_start"] = REFINER_START
     return settings
@@ -282,6 +296,13 @@ def request_options(command: _Command) -> _Command:
 def image_options(command: _Command) -> _Command:
     """The options that say which picture to draw on: IMAGE_FIELDS."""
     for decorate in reversed(_IMAGE):
+        command = decorate(command)
+    return command
+
+
+def hires_options(command: _Command) -> _Command:
+    """The options that say how to draw again in a larger size: HIRES_FIELDS."""
+    for decorate in reversed(_HIRES):
         command = decorate(command)
     return command
 

@@ -4,24 +4,21 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import os
 import random
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
-from click.core import ParameterSource
 
+from ldmcli.cli.again import read_again, take_over
 from ldmcli.cli.arguments import STDIN, read_prompts
 from ldmcli.cli.options import (
-    REQUEST_OPTIONS,
-    expanded,
     file_options,
+    hires_options,
     json_option,
     model_options,
     model_spec,
@@ -35,10 +32,10 @@ from ldmcli.cli.options import (
 from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
-from ldmcli.errors import MissingInputError, UsageError, printable
+from ldmcli.errors import UsageError, printable
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
-from ldmcli.spec import ALPHA, IMAGE_FIELDS, MAX_SEED, PICTURES, GenerationRequest, RuntimeSpec
+from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age
 
@@ -49,14 +46,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _RANDOM_SEEDS = 2**32  # short enough to type again
-_RUNTIME_OPTIONS = ("device", "dtype", "attention")
-_WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler")
 _WAITING = 2  # pictures that may wait for the writer
 
 
 _DRAWING = (
     model_options,
     request_options,
+    hires_options,
     option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]"),
     option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,
            help="Pictures per prompt, with seeds SEED, SEED+1, …"),
@@ -108,9 +104,9 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     # 1. The request: from the command line, over that of a picture.
     chosen = {name: options[name] for name in ("image_format", "quality", "lossless")}
     encoding = choose_encoding(options["output"], **chosen)
-    record = _read_record(options["from_image"])
+    record = read_again(options["from_image"])
     if record:
-        _take_over(context, options, record)
+        take_over(context, options, record)
         prompts = prompts or (record["request"]["prompt"],)
     if not prompts:
         raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
@@ -228,82 +224,6 @@ class _Written:
             _log.warning("the model %s is not the one the picture was made with; it will differ", name)
 
 
-def _read_record(picture: str | None) -> dict[str, Any] | None:
-    if picture is None:
-        return None
-    from ldmcli.images.metadata import read_record
-
-    return read_record(Path(picture))
-
-
-def _take_over(context: click.Context, options: dict[str, Any], record: dict[str, Any]) -> None:
-    """Put a picture's request, model and runtime in place of every option that the command line does not give."""
-
-    def given(name: str) -> bool:
-        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-    request = record["request"]
-    found = {name: request[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, "seed") if name in request}
-    found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
-    found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
-    found["model"] = record["model"]["path"] or None
-    if "upscaled" in record and not found["upscaler"]:
-        _log.info("the picture was made larger after it was drawn (%s); it is drawn as it was", record["upscaled"])
-    found |= {"loras": request.get("loras", ()), "embeddings": ()}
-    options.update({name: value for name, value in found.items() if not given(name)})
-    options["embeddings"] += tuple(_embeddings_again(options, record, context.params["prompts"]))
-    options["model_given"] = given("model")
-    for name in PICTURES:
-        if not given(name) and name in request and options[name] is not None:
-            options[name] = _picture_again(name, options[name], record.get("inputs", {}).get(name))
-
-
-def _picture_again(name: str, path: str, sha256: str | None) -> str:
-    """Where the picture is that another was made from. Raises MissingInputError where it is not there any more."""
-    if path == ALPHA:
-        return path
-    found = str(expanded(path))
-    if path == STDIN or not os.path.exists(found):
-        where = "standard input" if path == STDIN else f"{printable(path)}, which is not there"
-        raise MissingInputError(f"the picture was made with an {name} from {where}; give that with --{name}.")
-    from ldmcli.images.pixels import facts_of
-
-    if facts_of(found).sha256 != sha256:
-        _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
-    return found
-
-
-def _embeddings_again(options: dict[str, Any], record: dict[str, Any], prompts: Sequence[str]) -> Iterator[str]:
-    """What names a picture's embeddings here, but for the words that the options give embeddings for. Raises
-    MissingInputError for one that is not here and whose word a prompt holds."""
-    recorded = record["model"].get("embeddings", ())
-    if not recorded:
-        return
-    from ldmcli.adapters.embedding_words import found_again, split_name
-    from ldmcli.conditioning.words import folded
-    from ldmcli.disk.hashes import user_hashes
-    from ldmcli.hub.fetch import parse
-
-    texts = folded("\n".join([*(prompts or (record["request"]["prompt"],)), options["negative_prompt"]]))
-    names = [split_name(name) for name in options["embeddings"]]
-    taken = {folded(Path(file).stem if word is None else word) for file, word in names}
-    sha256 = user_hashes(enabled=not options["no_cache"]).sha256
-    folder = None if options["embedding_dir"] is None else expanded(options["embedding_dir"])
-    for one in recorded:
-        word, path = one["word"], one["path"]
-        if folded(word) in taken or (STDIN not in prompts and folded(word) not in texts):
-            continue
-        file = found_again(one, folder, sha256)
-        if file is None and (parse(path) is None or expanded(path).exists()):
-            raise MissingInputError(
-                f"the picture was made with the embedding “{printable(word)}” ({printable(path)}, SHA-256 "
-                f"{printable(one['sha256'][:12])}), which is not here; give --embedding FILE:WORD or --embedding-dir."
-            )
-        if file is not None and sha256(file) != one["sha256"]:
-            _log.warning("the embedding %s is not the one the picture was made with; it will differ", printable(word))
-        yield f"{path if file in (None, expanded(path)) else file}:{word}"
-
-
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
     """The first request of each prompt. Raises UsageError before any prompt is read where an option is out of range."""
     seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
@@ -353,7 +273,7 @@ def _checked(
     def check(request: GenerationRequest) -> FittedRequest:
         nonlocal hinted
         fitted = session.fit(request)
-        encoding.check_size(fitted.width, fitted.height)
+        encoding.check_size(*fitted.final_size)
         if not hinted and fitted.prompt_syntax == "plain" and (hint := syntax_hint(fitted.prompt)):
             hinted = True
             _log.warning("%s", hint)

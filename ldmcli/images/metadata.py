@@ -13,6 +13,7 @@ from typing import Any
 
 from ldmcli import __version__
 from ldmcli.errors import BadDataError, LdmError, printable
+from ldmcli.hires import LATENT, is_scale, upscaler_title
 from ldmcli.images.exif import PARAMETERS_KEYWORD, RECORD_KEYWORD, iterate_exif_text
 from ldmcli.images.formats import format_of_file
 from ldmcli.images.png_text import iterate_text
@@ -48,6 +49,7 @@ def infotext(
     schedule = request.schedule or (schedule if request.sampler not in _OWN_SCHEDULE else None)
     # There counted from the last layer, which SDXL never reads.
     clip_skip = request.clip_skip + family.startswith("Stable Diffusion XL")
+    strength = request.hires_strength if request.strength is None else request.strength
     typed = f"{request.prompt}\n{request.negative_prompt}"
     values = {
         "Steps": str(request.steps) if request.steps else "",
@@ -58,13 +60,14 @@ def infotext(
         "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
         "Model hash": model_hash[:10],
         "Model": _quoted(model_name),
-        "Denoising strength": _number(request.strength) if request.strength is not None else "",
+        "Denoising strength": "" if strength is None else _number(strength),
         "Eta DDIM": _number(request.eta) if request.eta else "",
         "CFG Rescale": _number(request.guidance_rescale) if request.guidance_rescale else "",
         "Clip skip": str(clip_skip) if request.clip_skip > 1 else "",
         "Emphasis": "None" if request.prompt_syntax == "plain" and _EMPHASIS.search(typed) else "",
         "RNG": "CPU",
         **(_mask_values(request) if request.mask is not None else {}),
+        **(_hires_values(request) if request.hires is not None else {}),
         "Lora hashes": _quoted(", ".join(f"{lora.name}: {lora.sha256[:12]}" for lora in request.loras)),
         "TI hashes": _quoted(", ".join(f"{_bare(one['word'])}: {one['sha256'][:12]}" for one in embeddings)),
         "Version": f"ldmcli {__version__}",
@@ -88,6 +91,16 @@ def _mask_values(request: GenerationRequest) -> dict[str, str]:
     }
 
 
+def _hires_values(request: GenerationRequest) -> dict[str, str]:
+    """What A1111 says of a second pass; `Size` is the first's."""
+    assert request.hires
+    return {
+        "Hires upscale" if is_scale(request.hires) else "Hires resize": request.hires,
+        "Hires steps": str(request.hires_steps or ""),
+        "Hires upscaler": _quoted(upscaler_title(request.hires_upscaler or LATENT)),
+    }
+
+
 def text_chunks(
     request: GenerationRequest,
     model: Mapping[str, Any],
@@ -98,7 +111,7 @@ def text_chunks(
     inputs: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The text for a picture's file: `model` has name, path, sha256, embeddings; `runtime` dtype, device and such;
-    `family` and `schedule` are as for `infotext`; `inputs` are the SHA-256 of the pictures that the request names.
+    `family` and `schedule` are as for `infotext`; `inputs` are the SHA-256 of the files that the request names.
 
     The record is pure ASCII, so that every reader of such text gives it back unchanged.
     """
@@ -227,7 +240,7 @@ def _shape_problem(record: Any) -> str:
         return "whose embeddings are not a list of words, paths and hashes"
     inputs = record.get("inputs", {})
     if not isinstance(inputs, dict) or not all(isinstance(value, str) for value in inputs.values()):
-        return "whose inputs are not hashes of pictures"
+        return "whose inputs are not hashes of files"
     missing = [key for key in ("name", "path", "sha256") if key not in record["model"]]
     return f"whose model has no {missing[0]}" if missing else ""
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
 
 _log = logging.getLogger(__name__)
-_Size = tuple[int, int]
 
 
 class DeviceLostError(TryAgainError):
@@ -62,8 +61,8 @@ class Drawer:
         self.pipeline = pipeline
         self._uses = uses
         self._spec, self._lock = spec, lock
-        self._most: dict[_Size, int] = {}  # pictures at once, for sizes that ran out of memory
-        self._tiled: set[_Size] = set()  # sizes whose latents are decoded in strips
+        self._most: dict[tuple[int, int], int] = {}  # pictures at once, for sizes that ran out of memory
+        self._tiled: set[tuple[int, int]] = set()  # sizes whose latents are decoded in strips
         self._last: Arrival | None = None
 
     def draw(self, requests: Sequence[FittedRequest], on_step: Callable[[Progress], object]) -> list[Picture]:
@@ -103,7 +102,7 @@ class Drawer:
         waiting, pictures = deque([requests]), []
         while waiting:
             some = waiting.popleft()
-            most = min(self._most.get(_size(some[0]), len(some)), len(some))
+            most = min(self._most.get(some[0].final_size, len(some)), len(some))
             if len(some) > most:
                 waiting.extendleft([some[most:], some[:most]])
                 continue
@@ -112,7 +111,7 @@ class Drawer:
                 pictures += [self._picture(request, found, i) for i, request in enumerate(some)]
                 continue
             if is_out_of_memory(found):
-                self._most[_size(some[0])] = max(1, len(some) // 2)
+                self._most[some[0].final_size] = max(1, len(some) // 2)
                 _log.info("out of memory drawing %d at once; going on with fewer", len(some))
             if len(some) == 1:
                 pictures.append(self._rescued(some[0], found, on_step))
@@ -125,7 +124,7 @@ class Drawer:
         return Picture(request, self.pipeline.runtime, arrival, place, self._again)
 
     def _drawn(self, requests: Sequence[FittedRequest], on_step: Callable[[Progress], object]) -> Arrival:
-        started, steps = time.perf_counter(), requests[0].steps_taken
+        started, steps = time.perf_counter(), sum(each.steps_taken for each in requests[0].passes)
 
         def step(done: int, latents: Tensor) -> None:
             try:
@@ -140,7 +139,7 @@ class Drawer:
 
     def _tried(self, request: FittedRequest, work: Callable[[], Arrival]) -> Arrival | Exception:
         """What `work` on pictures of this size gives, or raises."""
-        self.pipeline.tile_vae = self._spec.vae_tiling or _size(request) in self._tiled
+        self.pipeline.tile_vae = self._spec.vae_tiling or request.final_size in self._tiled
         try:
             return work()
         except torch.AcceleratorError as error:
@@ -172,7 +171,7 @@ class Drawer:
     ) -> Iterator[Arrival | Exception]:
         draw = functools.partial(self._drawn, [request], on_step)
         if is_out_of_memory(failure) and not self.pipeline.tile_vae:
-            self._tiled.add(_size(request))
+            self._tiled.add(request.final_size)
             _log.info("out of memory drawing one picture; decoding its latents in strips")
             yield self._tried(request, draw)
         if is_out_of_memory(failure) and self.pipeline.stage.may_narrow:
@@ -214,10 +213,6 @@ class Drawer:
             if not image_finite:
                 raise NotFiniteError("the VAE gave numbers that are not finite; its weights may be damaged.")
             return Arrival(drawn, started, None)
-
-
-def _size(request: FittedRequest) -> _Size:
-    return request.width, request.height
 
 
 def _in_one_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from ldmcli.upscaling.upscaler import Upscaler
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ def load(
         kernels = in_background(runtime.try_kernels, "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
-        encodes = any(request.reads_image or opened.model.config.unet.extra_channels for request in first)
+        encodes = any(request.encodes or opened.model.config.unet.extra_channels for request in first)
         vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
         prompts = []
         for source, _ in reading:
@@ -72,8 +76,16 @@ def load(
             decoder = runtime.prepare(vae.result())
             stage.add(decoder)
     refiner = models[1] if opened.refiner else None
+    read_upscaler = functools.lru_cache(1)(functools.partial(_load_upscaler, opened, runtime))
     pipeline = Pipeline(
-        runtime, models[0], decoder, refiner, read_encoder=read_encoder, stopwatch=stopwatch, stage=stage
+        runtime,
+        models[0],
+        decoder,
+        refiner,
+        read_encoder=read_encoder,
+        read_upscaler=read_upscaler,
+        stopwatch=stopwatch,
+        stage=stage,
     )
     if vae_encoder:
         pipeline.take_encoder(vae_encoder.result())
@@ -139,6 +151,12 @@ def _load_encoder(opened: Opened, runtime: Runtime, stage: Stage) -> Autoencoder
     encoder = load_vae(part, stage.home, runtime.vae_dtype(part.config), decoder=False)
     assert isinstance(encoder, AutoencoderKL)
     return runtime.prepare(encoder)
+
+
+def _load_upscaler(opened: Opened, runtime: Runtime, name: str) -> "Upscaler":
+    from ldmcli.upscaling.upscaler import Upscaler
+
+    return Upscaler(opened.hires_upscaler(name), runtime)
 
 
 def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:

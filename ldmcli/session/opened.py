@@ -19,6 +19,7 @@ from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
+from ldmcli.hires import LANCZOS, LATENT
 from ldmcli.hub.listing import find_adapter, find_model
 from ldmcli.spec import PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory
@@ -42,6 +43,7 @@ class Opened:
     vae: PartSource[VAEConfig | TinyVAEConfig] | None = None
     refiner: ModelSource | None = None
     upscaler: "UpscalerFile | None" = None
+    _upscalers: "dict[str, UpscalerFile]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _library: "list[Library]" = dataclasses.field(default_factory=list, compare=False, repr=False)  # one, once needed
 
     @property
@@ -65,7 +67,7 @@ class Opened:
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
         if note := self.model.config.schedule.of(fitted.sampler).note:
             _say_once(note)
-        check_memory(self.model.config, fitted.width, fitted.height, tiled=tiled)
+        check_memory(self.model.config, *fitted.final_size, tiled=tiled)
         self.words(fitted)
         if request.embeddings:
             shareable = tuple(map(without_home, request.embeddings))
@@ -169,14 +171,27 @@ class Opened:
         return tokenize(tokenizer, text, syntax=request.prompt_syntax, chunked=chunked, words=self.words(request))
 
     def _fitted(self, request: GenerationRequest) -> FittedRequest:
-        if request.image is None:
-            return fit_to_model(request, self.model.config)
-        from ldmcli.images.canvas import input_facts
+        inputs, size = {}, None
+        if request.image is not None:
+            from ldmcli.images.canvas import input_facts
 
-        facts = input_facts(request)
-        fitted = fit_to_model(request, self.model.config, (facts["image"].width, facts["image"].height))
-        self.encoder  # noqa: B018  to know that there is one
-        return dataclasses.replace(fitted, inputs=tuple((name, each.sha256) for name, each in facts.items()))
+            facts = input_facts(request)
+            inputs, size = (
+                {name: each.sha256 for name, each in facts.items()},
+                (facts["image"].width, facts["image"].height),
+            )
+        fitted = fit_to_model(request, self.model.config, size)
+        if fitted.hires and fitted.hires_upscaler not in (LATENT, LANCZOS):
+            inputs["hires_upscaler"] = self.hires_upscaler(fitted.hires_upscaler).sha256
+        if request.image is not None or fitted.encodes:
+            self.encoder  # noqa: B018  to know that there is one
+        return dataclasses.replace(fitted, inputs=tuple(inputs.items()))
+
+    def hires_upscaler(self, name: str) -> "UpscalerFile":
+        """The network that second passes name. Raises as `open_upscaler` does."""
+        if name not in self._upscalers:
+            self._upscalers[name] = _opened_upscaler(name, self.spec)
+        return self._upscalers[name]
 
     @property
     def encoder(self) -> PartSource[Any]:
@@ -235,15 +250,13 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
     if spec.refiner:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    return Opened(spec, model, vae, refiner, _opened_upscaler(spec))
+    return Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None)
 
 
-def _opened_upscaler(spec: ModelSpec) -> "UpscalerFile | None":
-    if not spec.upscaler:
-        return None
+def _opened_upscaler(name: str, spec: ModelSpec) -> "UpscalerFile":
     from ldmcli.upscaling.upscaler import open_upscaler
 
-    return open_upscaler(spec.upscaler, allow_pickle=spec.allow_pickle)
+    return open_upscaler(name, allow_pickle=spec.allow_pickle)
 
 
 @functools.cache
@@ -269,6 +282,6 @@ def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
 
 def shareable(request: GenerationRequest) -> GenerationRequest:
     """The request as it may stand in a picture that is given away."""
-    paths = {name: getattr(request, name) for name in PICTURES}
+    paths = {name: getattr(request, name) for name in (*PICTURES, "hires_upscaler")}
     shown: dict[str, Any] = {name: without_home(path) for name, path in paths.items() if isinstance(path, str)}
     return dataclasses.replace(request, **shown) if shown else request

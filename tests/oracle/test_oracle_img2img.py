@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import load
 from graph_support import FakeRecorder, load_plainly, recording
-from oracle.comparing import diffusers_scheduler, fitted, pixels_apart, relative
+from oracle.comparing import diffusers_scheduler, draw_with_diffusers, fitted, pixels_apart, relative
 from oracle.family_models import FamilyModels
 from oracle.original_layout import original_state, write
 from oracle.random_families import RECIPES, random_family
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldmcli.pipeline import Pipeline
-from ldmcli.spec import GenerationRequest
+from ldmcli.spec import HIRES_FIELDS, GenerationRequest
 
 TOLERANCE = 1e-4
 SIZE = 96
@@ -91,8 +91,11 @@ def requests_for(pictures: Sequence[Path], **settings: Any) -> list[GenerationRe
     ]
 
 
-def draw_theirs(reference: Any, requests: Sequence[GenerationRequest]) -> tuple[list[Tensor], np.ndarray]:
-    """diffusers' latents after each step, scaled as ours, and its pictures."""
+def draw_theirs(
+    reference: Any, requests: Sequence[GenerationRequest], given: Any = None
+) -> tuple[list[Tensor], np.ndarray]:
+    """diffusers' latents after each step, scaled as ours, and its pictures. `given`: latents or pictures to draw on, in
+    place of those that the requests name."""
     import diffusers
 
     settings = requests[0]
@@ -115,7 +118,8 @@ def draw_theirs(reference: Any, requests: Sequence[GenerationRequest]) -> tuple[
         latents.append(tensors["latents"].clone())
         return tensors
 
-    given = [Image.open(str(request.image)).convert("RGB") for request in requests]
+    if given is None:
+        given = [Image.open(str(request.image)).convert("RGB") for request in requests]
     masks = {"mask_image": [Image.open(str(request.mask)) for request in requests]} if settings.mask else {}
     with mock.patch.object(other, "check_inputs"):
         images = other(
@@ -222,6 +226,91 @@ def test_a_refiner_takes_the_last_steps_of_a_drawing_on_a_picture(
     alone, _ = draw_ours(family_models.ours("sdxl"), [dataclasses.replace(r, refiner_start=None) for r in requests])
     same = [relative(a, b) < TOLERANCE for a, b in zip(latents, alone, strict=True)]
     assert same == [True, True, False, False]
+
+
+def second_passes(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    """What diffusers is to do for the second pass: the last `hires_steps` of so many that they begin at the strength."""
+    first = requests[0]
+    assert first.hires_steps
+    assert first.hires_strength
+    steps = int(first.hires_steps / first.hires_strength)
+    settings = {"hires": None, "hires_strength": None, "hires_steps": None, "hires_upscaler": None}
+    strength = (first.hires_steps + 0.5) / steps
+    return [dataclasses.replace(r, steps=steps, strength=strength, image="-", **settings) for r in requests]
+
+
+def larger_requests(count: int = 1, **settings: Any) -> list[GenerationRequest]:
+    common: dict[str, Any] = {"steps": 3, "guidance_scale": 3.0, "width": SIZE, "height": SIZE, "hires": "1.5"}
+    common |= {"hires_strength": 0.6, "hires_steps": 4}
+    prompts = ["a red apple", "", "a whale"][:count]
+    return [GenerationRequest(prompt, "fog", seed=5 + i, **common | settings) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "eta", "count"),
+    [
+        *[("sd1", sampler, eta, 2) for sampler, eta in SAMPLERS],
+        *[("sd1", sampler, 0.0, 1) for sampler in ("euler", "heun", "dpmpp-2m-sde", "unipc")],
+        ("sd2-v", "ddim", 1.0, 1),
+        ("sdxl", "euler-a", 0.0, 2),
+        ("sdxl", "ddim", 0.0, 1),
+    ],
+)
+def test_a_second_pass_on_enlarged_latents(
+    models: dict[str, Pair], name: str, sampler: str, eta: float, count: int
+) -> None:
+    ours, reference = models[name]
+    requests = larger_requests(count, sampler=sampler, eta=eta)
+    latents, pixels = draw_ours(ours, requests)
+    first, _ = draw_with_diffusers(reference, requests)
+    size = (SIZE * 3 // 2 // 8,) * 2
+    enlarged = torch.nn.functional.interpolate(first[-1], size, mode="bilinear", antialias=False)
+    theirs, their_pixels = draw_theirs(reference, second_passes(requests), enlarged)
+    assert [relative(a, b) < TOLERANCE for a, b in zip(latents, [*first, *theirs], strict=True)] == [True] * 7
+    assert pixels.shape == (count, SIZE * 3 // 2, SIZE * 3 // 2, 3)
+    assert pixels_apart(pixels, their_pixels) <= 1
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_second_pass_on_an_enlarged_picture(models: dict[str, Pair], name: str) -> None:
+    ours, reference = models[name]
+    requests = larger_requests(2, sampler="euler-a", hires_upscaler="lanczos")
+    latents, pixels = draw_ours(ours, requests)
+    _, small = draw_ours(ours, [dataclasses.replace(r, **dict.fromkeys(HIRES_FIELDS)) for r in requests])
+    size = (SIZE * 3 // 2,) * 2
+    given = [Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS) for picture in small]
+    theirs, their_pixels = draw_theirs(reference, second_passes(requests), given)
+    assert [relative(a, b) < TOLERANCE for a, b in zip(latents[3:], theirs, strict=True)] == [True] * 4
+    assert pixels_apart(pixels, their_pixels) <= 1
+
+
+def test_a_second_pass_of_other_proportions_cuts_the_enlarged_latents(models: dict[str, Pair]) -> None:
+    """As AUTOMATIC1111 does: scaled to cover, and as much cut away on each side."""
+    ours, reference = models["sd1"]
+    requests = larger_requests(sampler="ddim", hires=f"{SIZE * 2}x{SIZE + 32}")
+    latents, pixels = draw_ours(ours, requests)
+    assert pixels.shape == (1, SIZE + 32, SIZE * 2, 3)
+    enlarged = torch.nn.functional.interpolate(latents[2], (SIZE * 2 // 8,) * 2, mode="bilinear", antialias=False)
+    theirs, _ = draw_theirs(reference, second_passes(requests), enlarged[:, :, 4:20])
+    assert relative(latents[-1], theirs[-1]) < TOLERANCE
+
+
+def test_a_refiner_takes_the_end_of_the_second_pass_alone(family_models: FamilyModels) -> None:
+    refined, plain = family_models.ours("sdxl", refiner="refiner"), family_models.ours("sdxl")
+    requests = larger_requests(sampler="euler", refiner_start=0.9)
+    latents, _ = draw_ours(refined, requests)
+    alone, _ = draw_ours(plain, [dataclasses.replace(r, refiner_start=None) for r in requests])
+    same = [relative(a, b) < TOLERANCE for a, b in zip(latents, alone, strict=True)]
+    assert same == [True, True, True, True, True, True, False]
+
+
+def test_a_model_for_inpainting_draws_a_second_pass_as_if_all_were_masked(models: dict[str, Pair]) -> None:
+    ours, _ = models["sd1-9"]
+    requests = larger_requests(sampler="ddim")
+    latents, pixels = draw_ours(ours, requests)
+    other, _ = draw_ours(ours, [dataclasses.replace(r, hires_strength=1.0) for r in requests])
+    assert pixels.shape == (1, SIZE * 3 // 2, SIZE * 3 // 2, 3)
+    assert [bool(each.isfinite().all()) for each in (*latents, *other)] == [True] * 14
 
 
 def test_strips_give_the_same_picture(models: dict[str, Pair], pictures: list[Path]) -> None:

@@ -1,0 +1,109 @@
+"""--from-image: the request in a picture, and what it was made from, once more."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ldmcli.cli.arguments import STDIN
+from ldmcli.cli.options import REQUEST_OPTIONS, expanded
+from ldmcli.errors import MissingInputError, printable
+from ldmcli.spec import ALPHA, HIRES_FIELDS, IMAGE_FIELDS, PICTURES
+
+_log = logging.getLogger(__name__)
+_RUNTIME_OPTIONS = ("device", "dtype", "attention")
+_WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler")
+
+
+def read_again(picture: str | None) -> dict[str, Any] | None:
+    """A picture's record; None without a picture. Raises as `read_record` does."""
+    if picture is None:
+        return None
+    from ldmcli.images.metadata import read_record
+
+    return read_record(Path(picture))
+
+
+def take_over(context: click.Context, options: dict[str, Any], record: dict[str, Any]) -> None:
+    """Put a picture's request, model and runtime in place of every option that the command line does not give."""
+
+    def given(name: str) -> bool:
+        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+    request = record["request"]
+    found = {
+        name: request[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, "seed") if name in request
+    }
+    found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
+    found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
+    found["model"] = record["model"]["path"] or None
+    if "upscaled" in record and not found["upscaler"]:
+        _log.info("the picture was made larger after it was drawn (%s); it is drawn as it was", record["upscaled"])
+    found |= {"loras": request.get("loras", ()), "embeddings": ()}
+    options.update({name: value for name, value in found.items() if not given(name)})
+    options["embeddings"] += tuple(_embeddings_again(options, record, context.params["prompts"]))
+    options["model_given"] = given("model")
+    for name in PICTURES:
+        if not given(name) and name in request and options[name] is not None:
+            options[name] = _picture_again(name, options[name], record.get("inputs", {}).get(name))
+    if "hires_upscaler" in record.get("inputs", {}) and not given("hires_upscaler"):
+        _compare_upscaler(options, record["inputs"]["hires_upscaler"])
+
+
+def _picture_again(name: str, path: str, sha256: str | None) -> str:
+    """Where the picture is that another was made from. Raises MissingInputError where it is not there any more."""
+    if path == ALPHA:
+        return path
+    found = str(expanded(path))
+    if path == STDIN or not os.path.exists(found):
+        where = "standard input" if path == STDIN else f"{printable(path)}, which is not there"
+        raise MissingInputError(f"the picture was made with an {name} from {where}; give that with --{name}.")
+    from ldmcli.images.pixels import facts_of
+
+    if facts_of(found).sha256 != sha256:
+        _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
+    return found
+
+
+def _compare_upscaler(options: dict[str, Any], sha256: str) -> None:
+    """Say so where the upscaler of a second pass has changed. Raises LdmError where it is not there any more."""
+    from ldmcli.upscaling.upscaler import open_upscaler
+
+    name = options["hires_upscaler"]
+    if open_upscaler(name, allow_pickle=options["allow_pickle"]).sha256 != sha256:
+        _log.warning("the upscaler %s is not the one the picture was made with; it will differ", printable(name))
+
+
+def _embeddings_again(options: dict[str, Any], record: dict[str, Any], prompts: Sequence[str]) -> Iterator[str]:
+    """What names a picture's embeddings here, but for the words that the options give embeddings for. Raises
+    MissingInputError for one that is not here and whose word a prompt holds."""
+    recorded = record["model"].get("embeddings", ())
+    if not recorded:
+        return
+    from ldmcli.adapters.embedding_words import found_again, split_name
+    from ldmcli.conditioning.words import folded
+    from ldmcli.disk.hashes import user_hashes
+    from ldmcli.hub.fetch import parse
+
+    texts = folded("\n".join([*(prompts or (record["request"]["prompt"],)), options["negative_prompt"]]))
+    names = [split_name(name) for name in options["embeddings"]]
+    taken = {folded(Path(file).stem if word is None else word) for file, word in names}
+    sha256 = user_hashes(enabled=not options["no_cache"]).sha256
+    folder = None if options["embedding_dir"] is None else expanded(options["embedding_dir"])
+    for one in recorded:
+        word, path = one["word"], one["path"]
+        if folded(word) in taken or (STDIN not in prompts and folded(word) not in texts):
+            continue
+        file = found_again(one, folder, sha256)
+        if file is None and (parse(path) is None or expanded(path).exists()):
+            raise MissingInputError(
+                f"the picture was made with the embedding “{printable(word)}” ({printable(path)}, SHA-256 "
+                f"{printable(one['sha256'][:12])}), which is not here; give --embedding FILE:WORD or --embedding-dir."
+            )
+        if file is not None and sha256(file) != one["sha256"]:
+            _log.warning("the embedding %s is not the one the picture was made with; it will differ", printable(word))
+        yield f"{path if file in (None, expanded(path)) else file}:{word}"
