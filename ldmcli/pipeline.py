@@ -257,7 +257,8 @@ class Pipeline:
         """The latents of pictures (batch, 3, height, width) in -1…1 that `noise` stands for in their posteriors."""
         if self._encoder is None:
             assert self.read_encoder is not None
-            self.take_encoder(self.read_encoder())
+            with torch.inference_mode(False):  # weights of that mode cannot be converted outside it
+                self.take_encoder(self.read_encoder())
         encoder = self._encoder
         assert encoder is not None
         self.stage.bring(encoder)

@@ -229,7 +229,7 @@ def test_a_refiner_takes_the_last_steps_of_a_drawing_on_a_picture(
 
 
 def second_passes(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-    """What diffusers is to do for the second pass: the last `hires_steps` of so many that they begin at the strength."""
+    """What diffusers is to do for the second pass: the last `hires_steps` of as many as its strength makes."""
     first = requests[0]
     assert first.hires_steps
     assert first.hires_strength
