@@ -25,7 +25,7 @@ ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")  # of files; all but the firs
 _AGAIN = "download it again, or ask its author for a sound file"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a file that was written anew is another, alike as its header may be
 class Adapter:
     """A checked adapter: its changes by the modules' names as the files spell them. `others` are keys that are part of
     no change, `bundled` those of embeddings."""
