@@ -190,6 +190,16 @@ def test_a_loaded_session_changes_its_loras_bit_for_bit(dtype: str, sets: list[G
     assert len({pixels_of.tobytes() for pixels_of in wanted[:4]}) == 4
 
 
+def test_a_file_that_is_written_anew_is_merged_anew(tmp_path: Path) -> None:
+    """Of the same names and shapes, as a trainer writes it again and again."""
+    lora = tmp_path / "style.safetensors"
+    with Session(ModelSpec(str(tiny_model())), RUNTIME) as session:
+        for seed in (1, 2):
+            lora_for(tiny_model(), lora, seed=seed, size=0.5)
+            (picture,) = session.draw([request(LoRA(str(lora)))])
+            assert np.array_equal(picture.pixels(), fresh(request(LoRA(str(lora)))))
+
+
 def test_requests_of_other_loras_are_never_drawn_together(sets: list[GenerationRequest]) -> None:
     with Session(ModelSpec(str(tiny_model())), RUNTIME) as session:
         together: list[int] = []
@@ -296,6 +306,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a red apple<lora:style:0.7:0.2>", [("style", 0.2, 0.7)]),
         ("<lora:glow:0.7>a red apple", [("style", 0.7, 0.7)]),
         ("a <lyco:style:te=0.7:unet=0.2>red apple", [("style", 0.2, 0.7)]),
+        ("a <lora:style:unet=0.2:0.7>red apple", [("style", 0.2, 0.7)]),
         ("a red <lora:more/one:unet=0.5>apple<LORA:two>", [("more/one", 0.5, 1.0), ("more/two", 1.0, 1.0)]),
         ("a red apple<lora:style:0>", []),
     ],
@@ -329,6 +340,7 @@ def test_a_weighted_prompt_names_loras(prompt: str, loras: list[Any], folder: Pa
         ("<lora:/etc/passwd>", (), "names no LoRA"),
         ("<lora:style:x>", (), "“x” for a weight"),
         ("<lora:style:1:1:1>", (), "no weight of its own"),
+        ("<lora:style:te=1:1>", (), "no weight of its own"),
         ("<lora:style:dyn=4>", (), "“dyn=4”"),
         ("<lora:>", (), "has no name"),
         ("<hypernet:style:1>", (), "hypernetwork"),
