@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +423,7 @@ def test_a_lora_of_a_distilled_model_says_what_it_wants(name: str, options: dict
     result = ldm_here(*common)
     assert result.code == 0, result.err
     assert f"--sampler {options['sampler']}" in result.err
+    assert re.search("is (an LCM|a Lightning|a Hyper-SD|a Turbo) LoRA", result.err)
     assert f"--guidance-scale {options['guidance_scale']:g}" in result.err
     assert "--steps" not in result.err
     assert "--sampler" not in ldm_here(*common, "--sampler", "euler", "-g", "3").err
