@@ -91,20 +91,20 @@ def hash_of(path: Path) -> str:
 
 
 def test_a_picture_records_its_loras_and_is_drawn_again_from_that(tmp_path: Path) -> None:
-    lora = lora_for(tiny_model(), tmp_path / "style.safetensors")
+    lora = lora_for(tiny_model(), tmp_path / "style, v2.safetensors")
     first = drawn(tmp_path / "first.png", f"{lora}:0.7:0.2")
     (recorded,) = read_record(tmp_path / "first.png")["request"]["loras"]
     sha256 = hash_of(lora)
     assert recorded == {
-        "name": "style", "path": str(lora), "sha256": sha256, "weight": 0.7, "text_weight": 0.2, "in_prompt": False,
+        "name": "style, v2", "path": str(lora), "sha256": sha256, "weight": 0.7, "text_weight": 0.2, "in_prompt": False,
     }  # fmt: skip
-    assert f'Lora hashes: "style: {sha256[:12]}"' in (read_parameters(tmp_path / "first.png") or "")
+    assert f'Lora hashes: "style v2: {sha256[:12]}"' in (read_parameters(tmp_path / "first.png") or "")
     again = ldm_here("txt2img", "--from-image", tmp_path / "first.png", "-o", tmp_path / "again.png")
     assert again.code == 0
     assert np.array_equal(pixels(tmp_path / "again.png"), first)
     lora_for(tiny_model(), lora, seed=1)
     other = ldm_here("txt2img", "--from-image", tmp_path / "first.png", "-o", tmp_path / "other.png")
-    assert "the LoRA style is not the one the picture was made with" in other.err
+    assert "the LoRA style, v2 is not the one the picture was made with" in other.err
 
 
 @pytest.mark.parametrize("name", ["style", "renamed"])

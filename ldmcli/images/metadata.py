@@ -65,7 +65,7 @@ def infotext(
         "Emphasis": "None" if request.prompt_syntax == "plain" and _EMPHASIS.search(typed) else "",
         "RNG": "CPU",
         **(_mask_values(request) if request.mask is not None else {}),
-        "Lora hashes": _quoted(", ".join(f"{lora.name}: {lora.sha256[:12]}" for lora in request.loras)),
+        "Lora hashes": _quoted(", ".join(f"{_bare(lora.name)}: {lora.sha256[:12]}" for lora in request.loras)),
         "TI hashes": _quoted(", ".join(f"{_bare(one['word'])}: {one['sha256'][:12]}" for one in embeddings)),
         "Version": f"ldmcli {__version__}",
     }
