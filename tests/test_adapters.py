@@ -314,7 +314,7 @@ def test_a_damaged_file_is_one_sentence(name: str, networks: Networks, tmp_path:
         ({"emb_params": noise(1, 768)}, "is a textual-inversion embedding, not a LoRA"),
         ({"image_proj.x": noise(1), "ip_adapter.y": noise(1)}, "is an IP-Adapter, not a LoRA"),
         ({"something": noise(1)}, "has no LoRA or other adapter in it"),
-        ({"unet:0:up": noise(2, 2), "unet:0:down": noise(2, 2)}, "has no LoRA or other adapter in it"),
+        ({"unet:0:up": noise(2, 2), "unet:0:down": noise(2, 2)}, "is a LoRA of cloneofsimo's lora, whose layers"),
     ],
 )
 def test_what_is_no_adapter_is_named(tensors: State, words: str, tmp_path: Path) -> None:

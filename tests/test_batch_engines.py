@@ -200,6 +200,20 @@ def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
     until(lambda: not any(map(alive, workers)), "the end of the workers", 10)
 
 
+def test_what_two_workers_say_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning on a LoRA, say; what one says twice is said twice."""
+
+    class Process:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    with contextlib.closing(Dispatcher(tmp_path, [], Stop())) as dispatcher:
+        for name, text in (("a", "x"), ("b", "x"), ("a", "x"), ("b", "y")):
+            record = logging.LogRecord("heard", logging.WARNING, "", 0, f"{text} is amiss", None, None)
+            assert not list(local._taken(record, Process(name), dispatcher))  # type: ignore[arg-type]
+    assert [record.getMessage() for record in caplog.records] == ["x is amiss", "x is amiss", "y is amiss"]
+
+
 # ---- what becomes of the batches of the dead ----
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,20 @@ def hash_of(path: Path) -> str:
 
 
 def test_a_picture_records_its_loras_and_is_drawn_again_from_that(tmp_path: Path) -> None:
-    lora = lora_for(tiny_model(), tmp_path / "style.safetensors")
+    lora = lora_for(tiny_model(), tmp_path / "style, v2.safetensors")
     first = drawn(tmp_path / "first.png", f"{lora}:0.7:0.2")
     (recorded,) = read_record(tmp_path / "first.png")["request"]["loras"]
     sha256 = hash_of(lora)
     assert recorded == {
-        "name": "style", "path": str(lora), "sha256": sha256, "weight": 0.7, "text_weight": 0.2, "in_prompt": False,
+        "name": "style, v2", "path": str(lora), "sha256": sha256, "weight": 0.7, "text_weight": 0.2, "in_prompt": False,
     }  # fmt: skip
-    assert f'Lora hashes: "style: {sha256[:12]}"' in (read_parameters(tmp_path / "first.png") or "")
+    assert f'Lora hashes: "style v2: {sha256[:12]}"' in (read_parameters(tmp_path / "first.png") or "")
     again = ldm_here("txt2img", "--from-image", tmp_path / "first.png", "-o", tmp_path / "again.png")
     assert again.code == 0
     assert np.array_equal(pixels(tmp_path / "again.png"), first)
     lora_for(tiny_model(), lora, seed=1)
     other = ldm_here("txt2img", "--from-image", tmp_path / "first.png", "-o", tmp_path / "other.png")
-    assert "the LoRA style is not the one the picture was made with" in other.err
+    assert "the LoRA style, v2 is not the one the picture was made with" in other.err
 
 
 @pytest.mark.parametrize("name", ["style", "renamed"])
@@ -188,6 +189,16 @@ def test_a_loaded_session_changes_its_loras_bit_for_bit(dtype: str, sets: list[G
         list(session.draw([sets[1]]))
         assert not merger._base  # copies of what is changed alone
     assert len({pixels_of.tobytes() for pixels_of in wanted[:4]}) == 4
+
+
+def test_a_file_that_is_written_anew_is_merged_anew(tmp_path: Path) -> None:
+    """Of the same names and shapes, as a trainer writes it again and again."""
+    lora = tmp_path / "style.safetensors"
+    with Session(ModelSpec(str(tiny_model())), RUNTIME) as session:
+        for seed in (1, 2):
+            lora_for(tiny_model(), lora, seed=seed, size=0.5)
+            (picture,) = session.draw([request(LoRA(str(lora)))])
+            assert np.array_equal(picture.pixels(), fresh(request(LoRA(str(lora)))))
 
 
 def test_requests_of_other_loras_are_never_drawn_together(sets: list[GenerationRequest]) -> None:
@@ -296,6 +307,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a red apple<lora:style:0.7:0.2>", [("style", 0.2, 0.7)]),
         ("<lora:glow:0.7>a red apple", [("style", 0.7, 0.7)]),
         ("a <lyco:style:te=0.7:unet=0.2>red apple", [("style", 0.2, 0.7)]),
+        ("a <lora:style:unet=0.2:0.7>red apple", [("style", 0.2, 0.7)]),
         ("a red <lora:more/one:unet=0.5>apple<LORA:two>", [("more/one", 0.5, 1.0), ("more/two", 1.0, 1.0)]),
         ("a red apple<lora:style:0>", []),
     ],
@@ -329,6 +341,7 @@ def test_a_weighted_prompt_names_loras(prompt: str, loras: list[Any], folder: Pa
         ("<lora:/etc/passwd>", (), "names no LoRA"),
         ("<lora:style:x>", (), "“x” for a weight"),
         ("<lora:style:1:1:1>", (), "no weight of its own"),
+        ("<lora:style:te=1:1>", (), "no weight of its own"),
         ("<lora:style:dyn=4>", (), "“dyn=4”"),
         ("<lora:>", (), "has no name"),
         ("<hypernet:style:1>", (), "hypernetwork"),
@@ -410,6 +423,7 @@ def test_a_lora_of_a_distilled_model_says_what_it_wants(name: str, options: dict
     result = ldm_here(*common)
     assert result.code == 0, result.err
     assert f"--sampler {options['sampler']}" in result.err
+    assert re.search("is (an LCM|a Lightning|a Hyper-SD|a Turbo) LoRA", result.err)
     assert f"--guidance-scale {options['guidance_scale']:g}" in result.err
     assert "--steps" not in result.err
     assert "--sampler" not in ldm_here(*common, "--sampler", "euler", "-g", "3").err

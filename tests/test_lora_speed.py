@@ -58,6 +58,31 @@ def test_a_fused_network_is_what_fusing_the_merged_one_gives(dtype: torch.dtype,
         assert state_of(fused["unet"]) == before  # recordings of its steps go on with what is written
 
 
+def test_a_compiled_network_computes_with_what_is_merged(tmp_path: Path) -> None:
+    """And is not compiled anew for it. What compiles makes no difference: weights are inputs of what it makes."""
+    networks = small_networks()
+    layer = networks["unet"].get_submodule("mid_block.resnets.0")
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    made = torch.compile(layer, dynamic=False, backend=backend)
+    merger = Merger(networks, "small")
+    uses = [everything({"unet": networks["unet"]}, tmp_path / f"{i}.safetensors", i) for i in (1, 2)]
+    inputs = noise(1, 64, 4, 4), noise(1, 128)
+    found = []
+    with torch.inference_mode():
+        for chosen in ([], uses[:1], uses[1:], []):
+            merger.merge(chosen)
+            found.append(made(*inputs))
+            assert torch.equal(found[-1], layer(*inputs))
+    assert torch.equal(found[0], found[3])
+    assert len({tuple(one.flatten().tolist()) for one in found}) == 3
+    assert len(graphs) == 1
+
+
 def test_what_is_folded_is_folded_anew() -> None:
     layer = Upsample(8).requires_grad_(False).eval().to(memory_format=torch.channels_last)
     whole = nn.ModuleList([layer])

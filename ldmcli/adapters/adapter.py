@@ -5,6 +5,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 
 BUNDLED = "bundle_emb."  # begins the keys of embeddings that come with an adapter
 ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")  # of files; all but the first are pickles
+_NUMBERED = re.compile(r"\w+:\d+:(?:up|down)")  # a layer's place among its kind
 _AGAIN = "download it again, or ask its author for a sound file"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a file that was written anew is another, alike as its header may be
 class Adapter:
     """A checked adapter: its changes by the modules' names as the files spell them. `others` are keys that are part of
     no change, `bundled` those of embeddings."""
@@ -92,6 +94,9 @@ def open_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
         changes |= configured({name: _checked(name, keys, file) for name, keys in found.items()}, file, prefix)
         bundled += [key for key in left if key.startswith(BUNDLED)]
         others += [prefix + key for key in left if not key.startswith(BUNDLED)]
+    if any(map(_NUMBERED.fullmatch, others)):
+        what = "is a LoRA of cloneofsimo's lora, whose layers have numbers in place of names"
+        raise bad_file(path, what, "convert it to diffusers' names, or ask its author for another file")
     if not changes:
         kind = describe_single_file(shapes)
         what = "has no LoRA or other adapter in it" if kind == "unknown" else f"is {with_article(kind)}, not a LoRA"

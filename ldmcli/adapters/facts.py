@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmcli.adapters.adapter import Adapter, Change
-from ldmcli.checkpoints.families import REFINER, SD1, SD2, SDXL
+from ldmcli.checkpoints.families import REFINER, SD1, SD2, SDXL, with_article
 from ldmcli.checkpoints.header import HeaderError, parse_json_object
 from ldmcli.checkpoints.layout import ADAPTER_FILES
 from ldmcli.disk.opening import shown
@@ -105,7 +105,7 @@ def wish(adapter: Adapter, request: GenerationRequest) -> str:
         return ""
     options = " ".join(f"--{name.replace('_', '-')} {settings[name]:g}" if name in ("steps", "guidance_scale")
                        else f"--{name} {settings[name]}" for name in open_)  # fmt: skip
-    return f"{shown(adapter.path)} is a {kind} LoRA, which is drawn with other settings: {options}"
+    return f"{shown(adapter.path)} is {with_article(kind)} LoRA, which is drawn with other settings: {options}"
 
 
 def base_family(adapter: Adapter) -> str | None:

@@ -131,6 +131,7 @@ class Dispatcher:
         self._feed = Feed(map(Batch, batches), stop)
         self._again: deque[Batch] = deque()
         self._deaths = 0  # in a row, while loading
+        self._said: dict[str, str] = {}  # which worker said it first
         self._manifest: ManifestWriter | None = None
 
     @property
@@ -166,6 +167,10 @@ class Dispatcher:
         self._deaths = 0 if lived else self._deaths + 1
         if self._deaths > STARTS:
             raise StartError(f"{self._deaths} workers in a row died loading the model; is there memory for it?")
+
+    def is_news(self, text: str, worker: str) -> bool:
+        """Whether no other worker has said so before: what is wrong with a LoRA, all find out for themselves."""
+        return self._said.setdefault(text, worker) == worker
 
     def died(self, held: Iterable[Batch]) -> Iterator[Outcome]:
         """Settle what a dead worker held. Outcomes are what it finished all the same, and what is given up; the rest is

@@ -142,7 +142,8 @@ def _taken(message: Any, process: "_Process", dispatcher: Dispatcher) -> Iterato
         process.done(message)
         yield message
     elif isinstance(message, logging.LogRecord):
-        logging.getLogger(message.name).handle(message)
+        if dispatcher.is_news(message.getMessage(), process.name):
+            logging.getLogger(message.name).handle(message)
     elif isinstance(message, Exception):
         dispatcher.failure = dispatcher.failure or message
     elif message == _READY:

@@ -13,6 +13,7 @@ from ldmcli.batch.ledger import Counts, Ledger
 from ldmcli.batch.manifest import ManifestWriter
 from ldmcli.spec import PICTURES
 
+_WINDOW = 1024  # pictures that come while one waits
 _INPUT = "input"  # the manifest of rows that no worker ever sees
 
 Engine = Callable[..., Iterator[Outcome]]  # of the batches, and stop=
@@ -46,6 +47,8 @@ class Run:
         """Draw what is still wanted of `found`; each outcome comes when it is on the disk and in the ledger."""
         with ManifestWriter(self._folder, _INPUT) as manifest:
             plan = batches(self._wanted(found, manifest), batch_size)
+            if self.rows is not None:  # an input that is still being written has no rows to wait for
+                plan = by_loras(plan)
             first = next(plan, None)
             if first is None:
                 return  # nothing to draw, nothing to load
@@ -77,7 +80,7 @@ class Run:
         self.rows = rows
 
 
-def batches(items: Iterable[Item], size: int, *, window: int = 1024) -> Iterator[list[Item]]:
+def batches(items: Iterable[Item], size: int, *, window: int = _WINDOW) -> Iterator[list[Item]]:
     """Batches of at most `size` pictures whose requests differ in texts, seed and pictures alone.
 
     A batch goes out as soon as it is full, so an input that waits for its user still flows; and it goes out unfilled
@@ -97,3 +100,28 @@ def batches(items: Iterable[Item], size: int, *, window: int = 1024) -> Iterator
                 del waiting[oldest]
                 yield batch
     yield from (batch for _, batch in waiting.values())
+
+
+def by_loras(found: Iterable[list[Item]], *, window: int = _WINDOW) -> Iterator[list[Item]]:
+    """The batches, those with the same LoRAs behind one another: merging others into the weights takes up to a second.
+
+    A batch whose LoRAs are those of the one before goes out at once. Others wait until `window` pictures have come
+    since the first of them, or none are left; so where all have the same, nothing is held back.
+    """
+    waiting: dict[tuple[object, ...], tuple[int, list[list[Item]]]] = {}  # the oldest first, with what had come before
+    merged: tuple[object, ...] | None = None
+    came = 0
+    for batch in found:
+        loras = tuple(lora.what for lora in batch[0].request.loras)
+        if merged in (None, loras):
+            merged = loras
+            yield batch
+        else:
+            waiting.setdefault(loras, (came, []))[1].append(batch)
+        came += len(batch)
+        oldest = next(iter(waiting), None)
+        if oldest is not None and came - waiting[oldest][0] >= window:
+            merged = oldest
+            yield from waiting.pop(oldest)[1]
+    for _, held in waiting.values():
+        yield from held

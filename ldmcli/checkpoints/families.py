@@ -182,7 +182,7 @@ _TRANSFORMERS = _kinds(
 _ADAPTERS = (
     Kind("LoRA", parts=_LORA, cure=_APPLY),
     Kind("ControlNet", ("control_model.",), without=(_VAE,), cure=_MERGE),
-    *_kinds(("LoRA", "lora_unet_"), ("LoRA", "lora_te"), cure=_APPLY),
+    *_kinds(("LoRA", "lora_unet_"), ("LoRA", "lora_te"), ("LoRA", "unet:"), ("LoRA", "text_encoder:"), cure=_APPLY),
     *_kinds(
         ("ControlNet", "input_hint_block.", "zero_convs."),
         ("ControlNet", "controlnet_cond_embedding."),
@@ -253,7 +253,7 @@ def require_family(shapes: Shapes, path: Path, *, own_vae: bool = True) -> Famil
 
 def with_article(kind: str) -> str:
     """`kind` after "a" or "an"."""
-    return f"an {kind}" if kind[0] in "AEIO" or kind.startswith("SDXL") else f"a {kind}"
+    return f"an {kind}" if kind[0] in "AEIO" or kind.startswith(("SDXL", "LCM")) else f"a {kind}"
 
 
 def _first_keys(shapes: Shapes) -> str:

@@ -38,9 +38,10 @@ def _lora(tag: "re.Match[str]") -> LoRA:
         raise UsageError(f"{shown} names a hypernetwork, which this version does not read; leave it out.")
     name, *arguments = (part.strip() for part in tag[2].split(":"))
     given: dict[str, float] = {}
-    for place, argument in enumerate(arguments):
+    places = iter(_NAMED)  # of weights without a name, whatever stands between them
+    for argument in arguments:
         title, equals, value = argument.rpartition("=")
-        key = title.strip() if equals else "".join(_NAMED[place : place + 1])
+        key = title.strip() if equals else next(places, "")
         try:
             number = float(value)
         except ValueError:

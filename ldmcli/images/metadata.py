@@ -68,7 +68,7 @@ def infotext(
         "RNG": "CPU",
         **(_mask_values(request) if request.mask is not None else {}),
         **(_hires_values(request) if request.hires is not None else {}),
-        "Lora hashes": _quoted(", ".join(f"{lora.name}: {lora.sha256[:12]}" for lora in request.loras)),
+        "Lora hashes": _quoted(", ".join(f"{_bare(lora.name)}: {lora.sha256[:12]}" for lora in request.loras)),
         "TI hashes": _quoted(", ".join(f"{_bare(one['word'])}: {one['sha256'][:12]}" for one in embeddings)),
         "Version": f"ldmcli {__version__}",
     }

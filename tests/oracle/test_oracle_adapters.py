@@ -331,6 +331,8 @@ def test_diffusers_puts_the_same_vectors_into_its_table(tmp_path: Path, one_thre
     for word, content in {"<one>": {"<cat>": vectors}, "<two>": {"emb_params": vectors[:1]}}.items():
         file = write(tmp_path / f"{len(content)}.safetensors", content)
         pipeline.load_textual_inversion(str(file), token=word)
-        found = open_embedding(file).vectors_for([encoder], "small")["text_encoder"]
+        embedding = open_embedding(file)
+        embedding.check([encoder], "small")
+        found = embedding.of_part(encoder.part)
         ids = pipeline.tokenizer.convert_tokens_to_ids([word, f"{word}_1", f"{word}_2"][: len(found)])
         assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids], found)
