@@ -209,6 +209,17 @@ def test_transparency_may_be_the_mask(session: Session, apple: Path, spot: Path,
         picture_of_none.pixels()
 
 
+def test_only_a_mask_is_called_alpha(apple: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert_refused(img2img("a", "-i", "alpha", "-o", out), 66, "alpha does not exist")
+    own = tmp_path / "alpha"
+    own.write_bytes(apple.read_bytes())
+    assert img2img("a", "-i", "alpha", "-o", out, cwd=tmp_path).code == 0
+    assert_refused(ldm_here("img2img", "--from-image", out, "-o", tmp_path / "b.png"), 66, "alpha")
+    file = rows(tmp_path / "rows.jsonl", {"prompt": "a", "image": "alpha"})
+    assert batch(file, "-o", tmp_path / "run").code == 0
+
+
 def test_a_mask_that_leaves_nothing_is_said(session: Session, apple: Path, tmp_path: Path) -> None:
     black = tmp_path / "black.png"
     Image.new("L", (SIZE, SIZE)).save(black)

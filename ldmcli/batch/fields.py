@@ -182,7 +182,7 @@ def _sides(value: Any) -> tuple[int, ...]:
 
 def located(name: str, value: Any, folder: Path) -> Any:
     """The value of a row's field; the path of a picture as one in the folder of the prompt file."""
-    if name in PICTURES and isinstance(value, str) and value not in ("", ALPHA) and "\0" not in value:
+    if name in PICTURES and isinstance(value, str) and value and (name, value) != ("mask", ALPHA) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)
     return value
 
