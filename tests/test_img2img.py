@@ -277,6 +277,14 @@ def test_a_picture_from_standard_input(apple: Path, tmp_path: Path) -> None:
     assert_refused(img2img("a"), 2, "--image")
 
 
+def test_standard_input_without_an_end_or_a_byte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldmcli.cli.arguments.MAX_PICTURE", 1 << 20)
+    commands = (("img2img", "a", "-i", "-", "-o", tmp_path / "a.png"), ("upscale", "-", "-o", tmp_path / "b.png"))
+    for command in commands:
+        assert_refused(ldm_here(*command, stdin=bytes((1 << 20) + 1)), 65, "standard input has more than 1 MiB")
+        assert_refused(ldm_here(*command), 65, "standard input is empty")
+
+
 def test_one_report_for_each_picture(apple: Path, tmp_path: Path) -> None:
     done = img2img("a pear", "a rose", "-i", apple, "-c", "2", "-b", "4", "--json", "-o", tmp_path)
     assert [record["seed"] for record in done.records] == [3, 4, 3, 4]

@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import click
 from click.core import ParameterSource
 
-from ldmcli.cli.arguments import STDIN, read_prompts
+from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
 from ldmcli.cli.options import (
     REQUEST_OPTIONS,
     expanded,
@@ -308,7 +307,7 @@ def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[Gener
     """The first request of each prompt. Raises UsageError before any prompt is read where an option is out of range."""
     seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
     if options.get("image") == STDIN:
-        options["image"] = sys.stdin.buffer.read()
+        options["image"] = picture_from_stdin()
     common = GenerationRequest(prompt="", seed=seed, **request_settings(options))
     if seed + options["count"] - 1 > MAX_SEED:
         raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")
