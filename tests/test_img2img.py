@@ -93,6 +93,21 @@ def test_what_cannot_be_meant_is_said(session: Session, apple: Path) -> None:
             session.fit(GenerationRequest("a", **settings))
 
 
+@pytest.mark.parametrize("option", [("--invert-mask",), ("--mask-blur", "4"), ("--inpaint-area", "masked")])
+def test_what_is_said_of_no_mask_changes_nothing_with_a_word(
+    option: tuple[str, ...], tmp_path: Path, apple: Path
+) -> None:
+    from ldmcli.session import opened
+
+    opened._say_once.cache_clear()
+    wide = tmp_path / "wide.png"
+    Image.open(apple).crop((0, 0, 48, 24)).save(wide)
+    done = img2img("a pear", "-i", wide, *option, "-o", tmp_path / "a.png")
+    assert f"{option[0][2:].replace('-', '_')} is for a picture with a mask" in done.err
+    assert img2img("a pear", "-i", wide, "-o", tmp_path / "b.png").err.count("mask") == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
 # ---- sizes, and what pictures may be ----
 
 

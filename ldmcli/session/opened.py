@@ -20,7 +20,7 @@ from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hub.listing import find_adapter, find_model
-from ldmcli.spec import PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
+from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
+_USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler")  # beside the model, what a picture depends on
 
 
@@ -173,6 +174,8 @@ class Opened:
             return fit_to_model(request, self.model.config)
         from ldmcli.images.canvas import input_facts
 
+        if request.mask is None and (idle := [name for name in MASK_FIELDS if getattr(request, name) != _USUAL[name]]):
+            _say_once(f"{idle[0]} is for a picture with a mask, and changes nothing without one")
         facts = input_facts(request)
         fitted = fit_to_model(request, self.model.config, (facts["image"].width, facts["image"].height))
         self.encoder  # noqa: B018  to know that there is one
