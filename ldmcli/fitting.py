@@ -123,7 +123,7 @@ def fit_to_model(
     schedule has."""
     multiple = config.size_multiple
     usual = (config.default_size, config.default_size)
-    if picture and request.inpaint_area == "whole":
+    if picture and (request.inpaint_area == "whole" or request.mask is None):
         usual = max(1, picture[0] // multiple) * multiple, max(1, picture[1] // multiple) * multiple
     width = usual[0] if request.width is None else request.width
     height = usual[1] if request.height is None else request.height

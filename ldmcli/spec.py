@@ -29,11 +29,9 @@ PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
 PICTURES = ("image", "mask")  # fields that name a picture
-# Fields that say what is drawn on, and how.
-IMAGE_FIELDS = (
-    *PICTURES, "strength", "resize", "invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding",
-    "paste_back",
-)  # fmt: skip
+# Fields that only a mask gives a meaning, and all that say what is drawn on, and how.
+MASK_FIELDS = ("invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding", "paste_back")
+IMAGE_FIELDS = (*PICTURES, "strength", "resize", *MASK_FIELDS)
 HIRES_FIELDS = ("hires", "hires_strength", "hires_steps", "hires_upscaler")
 STRENGTH = 0.75  # how much of a given picture is drawn anew unless asked
 RESIZES = ("stretch", "crop", "fill")

@@ -93,6 +93,21 @@ def test_what_cannot_be_meant_is_said(session: Session, apple: Path) -> None:
             session.fit(GenerationRequest("a", **settings))
 
 
+@pytest.mark.parametrize("option", [("--invert-mask",), ("--mask-blur", "4"), ("--inpaint-area", "masked")])
+def test_what_is_said_of_no_mask_changes_nothing_with_a_word(
+    option: tuple[str, ...], tmp_path: Path, apple: Path
+) -> None:
+    from ldmcli.session import opened
+
+    opened._say_once.cache_clear()
+    wide = tmp_path / "wide.png"
+    Image.open(apple).crop((0, 0, 48, 24)).save(wide)
+    done = img2img("a pear", "-i", wide, *option, "-o", tmp_path / "a.png")
+    assert f"{option[0][2:].replace('-', '_')} is for a picture with a mask" in done.err
+    assert img2img("a pear", "-i", wide, "-o", tmp_path / "b.png").err.count("mask") == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
 # ---- sizes, and what pictures may be ----
 
 
@@ -209,6 +224,17 @@ def test_transparency_may_be_the_mask(session: Session, apple: Path, spot: Path,
         picture_of_none.pixels()
 
 
+def test_only_a_mask_is_called_alpha(apple: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert_refused(img2img("a", "-i", "alpha", "-o", out), 66, "alpha does not exist")
+    own = tmp_path / "alpha"
+    own.write_bytes(apple.read_bytes())
+    assert img2img("a", "-i", "alpha", "-o", out, cwd=tmp_path).code == 0
+    assert_refused(ldm_here("img2img", "--from-image", out, "-o", tmp_path / "b.png"), 66, "alpha")
+    file = rows(tmp_path / "rows.jsonl", {"prompt": "a", "image": "alpha"})
+    assert batch(file, "-o", tmp_path / "run").code == 0
+
+
 def test_a_mask_that_leaves_nothing_is_said(session: Session, apple: Path, tmp_path: Path) -> None:
     black = tmp_path / "black.png"
     Image.new("L", (SIZE, SIZE)).save(black)
@@ -264,6 +290,14 @@ def test_a_picture_from_standard_input(apple: Path, tmp_path: Path) -> None:
     assert_refused(ldm_here("img2img", "--from-image", out, "-o", tmp_path / "b.png"), 66, "standard input", "--image")
     assert_refused(img2img("-", "-i", "-"), 2, "standard input is either")
     assert_refused(img2img("a"), 2, "--image")
+
+
+def test_standard_input_without_an_end_or_a_byte_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldmcli.cli.arguments.MAX_PICTURE", 1 << 20)
+    commands = (("img2img", "a", "-i", "-", "-o", tmp_path / "a.png"), ("upscale", "-", "-o", tmp_path / "b.png"))
+    for command in commands:
+        assert_refused(ldm_here(*command, stdin=bytes((1 << 20) + 1)), 65, "standard input has more than 1 MiB")
+        assert_refused(ldm_here(*command), 65, "standard input is empty")
 
 
 def test_one_report_for_each_picture(apple: Path, tmp_path: Path) -> None:

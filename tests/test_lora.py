@@ -344,6 +344,8 @@ def test_a_weighted_prompt_names_loras(prompt: str, loras: list[Any], folder: Pa
         ("<lora:style:te=1:1>", (), "no weight of its own"),
         ("<lora:style:dyn=4>", (), "“dyn=4”"),
         ("<lora:>", (), "has no name"),
+        ("a fox <lora:style:1", (), "“<lora:style:1” begins as a LoRA and is none"),
+        ("a < lora:style:1>, red", (), "lora:style:1” begins as a LoRA and is none"),
         ("<hypernet:style:1>", (), "hypernetwork"),
         ("x", ("-n", "<lora:style:1>"), "stands in the negative prompt"),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.spec import ALPHA, MAX_PROMPT_BYTES, MAX_SEED, PICTURES, GenerationRequest, read_loras
+from ldmcli.spec import ALPHA, MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest, read_loras
 
 PROMPT = "prompt"
 TEXTS = (PROMPT, "negative_prompt")  # kept as they are written, spaces included
@@ -191,7 +191,7 @@ def _sides(value: Any) -> tuple[int, ...]:
 
 def located(name: str, value: Any, folder: Path) -> Any:
     """The value of a row's field; the path of a picture or an upscaler as one in the folder of the prompt file."""
-    words = {"hires_upscaler": UPSCALERS, **dict.fromkeys(PICTURES, (ALPHA,))}
+    words: dict[str, tuple[str, ...]] = {"image": (), "mask": (ALPHA,), "hires_upscaler": UPSCALERS}
     if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)
     return value

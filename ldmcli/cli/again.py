@@ -56,7 +56,7 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
 
 def _picture_again(name: str, path: str, sha256: str | None) -> str:
     """Where the picture is that another was made from. Raises MissingInputError where it is not there any more."""
-    if path == ALPHA:
+    if (name, path) == ("mask", ALPHA):
         return path
     found = str(expanded(path))
     if path == STDIN or not os.path.exists(found):

@@ -1,11 +1,13 @@
-"""Prompts from arguments and from standard input, one at a time."""
+"""Prompts from arguments and from standard input, one at a time, and a picture from there."""
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 
 from ldmcli.errors import BadDataError
 
 STDIN = "-"
+MAX_PICTURE = 1 << 28  # bytes
 _log = logging.getLogger(__name__)
 
 
@@ -20,6 +22,16 @@ def read_prompts(arguments: Sequence[str]) -> Iterator[str]:
             yield from _lines()
         else:
             yield argument
+
+
+def picture_from_stdin() -> bytes:
+    """What standard input has, all of it. Raises BadDataError where that is nothing, or too much for a picture."""
+    data = sys.stdin.buffer.read(MAX_PICTURE + 1)
+    if not data:
+        raise BadDataError("standard input is empty, and a picture was to come from it.")
+    if len(data) > MAX_PICTURE:
+        raise BadDataError(f"standard input has more than {MAX_PICTURE >> 20} MiB, too much for a picture.")
+    return data
 
 
 def _lines() -> Iterator[str]:

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import logging
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import click
 
 from ldmcli.cli.again import read_again, take_over
-from ldmcli.cli.arguments import STDIN, read_prompts
+from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
 from ldmcli.cli.options import (
     file_options,
     hires_options,
@@ -228,7 +227,7 @@ def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[Gener
     """The first request of each prompt. Raises UsageError before any prompt is read where an option is out of range."""
     seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
     if options.get("image") == STDIN:
-        options["image"] = sys.stdin.buffer.read()
+        options["image"] = picture_from_stdin()
     common = GenerationRequest(prompt="", seed=seed, **request_settings(options))
     if seed + options["count"] - 1 > MAX_SEED:
         raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldmcli.cli.arguments import STDIN
+from ldmcli.cli.arguments import STDIN, picture_from_stdin
 from ldmcli.cli.options import device_options, expanded, file_options, json_option, option, verbosity_options
 from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.terminal import bar, loading
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from ldmcli.upscaling.upscaler import Upscaler, UpscalerFile
 
 _log = logging.getLogger(__name__)
-MAX_STDIN = 1 << 28  # bytes of a picture
 
 
 @click.command(short_help="Make pictures larger, by a network trained for it.")
@@ -97,10 +95,7 @@ def _stdin_as_file(pictures: Sequence[str]) -> Iterator[list[Path]]:
         if STDIN in pictures:
             if pictures.count(STDIN) > 1:
                 raise UsageError("- reads standard input, and that only once.")
-            data = sys.stdin.buffer.read(MAX_STDIN + 1)
-            if len(data) > MAX_STDIN:
-                raise BadDataError(f"standard input has more than {MAX_STDIN >> 20} MiB, too much for a picture.")
-            (Path(folder) / "stdin").write_bytes(data)
+            (Path(folder) / "stdin").write_bytes(picture_from_stdin())
         yield [Path(folder) / "stdin" if name == STDIN else _file(name) for name in pictures]
 
 

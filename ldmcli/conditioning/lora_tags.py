@@ -13,6 +13,7 @@ from ldmcli.errors import UsageError, printable
 from ldmcli.spec import LoRA
 
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]{0,500})>", re.IGNORECASE)
+_BROKEN = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]{0,60}", re.IGNORECASE)
 _NAMED = ("te", "unet")
 
 
@@ -20,7 +21,10 @@ def split_tags(prompt: str) -> tuple[str, tuple[LoRA, ...]]:
     """A weighted prompt without its tags, and the LoRAs that they name, in order. Raises UsageError."""
     if "<" not in prompt:
         return prompt, ()
-    return _TAG.sub("", prompt), tuple(map(_lora, _TAG.finditer(prompt)))
+    text = _TAG.sub("", prompt)
+    if broken := _BROKEN.search(text):
+        raise UsageError(f"“{printable(broken[0], 60)}” in a prompt begins as a LoRA and is none; {_FORM}.")
+    return text, tuple(map(_lora, _TAG.finditer(prompt)))
 
 
 def check_negative(prompt: str) -> None:

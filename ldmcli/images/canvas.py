@@ -104,8 +104,8 @@ def surroundings(mask: np.ndarray, padding: int, aspect: float) -> Box:
 
 def input_facts(request: GenerationRequest) -> dict[str, Facts]:
     """Of each picture that the request names, its size and hash. Raises as `read_picture` does."""
-    given = {name: getattr(request, name) for name in PICTURES}
-    return {name: facts_of(value) for name, value in given.items() if value not in (None, ALPHA)}
+    given = {name: getattr(request, name) for name in PICTURES if (name, getattr(request, name)) != ("mask", ALPHA)}
+    return {name: facts_of(value) for name, value in given.items() if value is not None}
 
 
 def _grown(start: int, end: int, wanted: int, limit: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hires import LANCZOS, LATENT
 from ldmcli.hub.listing import find_adapter, find_model
-from ldmcli.spec import PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
+from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
+_USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler")  # beside the model, what a picture depends on
 
 
@@ -175,6 +176,9 @@ class Opened:
         if request.image is not None:
             from ldmcli.images.canvas import input_facts
 
+            masked = request.mask is not None
+            if idle := [name for name in MASK_FIELDS if not masked and getattr(request, name) != _USUAL[name]]:
+                _say_once(f"{idle[0]} is for a picture with a mask, and changes nothing without one")
             facts = input_facts(request)
             inputs, size = (
                 {name: each.sha256 for name, each in facts.items()},
