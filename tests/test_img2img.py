@@ -11,7 +11,7 @@ from conftest import loaded, open_session
 from PIL import Image
 
 from ldmcli import GenerationRequest, Session
-from ldmcli.errors import UsageError
+from ldmcli.errors import BadDataError, UsageError
 from ldmcli.images.metadata import read_parameters, read_record
 
 SIZE = 64
@@ -219,9 +219,8 @@ def test_transparency_may_be_the_mask(session: Session, apple: Path, spot: Path,
     found = drawn(session, image=path, mask="alpha")
     assert np.array_equal(found[:20], pixels(apple)[:20])
     assert (found[20:44, 20:44] != pixels(apple)[20:44, 20:44]).any()
-    (picture_of_none,) = session.draw([GenerationRequest("a", image=apple, mask="alpha", steps=2)])
-    with pytest.raises(Exception, match="no transparency"):
-        picture_of_none.pixels()
+    with pytest.raises(BadDataError, match="no transparency"):
+        session.fit(GenerationRequest("a", image=apple, mask="alpha"))
 
 
 def test_only_a_mask_is_called_alpha(apple: Path, tmp_path: Path) -> None:
@@ -238,8 +237,25 @@ def test_only_a_mask_is_called_alpha(apple: Path, tmp_path: Path) -> None:
 def test_a_mask_that_leaves_nothing_is_said(session: Session, apple: Path, tmp_path: Path) -> None:
     black = tmp_path / "black.png"
     Image.new("L", (SIZE, SIZE)).save(black)
-    (picture,) = session.draw([GenerationRequest("a", image=apple, mask=black, steps=2)])
-    with pytest.raises(Exception, match="leaves nothing to repaint"):
+    with pytest.raises(BadDataError, match="leaves nothing to repaint"):
+        session.fit(GenerationRequest("a", image=apple, mask=black))
+    session.fit(GenerationRequest("a", image=apple, mask=black, invert_mask=True))
+    checked = batch(
+        rows(tmp_path / "rows.jsonl", {"prompt": "a", "image": str(apple), "mask": "black.png"}), "--dry-run"
+    )
+    assert checked.code == 3, checked.err
+    assert "leaves nothing to repaint" in checked.err
+
+
+def test_a_mask_that_is_lost_on_the_way_to_the_size_is_said(session: Session, tmp_path: Path) -> None:
+    large, dot = tmp_path / "large.png", tmp_path / "dot.png"
+    Image.new("RGB", (16 * SIZE, 16 * SIZE), "red").save(large)
+    mask = Image.new("L", (16 * SIZE, 16 * SIZE))
+    mask.putpixel((100, 100), 255)
+    mask.save(dot)
+    request = GenerationRequest("a", image=large, mask=dot, width=SIZE, height=SIZE, steps=2)
+    (picture,) = session.draw([request])
+    with pytest.raises(BadDataError, match="leaves nothing to repaint"):
         picture.pixels()
 
 

@@ -393,6 +393,16 @@ def test_rows_of_a_batch_name_loras(folder: Path, tmp_path: Path) -> None:
     assert {line["row"]: len(line["request"].get("loras", ())) for line in lines} == {1: 1, 2: 0, 3: 1, 4: 1}
 
 
+def test_a_lora_that_only_seems_to_be_named_by_a_prompt_is_refused(folder: Path, tmp_path: Path) -> None:
+    row = {"prompt": "a red apple", "loras": {"name": "style", "in_prompt": True}}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    result = ldm_here(
+        "batch", tmp_path / "p.jsonl", "-m", tiny_model(), *DRAWN[4:], "--lora-dir", folder, "-o", tmp_path / "out"
+    )
+    assert result.code == 3, result.err
+    assert "is said to be named by the prompt" in result.err
+
+
 # ---- what some want ----
 
 

@@ -34,7 +34,7 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     def given(name: str) -> bool:
         return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
-    request = record["request"]
+    request, prompts = record["request"], context.params["prompts"]
     found = {
         name: request[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, "seed") if name in request
     }
@@ -43,9 +43,11 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     found["model"] = record["model"]["path"] or None
     if "upscaled" in record and not found["upscaler"]:
         _log.info("the picture was made larger after it was drawn (%s); it is drawn as it was", record["upscaled"])
-    found |= {"loras": request.get("loras", ()), "embeddings": ()}
+    changed = prompts or given("prompt_syntax")  # what the prompt names is then not the picture's
+    loras = [lora for lora in request.get("loras", ()) if not (changed and lora.get("in_prompt"))]
+    found |= {"loras": loras, "embeddings": ()}
     options.update({name: value for name, value in found.items() if not given(name)})
-    options["embeddings"] += tuple(_embeddings_again(options, record, context.params["prompts"]))
+    options["embeddings"] += tuple(_embeddings_again(options, record, prompts))
     options["model_given"] = given("model")
     for name in PICTURES:
         if not given(name) and name in request and options[name] is not None:

@@ -10,6 +10,8 @@ from ldmcli.fitting import FittedRequest
 from ldmcli.images.pixels import Facts, facts_of, grey_of, on_white, read_picture
 from ldmcli.spec import ALPHA, PICTURES, GenerationRequest
 
+_NOTHING = "the mask leaves nothing to repaint: white is what is repainted; see --invert-mask."
+_OPAQUE = "the picture has no transparency that could be its mask; name a --mask file."
 _FILLS = (256, 64, 16, 4, 2, 0)  # radii of the blurs that grow colours into what is masked, as AUTOMATIC1111 has them
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -53,7 +55,7 @@ def canvas_of(request: FittedRequest) -> Canvas:
     if mask is None:
         return Canvas(_array(resized(picture, *size, request.resize)))
     if not (np.asarray(mask) > 127).any():
-        raise BadDataError("the mask leaves nothing to repaint: white is what is repainted; see --invert-mask.")
+        raise BadDataError(_NOTHING)
     if request.inpaint_area == "masked":
         box = surroundings(np.asarray(mask), request.mask_padding, request.width / request.height)
         part, of_mask = (each.crop(box).resize(size, Image.Resampling.LANCZOS) for each in (picture, mask))
@@ -62,6 +64,8 @@ def canvas_of(request: FittedRequest) -> Canvas:
         part, of_mask = (resized(each, *size, request.resize) for each in (picture, mask))
         whole, shown, box = part, of_mask, (0, 0, *size)
     repainted = np.asarray(of_mask) > 127
+    if not repainted.any():  # a few pixels of a large picture are lost on the way to its size
+        raise BadDataError(_NOTHING)
     if request.masked_content == "fill":
         part = _filled(part, of_mask)
     if not request.paste_back and request.inpaint_area == "whole":
@@ -103,9 +107,17 @@ def surroundings(mask: np.ndarray, padding: int, aspect: float) -> Box:
 
 
 def input_facts(request: GenerationRequest) -> dict[str, Facts]:
-    """Of each picture that the request names, its size and hash. Raises as `read_picture` does."""
+    """Of each picture that the request names, its size and hash. Raises as `read_picture` does, and BadDataError where
+    the mask can repaint nothing."""
     given = {name: getattr(request, name) for name in PICTURES if (name, getattr(request, name)) != ("mask", ALPHA)}
-    return {name: facts_of(value) for name, value in given.items() if value is not None}
+    found = {name: facts_of(value) for name, value in given.items() if value is not None}
+    if request.mask == ALPHA and not found["image"].transparent:
+        raise BadDataError(_OPAQUE)
+    if "mask" in found:
+        darkest, lightest = found["mask"].greys
+        if (255 - darkest if request.invert_mask else lightest) <= 127:
+            raise BadDataError(_NOTHING)
+    return found
 
 
 def _grown(start: int, end: int, wanted: int, limit: int) -> tuple[int, int]:
@@ -121,7 +133,7 @@ def _mask_of(request: FittedRequest, picture: Image.Image) -> Image.Image | None
         return None
     if request.mask == ALPHA:
         if picture.mode != "RGBA":
-            raise BadDataError("the picture has no transparency that could be its mask; name a --mask file.")
+            raise BadDataError(_OPAQUE)
         grey = 255 - np.asarray(picture.getchannel("A"))
     else:
         grey = grey_of(read_picture(request.mask))

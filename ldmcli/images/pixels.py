@@ -32,11 +32,14 @@ _WIDE = {"I;16", "I;16L", "I;16B", "I;16N", "I"}  # numbers of 16 bits, as Pillo
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A picture that was read whole: its size once it is upright, and the SHA-256 of its file."""
+    """A picture that was read whole: its size once it is upright, the SHA-256 of its file, its darkest and its lightest
+    grey as a mask, and whether it can be seen through."""
 
     width: int
     height: int
     sha256: str
+    greys: tuple[int, int]
+    transparent: bool
 
 
 def read_picture(source: str | bytes) -> Image.Image:
@@ -48,7 +51,7 @@ def read_picture(source: str | bytes) -> Image.Image:
 
 
 def facts_of(source: str | bytes) -> Facts:
-    """Size and hash of a picture, read whole, once for each state of its file. Raises as `read_picture` does."""
+    """What is known of a picture, read whole, once for each state of its file. Raises as `read_picture` does."""
     if isinstance(source, bytes):
         return _facts(source, None)
     stamp = None
@@ -62,7 +65,8 @@ def facts_of(source: str | bytes) -> Facts:
 def _facts(source: str | bytes, stamp: object) -> Facts:
     data = _bytes_of(source)
     picture = _decoded(data, _named(source))
-    return Facts(picture.width, picture.height, hashlib.sha256(data).hexdigest())
+    grey, sha256 = grey_of(picture), hashlib.sha256(data).hexdigest()
+    return Facts(*picture.size, sha256, (int(grey.min()), int(grey.max())), transparent=picture.mode == "RGBA")
 
 
 def grey_of(picture: Image.Image) -> np.ndarray:
@@ -111,6 +115,8 @@ def _decoded(data: bytes, name: str) -> Image.Image:
                 f"{name} is animated or has pages ({frames}); save the one to use as a picture by itself."
             )
         picture.load()
+        if picture.mode == "F":
+            raise BadDataError(f"{name} has floating numbers as pixels; save it with 8 or 16 bits a colour first.")
         upright = ImageOps.exif_transpose(picture)
         return _in_colour(upright, picture.info.get("icc_profile"))
 
@@ -120,8 +126,6 @@ def _in_colour(picture: Image.Image, profile: Any) -> Image.Image:
     if picture.mode in _WIDE:
         wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise ValueError("its pixels are floating numbers, whose range it does not say")
     if picture.has_transparency_data:
         return picture.convert("RGBA")
     managed = _in_srgb(picture, profile) if isinstance(profile, bytes) and picture.mode in ("RGB", "CMYK") else None

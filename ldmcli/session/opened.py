@@ -84,13 +84,17 @@ class Opened:
         if not named and not request.loras:
             return prompt, request
         known = {lora.name: lora for lora in request.loras if lora.in_prompt}
+        lost = known.keys() - {lora.name for lora in named}
+        if lost and request.prompt:  # settings are fitted without prompts too
+            name = printable(min(lost))
+            raise UsageError(f"the LoRA {name} is said to be named by the prompt, and is not; leave in_prompt out.")
         named = tuple(
             dataclasses.replace(lora, path=known[lora.name].path, sha256=known[lora.name].sha256)
             if lora.name in known
             else lora
             for lora in named
         )
-        loras = (*(lora for lora in request.loras if not lora.in_prompt), *named)
+        loras = (*(lora for lora in request.loras if not lora.in_prompt or lora.name in lost), *named)
         found = tuple(map(self.adapters.found, loras))
         for lora in found:
             self._check_lora(self.adapters.adapter(lora), request)
