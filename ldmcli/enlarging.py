@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 ReadUpscaler = Callable[[str], "Upscaler"]
 
 
-def no_upscaler(name: str) -> "Upscaler":
-    """Stands where none can be read."""
-    raise NotImplementedError(f"upscaler {name}")
-
-
 def enlarged_latents(latents: Tensor, second: FittedRequest, factor: int) -> Tensor:
     """Latents (batch, channels, height, width) interpolated to the second pass's size as AUTOMATIC1111's "Latent" does;
     of other proportions, so that they cover it, and cut at both ends. `factor`: pixels to a latent."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldmcli.conditioning.pairs import is_guided, pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import ModelConfig
-from ldmcli.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels, no_upscaler
+from ldmcli.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels
 from ldmcli.errors import NotFiniteError
 from ldmcli.fitting import FittedRequest
 from ldmcli.hires import LATENT
@@ -152,10 +152,10 @@ class Pipeline:
     runtime: Runtime
     model: DiffusionModel
     vae: AutoencoderKL | TinyVAE
+    read_encoder: Callable[[], AutoencoderKL]
+    read_upscaler: ReadUpscaler
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
-    read_encoder: Callable[[], AutoencoderKL] | None = None
-    read_upscaler: ReadUpscaler = no_upscaler
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     stage: Stage = dataclasses.field(default_factory=Stage)
     _encoder: AutoencoderKL | None = None
@@ -256,7 +256,6 @@ class Pipeline:
     def _encoded(self, pictures: Tensor, noise: Tensor) -> Tensor:
         """The latents of pictures (batch, 3, height, width) in -1…1 that `noise` stands for in their posteriors."""
         if self._encoder is None:
-            assert self.read_encoder is not None
             with torch.inference_mode(False):  # weights of that mode cannot be converted outside it
                 self.take_encoder(self.read_encoder())
         encoder = self._encoder

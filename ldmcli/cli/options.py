@@ -46,6 +46,17 @@ def option(*names: str, **settings: Any) -> Callable[[_Command], _Command]:
     return click.option(*names, cls=EnvOption, **settings)
 
 
+def together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    """A decorator that puts several options on a command, shown in this order."""
+
+    def decorate(command: _Command) -> _Command:
+        for one in reversed(decorators):
+            command = one(command)
+        return command
+
+    return decorate
+
+
 def verbosity_options(command: _Command) -> _Command:
     """-q and -v, which take effect at once."""
     command = option(
@@ -270,7 +281,7 @@ class _ImageFormat(click.Choice[str]):
 
 def file_options(*names: str) -> Callable[[_Command], _Command]:
     """The options that say how pictures are written; `names` is what the format's is called."""
-    options = (
+    return together(
         option(*names, "image_format", type=_ImageFormat(list(FORMATS)),
                help="What pictures are written as.  [default: by the output's ending; png]"),
         option("--quality", type=click.IntRange(1, 100),
@@ -278,54 +289,13 @@ def file_options(*names: str) -> Callable[[_Command], _Command]:
         option("--lossless", is_flag=True, help="Of WebP: keep every pixel as it is."),
     )  # fmt: skip
 
-    def decorate(command: _Command) -> _Command:
-        for one in reversed(options):
-            command = one(command)
-        return command
 
-    return decorate
-
-
-def request_options(command: _Command) -> _Command:
-    """The options that say how a picture is drawn: REQUEST_OPTIONS."""
-    for decorate in reversed(_REQUEST):
-        command = decorate(command)
-    return command
-
-
-def image_options(command: _Command) -> _Command:
-    """The options that say which picture to draw on: IMAGE_FIELDS."""
-    for decorate in reversed(_IMAGE):
-        command = decorate(command)
-    return command
-
-
-def hires_options(command: _Command) -> _Command:
-    """The options that say how to draw again in a larger size: HIRES_FIELDS."""
-    for decorate in reversed(_HIRES):
-        command = decorate(command)
-    return command
-
-
-def model_options(command: _Command) -> _Command:
-    """The options that say with which weights."""
-    for decorate in reversed(_MODEL):
-        command = decorate(command)
-    return command
-
-
-def device_options(command: _Command) -> _Command:
-    """--dtype and --device alone."""
-    for decorate in reversed(_RUNTIME[:2]):
-        command = decorate(command)
-    return command
-
-
-def runtime_options(command: _Command) -> _Command:
-    """The options that say where and how to compute."""
-    for decorate in reversed(_RUNTIME):
-        command = decorate(command)
-    return command
+request_options = together(*_REQUEST)  # what to draw, and how: REQUEST_OPTIONS
+image_options = together(*_IMAGE)  # which picture to draw on: IMAGE_FIELDS
+hires_options = together(*_HIRES)  # how to draw again in a larger size: HIRES_FIELDS
+model_options = together(*_MODEL)  # with which weights
+device_options = together(*_RUNTIME[:2])  # --dtype and --device alone
+runtime_options = together(*_RUNTIME)  # where and how to compute
 
 
 def expanded(path: str) -> Path:

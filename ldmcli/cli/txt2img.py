@@ -7,9 +7,9 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -26,6 +26,7 @@ from ldmcli.cli.options import (
     request_settings,
     runtime_options,
     runtime_spec,
+    together,
     verbosity_options,
 )
 from ldmcli.cli.output import Output, choose_encoding, open_output
@@ -43,12 +44,12 @@ if TYPE_CHECKING:
     from ldmcli.session.picture import Picture
 
 _log = logging.getLogger(__name__)
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 _RANDOM_SEEDS = 2**32  # short enough to type again
 _WAITING = 2  # pictures that may wait for the writer
 
 
-_DRAWING = (
+# Of every command that draws prompts given as arguments.
+drawing_options = together(
     model_options,
     request_options,
     hires_options,
@@ -67,13 +68,6 @@ _DRAWING = (
     json_option("Report each picture as a JSON line."),
     verbosity_options,
 )  # fmt: skip
-
-
-def drawing_options(command: _Command) -> _Command:
-    """The options of every command that draws prompts given as arguments."""
-    for decorate in reversed(_DRAWING):
-        command = decorate(command)
-    return command
 
 
 @click.command(short_help="Draw prompts given as arguments.")

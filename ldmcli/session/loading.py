@@ -81,9 +81,9 @@ def load(
         runtime,
         models[0],
         decoder,
+        read_encoder,
+        read_upscaler,
         refiner,
-        read_encoder=read_encoder,
-        read_upscaler=read_upscaler,
         stopwatch=stopwatch,
         stage=stage,
     )
