@@ -45,6 +45,7 @@ def test_a_run_imports_only_what_it_needs(tmp_path: Path) -> None:
             import torch, torch._meta_registrations, torch.export, torch.ao.quantization
         from ldmcli.cli import run
         assert run(sys.argv[2:]) == 0
+        assert not {"ldmcli.adapters", "ldmcli.upscaling", "ldmcli.images.canvas"} & sys.modules.keys()
         from ldmcli.speed.startup import DEFERRED, _Loader
         deferred = [name for name in DEFERRED if type(sys.modules[name].__spec__.loader) is _Loader]
         print(json.dumps([sorted({name.partition(".")[0] for name in sys.modules}), deferred]))

@@ -124,7 +124,8 @@ class Opened:
         """The words that stand for embeddings in prompts of `request`. Raises LdmError where one that it names is not
         there or not for the model; of the others none is opened."""
         tags = split_tags(request.prompt)[1] if request.prompt_syntax == "weighted" else ()
-        adapters = [adapter for adapter in map(self.adapters.adapter, (*request.loras, *tags)) if adapter.bundled]
+        named = (self.adapters.adapter(lora) for lora in (*request.loras, *tags))  # which imports nothing without any
+        adapters = [adapter for adapter in named if adapter.bundled]
         if not (request.embeddings or self.spec.embedding_dir or adapters):
             return NO_WORDS
         return self._embedding_words.words(request.embeddings, adapters)
