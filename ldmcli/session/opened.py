@@ -116,6 +116,8 @@ class Opened:
 
     def uses(self, loras: Sequence[LoRA]) -> "list[Use]":
         """What is to be merged for these LoRAs. Raises as `Library.found` does."""
+        if not loras:
+            return []
         from ldmcli.adapters.adapter import Use
 
         return [Use(self.adapters.adapter(lora), lora.weight, lora.text_weight) for lora in loras]
