@@ -53,7 +53,7 @@ def read_picture(source: str | bytes) -> Image.Image:
 def facts_of(source: str | bytes) -> Facts:
     """What is known of a picture, read whole, once for each state of its file. Raises as `read_picture` does."""
     if isinstance(source, bytes):
-        return _facts(source, None)
+        return _facts.__wrapped__(source, None)  # nobody gives the same again; to remember them would fill the memory
     stamp = None
     with contextlib.suppress(OSError, ValueError):
         found = os.stat(source)

@@ -1,9 +1,12 @@
 """The weights that a ModelSpec names: looked at, not read."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import itertools
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
+SAID: contextvars.ContextVar[set[str]] = contextvars.ContextVar("said", default=set())  # noqa: B039  one for all threads
 _USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
+_SETTINGS = (".yaml", ".yml", ".json")  # endings of files beside weights
+_MAX_STAMPED = 1000  # files of a folder
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler")  # beside the model, what a picture depends on
 
 
@@ -44,6 +50,7 @@ class Opened:
     vae: PartSource[VAEConfig | TinyVAEConfig] | None = None
     refiner: ModelSource | None = None
     upscaler: "UpscalerFile | None" = None
+    stamps: tuple[object, ...] = ()  # of the files, as they were when they were opened
     _upscalers: "dict[str, UpscalerFile]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _library: "list[Library]" = dataclasses.field(default_factory=list, compare=False, repr=False)  # one, once needed
 
@@ -205,6 +212,15 @@ class Opened:
         return self._upscalers[name]
 
     @property
+    def changed(self) -> bool:
+        """Whether a file of the weights or their settings is another now, or gone."""
+        return self.stamps != _stamps(self)
+
+    def forget_words(self) -> None:
+        """Look at embeddings anew when they are next asked for."""
+        self.__dict__.pop("_embedding_words", None)
+
+    @property
     def encoder(self) -> PartSource[Any]:
         """The autoencoder that pictures are read with: the model's own where `vae` can only decode. Raises UsageError
         where there is none."""
@@ -261,7 +277,25 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
     if spec.refiner:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    return Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None)
+    opened = Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None)
+    return dataclasses.replace(opened, stamps=_stamps(opened))
+
+
+def _stamps(opened: Opened) -> tuple[object, ...]:
+    """What tells whether the files of the weights, and those beside them that say how to read them, have changed."""
+    upscaler = opened.upscaler and opened.upscaler.weights
+    paths = [each.path for each in (opened.model, opened.vae, opened.refiner, upscaler) if each]
+    found: list[object] = []
+    for path in paths:
+        files = [str(path), *(str(path.with_suffix(ending)) for ending in _SETTINGS)]
+        if os.path.isdir(path):
+            files = sorted(os.path.join(at, name) for at, _, names in os.walk(path) for name in names)[:_MAX_STAMPED]
+        for file in files:
+            with contextlib.suppress(OSError):
+                status = os.stat(file)
+                stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+                found.append((file, *stamp))
+    return tuple(found)
 
 
 def _opened_upscaler(name: str, spec: ModelSpec) -> "UpscalerFile":
@@ -270,9 +304,11 @@ def _opened_upscaler(name: str, spec: ModelSpec) -> "UpscalerFile":
     return open_upscaler(name, allow_pickle=spec.allow_pickle)
 
 
-@functools.cache
 def _say_once(note: str) -> None:
-    _log.warning("%s", note)
+    said = SAID.get()
+    if note not in said:
+        said.add(note)
+        _log.warning("%s", note)
 
 
 def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:

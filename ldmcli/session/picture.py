@@ -93,6 +93,11 @@ class Picture:
             return self._found
 
     @property
+    def failed(self) -> bool:
+        """Whether it is known by now that it cannot be drawn; `pixels` says why."""
+        return isinstance(self._source, Exception)
+
+    @property
     def latents(self) -> "Tensor":
         """The latents (1, channels, height, width) that are decoded, on the device. Raises LdmError where there are
         none."""

@@ -82,6 +82,20 @@ class Session:
         return self._opened.model.config.schedule.prediction_type == UNDECIDED
 
     @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._drawer is not None
+
+    @property
+    def changed(self) -> bool:
+        """Whether a file of the model is another now than the one that was opened, or gone."""
+        return self._opened.changed
+
+    def refresh(self) -> None:
+        """Look at embeddings anew when they are next asked for; files of LoRAs are compared at every use."""
+        self._opened.forget_words()
+
+    @property
     def name(self) -> str:
         """The model's name."""
         return self._opened.model.name
@@ -256,5 +270,6 @@ class Session:
             from ldmcli.session.loading import settle
 
             runtime = self.runtime
-            self._opened, self._unet = settle(self._opened, runtime)
+            with self._lock:  # threads that come second find it settled
+                self._opened, self._unet = settle(self._opened, runtime) if self.undecided else (self._opened, None)
         return self._opened

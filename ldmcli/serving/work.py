@@ -1,0 +1,406 @@
+"""The resident models, and the one thread that draws with them: a bounded queue of jobs, some sharing batches."""
+
+import dataclasses
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ldmcli.errors import LdmError, TryAgainError
+from ldmcli.fitting import FittedRequest
+from ldmcli.images.formats import Encoding
+from ldmcli.session import CancelledError, Picture, Session
+from ldmcli.session import Progress as Step
+from ldmcli.session.opened import SAID
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.speed.cpu.threads import is_small
+
+_BATCH_ON_CPU, _BATCH_ON_GPU = 8, 4  # pictures of several jobs drawn together; larger models gain nothing on a CPU
+_KEPT_OPEN = 16  # sessions beyond those in memory that are looked at and hold no weights
+_FIRST_GUESS_S = 2.0  # what a picture takes, before one was drawn
+_CANCELLED = "the work was cancelled."
+_log = logging.getLogger(__name__)
+
+OnPicture = Callable[[int, Picture], object]
+OnStep = Callable[[int, int], object]
+OnRecord = Callable[[logging.LogRecord], object]
+
+
+class Busy(TryAgainError):
+    """The queue is full; `retry_after` is in how many seconds there may be room."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the server has too much to do; try again in {retry_after:.0f} s.")
+        self.retry_after = retry_after
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """A model that requests may name again without delay: `loaded` says whether its weights are in memory."""
+
+    model: ModelSpec
+    runtime: RuntimeSpec
+    name: str
+    loaded: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkProgress:
+    """What is going on: the jobs whose batch is in hand, its step of how many, how many jobs wait, and how many
+    pictures were `drawn` and `failed` since the beginning."""
+
+    jobs: tuple["Job", ...]
+    step: int
+    steps: int
+    queued: int
+    drawn: int
+    failed: int
+
+
+class Job:
+    """Requests on their way, or other work for the device. Threads may wait for it and cancel it."""
+
+    def __init__(
+        self,
+        session: Session | None,
+        requests: Sequence[FittedRequest] = (),
+        *,
+        batch_size: int | None = None,
+        on_picture: OnPicture | None = None,
+        on_step: OnStep | None = None,
+        on_warning: OnRecord | None = None,
+        function: "Callable[[Job], object] | None" = None,
+    ) -> None:
+        self.session, self.requests, self.batch_size = session, requests, batch_size
+        self._on_picture, self._on_step, self.on_warning, self.function = on_picture, on_step, on_warning, function
+        self.said: set[str] = SAID.get()
+        self.next = 0  # the first request that no batch has yet
+        self._left = len(requests)
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing to come: all is drawn, or it failed or was cancelled."""
+        return self._done.is_set()
+
+    def cancel(self) -> None:
+        """End it now; what it shares a batch with goes on."""
+        self.fail(CancelledError(_CANCELLED))
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until it is done. Raises what ended it, CancelledError after `cancel`, and TimeoutError where it is not done
+        in time. What is wrong with one picture, that picture's `pixels` raises."""
+        if not self._done.wait(timeout):
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+
+    def check(self) -> None:
+        """Raise what ended it, if something did."""
+        if self._done.is_set():
+            self.wait(0)
+
+    def encode(self, picture: Picture, encoding: Encoding = Encoding(), *, metadata: bool = True) -> bytes:
+        """As `Session.encode`."""
+        assert self.session is not None
+        return self.session.encode(picture, encoding, metadata=metadata)
+
+    # ---- for the thread that works ----
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, unless it is done."""
+        if not self._done.is_set():
+            self._error = error
+            self._done.set()
+
+    def finish(self) -> None:
+        """It is done."""
+        self._done.set()
+
+    def step(self, step: int, steps: int) -> None:
+        """Tell of a step; whoever cannot hear of it wants no more."""
+        self._told(self._on_step, step, steps)
+
+    def arrived(self, place: int, picture: Picture) -> None:
+        """Hand over a picture."""
+        self._told(self._on_picture, place, picture)
+        self._left -= 1
+        if self._left == 0:
+            self.finish()
+
+    def _told(self, callback: Callable[..., object] | None, *arguments: object) -> None:
+        if callback is None or self._done.is_set():
+            return
+        try:
+            callback(*arguments)
+        except Exception as error:
+            self.fail(error)
+
+
+class Work:
+    """Draws jobs one batch at a time with models that stay in memory, `max_models` of them, the last used.
+
+    Requests of several jobs that agree in all but prompts, seed and pictures share batches, unless a job says how many
+    of its own are to be drawn at once. A fault or a cancel of one job harms no other.
+    """
+
+    def __init__(self, *, max_models: int = 1, max_queue: int = 64) -> None:
+        self._max_models, self._max_queue = max_models, max_queue
+        self._sessions: dict[tuple[ModelSpec, RuntimeSpec], Session] = {}  # the last used at the end
+        self._queue: deque[Job] = deque()
+        self._in_hand: list[Job] = []
+        self._step = self._steps = self._drawn = self._failed = 0
+        self._seconds = _FIRST_GUESS_S  # of a picture, about
+        self._closed = False
+        self._failure: LdmError | None = None
+        self._changed = threading.Condition()
+        self._opening = threading.Lock()
+        self._listener = _Listener(self)
+        logging.getLogger("ldmcli").addHandler(self._listener)
+        self._thread = threading.Thread(target=self._work, name="work", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> LdmError | None:
+        """Why this process can draw no more, such as a lost device."""
+        return self._failure
+
+    def submit(
+        self,
+        model: ModelSpec,
+        runtime: RuntimeSpec,
+        requests: Sequence[GenerationRequest | FittedRequest],
+        *,
+        on_picture: OnPicture | None = None,
+        on_step: OnStep | None = None,
+        on_warning: OnRecord | None = None,
+        batch_size: int | None = None,
+    ) -> Job:
+        """Have requests drawn, and return at once. `on_picture` gets each picture with its place among the requests,
+        `on_step` a batch's step and of how many, `on_warning` what is logged meanwhile; all in the thread that draws,
+        so they must not wait. With `batch_size` the job's requests are drawn as a `Session` draws them, so many at a
+        time, and with no other job's.
+
+        Raises Busy, and LdmError where a request cannot be drawn.
+        """
+        session = self.session(model, runtime)
+        fitted = [r if isinstance(r, FittedRequest) else session.fit(r) for r in requests]
+        callbacks: dict[str, Any] = {"on_picture": on_picture, "on_step": on_step, "on_warning": on_warning}
+        return self._put(Job(session, fitted, batch_size=batch_size, **callbacks))
+
+    def call(self, function: Callable[[Job], object], *, on_warning: OnRecord | None = None) -> Job:
+        """Have the device do other work when its turn comes: `function` gets the job, whose `check` it calls often.
+        Raises Busy."""
+        return self._put(Job(None, function=function, on_warning=on_warning))
+
+    def session(self, model: ModelSpec, runtime: RuntimeSpec) -> Session:
+        """The session that draws such requests, opened from headers; opened anew where a file of its weights has
+        changed. Raises LdmError."""
+        key = model, dataclasses.replace(runtime, expected_steps=0)
+        with self._opening:
+            session = self._sessions.pop(key, None)
+            if session is None or session.changed:
+                session = Session(*key)
+            self._sessions[key] = session
+            idle = [key for key, each in self._sessions.items() if not each.loaded]
+            for old in idle[: max(0, len(idle) - _KEPT_OPEN)]:
+                del self._sessions[old]
+        return session
+
+    def load(self, model: ModelSpec, runtime: RuntimeSpec) -> Job:
+        """Read a model now. Raises as `submit`."""
+        session = self.session(model, runtime)
+
+        def read(_job: Job) -> None:
+            self._make_room(session)
+            session.load()
+
+        return self._put(Job(session, function=read))
+
+    def models(self) -> list[Resident]:
+        """The models that were used, the last one first."""
+        with self._opening:
+            found = list(self._sessions.items())
+        return [Resident(*key, session.name, session.loaded) for key, session in reversed(found)]
+
+    def progress(self) -> WorkProgress:
+        """What is going on now."""
+        with self._changed:
+            queued = sum(not job.done and job not in self._in_hand for job in self._queue)
+            return WorkProgress(tuple(self._in_hand), self._step, self._steps, queued, self._drawn, self._failed)
+
+    def close(self) -> None:
+        """Cancel everything, and give the memory back."""
+        with self._changed:
+            self._closed = True
+            for job in (*self._queue, *self._in_hand):
+                job.cancel()
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        logging.getLogger("ldmcli").removeHandler(self._listener)
+        for session in self._sessions.values():
+            session.close()
+
+    # ---- the queue ----
+
+    def _put(self, job: Job) -> Job:
+        if not job.requests and job.function is None:
+            job.finish()
+            return job
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            waiting = [each for each in self._queue if not each.done]
+            if self._closed or len(waiting) >= self._max_queue:
+                pictures = sum(len(each.requests) - each.next for each in waiting)
+                raise Busy(max(1.0, pictures * self._seconds))
+            self._queue.append(job)
+            self._changed.notify_all()
+        return job
+
+    def _take(self) -> "list[tuple[Job, int]] | Job | None":
+        """What is to be done next: requests to draw together, or other work; None at the end."""
+        with self._changed:
+            self._in_hand, self._step, self._steps = [], 0, 0
+            while True:
+                while self._queue and self._queue[0].done:
+                    self._queue.popleft()
+                if self._queue or self._closed:
+                    break
+                self._changed.wait()
+            if not self._queue:
+                return None
+            head = self._queue[0]
+            if head.function is not None:
+                self._queue.popleft()
+                self._in_hand = [head]
+                return head
+            batch = self._together(head)
+            for job, place in batch:
+                job.next = place + 1
+            self._in_hand = list(dict.fromkeys(job for job, _ in batch))
+            self._queue = deque(job for job in self._queue if job.function or job.next < len(job.requests))
+            self._rotate(head)
+            return batch
+
+    def _together(self, head: Job) -> list[tuple[Job, int]]:
+        """The next requests to draw, those of `head` first."""
+        if head.batch_size is not None:
+            return [(head, place) for place in range(head.next, len(head.requests))[: head.batch_size]]
+        assert head.session is not None
+        settings, most = head.requests[head.next].settings, _most_at_once(head.session)
+        alike = (
+            (job, place)
+            for job in self._queue
+            if job.session is head.session and job.batch_size is None and not job.done
+            for place in itertools.takewhile(
+                lambda place, job=job: job.requests[place].settings == settings,  # type: ignore[misc]
+                range(job.next, len(job.requests)),
+            )
+        )
+        return list(itertools.islice(alike, most))
+
+    def _rotate(self, head: Job) -> None:
+        """Let others have their turn, unless a model would have to make room for theirs."""
+        if len(self._queue) < 2 or self._queue[0] is not head:
+            return
+        following = self._queue[1].session
+        if following is None or following.loaded or len(self._loaded()) < self._max_models:
+            self._queue.rotate(-1)
+
+    # ---- the thread ----
+
+    def _work(self) -> None:
+        while (task := self._take()) is not None:
+            jobs = [task] if isinstance(task, Job) else self._in_hand
+            try:
+                if isinstance(task, Job):
+                    self._do(task)
+                else:
+                    self._draw(task)
+            except BaseException as error:
+                for job in jobs:
+                    job.fail(error)
+                self._judge(error)
+
+    def _judge(self, error: BaseException) -> None:
+        """Where the device is lost, this process can draw no more."""
+        from ldmcli.session.drawing import DeviceLostError
+
+        if isinstance(error, CancelledError):
+            return
+        _log.debug("a job failed", exc_info=error)
+        if isinstance(error, DeviceLostError):
+            with self._changed:
+                self._failure = error
+                for job in self._queue:
+                    job.fail(error)
+
+    def _do(self, job: Job) -> None:
+        SAID.set(job.said)
+        assert job.function is not None
+        job.function(job)
+        job.finish()
+
+    def _draw(self, batch: list[tuple[Job, int]]) -> None:
+        jobs, session = list(self._in_hand), batch[0][0].session
+        assert session is not None
+        SAID.set(set().union(*(job.said for job in jobs)) if len(jobs) > 1 else jobs[0].said)
+
+        def on_step(progress: Step) -> None:
+            self._step, self._steps = progress.done, progress.steps
+            for job in jobs:
+                job.step(progress.done, progress.steps)
+            if all(job.done for job in jobs):
+                raise CancelledError(_CANCELLED)
+
+        self._make_room(session)
+        session.refresh()
+        started = time.perf_counter()
+        pictures = session.draw([job.requests[place] for job, place in batch], batch_size=len(batch), on_step=on_step)
+        for (job, place), picture in zip(batch, pictures, strict=True):
+            with self._changed:
+                self._drawn, self._failed = self._drawn + (not picture.failed), self._failed + picture.failed
+            job.arrived(place, picture)
+        self._seconds += 0.2 * ((time.perf_counter() - started) / len(batch) - self._seconds)
+
+    def _loaded(self) -> list[Session]:
+        return [session for session in list(self._sessions.values()) if session.loaded]
+
+    def _make_room(self, session: Session) -> None:
+        """Give the memory of the models back that were not used for the longest time, so that this one may be read."""
+        with self._opening:
+            others = [each for each in self._loaded() if each is not session]
+            for old in others[: max(0, len(others) - self._max_models + 1)]:
+                _log.info("%s makes room for %s", old.name, session.name)
+                old.close()
+
+    def hear(self, record: logging.LogRecord) -> None:
+        """Pass on what is logged about the jobs in hand."""
+        if record.thread == self._thread.ident:
+            for job in self._in_hand:
+                if job.on_warning is not None and not job.done:
+                    job.on_warning(record)
+
+
+class _Listener(logging.Handler):
+    """Hears what the thread logs."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work = work
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._work.hear(record)
+
+
+def _most_at_once(session: Session) -> int:
+    """How many pictures of several jobs are worth drawing together."""
+    if session.runtime.device.type != "cpu":
+        return _BATCH_ON_GPU
+    return _BATCH_ON_CPU if is_small(session.config.unet) else 1
