@@ -10,7 +10,7 @@ from cli_support import A1111, assert_refused, ldm_here, pixels
 from conftest import loaded, open_session
 from PIL import Image
 
-from ldmcli import GenerationRequest, Session
+from ldmcli import GenerationRequest, Session, remarks
 from ldmcli.errors import BadDataError, UsageError
 from ldmcli.images.metadata import read_parameters, read_record
 
@@ -97,9 +97,7 @@ def test_what_cannot_be_meant_is_said(session: Session, apple: Path) -> None:
 def test_what_is_said_of_no_mask_changes_nothing_with_a_word(
     option: tuple[str, ...], tmp_path: Path, apple: Path
 ) -> None:
-    from ldmcli.session import opened
-
-    opened._say_once.cache_clear()
+    remarks.sayings().clear()
     wide = tmp_path / "wide.png"
     Image.open(apple).crop((0, 0, 48, 24)).save(wide)
     done = img2img("a pear", "-i", wide, *option, "-o", tmp_path / "a.png")

@@ -3,7 +3,6 @@ opened once while its file stays the same."""
 
 import dataclasses
 import difflib
-import functools
 import logging
 import os
 import threading
@@ -15,6 +14,7 @@ from ldmcli.checkpoints.files import open_weights
 from ldmcli.checkpoints.layout import ADAPTER_FILES
 from ldmcli.disk.opening import missing, shown, without_home
 from ldmcli.errors import LdmError, MissingInputError, UsageError, printable
+from ldmcli.remarks import warn_once
 from ldmcli.spec import LoRA
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Library:
             path, typed = self._place(lora)
             adapter = self._open(path)
         if lora.sha256 and lora.sha256 != adapter.sha256:
-            _warn_once(f"the LoRA {printable(lora.name)} is not the one the picture was made with; it will differ")
+            warn_once(_log, f"the LoRA {printable(lora.name)} is not the one the picture was made with; it will differ")
         name = lora.name if lora.in_prompt else _bare(Path(typed).name)
         return dataclasses.replace(lora, name=name, path=without_home(typed), sha256=adapter.sha256)
 
@@ -183,8 +183,3 @@ def _alias(path: Path) -> str:
         return open_weights(path).metadata.get("ss_output_name", "")
     except LdmError:
         return ""
-
-
-@functools.cache
-def _warn_once(sentence: str) -> None:
-    _log.warning("%s", sentence)

@@ -5,140 +5,25 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ldmcli.errors import LdmError, TryAgainError
+from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
-from ldmcli.images.formats import Encoding
-from ldmcli.session import CancelledError, Picture, Session
+from ldmcli.remarks import Listener, Relay, heard_by
+from ldmcli.serving.jobs import CANCELLED, Busy, Job, OnDone, OnPicture, OnStep, Resident, WorkProgress
+from ldmcli.session import CancelledError, Session
 from ldmcli.session import Progress as Step
-from ldmcli.session.opened import SAID
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.cpu.threads import is_small
 
 _BATCH_ON_CPU, _BATCH_ON_GPU = 8, 4  # pictures of several jobs drawn together; larger models gain nothing on a CPU
 _KEPT_OPEN = 16  # sessions beyond those in memory that are looked at and hold no weights
 _FIRST_GUESS_S = 2.0  # what a picture takes, before one was drawn
-_CANCELLED = "the work was cancelled."
+__all__ = ["Busy", "Job", "Resident", "Work", "WorkProgress"]
 _log = logging.getLogger(__name__)
-
-OnPicture = Callable[[int, Picture], object]
-OnStep = Callable[[int, int], object]
-OnRecord = Callable[[logging.LogRecord], object]
-
-
-class Busy(TryAgainError):
-    """The queue is full; `retry_after` is in how many seconds there may be room."""
-
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(f"the server has too much to do; try again in {retry_after:.0f} s.")
-        self.retry_after = retry_after
-
-
-@dataclasses.dataclass(frozen=True)
-class Resident:
-    """A model that requests may name again without delay: `loaded` says whether its weights are in memory."""
-
-    model: ModelSpec
-    runtime: RuntimeSpec
-    name: str
-    loaded: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkProgress:
-    """What is going on: the jobs whose batch is in hand, its step of how many, how many jobs wait, and how many
-    pictures were `drawn` and `failed` since the beginning."""
-
-    jobs: tuple["Job", ...]
-    step: int
-    steps: int
-    queued: int
-    drawn: int
-    failed: int
-
-
-class Job:
-    """Requests on their way, or other work for the device. Threads may wait for it and cancel it."""
-
-    def __init__(
-        self,
-        session: Session | None,
-        requests: Sequence[FittedRequest] = (),
-        *,
-        batch_size: int | None = None,
-        on_picture: OnPicture | None = None,
-        on_step: OnStep | None = None,
-        on_warning: OnRecord | None = None,
-        function: "Callable[[Job], object] | None" = None,
-    ) -> None:
-        self.session, self.requests, self.batch_size = session, requests, batch_size
-        self._on_picture, self._on_step, self.on_warning, self.function = on_picture, on_step, on_warning, function
-        self.said: set[str] = SAID.get()
-        self.next = 0  # the first request that no batch has yet
-        self._left = len(requests)
-        self._error: BaseException | None = None
-        self._done = threading.Event()
-
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing to come: all is drawn, or it failed or was cancelled."""
-        return self._done.is_set()
-
-    def cancel(self) -> None:
-        """End it now; what it shares a batch with goes on."""
-        self.fail(CancelledError(_CANCELLED))
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Until it is done. Raises what ended it, CancelledError after `cancel`, and TimeoutError where it is not done
-        in time. What is wrong with one picture, that picture's `pixels` raises."""
-        if not self._done.wait(timeout):
-            raise TimeoutError
-        if self._error is not None:
-            raise self._error
-
-    def check(self) -> None:
-        """Raise what ended it, if something did."""
-        if self._done.is_set():
-            self.wait(0)
-
-    def encode(self, picture: Picture, encoding: Encoding = Encoding(), *, metadata: bool = True) -> bytes:
-        """As `Session.encode`."""
-        assert self.session is not None
-        return self.session.encode(picture, encoding, metadata=metadata)
-
-    # ---- for the thread that works ----
-
-    def fail(self, error: BaseException) -> None:
-        """End it with an error, unless it is done."""
-        if not self._done.is_set():
-            self._error = error
-            self._done.set()
-
-    def finish(self) -> None:
-        """It is done."""
-        self._done.set()
-
-    def step(self, step: int, steps: int) -> None:
-        """Tell of a step; whoever cannot hear of it wants no more."""
-        self._told(self._on_step, step, steps)
-
-    def arrived(self, place: int, picture: Picture) -> None:
-        """Hand over a picture."""
-        self._told(self._on_picture, place, picture)
-        self._left -= 1
-        if self._left == 0:
-            self.finish()
-
-    def _told(self, callback: Callable[..., object] | None, *arguments: object) -> None:
-        if callback is None or self._done.is_set():
-            return
-        try:
-            callback(*arguments)
-        except Exception as error:
-            self.fail(error)
 
 
 class Work:
@@ -159,8 +44,9 @@ class Work:
         self._failure: LdmError | None = None
         self._changed = threading.Condition()
         self._opening = threading.Lock()
-        self._listener = _Listener(self)
-        logging.getLogger("ldmcli").addHandler(self._listener)
+        self._remarks: weakref.WeakKeyDictionary[Session, list[logging.LogRecord]] = weakref.WeakKeyDictionary()
+        self._relay = Relay()
+        logging.getLogger("ldmcli").addHandler(self._relay)
         self._thread = threading.Thread(target=self._work, name="work", daemon=True)
         self._thread.start()
 
@@ -177,25 +63,33 @@ class Work:
         *,
         on_picture: OnPicture | None = None,
         on_step: OnStep | None = None,
-        on_warning: OnRecord | None = None,
+        on_warning: Listener | None = None,
+        on_done: OnDone | None = None,
         batch_size: int | None = None,
     ) -> Job:
         """Have requests drawn, and return at once. `on_picture` gets each picture with its place among the requests,
         `on_step` a batch's step and of how many, `on_warning` what is logged meanwhile; all in the thread that draws,
-        so they must not wait. With `batch_size` the job's requests are drawn as a `Session` draws them, so many at a
-        time, and with no other job's.
+        so they must not wait. `on_done` hears, from any thread, that it is done, or why not. With `batch_size` the
+        job's requests are drawn as a `Session` draws them, so many at a time, and with no other job's.
 
         Raises Busy, and LdmError where a request cannot be drawn.
         """
         session = self.session(model, runtime)
         fitted = [r if isinstance(r, FittedRequest) else session.fit(r) for r in requests]
         callbacks: dict[str, Any] = {"on_picture": on_picture, "on_step": on_step, "on_warning": on_warning}
+        callbacks["on_done"] = on_done
         return self._put(Job(session, fitted, batch_size=batch_size, **callbacks))
 
-    def call(self, function: Callable[[Job], object], *, on_warning: OnRecord | None = None) -> Job:
+    def call(
+        self,
+        function: Callable[[Job], object],
+        *,
+        on_warning: Listener | None = None,
+        on_done: OnDone | None = None,
+    ) -> Job:
         """Have the device do other work when its turn comes: `function` gets the job, whose `check` it calls often.
         Raises Busy."""
-        return self._put(Job(None, function=function, on_warning=on_warning))
+        return self._put(Job(None, function=function, on_warning=on_warning, on_done=on_done))
 
     def session(self, model: ModelSpec, runtime: RuntimeSpec) -> Session:
         """The session that draws such requests, opened from headers; opened anew where a file of its weights has
@@ -211,15 +105,20 @@ class Work:
                 del self._sessions[old]
         return session
 
-    def load(self, model: ModelSpec, runtime: RuntimeSpec) -> Job:
-        """Read a model now. Raises as `submit`."""
-        session = self.session(model, runtime)
+    def load(
+        self,
+        session: Session,
+        first: Sequence[FittedRequest] = (),
+        *,
+        on_warning: Listener | None = None,
+        on_done: OnDone | None = None,
+    ) -> Job:
+        """Read a model of `session` now; the prompts of `first` are encoded meanwhile. Raises Busy."""
 
-        def read(_job: Job) -> None:
-            self._make_room(session)
-            session.load()
+        def read(job: Job) -> None:
+            self._read(session, first, [job])
 
-        return self._put(Job(session, function=read))
+        return self._put(Job(session, function=read, on_warning=on_warning, on_done=on_done))
 
     def models(self) -> list[Resident]:
         """The models that were used, the last one first."""
@@ -242,7 +141,7 @@ class Work:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        logging.getLogger("ldmcli").removeHandler(self._listener)
+        logging.getLogger("ldmcli").removeHandler(self._relay)
         for session in self._sessions.values():
             session.close()
 
@@ -342,31 +241,34 @@ class Work:
                     job.fail(error)
 
     def _do(self, job: Job) -> None:
-        SAID.set(job.said)
         assert job.function is not None
-        job.function(job)
+        with heard_by(self._tell, job.said):
+            job.function(job)
         job.finish()
 
     def _draw(self, batch: list[tuple[Job, int]]) -> None:
         jobs, session = list(self._in_hand), batch[0][0].session
         assert session is not None
-        SAID.set(set().union(*(job.said for job in jobs)) if len(jobs) > 1 else jobs[0].said)
+        for job in jobs:
+            job.at_once = sum(each is job for each, _ in batch)
 
         def on_step(progress: Step) -> None:
             self._step, self._steps = progress.done, progress.steps
             for job in jobs:
                 job.step(progress.done, progress.steps)
             if all(job.done for job in jobs):
-                raise CancelledError(_CANCELLED)
+                raise CancelledError(CANCELLED)
 
-        self._make_room(session)
-        session.refresh()
-        started = time.perf_counter()
-        pictures = session.draw([job.requests[place] for job, place in batch], batch_size=len(batch), on_step=on_step)
-        for (job, place), picture in zip(batch, pictures, strict=True):
-            with self._changed:
-                self._drawn, self._failed = self._drawn + (not picture.failed), self._failed + picture.failed
-            job.arrived(place, picture)
+        requests, said = [job.requests[place] for job, place in batch], set[str]().union(*(job.said for job in jobs))
+        with heard_by(self._tell, said if len(jobs) > 1 else jobs[0].said):
+            self._read(session, requests[:1], jobs)
+            session.refresh()
+            started = time.perf_counter()
+            pictures = session.draw(requests, batch_size=len(batch), on_step=on_step)
+            for (job, place), picture in zip(batch, pictures, strict=True):
+                with self._changed:
+                    self._drawn, self._failed = self._drawn + (not picture.failed), self._failed + picture.failed
+                job.arrived(place, picture)
         self._seconds += 0.2 * ((time.perf_counter() - started) / len(batch) - self._seconds)
 
     def _loaded(self) -> list[Session]:
@@ -380,23 +282,27 @@ class Work:
                 _log.info("%s makes room for %s", old.name, session.name)
                 old.close()
 
-    def hear(self, record: logging.LogRecord) -> None:
-        """Pass on what is logged about the jobs in hand."""
-        if record.thread == self._thread.ident:
-            for job in self._in_hand:
-                if job.on_warning is not None and not job.done:
-                    job.on_warning(record)
+    def _read(self, session: Session, first: Sequence[FittedRequest], jobs: Sequence[Job]) -> None:
+        """Have a model in memory, and say to each command once what was to be said of reading it."""
+        known = f"read {id(session)}"
+        if not session.loaded:
+            self._make_room(session)
+            remarks = self._remarks.setdefault(session, [])
+            remarks.clear()
+            with heard_by(remarks.append, set()):
+                session.load(first)
+                session.begin_hashing()
+        for job in jobs:
+            if known not in job.said:
+                job.said.add(known)
+                for record in self._remarks.get(session, ()):
+                    self._tell(record, [job])
 
-
-class _Listener(logging.Handler):
-    """Hears what the thread logs."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__()
-        self._work = work
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._work.hear(record)
+    def _tell(self, record: logging.LogRecord, jobs: Sequence[Job] | None = None) -> None:
+        """Pass on what is logged about jobs, those in hand."""
+        for job in self._in_hand if jobs is None else jobs:
+            if job.on_warning is not None and not job.done:
+                job.on_warning(record)
 
 
 def _most_at_once(session: Session) -> int:

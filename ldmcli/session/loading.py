@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -31,8 +30,6 @@ from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from ldmcli.upscaling.upscaler import Upscaler
-
-_log = logging.getLogger(__name__)
 
 
 def load(
@@ -103,7 +100,6 @@ def settle(opened: Opened, runtime: Runtime) -> tuple[Opened, UNet | None]:
     stage.bring(unet)
     found = probed_prediction_type(unet)
     stage.clear()
-    _log.info("%s: prediction type %s, as its network answers; --prediction-type would override", source.name, found)
     return dataclasses.replace(opened, model=with_prediction_type(source, found)), unet
 
 

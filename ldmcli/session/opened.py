@@ -1,17 +1,23 @@
 """The weights that a ModelSpec names: looked at, not read."""
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldmcli.checkpoints.source import ModelSource, PartSource, embedded_model, open_model, with_prediction_type
+from ldmcli.checkpoints.source import (
+    EMBEDDED_NAME,
+    ModelSource,
+    PartSource,
+    embedded_model,
+    open_model,
+    with_prediction_type,
+)
 from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
 from ldmcli.conditioning.lora_tags import check_negative, split_tags
@@ -22,8 +28,9 @@ from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
-from ldmcli.hires import LANCZOS, LATENT
+from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
 from ldmcli.hub.listing import find_adapter, find_model
+from ldmcli.remarks import warn_once
 from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory
 
@@ -34,7 +41,6 @@ if TYPE_CHECKING:
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
-SAID: contextvars.ContextVar[set[str]] = contextvars.ContextVar("said", default=set())  # noqa: B039  one for all threads
 _USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
 _SETTINGS = (".yaml", ".yml", ".json")  # endings of files beside weights
 _MAX_STAMPED = 1000  # files of a folder
@@ -50,6 +56,7 @@ class Opened:
     vae: PartSource[VAEConfig | TinyVAEConfig] | None = None
     refiner: ModelSource | None = None
     upscaler: "UpscalerFile | None" = None
+    paths: Mapping[str, Path] = dataclasses.field(default_factory=dict)  # where models are, by the names in `spec`
     stamps: tuple[object, ...] = ()  # of the files, as they were when they were opened
     _upscalers: "dict[str, UpscalerFile]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _library: "list[Library]" = dataclasses.field(default_factory=list, compare=False, repr=False)  # one, once needed
@@ -74,7 +81,7 @@ class Opened:
         prompt, request = self._with_loras(request)
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
         if note := self.model.config.schedule.of(fitted.sampler).note:
-            _say_once(note)
+            warn_once(_log, note)
         check_memory(self.model.config, *fitted.final_size, tiled=tiled)
         self.words(fitted)
         if request.embeddings:
@@ -119,7 +126,7 @@ class Opened:
             what += f", and the model is {models[0].family} with {own}"
             raise bad_file(adapter.path, what, "use one that was made for it")
         if wanted := wish(adapter, request):
-            _say_once(wanted)
+            warn_once(_log, wanted)
 
     def uses(self, loras: Sequence[LoRA]) -> "list[Use]":
         """What is to be merged for these LoRAs. Raises as `Library.found` does."""
@@ -192,7 +199,7 @@ class Opened:
 
             masked = request.mask is not None
             if idle := [name for name in MASK_FIELDS if not masked and getattr(request, name) != _USUAL[name]]:
-                _say_once(f"{idle[0]} is for a picture with a mask, and changes nothing without one")
+                warn_once(_log, f"{idle[0]} is for a picture with a mask, and changes nothing without one")
             facts = input_facts(request)
             inputs, size = (
                 {name: each.sha256 for name, each in facts.items()},
@@ -210,6 +217,17 @@ class Opened:
         if name not in self._upscalers:
             self._upscalers[name] = _opened_upscaler(name, self.spec)
         return self._upscalers[name]
+
+    @property
+    def resolved(self) -> ModelSpec:
+        """The same weights, named so that they are found from anywhere."""
+        names = {name: getattr(self.spec, name) for name in ("model", "vae", "refiner")}
+        found: dict[str, Any] = {name: str(self.paths[typed].absolute()) for name, typed in names.items() if typed}
+        if "model" in found and self.model.path.name == EMBEDDED_NAME and self.model.path == embedded_model():
+            found["model"] = None
+        folders = {name: getattr(self.spec, name) for name in ("lora_dir", "embedding_dir", "upscaler")}
+        found |= {name: absolute(typed) for name, typed in folders.items() if typed and typed != EMBEDDED}
+        return dataclasses.replace(self.spec, **found)
 
     @property
     def changed(self) -> bool:
@@ -257,12 +275,20 @@ class Opened:
         return named | ({"upscaler_sha256": self.upscaler.sha256} if self.upscaler else {})
 
 
-def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
-    """Look at the headers of all that `spec` names, fetching models of the hub; `half` prefers their fp16 variants.
-    Raises LdmError."""
+def absolute(path: str) -> str:
+    """A path as it is found from any folder."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def open_spec(spec: ModelSpec, *, half: bool, fetched: Mapping[str, str] | None = None) -> Opened:
+    """Look at the headers of all that `spec` names, fetching models of the hub, but for those that `fetched` has a path
+    of; `half` prefers their fp16 variants. Raises LdmError."""
+    paths = {name: Path(path) for name, path in (fetched or {}).items()}
 
     def located(name: str) -> Path:
-        return find_model(name, half=half)
+        if name not in paths:
+            paths[name] = find_model(name, half=half)
+        return paths[name]
 
     path = embedded_model() if spec.model is None else located(spec.model)
     model = open_model(path, allow_pickle=spec.allow_pickle, own_vae=not spec.vae)
@@ -271,13 +297,13 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
     config = model.config
     _log.debug("%s: %s, prediction type %s", model.name, config.family, config.schedule.prediction_type)
     for note in config.notes:
-        _say_once(note)
+        warn_once(_log, note)
     vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle) if spec.vae else None
     refiner = None
     if spec.refiner:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    opened = Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None)
+    opened = Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None, paths)
     return dataclasses.replace(opened, stamps=_stamps(opened))
 
 
@@ -302,13 +328,6 @@ def _opened_upscaler(name: str, spec: ModelSpec) -> "UpscalerFile":
     from ldmcli.upscaling.upscaler import open_upscaler
 
     return open_upscaler(name, allow_pickle=spec.allow_pickle)
-
-
-def _say_once(note: str) -> None:
-    said = SAID.get()
-    if note not in said:
-        said.add(note)
-        _log.warning("%s", note)
 
 
 def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ldmcli.speed.policy import Runtime
     from ldmcli.upscaling.upscaler import Upscaler
 
+PROBED = "%s: prediction type %s, as its network answers; --prediction-type would override"
 _log = logging.getLogger(__name__)
 
 
@@ -55,13 +56,19 @@ class Session:
     """
 
     def __init__(
-        self, model: ModelSpec = ModelSpec(), runtime: RuntimeSpec = RuntimeSpec(), *, exact: bool = False
+        self,
+        model: ModelSpec = ModelSpec(),
+        runtime: RuntimeSpec = RuntimeSpec(),
+        *,
+        exact: bool = False,
+        fetched: Mapping[str, str] | None = None,
     ) -> None:
-        """Look at the model's files, fetching what the hub has. `exact`: wait for the device at the end of every phase,
-        so that the stopwatch's times are the device's. Raises LdmError for what is not there or not as it should be."""
+        """Look at the model's files, fetching what the hub has, but for what is `fetched` already, paths by name.
+        `exact`: wait for the device at the end of every phase, so that the stopwatch's times are the device's. Raises
+        LdmError for what is not there or not as it should be."""
         self.runtime_spec = runtime
         self.stopwatch = Stopwatch()
-        self._opened = open_spec(model, half=runtime.dtype != "fp32")
+        self._opened = open_spec(model, half=runtime.dtype != "fp32", fetched=fetched)
         self._exact = exact
         self._runtime: Runtime | None = None
         self._unet: UNet | None = None  # where it had to be read to know what the model is
@@ -94,6 +101,22 @@ class Session:
     def refresh(self) -> None:
         """Look at embeddings anew when they are next asked for; files of LoRAs are compared at every use."""
         self._opened.forget_words()
+
+    @property
+    def resolved(self) -> ModelSpec:
+        """The model, named so that it is found from any folder and without the hub."""
+        return self._opened.resolved
+
+    def share(self, other: "Session") -> None:
+        """Take over what another session of the same weights knows of them: their hash, what they predict, and what
+        enlarges pictures. This one then encodes pictures that the other has drawn."""
+        if self.undecided:
+            from ldmcli.checkpoints.source import with_prediction_type
+
+            found = other.config.schedule.prediction_type
+            self._opened = dataclasses.replace(self._opened, model=with_prediction_type(self._opened.model, found))
+            _log.info(PROBED, self.name, found)
+        self._sha256, self._upscaler = other.begin_hashing(), other._upscaler
 
     @property
     def name(self) -> str:
@@ -271,5 +294,7 @@ class Session:
 
             runtime = self.runtime
             with self._lock:  # threads that come second find it settled
-                self._opened, self._unet = settle(self._opened, runtime) if self.undecided else (self._opened, None)
+                if self.undecided:
+                    self._opened, self._unet = settle(self._opened, runtime)
+                    _log.info(PROBED, self.name, self._opened.model.config.schedule.prediction_type)
         return self._opened
