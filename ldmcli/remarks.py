@@ -45,3 +45,10 @@ class Relay(logging.Handler):
         listener = _listener.get()
         if listener is not None:
             listener(record)
+
+
+class Own(logging.Filter):
+    """Lets pass what concerns nobody but this process."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return _listener.get() is None

@@ -21,7 +21,7 @@ from ldmcli.speed.cpu.threads import available_cores
 from ldmcli.speed.startup import quicken, settle_down
 
 if TYPE_CHECKING:
-    from ldmcli.batch.worker import Worker
+    from ldmcli.batch.worker import OpenSession, Worker
 
 MAX_WORKERS = 256
 _PART = re.compile(r"(?:(?P<device>cpu|auto|cuda(?::\d{1,3})?)|(?P<number>\d{1,3}))(?:\*(?P<times>\d{1,3}))?", re.ASCII)
@@ -70,18 +70,23 @@ def cores_each(devices: Sequence[str], cores: int) -> int:
 
 
 def run_local(
-    setup: Setup, batches: Iterable[Sequence[Item]], devices: Sequence[str], *, stop: Stop
+    setup: Setup,
+    batches: Iterable[Sequence[Item]],
+    devices: Sequence[str],
+    *,
+    stop: Stop,
+    open_session: "OpenSession | None" = None,
 ) -> Generator[Outcome]:
     """Draw all batches on these devices, each with its share of the cores; outcomes come as they are on the disk.
     Raises LdmError when the run cannot go on, after what was in hand is noted. `batches` is read in a thread of its
-    own, a little ahead.
+    own, a little ahead. `open_session` opens what draws where that is this process alone.
 
     On `stop`, batches in hand are finished and no more taken. Closing the iterator stops at once.
     """
     devices = present(devices)
     if len(devices) == 1:
         feed = contextlib.closing(Feed(map(Batch, batches), stop))
-        with feed as plan, _worker(_on(setup, devices[0]), "worker-0") as worker:
+        with feed as plan, _worker(_on(setup, devices[0]), "worker-0", open_session) as worker:
             yield from worker.run(plan)
         return
     cores = cores_each(devices, available_cores())
@@ -95,11 +100,13 @@ def _on(setup: Setup, device: str, cores: int | None = None) -> Setup:
 
 
 @contextlib.contextmanager
-def _worker(setup: Setup, name: str) -> Iterator["Worker"]:
-    quicken()
+def _worker(setup: Setup, name: str, open_session: "OpenSession | None" = None) -> Iterator["Worker"]:
+    session = open_session(setup) if open_session else None
+    if session is None or not session.remote:
+        quicken()
     from ldmcli.batch.worker import Worker
 
-    with contextlib.closing(Worker(setup, name)) as worker:
+    with contextlib.closing(Worker(setup, name, session)) as worker:
         settle_down()
         yield worker
 

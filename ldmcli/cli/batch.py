@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ldmcli.cli.options import (
+    Duration,
     file_options,
     hires_options,
     image_options,
@@ -27,6 +28,7 @@ from ldmcli.cli.options import (
     request_settings,
     runtime_options,
     runtime_spec,
+    server_options,
     verbosity_options,
 )
 from ldmcli.cli.terminal import bar, write_result
@@ -37,27 +39,18 @@ from ldmcli.speed.cpu.threads import available_cores, is_small
 from ldmcli.speed.startup import may_have_gpu
 
 if TYPE_CHECKING:
-    from ldmcli.batch.items import Outcome
+    from ldmcli.batch.items import Outcome, Setup
     from ldmcli.batch.job import Job, JobSpec
     from ldmcli.batch.run import Engine, Run
     from ldmcli.batch.survey import Survey
+    from ldmcli.serving.client import RemoteSession
+    from ldmcli.session import Session
 
 _log = logging.getLogger(__name__)
 _STDIN = "-"
 _SOME_FAILED = 3
 _SMALL_BATCH = 8  # of a small model on a CPU: the fastest of 1 to 16, with a thread each
 _WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
-_UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
-
-
-class _Duration(click.ParamType):
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value), re.ASCII)
-        if found is None:
-            raise click.BadParameter(f"{printable(repr(value))} is not a time such as 90s, 55m or 1.5h.", ctx, param)
-        return float(found[1]) * _UNITS[found[2]]
 
 
 class _Shard(click.ParamType):
@@ -99,7 +92,7 @@ class _RowFormat(click.Choice[str]):
 @option("--status", metavar="DIR", help="Tell how far the run in DIR is, and do nothing else.")
 @option("--failed", is_flag=True, help="With --status: list what failed, with its prompt and why.")
 @option("--max-images", type=click.IntRange(1), metavar="N", help="End after N pictures.")
-@option("--time-limit", type=_Duration(), metavar="TIME", help="End after 90s, 55m, 1.5h …; the same command goes on.")
+@option("--time-limit", type=Duration(), metavar="TIME", help="End after 90s, 55m, 1.5h …; the same command goes on.")
 @option("--shard", type=_Shard(), metavar="I/N", default="1/1", help="Only every N-th row, from the I-th on.")
 @option("--devices", metavar="LIST",
         help="A process on each: all, 0,1, cpu*2.  [default: --device, in this process; a small model's many pictures "
@@ -115,6 +108,7 @@ class _RowFormat(click.Choice[str]):
 @hires_options
 @image_options
 @runtime_options
+@server_options
 @json_option("Report each picture as a JSON line as soon as it is there.")
 @verbosity_options
 @click.pass_context
@@ -260,7 +254,16 @@ def _engine(job: "Job", devices: tuple[str, ...] | None, options: dict[str, Any]
         return partial(run_ray, setup, address=options["ray_address"], workers=workers)
     from ldmcli.batch.local import run_local
 
-    return partial(run_local, setup, devices=devices or (options["device"],))
+    open_session = partial(_session, options)
+    return partial(run_local, setup, devices=devices or (options["device"],), open_session=open_session)
+
+
+def _session(options: dict[str, Any], setup: "Setup") -> "Session | RemoteSession":
+    """What draws in this process: a session of its own, or the server's."""
+    from ldmcli.serving.client import find_server, open_session
+
+    server = find_server(wanted=not options["no_server"], keep=options["keep"])
+    return open_session(setup.model, setup.runtime, server, encoding=setup.encoding, metadata=setup.metadata)
 
 
 def _account(run: "Run", stop: "_Signals", options: dict[str, Any]) -> int:

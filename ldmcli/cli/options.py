@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from ldmcli.spec import (
     RuntimeSpec,
 )
 
+_UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -55,6 +57,18 @@ def together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command
         return command
 
     return decorate
+
+
+class Duration(click.ParamType):
+    """A time such as 90s, 10m or 1.5h, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value), re.ASCII)
+        if found is None:
+            raise click.BadParameter(f"{printable(repr(value))} is not a time such as 90s, 55m or 1.5h.", ctx, param)
+        return float(found[1]) * _UNITS[found[2]]
 
 
 def verbosity_options(command: _Command) -> _Command:
@@ -296,6 +310,14 @@ hires_options = together(*_HIRES)  # how to draw again in a larger size: HIRES_F
 model_options = together(*_MODEL)  # with which weights
 device_options = together(*_RUNTIME[:2])  # --dtype and --device alone
 runtime_options = together(*_RUNTIME)  # where and how to compute
+
+
+# Whether another process holds the model.
+server_options = together(
+    option("--no-server", is_flag=True, help="Do without the server of `ldm serve`, if there is one."),
+    option("--keep", type=Duration(), metavar="TIME",
+           help="Leave a server behind that ends after 90s, 10m, 1h … without work; the next command finds it."),
+)  # fmt: skip
 
 
 def expanded(path: str) -> Path:

@@ -26,6 +26,7 @@ from ldmcli.cli.options import (
     request_settings,
     runtime_options,
     runtime_spec,
+    server_options,
     together,
     verbosity_options,
 )
@@ -33,13 +34,15 @@ from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
-from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
+from ldmcli.serving.client import find_server, open_session
 from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age
 
 if TYPE_CHECKING:
+    from ldmcli.fitting import FittedRequest
+    from ldmcli.serving.client import RemoteSession
     from ldmcli.session import Session
     from ldmcli.session.picture import Picture
 
@@ -63,6 +66,7 @@ drawing_options = together(
     file_options("--image-format", "--format"),
     option("--from-image", metavar="FILE", help="Run the request in this picture again; options given win over it."),
     runtime_options,
+    server_options,
     option("--overwrite", is_flag=True, help="Replace files that are there already."),
     option("--no-metadata", is_flag=True, help="Write no prompt and settings into the picture."),
     json_option("Report each picture as a JSON line."),
@@ -108,8 +112,9 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     requests = _requests(prompts, options)
     # 2. What the model is, from its headers; then every check that needs no weights.
     pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
-    session = _open(options, record, pictures)
-    link_ahead()
+    session = _open(options, record, pictures, encoding)
+    if not session.remote:
+        link_ahead()
     fitted = _checked(requests, session, encoding, eager=STDIN not in prompts)
     first = next(fitted, None)
     if first is None:
@@ -125,7 +130,8 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     if options["seed"] is None:
         _log.info("seed %d", first.seed)
     # 3. The pictures.
-    quicken()
+    if not session.remote:
+        quicken()
     with contextlib.closing(loading(session.name)):
         session = _with_runtime(session, record)
         session.stopwatch.add("imports", process_age())
@@ -144,7 +150,7 @@ class _Written:
 
     def __init__(
         self,
-        session: "Session",
+        session: "Session | RemoteSession",
         output: Output,
         encoding: Encoding,
         options: dict[str, Any],
@@ -157,9 +163,7 @@ class _Written:
         self._waiting: deque[Future[None]] = deque()
         self._failure: Exception | None = None
         if self._threads is not None:
-            from ldmcli.images.encode import prepare
-
-            self._threads.submit(prepare)
+            self._threads.submit(session.prepare_encoding)
 
     def put(self, picture: "Picture") -> None:
         if self._threads is None:
@@ -169,7 +173,7 @@ class _Written:
         while len(self._waiting) > _WAITING:
             self._waiting.popleft().result()
 
-    def checked(self, requests: Iterable[FittedRequest]) -> Iterator[FittedRequest]:
+    def checked(self, requests: "Iterable[FittedRequest]") -> "Iterator[FittedRequest]":
         """The requests, up to the first picture that could not be written, whose error is raised."""
         for request in requests:
             yield request
@@ -228,27 +232,29 @@ def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[Gener
     return (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
 
 
-def _open(options: dict[str, Any], record: dict[str, Any] | None, pictures: int) -> "Session":
-    from ldmcli.session import Session
-
+def _open(
+    options: dict[str, Any], record: dict[str, Any] | None, pictures: int, encoding: Encoding
+) -> "Session | RemoteSession":
     runtime = dataclasses.replace(runtime_spec(options), expected_steps=pictures * (options["steps"] or 1))
-    session = Session(model_spec(options), runtime, exact=options["as_json"])
+    server = find_server(wanted=not options["no_server"], keep=options["keep"])
+    how = {"encoding": encoding, "metadata": not options["no_metadata"], "exact": options["as_json"]}
+    session = open_session(model_spec(options), runtime, server, **how)
     if not session.undecided:
         return session
     quicken()
     return _with_runtime(session, record)
 
 
-def _with_runtime(session: "Session", record: dict[str, Any] | None) -> "Session":
+def _with_runtime(session: "Session | RemoteSession", record: dict[str, Any] | None) -> "Session | RemoteSession":
     """The session once its runtime is chosen: another, as suits this machine, where a picture was made otherwise than
     it can."""
-    from ldmcli.session import Session
-
     try:
         session.runtime  # noqa: B018  to choose it
     except UsageError as error:
         if record is None:
             raise
+        from ldmcli.session import Session
+
         _log.warning("the picture was made otherwise than this machine can (%s) It may differ.", error)
         spec = RuntimeSpec(threads=session.runtime_spec.threads, cache=session.runtime_spec.cache)
         return Session(session.spec, spec)
@@ -256,14 +262,14 @@ def _with_runtime(session: "Session", record: dict[str, Any] | None) -> "Session
 
 
 def _checked(
-    requests: Iterator[GenerationRequest], session: "Session", encoding: Encoding, *, eager: bool
-) -> Iterator[FittedRequest]:
+    requests: Iterator[GenerationRequest], session: "Session | RemoteSession", encoding: Encoding, *, eager: bool
+) -> "Iterator[FittedRequest]":
     """The requests fitted to the model, prompts' lengths looked at. `eager` checks all before the first is drawn;
     requests from an endless standard input are checked as they come."""
     read: set[str] = set()  # negative prompts whose length was looked at: one, which all requests share
     hinted = False
 
-    def check(request: GenerationRequest) -> FittedRequest:
+    def check(request: GenerationRequest) -> "FittedRequest":
         nonlocal hinted
         fitted = session.fit(request)
         encoding.check_size(*fitted.final_size)
@@ -288,7 +294,7 @@ def _checked(
     return iter(checked)
 
 
-def _warn_of_unused(session: "Session", requests: Sequence[FittedRequest]) -> None:
+def _warn_of_unused(session: "Session | RemoteSession", requests: "Sequence[FittedRequest]") -> None:
     """Say which embeddings that were asked for change no picture."""
     if not requests[0].embeddings:
         return
@@ -299,7 +305,9 @@ def _warn_of_unused(session: "Session", requests: Sequence[FittedRequest]) -> No
             _log.warning("no prompt has the word “%s”, so the embedding %s changes nothing", word, path)
 
 
-def _counted(first: FittedRequest, others: Iterable[FittedRequest], options: dict[str, Any]) -> Iterator[FittedRequest]:
+def _counted(
+    first: "FittedRequest", others: "Iterable[FittedRequest]", options: dict[str, Any]
+) -> "Iterator[FittedRequest]":
     """One request for each picture. Seeds count up within a prompt and start again at the next."""
     for request in itertools.chain([first], others):
         for i in range(options["count"]):

@@ -3,26 +3,38 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
-from ldmcli.cli.options import device_options, expanded, file_options, json_option, option, verbosity_options
+from ldmcli.cli.options import (
+    device_options,
+    expanded,
+    file_options,
+    json_option,
+    option,
+    server_options,
+    verbosity_options,
+)
 from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.terminal import bar, loading
 from ldmcli.disk.opening import open_regular
 from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
-from ldmcli.images.formats import Encoding, format_of_file
+from ldmcli.images.formats import Encoding
+from ldmcli.serving.client import Connection, RefusedError, find_server, is_of_process
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.startup import quicken, settle_down
-from ldmcli.upscaling.target import Target, check_memory, parse_size, upscaled
+from ldmcli.upscaling.files import Enlargement, larger_file, read_file
+from ldmcli.upscaling.target import Target, parse_size
 from ldmcli.upscaling.tiles import TILE
 
 if TYPE_CHECKING:
@@ -44,6 +56,7 @@ _log = logging.getLogger(__name__)
 @option("--tile", type=click.IntRange(0, 1 << 14), default=TILE, show_default=True, metavar="PIXELS",
         help="Compute so much of a picture's side at once; 0 all. Smaller takes less memory.")  # fmt: skip
 @device_options
+@server_options
 @option("--overwrite", is_flag=True, help="Replace files that are there already.")
 @option("--no-metadata", is_flag=True, help="Write nothing of what the picture says of itself.")
 @json_option("Report each picture as a JSON line.")
@@ -63,19 +76,18 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
     ldm upscale photo.jpg --size 1920x1080 -o wallpaper.webp --quality 85
     ldm txt2img "a rose" -o - | ldm upscale - -o rose.png
     """
-    from ldmcli.upscaling.upscaler import open_upscaler
-
     # 1. Everything that can be known before a network is read.
     width, height = parse_size(options["size"]) if options["size"] else (None, None)
     target = Target(options["scale"], width, height)
     names = ("image_format", "quality", "lossless")
     encoding = choose_encoding(options["output"], **{name: options[name] for name in names})
-    file = open_upscaler(options["upscaler"], allow_pickle=options["allow_pickle"])
+    how = Enlargement(target, encoding, not options["no_metadata"], options["tile"])
+    work = _open(how, options)
     with _stdin_as_file(pictures) as sources:
         outputs = _outputs(sources, encoding, options)
         # 2. Each picture; the network is read once there is one.
-        quicken()
-        work = _Work(file, target, encoding, options)
+        if isinstance(work, _Work):
+            quicken()
         codes = []
         for source, output in zip(sources, outputs, strict=True):
             try:
@@ -86,6 +98,18 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
                 _log.error("%s", error)
                 codes.append(error.exit_code)
     context.exit(codes[0] if codes else 0)
+
+
+def _open(how: Enlargement, options: dict[str, Any]) -> "_Work | _RemoteWork":
+    """The network, looked at: a server's, where there is one."""
+
+    def here() -> _Work:
+        from ldmcli.upscaling.upscaler import open_upscaler
+
+        return _Work(open_upscaler(options["upscaler"], allow_pickle=options["allow_pickle"]), how, options)
+
+    server = find_server(wanted=not options["no_server"], keep=options["keep"])
+    return here() if server is None or is_of_process(options["upscaler"]) else _RemoteWork(server, how, options, here)
 
 
 @contextlib.contextmanager
@@ -129,43 +153,18 @@ def _outputs(sources: Sequence[Path], encoding: Encoding, options: dict[str, Any
 class _Work:
     """Enlarges pictures by one network, which is read when the first of them has been."""
 
-    def __init__(self, file: "UpscalerFile", target: Target, encoding: Encoding, options: dict[str, Any]) -> None:
-        self._file, self._target, self._encoding, self._options = file, target, encoding, options
+    def __init__(self, file: "UpscalerFile", how: Enlargement, options: dict[str, Any]) -> None:
+        self._file, self._how, self._options = file, how, options
         self._upscaler: Upscaler | None = None
 
     def enlarge(self, source: Path, output: Output) -> None:
         """Read, enlarge, write and report one picture. Raises BadDataError where it cannot be read."""
-        import numpy as np
-        from PIL import Image
-
-        from ldmcli.images.encode import encode_image
-        from ldmcli.images.metadata import with_upscaling
-        from ldmcli.images.pixels import on_white, read_picture
-
-        picture = read_picture(str(source))
-        text = {} if self._options["no_metadata"] else _text_of(source)
-        if self._encoding.format == "jpeg" and picture.mode == "RGBA":
-            _log.warning("JPEG has no transparency; what is transparent becomes white")
-            picture = on_white(picture)
+        picture, text = read_file(source, self._how)
         upscaler = self._loaded()
         started = time.perf_counter()
-        size = self._target.size(*picture.size, upscaler.scale)
-        self._encoding.check_size(*size)
-        check_memory(*size)
         with contextlib.closing(bar(desc=source.stem, unit="tile")) as progress:
-
-            def on_tile(done: int, total: int) -> None:
-                progress.total, progress.n = total, done
-                progress.refresh()
-
-            pixels = np.asarray(picture)
-            large = upscaled(upscaler, pixels, self._target, tile=self._options["tile"], on_tile=on_tile)
-        if not self._options["no_metadata"]:
-            by = None if self._options["size"] else self._target.scale or upscaler.scale
-            text = with_upscaling(text, upscaler.name, by=by, size=size)
-        data = encode_image(Image.fromarray(large), text, self._encoding)
-        report = {"image": str(source), "width": size[0], "height": size[1], "upscaler": upscaler.name}
-        output.write(data, 0, report | {"seconds": round(time.perf_counter() - started, 3)})
+            data, size = larger_file(picture, text, upscaler, self._how, partial(_show, progress))
+        _report(source, output, data, size, upscaler.name, time.perf_counter() - started)
 
     def _loaded(self) -> "Upscaler":
         if self._upscaler is None:
@@ -180,15 +179,55 @@ class _Work:
         return self._upscaler
 
 
-def _text_of(source: Path) -> dict[str, str]:
-    """What a picture says of itself, of each keyword the first; what is damaged is left out with a word."""
-    from ldmcli.images.metadata import iterate_picture_text
+class _RemoteWork:
+    """Has a server enlarge pictures; what it does not do, this process does."""
 
-    text: dict[str, str] = {}
-    if format_of_file(source):
+    def __init__(self, connection: Connection, how: Enlargement, options: dict[str, Any], here: Callable[[], _Work]):
+        self._connection, self._how, self._here = connection, how, here
+        self._home: _Work | None = None
+        names = ("allow_pickle", "device", "dtype")
+        settings = {"cwd": os.getcwd(), "upscaler": options["upscaler"]} | {name: options[name] for name in names}
+        self._ask("open_upscaler", **settings)
+
+    def enlarge(self, source: Path, output: Output) -> None:
+        """As `_Work.enlarge`."""
+        sent: dict[str, Any] = {}
+        if self._home is None and not is_of_process(str(source)):
+            with contextlib.closing(bar(desc=source.stem, unit="tile")) as progress:
+
+                def on_event(message: dict[str, Any]) -> None:
+                    if message["event"] == "tile":
+                        _show(progress, message["done"], message["total"])
+                    else:
+                        sent.update(message)
+
+                self._ask("enlarge", on_event=on_event, source=str(source), how=vars(self._how))
+        if self._home is None and sent:
+            _report(source, output, sent["data"], tuple(sent["size"]), sent["name"], sent["seconds"])
+        else:
+            self._come_home().enlarge(source, output)
+
+    def _ask(self, name: str, **arguments: Any) -> None:
         try:
-            for keyword, value in iterate_picture_text(source):
-                text.setdefault(keyword, value)
-        except BadDataError as error:
-            _log.warning("%s Its result says no more than that.", error)
-    return text
+            self._connection.call(name, **arguments)
+        except OSError:
+            _log.warning("the server is gone; going on without it")
+            self._come_home()
+        except RefusedError:
+            self._come_home()
+
+    def _come_home(self) -> _Work:
+        if self._home is None:
+            self._connection.leave()
+            self._home = self._here()
+        return self._home
+
+
+def _show(progress: Any, done: int, total: int) -> None:
+    progress.total, progress.n = total, done
+    progress.refresh()
+
+
+def _report(source: Path, output: Output, data: bytes, size: tuple[int, ...], name: str, seconds: float) -> None:
+    report = {"image": str(source), "width": size[0], "height": size[1], "upscaler": name}
+    output.write(data, 0, report | {"seconds": round(seconds, 3)})

@@ -98,7 +98,8 @@ class Work:
         with self._opening:
             session = self._sessions.pop(key, None)
             if session is None or session.changed:
-                session = Session(*key)
+                with heard_by(None, set()):  # whoever asks has looked at the files, and heard of it
+                    session = Session(*key)
             self._sessions[key] = session
             idle = [key for key, each in self._sessions.items() if not each.loaded]
             for old in idle[: max(0, len(idle) - _KEPT_OPEN)]:
@@ -286,7 +287,8 @@ class Work:
         """Have a model in memory, and say to each command once what was to be said of reading it."""
         known = f"read {id(session)}"
         if not session.loaded:
-            self._make_room(session)
+            with heard_by(None, set()):
+                self._make_room(session)
             remarks = self._remarks.setdefault(session, [])
             remarks.clear()
             with heard_by(remarks.append, set()):

@@ -28,10 +28,10 @@ from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
-from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
+from ldmcli.hires import EMBEDDED, LANCZOS, LATENT, UPSCALERS
 from ldmcli.hub.listing import find_adapter, find_model
 from ldmcli.remarks import warn_once
-from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
+from ldmcli.spec import ALPHA, MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class Opened:
     def resolved(self) -> ModelSpec:
         """The same weights, named so that they are found from anywhere."""
         names = {name: getattr(self.spec, name) for name in ("model", "vae", "refiner")}
-        found: dict[str, Any] = {name: str(self.paths[typed].absolute()) for name, typed in names.items() if typed}
+        found: dict[str, Any] = {name: _real(self.paths[typed]) for name, typed in names.items() if typed}
         if "model" in found and self.model.path.name == EMBEDDED_NAME and self.model.path == embedded_model():
             found["model"] = None
         folders = {name: getattr(self.spec, name) for name in ("lora_dir", "embedding_dir", "upscaler")}
@@ -278,6 +278,35 @@ class Opened:
 def absolute(path: str) -> str:
     """A path as it is found from any folder."""
     return os.path.abspath(os.path.expanduser(path))
+
+
+def _real(path: Path) -> str:
+    """A path as it is found from any folder, the same one by whatever links; a file's own name stays, which tells its
+    kind."""
+    return os.path.realpath(path) if os.path.isdir(path) else os.path.join(os.path.realpath(path.parent), path.name)
+
+
+def resolved_request(request: FittedRequest) -> FittedRequest:
+    """The same request with its files named so that they are found from any folder; what is recorded of it stays."""
+
+    def there(path: str) -> str:
+        return absolute(path) if os.path.lexists(os.path.expanduser(path)) else path
+
+    given = [(name, getattr(request, name)) for name in PICTURES]
+    found: dict[str, Any] = {
+        name: there(path) for name, path in given if isinstance(path, str) and (name, path) != ("mask", ALPHA)
+    }
+    if request.loras:
+        loras = (dataclasses.replace(lora, path=there(lora.path or lora.name)) for lora in request.loras)
+        found["loras"] = tuple(loras)
+    if request.embeddings:
+        from ldmcli.adapters.embedding_words import split_name
+
+        names = map(split_name, request.embeddings)
+        found["embeddings"] = tuple(there(file) + ("" if word is None else f":{word}") for file, word in names)
+    if request.hires and request.hires_upscaler not in UPSCALERS:
+        found["hires_upscaler"] = there(request.hires_upscaler)
+    return dataclasses.replace(request, **found) if found else request
 
 
 def open_spec(spec: ModelSpec, *, half: bool, fetched: Mapping[str, str] | None = None) -> Opened:

@@ -55,6 +55,8 @@ class Session:
     memory back. Nothing of the process but torch's number of threads, while it draws, is touched.
     """
 
+    remote = False  # whether another process draws
+
     def __init__(
         self,
         model: ModelSpec = ModelSpec(),
@@ -179,11 +181,15 @@ class Session:
         made: A1111's text, and our record, from which it can be drawn again; for that it waits for the weights' hash.
         Raises as `Picture.pixels` does, and UsageError where the format cannot hold the size."""
         from ldmcli.images.encode import encode_pixels
+
+        pixels = picture.pixels()
+        return encode_pixels(pixels, self.record(picture) if metadata else {}, encoding)
+
+    def record(self, picture: "Picture") -> dict[str, str]:
+        """What the file of a picture says of how it was made, by keyword. Raises as `encode`."""
         from ldmcli.images.metadata import text_chunks, with_upscaling
 
         pixels = picture.pixels()
-        if not metadata:
-            return encode_pixels(pixels, {}, encoding)
         # Which of several GPUs it was makes no difference.
         runtime = picture.runtime | {"device": picture.runtime["device"].partition(":")[0]}
         request, family = picture.request, self._opened.model.config.family
@@ -194,7 +200,13 @@ class Session:
         if self._upscaler:
             size = pixels.shape[1], pixels.shape[0]
             text = with_upscaling(text, self._upscaler.name, by=self._upscaler.scale, size=size)
-        return encode_pixels(pixels, text, encoding)
+        return text
+
+    def prepare_encoding(self) -> None:
+        """Import now what writes pictures."""
+        from ldmcli.images.encode import prepare
+
+        prepare()
 
     def begin_hashing(self) -> "Future[str]":
         """Find the weights' SHA-256 in a thread, beside whatever else is done."""

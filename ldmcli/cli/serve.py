@@ -1,0 +1,113 @@
+"""`ldm serve`: models stay in memory, and the other commands draw with them."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+from typing import Any
+
+import click
+
+from ldmcli.cli.options import (
+    Duration,
+    json_option,
+    option,
+    runtime_options,
+    runtime_spec,
+    verbosity_options,
+)
+from ldmcli.errors import MissingInputError, printable
+from ldmcli.remarks import Own
+from ldmcli.spec import ModelSpec
+
+_log = logging.getLogger(__name__)
+_WAIT_S = 10.0  # for a server to stop
+
+
+@click.command(short_help="Keep models in memory, for all commands to draw with.")
+@option("-m", "--model", "models", metavar="MODEL", multiple=True, envvar="LDM_MODEL",
+        help="Read this model at once; may be given again. Others are read when a command names them.")  # fmt: skip
+@option("--idle", type=Duration(), metavar="TIME", help="End after 90s, 10m, 1h … without work.  [default: never]")
+@option("--max-models", type=click.IntRange(1, 64), metavar="N",
+        help="Models in memory at once; the one that was not used for the longest time makes room.  "
+        "[default: as many as -m names, 1 at least]")  # fmt: skip
+@runtime_options
+@option("--status", is_flag=True, help="Tell what the server does, and whether there is one: exit code 66 if not.")
+@option("--stop", is_flag=True, help="End the server; commands go on by themselves.")
+@json_option("With --status: as a JSON object.")
+@verbosity_options
+@click.pass_context
+def serve(context: click.Context, **options: Any) -> None:
+    """Keep models in memory until Ctrl-C, --stop or --idle ends it.
+
+    txt2img, img2img, batch and upscale of the same user find the server by themselves and draw the same pictures,
+    without loading the model; --no-server has them do without. It listens on a Unix socket in $XDG_RUNTIME_DIR, or
+    where LDM_SERVER says, which only you can open. --dtype, --device and the like are for the models that -m names;
+    each command brings its own.
+
+    \b
+    Examples:
+    ldm serve -m sd15.safetensors --idle 1h &
+    ldm serve --status
+    ldm serve --stop
+    """
+    from ldmcli.serving.place import socket_path
+
+    if options["status"] or options["stop"]:
+        _ask("stop" if options["stop"] else "status", as_json=options["as_json"])
+        return
+    from ldmcli.serving.local import Server, listening
+    from ldmcli.serving.work import Work
+    from ldmcli.session import Session
+    from ldmcli.speed.startup import quicken, settle_down
+
+    path = socket_path()
+    _hear_everything()
+    with listening(path) as listener:
+        quicken()
+        runtime = runtime_spec(options)
+        work = Work(max_models=options["max_models"] or max(1, len(options["models"])))
+        server = Server(work, idle=options["idle"])
+        try:
+            for name in options["models"]:
+                spec = Session(ModelSpec(name), runtime).resolved
+                work.load(work.session(spec, runtime)).wait()
+                _log.info("%s is in memory", printable(name))
+            settle_down()
+            _log.info("listening at %s", printable(str(path)))
+            os.chdir("/")
+            signal.signal(signal.SIGTERM, lambda *_: server.stop())
+            server.serve(listener)
+        finally:
+            work.close()
+
+
+def _hear_everything() -> None:
+    """Let clients hear what they want to, and standard error only what is not theirs."""
+    logger = logging.getLogger("ldmcli")
+    for handler in logger.handlers:
+        handler.setLevel(logger.level)
+        handler.addFilter(Own())
+    logger.setLevel(logging.DEBUG)
+
+
+def _ask(what: str, *, as_json: bool) -> None:
+    """Have the server tell what it does, or stop. Raises MissingInputError where there is none."""
+    from ldmcli.serving.client import connect
+
+    connection = connect(any_version=True)
+    if connection is None:
+        raise MissingInputError("no server of yours is up; start one by ldm serve.")
+    with contextlib.closing(connection):
+        facts = connection.call(what)
+        agreed = {"agrees": connection.greeting.agreed}
+        if what == "stop":
+            connection.wait_for_end(_WAIT_S)
+            return
+    if as_json:
+        click.echo(json.dumps(facts | agreed))
+        return
+    for name, value in (facts | agreed).items():
+        shown = ", ".join(map(printable, value)) if isinstance(value, list) else value
+        click.echo(f"{name}: {shown}")

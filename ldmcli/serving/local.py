@@ -1,0 +1,422 @@
+"""The server of one user's commands, on a Unix socket: each client has a session of its own, opened from its folder as
+the command itself would, and the models that these draw with are shared."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import logging
+import os
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ldmcli import __version__
+from ldmcli.errors import CannotCreateError, LdmError, TryAgainError, printable
+from ldmcli.fitting import FittedRequest
+from ldmcli.images.formats import Encoding
+from ldmcli.remarks import heard_by
+from ldmcli.serving.place import agreement, peer_is_user, prepare_place
+from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send, without_bytes
+from ldmcli.serving.work import Job, Work
+from ldmcli.session import Picture, Session
+from ldmcli.session.opened import resolved_request
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.upscaling.files import Enlargement, larger_file, read_file
+from ldmcli.upscaling.target import Target
+from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, Upscaler, UpscalerFile, open_upscaler
+
+_MAX_CLIENTS = 256
+_BACKLOG = 128
+_UPSCALERS = 2  # kept
+_GREETING_S = 30.0  # that a client has to greet
+_log = logging.getLogger(__name__)
+_folder = threading.Lock()
+
+
+@contextlib.contextmanager
+def in_folder(folder: str) -> Iterator[None]:
+    """Inside the block the process is in a client's folder, so that names mean and messages say what they do there; one
+    client at a time. What draws has names that are found from anywhere."""
+    with _folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir("/")
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """A socket at `path` inside the block, in place of one whose server was killed. Raises TryAgainError where another
+    server has it, CannotCreateError where it cannot be made."""
+    prepare_place(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            before = os.umask(0o177)
+            try:
+                listener.bind(os.fspath(path))
+            finally:
+                os.umask(before)
+            listener.listen(_BACKLOG)
+        except BlockingIOError:
+            raise TryAgainError(f"a server of yours is running already at {printable(str(path))}.") from None
+        except OSError as error:
+            raise CannotCreateError(f"cannot listen at {printable(str(path))}: {error.strerror}.") from None
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(OSError):  # gone already, with its folder
+                os.unlink(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpscalerSpec:
+    """Which network enlarges, and where and in what numbers it computes."""
+
+    name: str
+    allow_pickle: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class Upscalers:
+    """The networks that enlarged last, in memory. The thread that works uses it."""
+
+    def __init__(self) -> None:
+        self._held: dict[UpscalerSpec, tuple[UpscalerFile, Upscaler]] = {}
+
+    def get(self, spec: UpscalerSpec) -> Upscaler:
+        """The network, read anew where its file has changed. Raises LdmError."""
+        from ldmcli.speed.policy import choose_runtime
+
+        runtime = choose_runtime(RuntimeSpec(device=spec.device, dtype=spec.dtype))  # which says what it chose
+        held = self._held.pop(spec, None)
+        if held is None or held[0].weights.changed:
+            file = open_upscaler(spec.name, allow_pickle=spec.allow_pickle)
+            held = file, Upscaler(file, runtime, asked=spec.dtype != "auto")
+        self._held[spec] = held
+        while len(self._held) > _UPSCALERS:
+            del self._held[next(iter(self._held))]
+        return held[1]
+
+
+class Server:
+    """Serves clients until it is stopped, or had nothing to do for `idle` seconds."""
+
+    def __init__(self, work: Work, *, idle: float | None = None) -> None:
+        self.work = work
+        self._idle = idle
+        self._agreement = agreement()
+        self.upscalers = Upscalers()
+        self._started = time.monotonic()
+        self._clients: set[_Client] = set()
+        self._woken, self._wake = socket.socketpair()
+        self._stopping = False
+        self._last = time.monotonic()  # when a job last ended
+
+    def stop(self) -> None:
+        """Have `serve` return."""
+        self._stopping = True
+        self._wake.send(b"\0")
+
+    def serve(self, listener: socket.socket) -> None:
+        """Answer clients. Their work ends with this."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while not self._stopping and (left := self._left()) > 0:
+                if any(key.fileobj is listener for key, _ in selector.select(left)):
+                    self._accept(listener)
+        for client in list(self._clients):
+            client.close()
+
+    def left(self, client: "_Client") -> None:
+        """Take note that a client has gone, and that one is if the device is lost."""
+        self._clients.discard(client)
+        if self.work.failure is not None:
+            self.stop()
+
+    def agrees(self, with_: str) -> bool:
+        """Whether a client's command would draw what this process draws."""
+        return with_ == self._agreement
+
+    def worked(self) -> None:
+        """Take note that a job has ended."""
+        self._last = time.monotonic()
+
+    def status(self) -> dict[str, Any]:
+        """What `ldm serve --status` shows."""
+        now, models = self.work.progress(), self.work.models()
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "seconds": round(time.monotonic() - self._started, 1),
+            "models": [each.name for each in models if each.loaded],
+            "clients": len(self._clients) - 1,  # less the one that asks
+            "step": now.step,
+            "steps": now.steps,
+            "queued": now.queued,
+            "drawn": now.drawn,
+            "failed": now.failed,
+        }
+
+    def _left(self) -> float:
+        """Seconds until it has been idle for long enough."""
+        if self._idle is None:
+            return 3600.0
+        now = self.work.progress()
+        if now.jobs or now.queued:
+            self.worked()
+        return min(3600.0, self._last + self._idle - time.monotonic())
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:  # gone again, or too many files are open
+            _log.debug("a client could not be accepted: %s", error)
+            time.sleep(0.01)
+            return
+        if len(self._clients) >= _MAX_CLIENTS or not peer_is_user(connection):
+            connection.close()
+            return
+        client = _Client(self, connection)
+        self._clients.add(client)
+        client.start()
+
+
+class _Client:
+    """One client: a thread reads what it asks for, another writes what it is told. When it is gone, so is its work."""
+
+    def __init__(self, server: Server, connection: socket.socket) -> None:
+        self._server, self._work, self._socket = server, server.work, connection
+        self._out: queue.SimpleQueue[dict[str, Any] | Callable[[], dict[str, Any]] | None] = queue.SimpleQueue()
+        self._jobs: list[Job] = []
+        self._level = logging.INFO
+        self._said: set[str] = set()
+        self._folder, self._model, self._runtime = "/", ModelSpec(), RuntimeSpec()
+        self._session: Session | None = None
+        self._upscaler = UpscalerSpec(EMBEDDED_UPSCALER)
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._write)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Let go of the client."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    # ---- the thread that reads ----
+
+    def _read(self) -> None:
+        try:
+            self._socket.settimeout(_GREETING_S)
+            hello = receive(self._socket)
+            agreed = self._server.agrees(str(hello.get("hello")))
+            self._level = int(hello.get("level", logging.INFO))
+            self._out.put({"agreed": agreed, "version": __version__, "pid": os.getpid()})
+            self._socket.settimeout(None)
+            with heard_by(self._tell, self._said):
+                while True:
+                    self._answer(receive(self._socket), agreed)
+        except (OSError, ValueError, TypeError) as error:
+            _log.debug("a client has gone (%s)", error)
+        finally:
+            for job in self._jobs:
+                job.cancel()
+            self._out.put(None)
+            self.close()
+
+    def _answer(self, message: dict[str, Any], agreed: bool) -> None:
+        """Do what is asked for, and reply; what takes the device replies once it is done."""
+        name = message.pop("call", None)
+        at_once = _AT_ONCE.get(str(name)) if agreed or name in ("status", "stop") else None
+        later = _LATER.get(str(name)) if agreed else None
+        self._jobs = [job for job in self._jobs if not job.done]
+        try:
+            if at_once:
+                self._out.put({"reply": at_once(self, **message)})
+            elif later and not self._jobs:
+                self._jobs.append(later(self, **message))
+            else:
+                self._out.put({"error": f"there is no {printable(str(name))} to call now."})
+        except OSError as error:
+            self._out.put({"error": f"input or output failed: {error}"})
+        except Exception as error:
+            _log.debug("a call failed", exc_info=not isinstance(error, LdmError))
+            self._out.put({"error": f"{type(error).__name__}: {error}"})
+
+    def open(self, cwd: str, model: dict[str, Any], runtime: dict[str, Any], fetched: dict[str, str]) -> Any:
+        self._folder, self._runtime = cwd, RuntimeSpec(**runtime)
+        with in_folder(cwd):
+            self._session = Session(ModelSpec(**model), self._runtime, fetched=fetched)
+            self._model = self._session.resolved
+        if self._session.undecided:
+            self._share()
+        return {"name": self._session.name, "token_limit": self._session.token_limit}
+
+    @property
+    def _opened(self) -> Session:
+        if self._session is None:
+            raise LdmError("no model is open.")
+        return self._session
+
+    def _share(self) -> Session:
+        """The session that draws; the client's knows what that one does."""
+        drawing = self._work.session(self._model, self._runtime)
+        self._opened.share(drawing)
+        return drawing
+
+    def fit(self, request: dict[str, Any]) -> FittedRequest:
+        with in_folder(self._folder):
+            fitted = self._opened.fit(GenerationRequest(**request))
+            self._opened.embeddings(fitted)  # whose files are found from here
+        return without_bytes(fitted)
+
+    def cut_text(self, text: str, request: dict[str, Any]) -> str:
+        with in_folder(self._folder):
+            return self._opened.cut_text(text, fitted_from_dict(request))
+
+    def embeddings(self, request: dict[str, Any], named: bool) -> list[dict[str, str]]:
+        with in_folder(self._folder):
+            return self._opened.embeddings(fitted_from_dict(request), named=named)
+
+    def runtime(self) -> dict[str, str]:
+        return self._opened.runtime.to_dict()
+
+    def open_upscaler(self, cwd: str, upscaler: str, allow_pickle: bool, device: str, dtype: str) -> str:
+        self._folder = cwd
+        with in_folder(cwd):
+            file = open_upscaler(upscaler, allow_pickle=allow_pickle)
+        known = upscaler if upscaler == EMBEDDED_UPSCALER else os.path.join(cwd, file.weights.path)
+        self._upscaler = UpscalerSpec(known, allow_pickle, device, dtype)
+        return file.name
+
+    def status(self) -> dict[str, Any]:
+        return self._server.status()
+
+    def stop(self) -> dict[str, Any]:
+        self._server.stop()
+        return self._server.status()
+
+    # ---- what waits for the device ----
+
+    def load(self, first: list[dict[str, Any]]) -> Job:
+        requests = self._resolved([fitted_from_dict(each) for each in first])
+        return self._work.load(self._share(), requests, on_warning=self._tell, on_done=self._done)
+
+    def _resolved(self, requests: list[FittedRequest]) -> list[FittedRequest]:
+        with in_folder(self._folder):
+            return list(map(resolved_request, requests))
+
+    def draw(self, requests: list[dict[str, Any]], encoding: dict[str, Any], metadata: bool) -> Job:
+        typed = [fitted_from_dict(each) for each in requests]
+        drawing, how = self._share(), Encoding(**encoding)
+
+        def on_picture(place: int, picture: Picture) -> None:
+            phases = {} if place else drawing.stopwatch.report()["phases"]
+            self._out.put(functools.partial(self._file, picture, typed[place], how, metadata, phases))
+
+        submitted = threading.Event()
+
+        def on_step(done: int, steps: int) -> None:
+            submitted.wait()
+            self._out.put({"event": "step", "done": done, "steps": steps, "count": job.at_once})
+
+        job = self._work.submit(
+            self._model,
+            self._runtime,
+            self._resolved(typed),
+            on_picture=on_picture,
+            on_step=on_step,
+            on_warning=self._tell,
+            on_done=self._done,
+            batch_size=max(1, len(typed)),
+        )
+        submitted.set()
+        return job
+
+    def enlarge(self, source: str, how: dict[str, Any]) -> Job:
+        asked = how | {"target": Target(**how["target"]), "encoding": Encoding(**how["encoding"])}
+        enlargement, spec = Enlargement(**asked), self._upscaler
+        with in_folder(self._folder):
+            picture, text = read_file(Path(source), enlargement)
+
+        def enlarge(job: Job) -> None:
+            def on_tile(done: int, total: int) -> None:
+                job.check()
+                self._out.put({"event": "tile", "done": done, "total": total})
+
+            upscaler, started = self._server.upscalers.get(spec), time.perf_counter()
+            data, size = larger_file(picture, text, upscaler, enlargement, on_tile)
+            seconds = time.perf_counter() - started
+            self._out.put({"event": "picture", "data": data, "size": size, "name": upscaler.name, "seconds": seconds})
+
+        return self._work.call(enlarge, on_warning=self._tell, on_done=self._done)
+
+    def _done(self, error: BaseException | None) -> None:
+        self._server.worked()
+        self._out.put({"reply": None} if error is None else {"error": f"{type(error).__name__}: {error}"})
+
+    # ---- the thread that writes ----
+
+    def _write(self) -> None:
+        try:
+            with self._socket:
+                while (message := self._out.get()) is not None:
+                    send(self._socket, message if isinstance(message, dict) else message())
+        except Exception as error:
+            _log.debug("a client hears no more (%s)", error)
+        finally:
+            self.close()
+            self._server.left(self)
+
+    def _file(
+        self, picture: Picture, typed: FittedRequest, encoding: Encoding, metadata: bool, phases: dict[str, float]
+    ) -> dict[str, Any]:
+        """A picture as it is sent. Raises DeviceLostError: who is gone is drawn for by nobody."""
+        from ldmcli.images.encode import encode_pixels
+        from ldmcli.session.drawing import DeviceLostError
+
+        message: dict[str, Any] = {"event": "picture", "phases": phases, "of": "pixels", "identity": {}}
+        try:
+            pixels = picture.pixels()
+            message |= {"of": "file", "seconds": picture.seconds}
+            message["identity"] = self._opened.identity()
+            picture.request = typed  # which names files as the client does, for its record
+            with heard_by(self._tell, self._said):
+                text = {}
+                if metadata:
+                    with in_folder(self._folder):
+                        text = self._opened.record(picture)
+                data = encode_pixels(pixels, text, encoding)
+            return message | {"data": data}
+        except DeviceLostError:
+            raise
+        except (LdmError, ValueError) as error:
+            return message | {"failure": error_to_dict(error)}
+
+    def _tell(self, record: logging.LogRecord) -> None:
+        if record.levelno >= self._level:
+            self._out.put({"log": record.name, "level": record.levelno, "text": record.getMessage()})
+
+
+_AT_ONCE: dict[str, Callable[..., Any]] = {
+    "open": _Client.open, "fit": _Client.fit, "cut_text": _Client.cut_text, "embeddings": _Client.embeddings,
+    "runtime": _Client.runtime, "open_upscaler": _Client.open_upscaler,
+    "status": _Client.status, "stop": _Client.stop,
+}  # fmt: skip
+_LATER: dict[str, Callable[..., Job]] = {"load": _Client.load, "draw": _Client.draw, "enlarge": _Client.enlarge}

@@ -1,0 +1,168 @@
+"""`ldm serve` and the commands that draw with it: the same files, words and exit codes as without it."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapter_support import noise, write
+from cli_support import Result, environment, ldm_here, start, tiny_model, until
+from PIL import Image
+from test_lora import lora_for
+
+from ldmcli import remarks
+from ldmcli.serving.client import Connection, connect
+
+FAST = ("--dtype", "fp32", "--device", "cpu", "--steps", "3", "-s", "1")
+TINY = ("-m", "model", *FAST)
+
+
+class Served:
+    """A server in a process of its own, and where it listens."""
+
+    def __init__(self, path: Path, *options: str) -> None:
+        self.env = {"LDM_SERVER": str(path)}
+        self.process = start("serve", *options, env=self.env)
+        until(lambda: self._up() or self.process.poll() is not None, "a server listens")
+
+    def run(self, *arguments: str | Path, **how: Any) -> Result:
+        """A command in this process, which draws with the server."""
+        remarks.sayings().clear()
+        return ldm_here(*arguments, env=self.env, **how)
+
+    def connect(self) -> Connection:
+        connection = self._up()
+        assert connection is not None
+        return connection
+
+    def _up(self) -> Connection | None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment(self.env).items():
+                patch.setenv(name, value)
+            return connect()
+
+    def status(self) -> dict[str, Any]:
+        with contextlib.closing(self.connect()) as connection:
+            return connection.call("status")
+
+    def end(self) -> str:
+        """Stop it; what it wrote to standard error."""
+        self.process.terminate()
+        return self.process.communicate(timeout=60)[1].decode()
+
+
+@pytest.fixture(scope="module")
+def place_(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("s") / "s.sock"
+
+
+@pytest.fixture(scope="module")
+def served(place_: Path) -> Iterator[Served]:
+    server = Served(place_, "--max-models", "2")
+    yield server
+    assert "Traceback" not in server.end()
+    assert server.process.returncode == 0
+    assert not place_.exists()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what commands read: a model, pictures, a mask, LoRAs, embeddings, rows."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "model").symlink_to(tiny_model())
+    picture = np.random.default_rng(1).integers(0, 256, (16, 24, 3), np.uint8)
+    Image.fromarray(picture).save(folder / "a.png")
+    Image.fromarray((picture[..., 0] > 128).astype(np.uint8) * 255).save(folder / "mask.png")
+    Image.fromarray(np.dstack([picture, picture[..., 0]])).save(folder / "clear.png")
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (folder / "bad.safetensors").write_bytes(b"nothing")
+    (folder / "loras").mkdir()
+    (folder / "words").mkdir()
+    lora_for(tiny_model(), folder / "loras" / "toy.safetensors")
+    lora_for(tiny_model(), folder / "one.safetensors", seed=2)
+    write(folder / "words" / "glow.safetensors", {"emb_params": noise(3, 16, scale=1.0)})
+    (folder / "rows.jsonl").write_text('{"prompt": "a fox", "count": 3}\n{"prompt": "an owl", "steps": 2}\n')
+    (folder / "bad.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "an owl", "steps": -2}\n')
+    return folder
+
+
+def comparable(result: Result, folder: Path) -> tuple[int, bytes, str, dict[str, bytes]]:
+    """What a command left: exit code, outputs, and files but for times."""
+    times = rb'"(seconds|phases|marks|peaks|time|check|started)": (\{[^}]*\}|[\d.]+|"[^"]*")'
+    kept = {
+        str(path.relative_to(folder)): re.sub(times, b"", path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".lock") and path.suffix not in (".sqlite",)
+    }
+    return result.code, re.sub(times, b"", result.out), result.err, kept
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "embedded": ("txt2img", "a red apple", *FAST),
+    "several": ("txt2img", "an apple", "a pear", "-c", "3", "-b", "2", *FAST),
+    "json": ("txt2img", "a fox", *TINY, "--json", "-c", "2"),
+    "webp": ("txt2img", "a fox", *TINY, "-o", "a.webp", "--lossless"),
+    "stdout": ("txt2img", "a fox", *TINY, "-o", "-"),
+    "stdin": ("txt2img", "-", *TINY),
+    "plain": ("txt2img", "a fox", *TINY, "--no-metadata", "-o", "new/"),
+    "overlong": ("txt2img", "f" * 90, *TINY, "-n", "b" * 90),
+    "hint": ("txt2img", "a (fox:1.2)", *TINY, "-g", "0.5"),
+    "hires": ("txt2img", "a fox", *TINY, "--hires", "2", "--hires-upscaler", "lanczos"),
+    "upscaled": ("txt2img", "a fox", *TINY, "--upscale", "embedded"),
+    "lora": ("txt2img", "a fox", *TINY, "--lora", "one.safetensors:0.7"),
+    "tag": ("txt2img", "a <lora:toy:0.8> fox", *TINY, "--lora-dir", "loras", "--prompt-syntax", "weighted"),
+    "embedding": ("txt2img", "a glow", *TINY, "--embedding", "words/glow.safetensors"),
+    "embeddings": ("txt2img", "a glow", "a gleam", *TINY, "--embedding-dir", "words"),
+    "unused": ("txt2img", "a fox", *TINY, "--embedding", "words/glow.safetensors"),
+    "img2img": ("img2img", "a fox", *TINY, "-i", "a.png", "--strength", "0.7"),
+    "mask": ("img2img", "a fox", *TINY, "-i", "a.png", "--mask", "mask.png", "--mask-blur", "1", "--json"),
+    "alpha": ("img2img", "a fox", *TINY, "-i", "clear.png", "--mask", "alpha"),
+    "piped picture": ("img2img", "a fox", *TINY, "-i", "-"),
+    "idle option": ("img2img", "a fox", *TINY, "-i", "a.png", "--invert-mask"),
+    "batch": ("batch", "rows.jsonl", "-o", "out", *FAST, "-b", "2"),
+    "bad rows": ("batch", "bad.jsonl", "-o", "out", *TINY, "--json"),
+    "upscale": ("upscale", "a.png", "-o", "large.png", "--device", "cpu", "--dtype", "fp32"),
+    "upscale some": ("upscale", "a.png", "bad.png", "clear.png", "-o", "l/", "--size", "20x", "--format", "jpeg"),
+    "piped upscale": ("upscale", "-", "-o", "-", "--device", "cpu", "--dtype", "fp32", "--scale", "1.5"),
+    "no model": ("txt2img", "a fox", "-m", "nothing.safetensors"),
+    "bad model": ("txt2img", "a fox", "-m", "bad.safetensors"),
+    "size": ("txt2img", "a fox", "-W", "13", *TINY),
+    "sampler": ("txt2img", "a fox", "--sampler", "dpmpp-2m", "--eta", "1", *TINY),
+    "dtype": ("txt2img", "a fox", *TINY, "--dtype", "fp16"),
+    "device": ("txt2img", "a fox", *TINY, "--device", "cuda:7"),
+    "long prompt": ("txt2img", "f" * 90, *TINY, "--on-long-prompt", "error"),
+    "no picture": ("img2img", "a fox", *TINY, "-i", "nothing.png"),
+    "bad picture": ("img2img", "a fox", *TINY, "-i", "bad.png"),
+    "no lora": ("txt2img", "a fox", *TINY, "--lora", "nothing.safetensors"),
+    "wrong lora": ("txt2img", "a fox", *FAST, "--lora", "one.safetensors"),
+    "no place": ("txt2img", "a fox", *TINY, "-o", "a.png/b.png"),
+    "taken": ("txt2img", "a fox", *TINY, "-o", "a.png"),
+    "no upscaler": ("upscale", "a.png", "-o", "b.png", "-m", "nothing.safetensors"),
+    "bad upscaler": ("upscale", "a.png", "-o", "b.png", "-m", "bad.safetensors"),
+    "bad upscaled": ("upscale", "bad.png", "-o", "b.png"),
+    "large": ("upscale", "a.png", "-o", "b.webp", "--size", "20000x20"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_does_the_same_with_a_server(name: str, served: Served, files: Path, tmp_path: Path) -> None:
+    command, found = COMMANDS[name], []
+    stdin = (files / "a.png").read_bytes() if name.startswith("piped") else b"a fox\n\nan owl\n"
+    before = served.status()["drawn"]
+    for number, extra in enumerate(((), ("--no-server",))):
+        folder = tmp_path / "same"
+        folder.mkdir()
+        for each in files.iterdir():
+            (folder / each.name).symlink_to(each)
+        found.append(comparable(served.run(*command, *extra, stdin=stdin, cwd=folder), folder))
+        folder.rename(tmp_path / f"done{number}")
+    assert found[0][:3] == found[1][:3]
+    assert found[0][3].keys() == found[1][3].keys()
+    for path, data in found[0][3].items():
+        assert data == found[1][3][path], path
+    drawn = sum(path.endswith((".png", ".webp")) for path in found[1][3]) + (name == "stdout")
+    if found[1][0] == 0 and command[0] != "upscale":
+        assert served.status()["drawn"] - before == drawn - 4  # less those that are read
