@@ -14,7 +14,7 @@ from PIL import Image
 from test_lora import lora_for
 
 from ldmcli import remarks
-from ldmcli.serving.client import Connection, connect
+from ldmcli.serving.connection import Connection, connect
 
 FAST = ("--dtype", "fp32", "--device", "cpu", "--steps", "3", "-s", "1")
 TINY = ("-m", "model", *FAST)

@@ -260,7 +260,8 @@ def _engine(job: "Job", devices: tuple[str, ...] | None, options: dict[str, Any]
 
 def _session(options: dict[str, Any], setup: "Setup") -> "Session | RemoteSession":
     """What draws in this process: a session of its own, or the server's."""
-    from ldmcli.serving.client import find_server, open_session
+    from ldmcli.serving.client import open_session
+    from ldmcli.serving.connection import find_server
 
     server = find_server(wanted=not options["no_server"], keep=options["keep"])
     return open_session(setup.model, setup.runtime, server, encoding=setup.encoding, metadata=setup.metadata)

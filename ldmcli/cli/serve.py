@@ -94,7 +94,7 @@ def _hear_everything() -> None:
 
 def _ask(what: str, *, as_json: bool) -> None:
     """Have the server tell what it does, or stop. Raises MissingInputError where there is none."""
-    from ldmcli.serving.client import connect
+    from ldmcli.serving.connection import connect
 
     connection = connect(any_version=True)
     if connection is None:

@@ -35,7 +35,8 @@ from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import Encoding
-from ldmcli.serving.client import find_server, open_session
+from ldmcli.serving.client import open_session
+from ldmcli.serving.connection import find_server
 from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
 from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age

@@ -30,7 +30,8 @@ from ldmcli.disk.opening import open_regular
 from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
-from ldmcli.serving.client import Connection, RefusedError, find_server, is_of_process
+from ldmcli.serving.client import is_of_process
+from ldmcli.serving.connection import Connection, RefusedError, find_server
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.startup import quicken, settle_down
 from ldmcli.upscaling.files import Enlargement, larger_file, read_file

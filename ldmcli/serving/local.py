@@ -2,7 +2,6 @@
 the command itself would, and the models that these draw with are shared."""
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import logging
@@ -22,6 +21,7 @@ from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
 from ldmcli.remarks import heard_by
 from ldmcli.serving.place import agreement, peer_is_user, prepare_place
+from ldmcli.serving.upscalers import Upscalers, UpscalerSpec
 from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send, without_bytes
 from ldmcli.serving.work import Job, Work
 from ldmcli.session import Picture, Session
@@ -29,11 +29,10 @@ from ldmcli.session.opened import resolved_request
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.upscaling.files import Enlargement, larger_file, read_file
 from ldmcli.upscaling.target import Target
-from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, Upscaler, UpscalerFile, open_upscaler
+from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
 
 _MAX_CLIENTS = 256
 _BACKLOG = 128
-_UPSCALERS = 2  # kept
 _GREETING_S = 30.0  # that a client has to greet
 _log = logging.getLogger(__name__)
 _folder = threading.Lock()
@@ -79,37 +78,6 @@ def listening(path: Path) -> Iterator[socket.socket]:
         finally:
             with contextlib.suppress(OSError):  # gone already, with its folder
                 os.unlink(path)
-
-
-@dataclasses.dataclass(frozen=True)
-class UpscalerSpec:
-    """Which network enlarges, and where and in what numbers it computes."""
-
-    name: str
-    allow_pickle: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-
-
-class Upscalers:
-    """The networks that enlarged last, in memory. The thread that works uses it."""
-
-    def __init__(self) -> None:
-        self._held: dict[UpscalerSpec, tuple[UpscalerFile, Upscaler]] = {}
-
-    def get(self, spec: UpscalerSpec) -> Upscaler:
-        """The network, read anew where its file has changed. Raises LdmError."""
-        from ldmcli.speed.policy import choose_runtime
-
-        runtime = choose_runtime(RuntimeSpec(device=spec.device, dtype=spec.dtype))  # which says what it chose
-        held = self._held.pop(spec, None)
-        if held is None or held[0].weights.changed:
-            file = open_upscaler(spec.name, allow_pickle=spec.allow_pickle)
-            held = file, Upscaler(file, runtime, asked=spec.dtype != "auto")
-        self._held[spec] = held
-        while len(self._held) > _UPSCALERS:
-            del self._held[next(iter(self._held))]
-        return held[1]
 
 
 class Server:
@@ -207,6 +175,7 @@ class _Client:
         self._said: set[str] = set()
         self._folder, self._model, self._runtime = "/", ModelSpec(), RuntimeSpec()
         self._session: Session | None = None
+        self._typed: dict[str, str] = {}  # what files are called by the client, by their paths
         self._upscaler = UpscalerSpec(EMBEDDED_UPSCALER)
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._write)]
 
@@ -320,7 +289,12 @@ class _Client:
 
     def _resolved(self, requests: list[FittedRequest]) -> list[FittedRequest]:
         with in_folder(self._folder):
-            return list(map(resolved_request, requests))
+            resolved = list(map(resolved_request, requests))
+        for typed, found in zip(requests, resolved, strict=True):
+            self._typed |= {
+                there: here for here, there in zip(_paths(typed), _paths(found), strict=True) if here != there
+            }
+        return resolved
 
     def draw(self, requests: list[dict[str, Any]], encoding: dict[str, Any], metadata: bool) -> Job:
         typed = [fitted_from_dict(each) for each in requests]
@@ -407,11 +381,24 @@ class _Client:
         except DeviceLostError:
             raise
         except (LdmError, ValueError) as error:
-            return message | {"failure": error_to_dict(error)}
+            return message | {"failure": error_to_dict(error, self._as_typed(str(error)))}
 
     def _tell(self, record: logging.LogRecord) -> None:
         if record.levelno >= self._level:
-            self._out.put({"log": record.name, "level": record.levelno, "text": record.getMessage()})
+            self._out.put({"log": record.name, "level": record.levelno, "text": self._as_typed(record.getMessage())})
+
+    def _as_typed(self, text: str) -> str:
+        """A sentence with files called as the client calls them."""
+        for there, here in self._typed.items():
+            text = text.replace(printable(there), printable(here))
+        return text
+
+
+def _paths(request: FittedRequest) -> list[str]:
+    """The files that a request names."""
+    names = (request.image, request.mask, request.hires_upscaler)
+    paths = [name if isinstance(name, str) else "" for name in names]
+    return [*paths, *(lora.path or lora.name for lora in request.loras), *request.embeddings]
 
 
 _AT_ONCE: dict[str, Callable[..., Any]] = {

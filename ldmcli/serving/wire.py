@@ -74,9 +74,9 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def error_to_dict(error: BaseException) -> dict[str, str]:
+def error_to_dict(error: BaseException, message: str) -> dict[str, str]:
     """An error as it is sent."""
-    return {"class": type(error).__name__, "message": str(error)}
+    return {"class": type(error).__name__, "message": message}
 
 
 def error_from_dict(sent: dict[str, str]) -> LdmError:

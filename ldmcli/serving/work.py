@@ -5,7 +5,6 @@ import itertools
 import logging
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +20,8 @@ from ldmcli.speed.cpu.threads import is_small
 
 _BATCH_ON_CPU, _BATCH_ON_GPU = 8, 4  # pictures of several jobs drawn together; larger models gain nothing on a CPU
 _KEPT_OPEN = 16  # sessions beyond those in memory that are looked at and hold no weights
+_ADAPTERS = "ldmcli.adapters"
+_MAX_REMARKS = 1000  # doings of which they are kept
 _FIRST_GUESS_S = 2.0  # what a picture takes, before one was drawn
 __all__ = ["Busy", "Job", "Resident", "Work", "WorkProgress"]
 _log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class Work:
         self._failure: LdmError | None = None
         self._changed = threading.Condition()
         self._opening = threading.Lock()
-        self._remarks: weakref.WeakKeyDictionary[Session, list[logging.LogRecord]] = weakref.WeakKeyDictionary()
+        self._remarks: dict[str, list[logging.LogRecord]] = {}  # by what was done when they were made
+        self._merging = ""  # what for is drawn just now, as a key of those
         self._relay = Relay()
         logging.getLogger("ldmcli").addHandler(self._relay)
         self._thread = threading.Thread(target=self._work, name="work", daemon=True)
@@ -261,7 +263,9 @@ class Work:
                 raise CancelledError(CANCELLED)
 
         requests, said = [job.requests[place] for job, place in batch], set[str]().union(*(job.said for job in jobs))
-        with heard_by(self._tell, said if len(jobs) > 1 else jobs[0].said):
+        self._merging = f"merge {id(session)} {requests[0].loras}"
+        self._repeat(self._merging, jobs)
+        with heard_by(self._hear, said if len(jobs) > 1 else jobs[0].said):
             self._read(session, requests[:1], jobs)
             session.refresh()
             started = time.perf_counter()
@@ -289,16 +293,30 @@ class Work:
         if not session.loaded:
             with heard_by(None, set()):
                 self._make_room(session)
-            remarks = self._remarks.setdefault(session, [])
-            remarks.clear()
+            remarks = self._remarks[known] = list[logging.LogRecord]()
             with heard_by(remarks.append, set()):
                 session.load(first)
                 session.begin_hashing()
+        self._repeat(known, jobs)
+
+    def _repeat(self, what: str, jobs: Sequence[Job]) -> None:
+        """Say again what was said when something was done that stays done, to those who did not hear it."""
         for job in jobs:
-            if known not in job.said:
-                job.said.add(known)
-                for record in self._remarks.get(session, ()):
+            if what not in job.said:
+                job.said.add(what)
+                for record in self._remarks.get(what, ()):
                     self._tell(record, [job])
+
+    def _hear(self, record: logging.LogRecord) -> None:
+        """Pass on what is said while pictures are drawn. What merging LoRAs says is kept: they stay merged."""
+        if record.name.startswith(_ADAPTERS):
+            kept = self._remarks.setdefault(self._merging, [])
+            while len(self._remarks) > _MAX_REMARKS:
+                del self._remarks[next(iter(self._remarks))]
+            if any(each.getMessage() == record.getMessage() for each in kept):
+                return  # they were merged before, and it was said
+            kept.append(record)
+        self._tell(record)
 
     def _tell(self, record: logging.LogRecord, jobs: Sequence[Job] | None = None) -> None:
         """Pass on what is logged about jobs, those in hand."""
