@@ -52,12 +52,12 @@ def serve(context: click.Context, **options: Any) -> None:
     ldm serve --status
     ldm serve --stop
     """
-    from ldmcli.serving.place import socket_path
+    from ldmcli.serving.place import listening, socket_path
 
     if options["status"] or options["stop"]:
         _ask("stop" if options["stop"] else "status", as_json=options["as_json"])
         return
-    from ldmcli.serving.local import Server, listening
+    from ldmcli.serving.local import Server
     from ldmcli.serving.work import Work
     from ldmcli.session import Session
     from ldmcli.speed.startup import quicken, settle_down
@@ -100,11 +100,12 @@ def _ask(what: str, *, as_json: bool) -> None:
     if connection is None:
         raise MissingInputError("no server of yours is up; start one by ldm serve.")
     with contextlib.closing(connection):
-        facts = connection.call(what)
-        agreed = {"agrees": connection.greeting.agreed}
         if what == "stop":
-            connection.wait_for_end(_WAIT_S)
+            with contextlib.suppress(OSError):  # it may be gone before it answers
+                connection.call(what)
+                connection.wait_for_end(_WAIT_S)
             return
+        facts, agreed = connection.call(what), {"agrees": connection.greeting.agreed}
     if as_json:
         click.echo(json.dumps(facts | agreed))
         return

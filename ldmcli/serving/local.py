@@ -2,7 +2,6 @@
 the command itself would, and the models that these draw with are shared."""
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
-from ldmcli.errors import CannotCreateError, LdmError, TryAgainError, printable
+from ldmcli.errors import LdmError, printable
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
 from ldmcli.remarks import heard_by
-from ldmcli.serving.place import agreement, peer_is_user, prepare_place
+from ldmcli.serving.place import agreement, peer_is_user
 from ldmcli.serving.upscalers import Upscalers, UpscalerSpec
 from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send, without_bytes
 from ldmcli.serving.work import Job, Work
@@ -32,7 +31,6 @@ from ldmcli.upscaling.target import Target
 from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
 
 _MAX_CLIENTS = 256
-_BACKLOG = 128
 _GREETING_S = 30.0  # that a client has to greet
 _log = logging.getLogger(__name__)
 _folder = threading.Lock()
@@ -48,36 +46,6 @@ def in_folder(folder: str) -> Iterator[None]:
             yield
         finally:
             os.chdir("/")
-
-
-@contextlib.contextmanager
-def listening(path: Path) -> Iterator[socket.socket]:
-    """A socket at `path` inside the block, in place of one whose server was killed. Raises TryAgainError where another
-    server has it, CannotCreateError where it cannot be made."""
-    prepare_place(path)
-    with contextlib.ExitStack() as stack:
-        try:
-            lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            stack.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            before = os.umask(0o177)
-            try:
-                listener.bind(os.fspath(path))
-            finally:
-                os.umask(before)
-            listener.listen(_BACKLOG)
-        except BlockingIOError:
-            raise TryAgainError(f"a server of yours is running already at {printable(str(path))}.") from None
-        except OSError as error:
-            raise CannotCreateError(f"cannot listen at {printable(str(path))}: {error.strerror}.") from None
-        try:
-            yield listener
-        finally:
-            with contextlib.suppress(OSError):  # gone already, with its folder
-                os.unlink(path)
 
 
 class Server:

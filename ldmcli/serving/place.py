@@ -1,6 +1,7 @@
 """Where the server of this user listens, safe from other users, and by what client and server know that they agree."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import socket
@@ -11,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ldmcli import __version__
-from ldmcli.errors import CannotCreateError, UsageError, printable
+from ldmcli.errors import CannotCreateError, TryAgainError, UsageError, printable
 
 _NAME = "ldm.sock"
+_BACKLOG = 128
 _LONGEST = 107  # bytes of a socket's path
 # What may change pictures, or where files are found.
 _PREFIXES = (
@@ -60,6 +62,36 @@ def prepare_place(path: Path) -> None:
             f"{printable(str(path.parent))} is not a folder that only you can enter; remove it, or name a socket by "
             "LDM_SERVER."
         )
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    """A socket at `path` inside the block, in place of one whose server was killed. Raises TryAgainError where another
+    server has it, CannotCreateError where it cannot be made."""
+    prepare_place(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            before = os.umask(0o177)
+            try:
+                listener.bind(os.fspath(path))
+            finally:
+                os.umask(before)
+            listener.listen(_BACKLOG)
+        except BlockingIOError:
+            raise TryAgainError(f"a server of yours is running already at {printable(str(path))}.") from None
+        except OSError as error:
+            raise CannotCreateError(f"cannot listen at {printable(str(path))}: {error.strerror}.") from None
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(OSError):  # gone already, with its folder
+                os.unlink(path)
 
 
 def is_safe(path: Path) -> bool:

@@ -1,0 +1,249 @@
+"""What goes wrong between commands and their server: ends and signals on both sides, other versions, other users."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import stat
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cli_support import assert_refused, copy_model, ldm, ldm_here, start, status_of, tiny_model, until
+from test_serving import FAST, Served
+
+from ldmcli.errors import CannotCreateError, UsageError
+from ldmcli.images.metadata import read_record
+from ldmcli.serving import connection, place
+from ldmcli.serving.place import is_private, is_safe, listening, peer_is_user, socket_path
+
+LONG = ("txt2img", "a red apple", "-m", str(tiny_model()), "--dtype", "fp32", "--device", "cpu", "-s", "1")
+GONE = "ldm: warning: the server is gone; going on without it"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s.sock"
+
+
+@pytest.fixture
+def served(path: Path):  # type: ignore[no-untyped-def]
+    server = Served(path)
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+def drawing(served: Served) -> bool:
+    return served.status()["step"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_client_that_ends_takes_its_work_along(number: int, served: Served, tmp_path: Path) -> None:
+    client = start(*LONG, "--steps", "900", env=served.env, cwd=tmp_path)
+    until(lambda: drawing(served), "the server draws")
+    client.send_signal(number)
+    client.communicate(timeout=60)
+    assert status_of(client) == 128 + number
+    until(lambda: served.status()["steps"] == 0, "the server stops drawing")
+    assert served.status()["clients"] == 0
+    done = ldm(*LONG, "--steps", "1", "-o", "a.png", env=served.env, cwd=tmp_path)
+    assert done.code == 0
+    assert served.status()["drawn"] == 1
+
+
+def test_a_command_goes_on_where_its_server_is_killed(served: Served, path: Path, tmp_path: Path) -> None:
+    client = start(*LONG, "--steps", "150", "-c", "2", "-o", "with", env=served.env, cwd=tmp_path)
+    until(lambda: drawing(served), "the server draws")
+    served.process.kill()
+    _, err = client.communicate(timeout=120)
+    assert client.returncode == 0
+    assert err.decode().splitlines() == [GONE]
+    assert ldm_here(*LONG, "--steps", "150", "-c", "2", "-o", "without", cwd=tmp_path).code == 0
+    for seed in (1, 2):
+        pictures = [tmp_path / folder / f"ldm-{seed}.png" for folder in ("with", "without")]
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    # Its socket is left behind, which keeps nobody from drawing nor another server from listening.
+    assert path.exists()
+    assert ldm_here(*LONG, "--steps", "1", "-o", "a.png", env=served.env, cwd=tmp_path).err == ""
+    again = Served(path)
+    assert again.status()["drawn"] == 0
+    again.end()
+
+
+def test_a_batch_loses_nothing_with_its_server(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("an apple\na pear\na fox\n")
+    options = ("batch", "rows.txt", "-o", "out", "--dtype", "fp32", "--device", "cpu", "--steps", "150", "-b", "1")
+    options = (*options, "-m", tiny_model())
+    client = start(*options, "--json", env=served.env, cwd=tmp_path)
+    until(lambda: served.status()["drawn"] >= 1 and drawing(served), "the server draws")
+    served.process.kill()
+    out, err = client.communicate(timeout=120)
+    assert client.returncode == 0, err
+    assert [json.loads(line)["status"] for line in out.splitlines()] == ["done"] * 3
+    assert GONE in err.decode()
+    assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 3
+
+
+def test_two_servers_do_not_share_a_place(served: Served) -> None:
+    assert_refused(ldm("serve", env=served.env), 75, "running already")
+    assert served.status()["clients"] == 0
+
+
+def test_a_server_is_told_of_and_stopped(path: Path) -> None:
+    served = Served(path)
+    told = ldm_here("serve", "--status", "--json", env=served.env)
+    facts = json.loads(told.out)
+    assert (told.code, facts["pid"], facts["agrees"], facts["models"]) == (0, served.process.pid, True, [])
+    assert b"drawn: 0" in ldm_here("serve", "--status", env=served.env).out
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert ldm_here("serve", "--stop", env=served.env).code == 0
+    assert served.process.wait(60) == 0
+    assert not path.exists()
+    for option in ("--status", "--stop"):
+        assert_refused(ldm_here("serve", option, env=served.env), 66, "no server")
+
+
+def test_a_server_without_work_ends(path: Path, tmp_path: Path) -> None:
+    served = Served(path, "--idle", "1s", "-m", str(tiny_model()))
+    assert served.process.wait(60) == 0
+    assert not path.exists()
+
+
+def test_a_command_may_leave_a_server_behind(path: Path, tmp_path: Path) -> None:
+    env = {"LDM_SERVER": str(path), "LDM_KEEP": "60s"}
+    first = ldm(*LONG, "--steps", "2", "-o", "a.png", env=env, cwd=tmp_path)
+    facts = json.loads(ldm_here("serve", "--status", "--json", env=env).out)
+    second = ldm(*LONG, "--steps", "2", "-o", "b.png", env=env, cwd=tmp_path)
+    assert (first.code, second.code, facts["drawn"], facts["models"]) == (0, 0, 1, ["tiny"])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert json.loads(ldm_here("serve", "--status", "--json", env=env).out)["drawn"] == 2
+    assert ldm_here("serve", "--stop", env=env).code == 0
+    until(lambda: not path.exists(), "the server ends")
+
+
+def test_a_server_of_another_version_is_left_alone(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("txt2img", "a fox", "-m", tiny_model(), *FAST, "-o", tmp_path / "a.png")
+    monkeypatch.setattr(place, "__version__", "0.0.1")
+    assert served.run(*command).code == 0
+    assert json.loads(ldm_here("serve", "--status", "--json", env=served.env).out)["agrees"] is False
+    monkeypatch.undo()
+    assert served.status()["drawn"] == 0
+    other = ldm_here(*command, "--overwrite", env=served.env | {"OMP_NUM_THREADS": "2"})  # which may round otherwise
+    assert (other.code, served.status()["drawn"]) == (0, 0)
+
+
+def test_a_model_whose_file_changes_is_read_anew(served: Served, tmp_path: Path) -> None:
+    model, records = copy_model(tmp_path / "model"), []
+    for name in ("a.png", "b.png"):
+        assert served.run("txt2img", "a fox", "-m", model, *FAST, "-o", tmp_path / name).code == 0
+        records.append(read_record(tmp_path / name)["model"]["sha256"])
+        weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-2] ^= 1
+        weights.unlink()
+        weights.write_bytes(data)
+    assert served.status()["drawn"] == 2
+    assert records[0] != records[1]
+
+
+def test_many_clients_at_once_each_get_their_own(served: Served, tmp_path: Path) -> None:
+    def draw(seed: int) -> bytes:
+        name = tmp_path / f"{seed}.png"
+        command = ("txt2img", f"a fox {seed % 3}", "-m", tiny_model(), "--steps", "3", "-s", str(seed), "-o", name)
+        done = ldm(*command, "--dtype", "fp32", "--device", "cpu", "--overwrite", env=served.env)
+        assert done.code == 0, done.err
+        return name.read_bytes()
+
+    def memory() -> int:
+        text = Path(f"/proc/{served.process.pid}/status").read_text()
+        return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmRSS")))
+
+    with ThreadPoolExecutor(8) as threads:
+        first = list(threads.map(draw, range(8)))
+        before = memory()
+        again = list(threads.map(draw, range(8)))
+    assert len(set(first)) == 8
+    assert again == first
+    assert memory() - before < 64 << 10
+    assert served.status()["drawn"] == 16
+    assert served.status()["clients"] == 0
+    served.env = {}
+    assert draw(3) == first[3]
+
+
+def test_what_is_no_message_harms_nobody(served: Served, path: Path) -> None:
+    text = b'{"hello": 1}'
+    for sent in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        struct.pack("!IQ", 1 << 31, 0),
+        struct.pack("!IQ", 4, 1 << 60),
+        struct.pack("!IQ", 9, 0) + b"[" * 9,
+        struct.pack("!IQ", 2, 0) + b"[]",
+        struct.pack("!IQ", len(text), 0) + text + struct.pack("!IQ", 15, 0) + b'{"call":"open"}',
+    ):
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
+            client.connect(str(path))
+            client.sendall(sent)
+            client.shutdown(socket.SHUT_WR)
+            client.settimeout(60)
+            with contextlib.suppress(ConnectionError):
+                while client.recv(4096):
+                    pass
+    with contextlib.closing(served.connect()) as asked:
+        for wrong in ({"requests": []}, {"model": 3}, {}):
+            with pytest.raises(connection.RefusedError):
+                asked.call("draw", **wrong)
+        for name in ("nothing", "__init__", "fit", "cut_text", "load", "enlarge"):
+            with pytest.raises(connection.RefusedError):
+                asked.call(name)
+        assert asked.call("status")["drawn"] == 0
+
+
+def test_a_path_that_means_something_else_elsewhere_is_not_sent(served: Served, tmp_path: Path) -> None:
+    """A picture from a process substitution, say: the server has other files under those numbers."""
+    picture = tmp_path / "a.png"
+    assert ldm_here("txt2img", "a fox", "-m", tiny_model(), *FAST, "-o", picture).code == 0
+    with picture.open("rb") as file:
+        same = ("img2img", "a fox", "-m", tiny_model(), *FAST, "-i", f"/proc/self/fd/{file.fileno()}", "-o", "-")
+        assert served.run(*same).out == ldm_here(*same).out
+    assert served.status()["drawn"] == 0
+
+
+def test_a_socket_is_where_no_other_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = tmp_path / "run"
+    private.mkdir(mode=0o700)
+    assert socket_path({"XDG_RUNTIME_DIR": str(private)}) == private / "ldm.sock"
+    user = os.geteuid()
+    elsewhere = tmp_path / f"ldm-{user}" / "ldm.sock"
+    (tmp_path / "link").symlink_to(private)
+    private_of_all = tmp_path / "all"
+    private_of_all.mkdir()
+    private_of_all.chmod(0o750)
+    for folder in (tmp_path / "link", private_of_all, tmp_path / "nothing", Path("run"), Path(f"/{'x' * 120}")):
+        assert socket_path({"XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(tmp_path)}) == elsewhere
+    assert socket_path({"LDM_SERVER": str(tmp_path / "s"), "XDG_RUNTIME_DIR": str(private)}) == tmp_path / "s"
+    with pytest.raises(UsageError, match="too long"):
+        socket_path({"LDM_SERVER": "s" * 200})
+    monkeypatch.delenv("LDM_SERVER", raising=False)
+    elsewhere.parent.symlink_to(private)  # as another user may have left it
+    with pytest.raises(CannotCreateError, match="only you can enter"), listening(elsewhere):
+        pass
+    elsewhere.parent.unlink()
+    with listening(elsewhere):
+        assert is_private(elsewhere.parent)
+        assert is_safe(elsewhere)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            assert peer_is_user(ours)
+            monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+            assert not peer_is_user(ours)
+            assert not is_safe(elsewhere)
+            assert not is_private(elsewhere.parent)
+    monkeypatch.undo()
+    elsewhere.parent.chmod(0o755)
+    assert not is_safe(elsewhere)

@@ -1,0 +1,139 @@
+"""The queue of the resident models: batches that jobs share, what one job's end does to others, room for models."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_support import tiny_model
+
+from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
+from ldmcli.errors import UsageError
+from ldmcli.serving.work import Busy, Job, Work
+from ldmcli.session import CancelledError
+
+RUNTIME = RuntimeSpec(device="cpu", dtype="fp32", threads=1)
+
+
+def tiny() -> ModelSpec:
+    return ModelSpec(str(tiny_model()))
+
+
+def request(seed: int, **settings: Any) -> GenerationRequest:
+    return GenerationRequest("a fox", seed=seed, **({"steps": 2} | settings))
+
+
+@pytest.fixture
+def work(one_thread: None) -> Iterator[Work]:
+    work = Work(max_queue=4)
+    yield work
+    work.close()
+
+
+class Held:
+    """Keeps the thread that works busy until it is let go."""
+
+    def __init__(self, work: Work) -> None:
+        self._go, began = threading.Event(), threading.Event()
+
+        def wait(_job: Job) -> None:
+            began.set()
+            self._go.wait(60)
+
+        self.job = work.call(wait)
+        began.wait(60)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._go.set()
+        self.job.wait(60)
+
+
+def collected(work: Work, *requests: GenerationRequest, **settings: Any) -> tuple[Job, dict[int, np.ndarray]]:
+    found: dict[int, np.ndarray] = {}
+    on_picture: Callable[..., object] = lambda place, picture: found.update({place: picture.pixels()})  # noqa: E731
+    return work.submit(tiny(), RUNTIME, requests, on_picture=on_picture, **settings), found
+
+
+def test_jobs_that_agree_share_batches_and_get_their_own_pictures(work: Work) -> None:
+    steps: list[tuple[int, int]] = []
+    with Held(work):
+        jobs = [collected(work, request(1), request(2), on_step=lambda *step: steps.append(step))]
+        jobs += [collected(work, request(3)), collected(work, request(4, steps=3)), collected(work, request(1))]
+        assert work.progress().queued == 4
+    for job, _ in jobs:
+        job.wait(60)
+    assert steps == [(0, 2), (1, 2), (2, 2)]
+    assert [job.at_once for job, _ in jobs] == [2, 1, 1, 1]
+    assert work.progress().drawn == 5
+    assert [sorted(found) for _, found in jobs] == [[0, 1], [0], [0], [0]]
+    with Session(tiny(), RUNTIME) as session:
+        drawn = [p.pixels() for p in session.draw([request(1), request(2), request(3), request(4, steps=3)])]
+    shared = [jobs[0][1][0], jobs[0][1][1], jobs[1][1][0], jobs[2][1][0]]
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(shared, drawn, strict=True)) <= 1
+
+
+def test_one_jobs_end_harms_no_other(work: Work) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionError("nobody listens")
+
+    with Held(work):
+        cancelled, nothing = collected(work, request(1))
+        deaf = work.submit(tiny(), RUNTIME, [request(2)], on_picture=fail)
+        sound, found = collected(work, request(3), request(4))
+        cancelled.cancel()
+        assert cancelled.done
+    sound.wait(60)
+    assert sorted(found) == [0, 1]
+    with pytest.raises(CancelledError):
+        cancelled.wait(60)
+    with pytest.raises(ConnectionError):
+        deaf.wait(60)
+    assert not nothing
+    ended, _ = collected(work, request(5, steps=900))
+    until_step = threading.Event()
+    long = work.submit(tiny(), RUNTIME, [request(6, steps=900)], on_step=lambda *_: until_step.set())
+    ended.cancel()
+    assert until_step.wait(60)
+    long.cancel()
+    after, found = collected(work, request(7))
+    after.wait(60)
+    assert sorted(found) == [0]
+
+
+def test_a_full_queue_says_when_to_come_again(work: Work) -> None:
+    with Held(work):
+        jobs = [collected(work, request(seed))[0] for seed in range(4)]
+        with pytest.raises(Busy) as busy:
+            collected(work, request(5))
+        assert busy.value.retry_after >= 1
+        jobs[0].cancel()
+        jobs.append(collected(work, request(6))[0])
+    for job in jobs[1:]:
+        job.wait(60)
+
+
+def test_a_request_that_cannot_be_drawn_is_refused_at_once(work: Work) -> None:
+    with Held(work), pytest.raises(UsageError, match="size 13"):
+        work.submit(tiny(), RUNTIME, [request(1, width=13)])
+
+
+def test_the_model_used_last_stays(work: Work) -> None:
+    for model in (tiny(), ModelSpec(), tiny()):
+        work.submit(model, RUNTIME, [request(1)]).wait(60)
+        last = work.models()[0]
+        assert (last.model, last.loaded) == (model, True)
+        assert sum(each.loaded for each in work.models()) == 1
+
+
+def test_work_that_is_closed_ends_its_jobs() -> None:
+    work = Work()
+    job, _ = collected(work, request(1, steps=900))
+    work.close()
+    with pytest.raises(CancelledError):
+        job.wait(60)
+    with pytest.raises(Busy):
+        collected(work, request(2))
