@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldmcli import hires
-from ldmcli.config import ModelConfig
 from ldmcli.errors import UsageError
 from ldmcli.sampling.catalogue import check_fit, sampler_named
 from ldmcli.spec import HIRES_FIELDS, PICTURES, STRENGTH, GenerationRequest, LoRA
+
+if TYPE_CHECKING:
+    from ldmcli.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ class FittedRequest:
 
 
 def fit_to_model(
-    request: GenerationRequest, config: ModelConfig, picture: tuple[int, int] | None = None
+    request: GenerationRequest, config: "ModelConfig", picture: tuple[int, int] | None = None
 ) -> FittedRequest:
     """The request with the model's own in place of what it leaves open; `picture` is the width and height of its image.
     Raises UsageError where the model cannot draw it: a size that is no whole number of latents, or more steps than its

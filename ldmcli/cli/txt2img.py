@@ -38,7 +38,6 @@ from ldmcli.images.formats import Encoding
 from ldmcli.serving.client import open_session
 from ldmcli.serving.connection import find_server
 from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
-from ldmcli.speed.startup import link_ahead, quicken, settle_down
 from ldmcli.stopwatch import process_age
 
 if TYPE_CHECKING:
@@ -115,6 +114,8 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
     session = _open(options, record, pictures, encoding)
     if not session.remote:
+        from ldmcli.speed.startup import link_ahead
+
         link_ahead()
     fitted = _checked(requests, session, encoding, eager=STDIN not in prompts)
     first = next(fitted, None)
@@ -132,12 +133,17 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         _log.info("seed %d", first.seed)
     # 3. The pictures.
     if not session.remote:
+        from ldmcli.speed.startup import quicken
+
         quicken()
-    with contextlib.closing(loading(session.name)):
+    with contextlib.nullcontext() if session.loaded else contextlib.closing(loading(session.name)):
         session = _with_runtime(session, record)
         session.stopwatch.add("imports", process_age())
         session.load([first])
-    settle_down()
+    if not session.remote:
+        from ldmcli.speed.startup import settle_down
+
+        settle_down()
     session.begin_hashing()
     with contextlib.closing(StepBar()) as bar, _Written(session, output, encoding, options, record) as written:
         drawn = written.checked(_counted(first, fitted, options))
@@ -242,6 +248,8 @@ def _open(
     session = open_session(model_spec(options), runtime, server, **how)
     if not session.undecided:
         return session
+    from ldmcli.speed.startup import quicken
+
     quicken()
     return _with_runtime(session, record)
 

@@ -1,7 +1,6 @@
 """Opening files that others named: regular files only, and errors that say what is there instead."""
 
 import contextlib
-import difflib
 import errno
 import io
 import itertools
@@ -100,6 +99,8 @@ def _missing_message(path: Path, suffix: str | tuple[str, ...]) -> str:
         if not path.parent.exists():
             return f"{shown(path)} does not exist, nor does its folder; check the path."
         names = listing(path.parent, "", _LISTED)
+        import difflib
+
         if near := difflib.get_close_matches(path.name[:255], names, 3, 0.6) or listing(path.parent, suffix):
             return f"{shown(path)} does not exist; its folder has {', '.join(near)}."
     return f"{shown(path)} does not exist; check the path."

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import itertools
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,7 +129,7 @@ def _write(path: Path, data: bytes, *, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _temporary_name(folder: Path) -> Iterator[Path]:
     """A name that no other process uses; the file is removed at the end whatever happens, unless renamed."""
-    path = folder / f".ldm-{os.getpid()}-{secrets.token_hex(8)}.part"
+    path = folder / f".ldm-{os.getpid()}-{os.urandom(8).hex()}.part"
     try:
         yield path
     finally:

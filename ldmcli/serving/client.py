@@ -110,6 +110,11 @@ class RemoteSession:
         return self.here is None
 
     @property
+    def loaded(self) -> bool:
+        """Whether a server had the model in memory when it was asked."""
+        return bool(self._facts.get("loaded")) if self.here is None else self.here.loaded
+
+    @property
     def runtime_spec(self) -> RuntimeSpec:
         """Where and how it was asked to compute."""
         return self._runtime_spec
@@ -205,7 +210,12 @@ class RemoteSession:
                 except (OSError, RefusedError) as error:
                     self._come_home(error)
             yield from came
-            if len(came) < len(batch):  # drawn as it would have been, so that it is the same
+            if len(came) < len(batch):
+                from ldmcli.speed.startup import settle_down
+
+                # Drawn as it would have been, so that it is the same.
+                self._home().load(batch[:1])
+                settle_down()
                 drawn = self._home().draw(batch, batch_size=batch_size, on_step=on_step)
                 yield from itertools.islice(drawn, len(came), None)
 

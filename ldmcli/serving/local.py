@@ -203,7 +203,8 @@ class _Client:
             self._model = self._session.resolved
         if self._session.undecided:
             self._share()
-        return {"name": self._session.name, "token_limit": self._session.token_limit}
+        loaded = self._work.session(self._model, self._runtime).loaded
+        return {"name": self._session.name, "token_limit": self._session.token_limit, "loaded": loaded}
 
     @property
     def _opened(self) -> Session:

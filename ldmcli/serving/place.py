@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import socket
 import stat
@@ -124,8 +123,8 @@ def agreement() -> str:
     with contextlib.suppress(OSError):
         known.append(os.readlink("/proc/self/ns/mnt"))
     told = (name for name in os.environ if name in _NAMES or name.startswith(_PREFIXES))
-    known += sorted(f"{name}={os.environ[name]}" for name in told if name not in _INDIFFERENT)
-    return hashlib.sha256("\0".join(known).encode("utf-8", "surrogateescape")).hexdigest()
+    known += sorted(f"{name}={os.environ[name]}" for name in told if name not in _INDIFFERENT and "TOKEN" not in name)
+    return "\0".join(known)
 
 
 def _stamps(folder: str) -> Iterator[str]:

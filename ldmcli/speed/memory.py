@@ -2,16 +2,19 @@
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldmcli.config import ModelConfig
 from ldmcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from ldmcli.config import ModelConfig
 
 # In errors without a class of their own: of torch's CPU allocator, of the CUDA runtime and of its libraries.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 _TILED = 12 + 3  # bytes of a pixel that are in memory at once however it is decoded: as float32 and as uint8
 
 
-def check_memory(config: ModelConfig, width: int, height: int, *, tiled: bool = False) -> None:
+def check_memory(config: "ModelConfig", width: int, height: int, *, tiled: bool = False) -> None:
     """Refuse a size (pixels) that this machine's memory cannot hold, before any weight is read. `tiled`: decoded by
     networks/tiling.py. Raises UsageError.
 

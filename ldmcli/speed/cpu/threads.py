@@ -2,8 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldmcli.config import UNetConfig
+if TYPE_CHECKING:
+    from ldmcli.config import UNetConfig
+
 
 _SMALL = 256  # widest level (channels) of a U-Net whose layers are too short to share
 _CPUS = Path("/sys/devices/system/cpu")
@@ -11,7 +14,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 
 
-def choose_threads(asked: int | None, unet: UNetConfig, *, pictures: int = 1, cores: int | None = None) -> int:
+def choose_threads(asked: int | None, unet: "UNetConfig", *, pictures: int = 1, cores: int | None = None) -> int:
     """How many threads to compute with: as many as `asked`; else one for each of the `cores`, all there are if None,
     but no more than OMP_NUM_THREADS says.
 
@@ -27,7 +30,7 @@ def choose_threads(asked: int | None, unet: UNetConfig, *, pictures: int = 1, co
     return min(cores, pictures) if is_small(unet) else cores
 
 
-def is_small(unet: UNetConfig) -> bool:
+def is_small(unet: "UNetConfig") -> bool:
     """Whether the network's layers are too short to share: it gains by batches and by processes, not by threads."""
     return max(unet.block_channels) <= _SMALL
 
