@@ -86,6 +86,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "words" / "glow.safetensors", {"emb_params": noise(3, 16, scale=1.0)})
     (folder / "rows.jsonl").write_text('{"prompt": "a fox", "count": 3}\n{"prompt": "an owl", "steps": 2}\n')
     (folder / "bad.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "an owl", "steps": -2}\n')
+    assert ldm_here(*COMMANDS["embedded"], "-o", "drawn.png", cwd=folder).code == 0
     return folder
 
 
@@ -120,6 +121,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "img2img": ("img2img", "a fox", *TINY, "-i", "a.png", "--strength", "0.7"),
     "mask": ("img2img", "a fox", *TINY, "-i", "a.png", "--mask", "mask.png", "--mask-blur", "1", "--json"),
     "alpha": ("img2img", "a fox", *TINY, "-i", "clear.png", "--mask", "alpha"),
+    "again": ("txt2img", "--from-image", "drawn.png", "--steps", "2", "-o", "new.png"),
     "piped picture": ("img2img", "a fox", *TINY, "-i", "-"),
     "idle option": ("img2img", "a fox", *TINY, "-i", "a.png", "--invert-mask"),
     "batch": ("batch", "rows.jsonl", "-o", "out", *FAST, "-b", "2"),
@@ -165,4 +167,4 @@ def test_a_command_does_the_same_with_a_server(name: str, served: Served, files:
         assert data == found[1][3][path], path
     drawn = sum(path.endswith((".png", ".webp")) for path in found[1][3]) + (name == "stdout")
     if found[1][0] == 0 and command[0] != "upscale":
-        assert served.status()["drawn"] - before == drawn - 4  # less those that are read
+        assert served.status()["drawn"] - before == drawn - 5  # less those that are read

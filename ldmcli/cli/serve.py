@@ -57,6 +57,7 @@ def serve(context: click.Context, **options: Any) -> None:
     if options["status"] or options["stop"]:
         _ask("stop" if options["stop"] else "status", as_json=options["as_json"])
         return
+    from ldmcli.hub.fetch import stay_offline
     from ldmcli.serving.local import Server
     from ldmcli.serving.work import Work
     from ldmcli.session import Session
@@ -75,10 +76,13 @@ def serve(context: click.Context, **options: Any) -> None:
                 work.load(work.session(spec, runtime)).wait()
                 _log.info("%s is in memory", printable(name))
             settle_down()
+            stay_offline()  # clients ask the hub themselves
             _log.info("listening at %s", printable(str(path)))
             os.chdir("/")
             signal.signal(signal.SIGTERM, lambda *_: server.stop())
             server.serve(listener)
+            if work.failure is not None:
+                raise work.failure
         finally:
             work.close()
 
@@ -94,14 +98,14 @@ def _hear_everything() -> None:
 
 def _ask(what: str, *, as_json: bool) -> None:
     """Have the server tell what it does, or stop. Raises MissingInputError where there is none."""
-    from ldmcli.serving.connection import connect
+    from ldmcli.serving.connection import GoneError, connect
 
     connection = connect(any_version=True)
     if connection is None:
         raise MissingInputError("no server of yours is up; start one by ldm serve.")
     with contextlib.closing(connection):
         if what == "stop":
-            with contextlib.suppress(OSError):  # it may be gone before it answers
+            with contextlib.suppress(GoneError):  # it may be gone before it answers
                 connection.call(what)
                 connection.wait_for_end(_WAIT_S)
             return

@@ -31,7 +31,7 @@ from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.serving.client import is_of_process
-from ldmcli.serving.connection import Connection, RefusedError, find_server
+from ldmcli.serving.connection import Connection, GoneError, RefusedError, find_server
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.startup import quicken, settle_down
 from ldmcli.upscaling.files import Enlargement, larger_file, read_file
@@ -211,7 +211,7 @@ class _RemoteWork:
     def _ask(self, name: str, **arguments: Any) -> None:
         try:
             self._connection.call(name, **arguments)
-        except OSError:
+        except GoneError:
             _log.warning("the server is gone; going on without it")
             self._come_home()
         except RefusedError:

@@ -186,6 +186,13 @@ def cached_models() -> list[CachedModel]:
     return sorted(found, key=lambda model: model.name)
 
 
+def stay_offline() -> None:
+    """Ask the hub nothing from now on: what is in its cache is all there is."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for when the library is imported
+    if "huggingface_hub" in sys.modules:
+        _hub().constants.HF_HUB_OFFLINE = True
+
+
 @functools.cache
 def _hub() -> Any:
     """The library, kept off the terminal, and from asking the hub, or telling it, more than models take."""

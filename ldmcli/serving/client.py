@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
-from ldmcli.serving.connection import Connection, RefusedError
+from ldmcli.serving.connection import Connection, GoneError, RefusedError
 from ldmcli.serving.wire import error_from_dict, fitted_from_dict, with_bytes
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
@@ -207,7 +207,7 @@ class RemoteSession:
             if self.here is None:
                 try:
                     self._drawn(batch, on_step, came)
-                except (OSError, RefusedError) as error:
+                except (GoneError, RefusedError) as error:
                     self._come_home(error)
             yield from came
             if len(came) < len(batch):
@@ -252,7 +252,7 @@ class RemoteSession:
         if self.here is None:
             try:
                 return read(self._connection.call(name, **arguments))
-            except (OSError, RefusedError) as error:
+            except (GoneError, RefusedError) as error:
                 self._come_home(error)
         return here(self._home())
 
@@ -268,7 +268,7 @@ class RemoteSession:
         """Go on in this process."""
         if self.here is not None:
             return
-        if isinstance(error, OSError) and self._facts:
+        if isinstance(error, GoneError) and self._facts:
             _log.warning("the server is gone; going on without it")
         elif error is not None:
             _log.debug("the server does not do it (%s); this process does", error)

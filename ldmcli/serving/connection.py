@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ldmcli.serving.place import agreement, is_safe, peer_is_user, socket_path
@@ -19,6 +19,10 @@ _GREETING_S = 10.0  # that a server has to answer a greeting
 _STARTING_S = 30.0  # … to start
 _POLL_S = 0.02
 _log = logging.getLogger(__name__)
+
+
+class GoneError(Exception):
+    """The server is gone."""
 
 
 class RefusedError(Exception):
@@ -48,12 +52,14 @@ class Connection:
         self._socket.settimeout(None)
 
     def call(self, name: str, *, on_event: Callable[[dict[str, Any]], object] | None = None, **arguments: Any) -> Any:
-        """Have the server do something, and wait; `on_event` hears what it tells meanwhile. Raises RefusedError, and
-        OSError where the server is gone."""
+        """Have the server do something, and wait; `on_event` hears what it tells meanwhile. Raises RefusedError and
+        GoneError."""
         with self._calling:
-            send(self._socket, {"call": name, **arguments})
+            with _gone_named():
+                send(self._socket, {"call": name, **arguments})
             while True:
-                message = receive(self._socket)
+                with _gone_named():
+                    message = receive(self._socket)
                 if "reply" in message:
                     return message["reply"]
                 if "error" in message:
@@ -80,6 +86,14 @@ class Connection:
         with contextlib.suppress(OSError):
             while True:
                 receive(self._socket)
+
+
+@contextlib.contextmanager
+def _gone_named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GoneError(str(error)) from None
 
 
 def connect(*, any_version: bool = False) -> Connection | None:

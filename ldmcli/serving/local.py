@@ -22,7 +22,7 @@ from ldmcli.remarks import heard_by
 from ldmcli.serving.place import agreement, peer_is_user
 from ldmcli.serving.upscalers import Upscalers, UpscalerSpec
 from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send, without_bytes
-from ldmcli.serving.work import Job, Work
+from ldmcli.serving.work import Busy, Job, Work
 from ldmcli.session import Picture, Session
 from ldmcli.session.opened import resolved_request
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
@@ -31,6 +31,7 @@ from ldmcli.upscaling.target import Target
 from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
 
 _MAX_CLIENTS = 256
+_POLL_S = 0.05  # between looks for room in the queue
 _GREETING_S = 30.0  # that a client has to greet
 _log = logging.getLogger(__name__)
 _folder = threading.Lock()
@@ -59,12 +60,12 @@ class Server:
         self._started = time.monotonic()
         self._clients: set[_Client] = set()
         self._woken, self._wake = socket.socketpair()
-        self._stopping = False
-        self._last = time.monotonic()  # when a job last ended
+        self.stopping = False
+        self._last = time.monotonic()  # when there last was something to do
 
     def stop(self) -> None:
         """Have `serve` return."""
-        self._stopping = True
+        self.stopping = True
         self._wake.send(b"\0")
 
     def serve(self, listener: socket.socket) -> None:
@@ -72,7 +73,7 @@ class Server:
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
-            while not self._stopping and (left := self._left()) > 0:
+            while not self.stopping and (left := self._left()) > 0:
                 if any(key.fileobj is listener for key, _ in selector.select(left)):
                     self._accept(listener)
         for client in list(self._clients):
@@ -89,7 +90,7 @@ class Server:
         return with_ == self._agreement
 
     def worked(self) -> None:
-        """Take note that a job has ended."""
+        """Take note that there was something to do just now."""
         self._last = time.monotonic()
 
     def status(self) -> dict[str, Any]:
@@ -183,6 +184,7 @@ class _Client:
         at_once = _AT_ONCE.get(str(name)) if agreed or name in ("status", "stop") else None
         later = _LATER.get(str(name)) if agreed else None
         self._jobs = [job for job in self._jobs if not job.done]
+        self._server.worked()
         try:
             if at_once:
                 self._out.put({"reply": at_once(self, **message)})
@@ -215,8 +217,21 @@ class _Client:
     def _share(self) -> Session:
         """The session that draws; the client's knows what that one does."""
         drawing = self._work.session(self._model, self._runtime)
+        if self._opened.undecided:
+            with heard_by(None, set()):  # the client's own session says it
+                drawing.config  # noqa: B018  to find it out
         self._opened.share(drawing)
         return drawing
+
+    def _patiently(self, put: Callable[[], Job]) -> Job:
+        """A job, once there is room in the queue: who would be refused would draw by himself, and slow all down."""
+        while True:
+            try:
+                return put()
+            except Busy:
+                if self._server.stopping:
+                    raise
+                time.sleep(_POLL_S)
 
     def fit(self, request: dict[str, Any]) -> FittedRequest:
         with in_folder(self._folder):
@@ -254,7 +269,8 @@ class _Client:
 
     def load(self, first: list[dict[str, Any]]) -> Job:
         requests = self._resolved([fitted_from_dict(each) for each in first])
-        return self._work.load(self._share(), requests, on_warning=self._tell, on_done=self._done)
+        drawing = self._share()
+        return self._patiently(lambda: self._work.load(drawing, requests, on_warning=self._tell, on_done=self._done))
 
     def _resolved(self, requests: list[FittedRequest]) -> list[FittedRequest]:
         with in_folder(self._folder):
@@ -279,15 +295,18 @@ class _Client:
             submitted.wait()
             self._out.put({"event": "step", "done": done, "steps": steps, "count": job.at_once})
 
-        job = self._work.submit(
-            self._model,
-            self._runtime,
-            self._resolved(typed),
-            on_picture=on_picture,
-            on_step=on_step,
-            on_warning=self._tell,
-            on_done=self._done,
-            batch_size=max(1, len(typed)),
+        resolved = self._resolved(typed)
+        job = self._patiently(
+            lambda: self._work.submit(
+                self._model,
+                self._runtime,
+                resolved,
+                on_picture=on_picture,
+                on_step=on_step,
+                on_warning=self._tell,
+                on_done=self._done,
+                batch_size=max(1, len(typed)),
+            )
         )
         submitted.set()
         return job
@@ -308,7 +327,7 @@ class _Client:
             seconds = time.perf_counter() - started
             self._out.put({"event": "picture", "data": data, "size": size, "name": upscaler.name, "seconds": seconds})
 
-        return self._work.call(enlarge, on_warning=self._tell, on_done=self._done)
+        return self._patiently(lambda: self._work.call(enlarge, on_warning=self._tell, on_done=self._done))
 
     def _done(self, error: BaseException | None) -> None:
         self._server.worked()

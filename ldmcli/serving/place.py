@@ -105,8 +105,8 @@ def is_safe(path: Path) -> bool:
 
 def peer_is_user(connection: socket.socket) -> bool:
     """Whether the process at the other end is this user's."""
-    size = struct.calcsize("3i")
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    size = struct.calcsize("iII")
+    _, user, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return bool(user == os.geteuid())
 
 

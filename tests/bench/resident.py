@@ -7,6 +7,7 @@ Prints medians in seconds. The server and the commands are processes of their ow
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,12 @@ def timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def computed() -> float:
+    """Seconds that processes which have ended took of the processors."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def command(number: int, options: Sequence[str], folder: Path) -> Callable[[], object]:
@@ -68,7 +75,9 @@ def main() -> None:
         try:
             while subprocess.run([*LDM, "serve", "--status"], capture_output=True, check=False).returncode:
                 time.sleep(0.1)
+            before = computed()
             served = [timed(command(number, options, folder / "with")) for number in range(given.prompts)]
+            client = (computed() - before) / given.prompts
         finally:
             server.terminate()
             server.wait()
@@ -79,6 +88,7 @@ def main() -> None:
     for what, seconds in (("commands alone", without), ("commands with a server", served), ("a warm Session", alone)):
         print(f"{what}: {statistics.median(seconds):.3f} s a picture, first {seconds[0]:.3f}, all {sum(seconds):.2f}")
     over = statistics.median(served) - statistics.median(alone)
+    print(f"a command with a server computes for {client:.3f} s itself")
     print(f"a command with a server over a warm picture: {over:.3f} s; the same bytes: {same}")
 
 
