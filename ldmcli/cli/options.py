@@ -126,7 +126,7 @@ class _LoRA(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class _Name(click.types.StringParamType):
+class Name(click.types.StringParamType):
     """A text that may be given again; in the environment, with semicolons between."""
 
     envvar_list_splitter = ";"
@@ -172,7 +172,7 @@ _REQUEST = (
     option("--lora", "loras", envvar="LDM_LORA", type=_LoRA(), multiple=True, metavar="LORA[:WEIGHT[:TEXT_WEIGHT]]",
            help="Merge a LoRA, or another adapter, into the model: a file, a name in --lora-dir or on the hub. May be "
            "given again; TEXT_WEIGHT is that of the text encoders.  [default weights: 1]"),
-    option("--embedding", "embeddings", type=_Name(), multiple=True, envvar="LDM_EMBEDDING", metavar="FILE[:WORD]",
+    option("--embedding", "embeddings", type=Name(), multiple=True, envvar="LDM_EMBEDDING", metavar="FILE[:WORD]",
            help="A textual-inversion embedding, a file or ORG/NAME of the hub, for prompts that hold WORD, in any "
            "letter case; may be given again.  [default word: the file's name]"),
 )  # fmt: skip

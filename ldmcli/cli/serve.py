@@ -11,6 +11,7 @@ import click
 
 from ldmcli.cli.options import (
     Duration,
+    Name,
     json_option,
     option,
     runtime_options,
@@ -26,7 +27,7 @@ _WAIT_S = 10.0  # for a server to stop
 
 
 @click.command(short_help="Keep models in memory, for all commands to draw with.")
-@option("-m", "--model", "models", metavar="MODEL", multiple=True, envvar="LDM_MODEL",
+@option("-m", "--model", "models", metavar="MODEL", multiple=True, type=Name(), envvar="LDM_MODEL",
         help="Read this model at once; may be given again. Others are read when a command names them.")  # fmt: skip
 @option("--idle", type=Duration(), metavar="TIME", help="End after 90s, 10m, 1h … without work.  [default: never]")
 @option("--max-models", type=click.IntRange(1, 64), metavar="N",
