@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,10 +71,11 @@ def served(place_: Path) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory, family_models: Any) -> Path:
     """A folder with what commands read: a model, pictures, a mask, LoRAs, embeddings, rows."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "model").symlink_to(tiny_model())
+    (folder / "probed.safetensors").symlink_to(family_models.path("sd2-v", "file"))
     picture = np.random.default_rng(1).integers(0, 256, (16, 24, 3), np.uint8)
     Image.fromarray(picture).save(folder / "a.png")
     Image.fromarray((picture[..., 0] > 128).astype(np.uint8) * 255).save(folder / "mask.png")
@@ -121,6 +124,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "img2img": ("img2img", "a fox", *TINY, "-i", "a.png", "--strength", "0.7"),
     "mask": ("img2img", "a fox", *TINY, "-i", "a.png", "--mask", "mask.png", "--mask-blur", "1", "--json"),
     "alpha": ("img2img", "a fox", *TINY, "-i", "clear.png", "--mask", "alpha"),
+    "probed": ("txt2img", "a fox", *FAST, "-m", "probed.safetensors", "-W", "64", "-H", "64"),
     "again": ("txt2img", "--from-image", "drawn.png", "--steps", "2", "-o", "new.png"),
     "piped picture": ("img2img", "a fox", *TINY, "-i", "-"),
     "idle option": ("img2img", "a fox", *TINY, "-i", "a.png", "--invert-mask"),
@@ -168,3 +172,16 @@ def test_a_command_does_the_same_with_a_server(name: str, served: Served, files:
     drawn = sum(path.endswith((".png", ".webp")) for path in found[1][3]) + (name == "stdout")
     if found[1][0] == 0 and command[0] != "upscale":
         assert served.status()["drawn"] - before == drawn - 5  # less those that are read
+
+
+@pytest.mark.parametrize("command", ["embedded", "img2img", "upscale"])
+def test_a_client_imports_nothing_that_computes(command: str, served: Served, files: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from ldmcli.cli import run; code = run(sys.argv[1:]); "
+        "print(code, sorted({'torch', 'PIL', 'numpy', 'tokenizers', 'ldmcli.session'} & set(sys.modules)))"
+    )
+    words = [*COMMANDS[command], "-o", str(tmp_path / "new.png")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=files, env=environment(served.env), capture_output=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == b"0 []", done

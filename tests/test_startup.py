@@ -106,9 +106,9 @@ def test_garbage_is_not_looked_for_before_the_model_is_there(tmp_path: Path) -> 
     """And is again afterwards: a batch may run for days."""
     code = """
         import gc, json, sys
-        from ldmcli.cli import run, txt2img as command
+        from ldmcli.cli import run
+        from ldmcli.speed import startup as module
 
-        module = sys.modules["ldmcli.cli.txt2img"]
         def settle_down(real=module.settle_down):
             before = gc.isenabled(), "torch" in sys.modules
             real()

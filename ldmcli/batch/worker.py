@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from ldmcli.batch.dispatch import Feed
 from ldmcli.batch.items import Item, Outcome, Setup
@@ -11,11 +12,14 @@ from ldmcli.batch.manifest import DONE, FAILED, ManifestWriter
 from ldmcli.batch.pictures import picture_path, write_picture
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, printable
 from ldmcli.fitting import FittedRequest
-from ldmcli.serving.client import RemoteSession
 from ldmcli.session import Session
 from ldmcli.session.picture import Picture
 
-OpenSession = Callable[[Setup], Session | RemoteSession]
+if TYPE_CHECKING:
+    from ldmcli.serving.client import RemoteSession
+
+    OpenSession = Callable[[Setup], Session | RemoteSession]
+
 _WRITERS = 4  # threads that encode and write; each waits for the disk most of the time
 
 
@@ -25,7 +29,7 @@ class Worker:
     Raises LdmError where the model cannot be loaded or the manifest not be written.
     """
 
-    def __init__(self, setup: Setup, name: str, session: Session | RemoteSession | None = None) -> None:
+    def __init__(self, setup: Setup, name: str, session: "Session | RemoteSession | None" = None) -> None:
         """`session` draws in place of one of the worker's own."""
         self.name = name
         self._setup = setup

@@ -31,6 +31,7 @@ from ldmcli.cli.options import (
     server_options,
     verbosity_options,
 )
+from ldmcli.cli.resident import open_session
 from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
 from ldmcli.images.formats import FORMATS, Encoding
@@ -254,17 +255,13 @@ def _engine(job: "Job", devices: tuple[str, ...] | None, options: dict[str, Any]
         return partial(run_ray, setup, address=options["ray_address"], workers=workers)
     from ldmcli.batch.local import run_local
 
-    open_session = partial(_session, options)
-    return partial(run_local, setup, devices=devices or (options["device"],), open_session=open_session)
+    opened = partial(_session, options)
+    return partial(run_local, setup, devices=devices or (options["device"],), open_session=opened)
 
 
 def _session(options: dict[str, Any], setup: "Setup") -> "Session | RemoteSession":
     """What draws in this process: a session of its own, or the server's."""
-    from ldmcli.serving.client import open_session
-    from ldmcli.serving.connection import find_server
-
-    server = find_server(wanted=not options["no_server"], keep=options["keep"])
-    return open_session(setup.model, setup.runtime, server, encoding=setup.encoding, metadata=setup.metadata)
+    return open_session(options, setup.model, setup.runtime, encoding=setup.encoding, metadata=setup.metadata)
 
 
 def _account(run: "Run", stop: "_Signals", options: dict[str, Any]) -> int:

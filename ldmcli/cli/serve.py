@@ -59,7 +59,7 @@ def serve(context: click.Context, **options: Any) -> None:
         _ask("stop" if options["stop"] else "status", as_json=options["as_json"])
         return
     from ldmcli.hub.fetch import stay_offline
-    from ldmcli.serving.local import Server
+    from ldmcli.serving.server import Server
     from ldmcli.serving.work import Work
     from ldmcli.session import Session
     from ldmcli.speed.startup import quicken, settle_down

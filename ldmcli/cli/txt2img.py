@@ -31,12 +31,11 @@ from ldmcli.cli.options import (
     verbosity_options,
 )
 from ldmcli.cli.output import Output, choose_encoding, open_output
+from ldmcli.cli.resident import open_session
 from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import Encoding
-from ldmcli.serving.client import open_session
-from ldmcli.serving.connection import find_server
 from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
 from ldmcli.stopwatch import process_age
 
@@ -243,9 +242,8 @@ def _open(
     options: dict[str, Any], record: dict[str, Any] | None, pictures: int, encoding: Encoding
 ) -> "Session | RemoteSession":
     runtime = dataclasses.replace(runtime_spec(options), expected_steps=pictures * (options["steps"] or 1))
-    server = find_server(wanted=not options["no_server"], keep=options["keep"])
     how = {"encoding": encoding, "metadata": not options["no_metadata"], "exact": options["as_json"]}
-    session = open_session(model_spec(options), runtime, server, **how)
+    session = open_session(options, model_spec(options), runtime, **how)
     if not session.undecided:
         return session
     from ldmcli.speed.startup import quicken

@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import logging
-import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,20 +24,20 @@ from ldmcli.cli.options import (
     verbosity_options,
 )
 from ldmcli.cli.output import Output, choose_encoding, open_output
+from ldmcli.cli.resident import find_server
 from ldmcli.cli.terminal import bar, loading
 from ldmcli.disk.opening import open_regular
 from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
-from ldmcli.serving.client import is_of_process
-from ldmcli.serving.connection import Connection, GoneError, RefusedError, find_server
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.startup import quicken, settle_down
-from ldmcli.upscaling.files import Enlargement, larger_file, read_file
+from ldmcli.upscaling.larger import Enlargement, larger_file, read_file
 from ldmcli.upscaling.target import Target, parse_size
 from ldmcli.upscaling.tiles import TILE
 
 if TYPE_CHECKING:
+    from ldmcli.cli.remote_upscale import RemoteWork
     from ldmcli.upscaling.upscaler import Upscaler, UpscalerFile
 
 _log = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
     context.exit(codes[0] if codes else 0)
 
 
-def _open(how: Enlargement, options: dict[str, Any]) -> "_Work | _RemoteWork":
+def _open(how: Enlargement, options: dict[str, Any]) -> "_Work | RemoteWork":
     """The network, looked at: a server's, where there is one."""
 
     def here() -> _Work:
@@ -109,8 +108,12 @@ def _open(how: Enlargement, options: dict[str, Any]) -> "_Work | _RemoteWork":
 
         return _Work(open_upscaler(options["upscaler"], allow_pickle=options["allow_pickle"]), how, options)
 
-    server = find_server(wanted=not options["no_server"], keep=options["keep"])
-    return here() if server is None or is_of_process(options["upscaler"]) else _RemoteWork(server, how, options, here)
+    server = find_server(options)
+    if server is None:
+        return here()
+    from ldmcli.cli.remote_upscale import RemoteWork
+
+    return RemoteWork(server, how, options, here)
 
 
 @contextlib.contextmanager
@@ -164,8 +167,8 @@ class _Work:
         upscaler = self._loaded()
         started = time.perf_counter()
         with contextlib.closing(bar(desc=source.stem, unit="tile")) as progress:
-            data, size = larger_file(picture, text, upscaler, self._how, partial(_show, progress))
-        _report(source, output, data, size, upscaler.name, time.perf_counter() - started)
+            data, size = larger_file(picture, text, upscaler, self._how, partial(show, progress))
+        report(source, output, data, size, upscaler.name, time.perf_counter() - started)
 
     def _loaded(self) -> "Upscaler":
         if self._upscaler is None:
@@ -180,55 +183,13 @@ class _Work:
         return self._upscaler
 
 
-class _RemoteWork:
-    """Has a server enlarge pictures; what it does not do, this process does."""
-
-    def __init__(self, connection: Connection, how: Enlargement, options: dict[str, Any], here: Callable[[], _Work]):
-        self._connection, self._how, self._here = connection, how, here
-        self._home: _Work | None = None
-        names = ("allow_pickle", "device", "dtype")
-        settings = {"cwd": os.getcwd(), "upscaler": options["upscaler"]} | {name: options[name] for name in names}
-        self._ask("open_upscaler", **settings)
-
-    def enlarge(self, source: Path, output: Output) -> None:
-        """As `_Work.enlarge`."""
-        sent: dict[str, Any] = {}
-        if self._home is None and not is_of_process(str(source)):
-            with contextlib.closing(bar(desc=source.stem, unit="tile")) as progress:
-
-                def on_event(message: dict[str, Any]) -> None:
-                    if message["event"] == "tile":
-                        _show(progress, message["done"], message["total"])
-                    else:
-                        sent.update(message)
-
-                self._ask("enlarge", on_event=on_event, source=str(source), how=vars(self._how))
-        if self._home is None and sent:
-            _report(source, output, sent["data"], tuple(sent["size"]), sent["name"], sent["seconds"])
-        else:
-            self._come_home().enlarge(source, output)
-
-    def _ask(self, name: str, **arguments: Any) -> None:
-        try:
-            self._connection.call(name, **arguments)
-        except GoneError:
-            _log.warning("the server is gone; going on without it")
-            self._come_home()
-        except RefusedError:
-            self._come_home()
-
-    def _come_home(self) -> _Work:
-        if self._home is None:
-            self._connection.leave()
-            self._home = self._here()
-        return self._home
-
-
-def _show(progress: Any, done: int, total: int) -> None:
+def show(progress: Any, done: int, total: int) -> None:
+    """Move a bar of tiles."""
     progress.total, progress.n = total, done
     progress.refresh()
 
 
-def _report(source: Path, output: Output, data: bytes, size: tuple[int, ...], name: str, seconds: float) -> None:
-    report = {"image": str(source), "width": size[0], "height": size[1], "upscaler": name}
-    output.write(data, 0, report | {"seconds": round(seconds, 3)})
+def report(source: Path, output: Output, data: bytes, size: tuple[int, ...], name: str, seconds: float) -> None:
+    """Write and report one picture."""
+    facts = {"image": str(source), "width": size[0], "height": size[1], "upscaler": name}
+    output.write(data, 0, facts | {"seconds": round(seconds, 3)})

@@ -24,30 +24,6 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-def open_session(
-    model: ModelSpec,
-    runtime: RuntimeSpec,
-    connection: Connection | None,
-    *,
-    encoding: Encoding = Encoding(),
-    metadata: bool = True,
-    exact: bool = False,
-) -> "Session | RemoteSession":
-    """The session to draw with: the server's at the other end of `connection`, or one of this process. Raises as
-    Session does."""
-
-    def here() -> "Session":
-        from ldmcli.session import Session
-
-        return Session(model, runtime, exact=exact)
-
-    if connection is None:
-        return here()
-    remote = RemoteSession(connection, here, runtime, encoding, metadata=metadata)
-    remote.open(model)
-    return remote.here or remote
-
-
 @dataclasses.dataclass(frozen=True)
 class RemoteProgress:
     """How far pictures are that a server draws together, as `session.Progress` but for the latents."""

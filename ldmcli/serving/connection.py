@@ -143,13 +143,6 @@ def _is_option(name: str) -> bool:
     return name.startswith("LDM_") and name not in ("LDM_MODELS", "LDM_SERVER")
 
 
-def find_server(*, wanted: bool, keep: float | None) -> Connection | None:
-    """A connection to the server that a command is to use, if any; where it says to `keep` one, that is started."""
-    if not wanted:
-        return None
-    return connect() or (start_server(keep) if keep else None)
-
-
 class _Repeats(logging.Filter):
     """Leaves out what was said before by a server."""
 

@@ -1,17 +1,19 @@
 """Where the server of this user listens, safe from other users, and by what client and server know that they agree."""
 
 import contextlib
-import fcntl
 import os
-import socket
 import stat
 import struct
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldmcli import __version__
 from ldmcli.errors import CannotCreateError, TryAgainError, UsageError, printable
+
+if TYPE_CHECKING:
+    import socket
 
 _NAME = "ldm.sock"
 _BACKLOG = 128
@@ -64,9 +66,12 @@ def prepare_place(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def listening(path: Path) -> Iterator[socket.socket]:
+def listening(path: Path) -> "Iterator[socket.socket]":
     """A socket at `path` inside the block, in place of one whose server was killed. Raises TryAgainError where another
     server has it, CannotCreateError where it cannot be made."""
+    import fcntl
+    import socket
+
     prepare_place(path)
     with contextlib.ExitStack() as stack:
         try:
@@ -103,8 +108,10 @@ def is_safe(path: Path) -> bool:
     return own and bool(os.environ.get("LDM_SERVER") or is_private(path.parent))
 
 
-def peer_is_user(connection: socket.socket) -> bool:
+def peer_is_user(connection: "socket.socket") -> bool:
     """Whether the process at the other end is this user's."""
+    import socket
+
     size = struct.calcsize("iII")
     _, user, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return bool(user == os.geteuid())

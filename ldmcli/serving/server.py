@@ -26,7 +26,7 @@ from ldmcli.serving.work import Busy, Job, Work
 from ldmcli.session import Picture, Session
 from ldmcli.session.opened import resolved_request
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
-from ldmcli.upscaling.files import Enlargement, larger_file, read_file
+from ldmcli.upscaling.larger import Enlargement, larger_file, read_file
 from ldmcli.upscaling.target import Target
 from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
 

@@ -1,0 +1,49 @@
+"""Whether a command draws by itself or with the server; where there is none, nothing of its client is imported."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ldmcli.images.formats import Encoding
+from ldmcli.serving.place import is_safe, socket_path
+from ldmcli.spec import ModelSpec, RuntimeSpec
+
+if TYPE_CHECKING:
+    from ldmcli.serving.client import RemoteSession
+    from ldmcli.serving.connection import Connection
+    from ldmcli.session import Session
+
+
+def find_server(options: Mapping[str, Any]) -> "Connection | None":
+    """A connection to the server that a command's options have it use, if there is one; with --keep one is started."""
+    keep = options["keep"]
+    if options["no_server"] or not (keep or is_safe(socket_path())):
+        return None
+    from ldmcli.serving.connection import connect, start_server
+
+    return connect() or (start_server(keep) if keep else None)
+
+
+def open_session(
+    options: Mapping[str, Any],
+    model: ModelSpec,
+    runtime: RuntimeSpec,
+    *,
+    encoding: Encoding,
+    metadata: bool,
+    exact: bool = False,
+) -> "Session | RemoteSession":
+    """The session that a command draws with: the server's, or one of this process. Raises as Session does."""
+
+    def here() -> "Session":
+        from ldmcli.session import Session
+
+        return Session(model, runtime, exact=exact)
+
+    connection = find_server(options)
+    if connection is None:
+        return here()
+    from ldmcli.serving.client import RemoteSession
+
+    remote = RemoteSession(connection, here, runtime, encoding, metadata=metadata)
+    remote.open(model)
+    return remote.here or remote
