@@ -50,6 +50,10 @@ class Library:
         with self._lock:
             return self._open(self._place(lora)[0])
 
+    def names(self) -> list[str]:
+        """What prompts call the adapters in the folder. Raises MissingInputError."""
+        return sorted({_bare(path.name) for path in self._walk()}) if self._folder else []
+
     def _open(self, path: Path) -> Adapter:
         known = self._opened.get(path)
         if known is None or any(file.changed for file in known.files):

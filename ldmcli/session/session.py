@@ -161,6 +161,10 @@ class Session:
         """A LoRA with its path and hash; the model is not asked. Raises LdmError where it is not there, or none."""
         return self._opened.adapters.found(lora)
 
+    def lora_names(self) -> list[str]:
+        """What prompts call the LoRAs in the folder that the model's spec names. Raises MissingInputError."""
+        return self._opened.adapters.names()
+
     def cut_text(self, text: str, request: GenerationRequest | FittedRequest) -> str:
         """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
         cut off and the request says that this is an error."""

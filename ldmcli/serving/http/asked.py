@@ -1,0 +1,32 @@
+"""What a client asks for, in this program's words."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldmcli.errors import UsageError
+from ldmcli.images.formats import Encoding
+from ldmcli.serving.http.limits import Refused
+from ldmcli.spec import MAX_SEED, GenerationRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Pictures to draw: `model` as the client calls it, None for the usual one; `warnings` say what changes nothing,
+    a sentence each."""
+
+    requests: Sequence[GenerationRequest]
+    model: str | None = None
+    encoding: Encoding = Encoding()
+    warnings: Sequence[str] = ()
+
+
+def requests_of(settings: Mapping[str, Any], seed: int, count: int) -> list[GenerationRequest]:
+    """A request for each of `count` pictures, whose seeds count up. Raises Refused."""
+    if seed + count - 1 > MAX_SEED:
+        raise Refused(f"seed {seed} with {count} pictures goes past {MAX_SEED}, the largest seed.", field="seed")
+    try:
+        first = GenerationRequest(**settings, seed=seed)
+    except UsageError as error:
+        raise Refused(str(error)) from None
+    return [dataclasses.replace(first, seed=seed + i) for i in range(count)]
