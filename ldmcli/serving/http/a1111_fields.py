@@ -98,10 +98,9 @@ def read_asked(given: Mapping[str, Any], *, on_image: bool) -> Asked:
         raise Refused(f"batch_size × n_iter is {count}; at most {MAX_PICTURES} are drawn.", 422, "n_iter")
     for name in _IDLE:
         values.raw(name)
-    warnings = [f"{printable(name, 60)} is not known here, and changes nothing" for name in values.unread()[:20]]
-    if values.flag("save_images"):
-        warnings.append("save_images is true, and nothing is saved here")
     requests = requests_of(settings | {"clip_skip": clip_skip}, values.seed(), count)
+    warnings = ["save_images is true, and nothing is saved here"] if values.flag("save_images") else []
+    warnings += [f"{printable(name, 60)} is not known here, and changes nothing" for name in values.unread()[:20]]
     return Asked(requests, model, warnings=warnings)
 
 
@@ -259,4 +258,5 @@ def _check_scripts(values: Values) -> None:
         units = given if isinstance(given, list) else [given]
         off = [unit is False or (isinstance(unit, dict) and unit.get("enabled") is False) for unit in units]
         if units and not (off[0] if units[0] is False else all(off)):
-            raise Refused(f"the script {printable(repr(name), 60)} is not there.", 422, "alwayson_scripts")
+            shown = printable(repr(name), 60)
+            raise Refused(f"alwayson_scripts: there is no script {shown} here.", 422, "alwayson_scripts")
