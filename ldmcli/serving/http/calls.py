@@ -16,14 +16,15 @@ from starlette.requests import ClientDisconnect, Request
 
 from ldmcli.errors import LdmError, printable
 from ldmcli.fitting import FittedRequest
+from ldmcli.remarks import heard_by
 from ldmcli.serving.http.asked import Asked
 from ldmcli.serving.http.limits import Refused, check_size
-from ldmcli.serving.work import Busy, Job, Work
+from ldmcli.serving.jobs import Busy, Job
+from ldmcli.serving.work import Work
 from ldmcli.session import Picture, Session
 from ldmcli.spec import ModelSpec, RuntimeSpec
 
 _READERS, _ENCODERS = 4, 2  # threads that unpack what is sent, and that make pictures files
-_LOOK_S = 0.25  # how often a call looks whether its job has ended without a picture
 _T = TypeVar("_T")
 
 
@@ -45,8 +46,8 @@ class Call:
     """A call at work, in the event loop. Of `count` pictures those `drawn` are there, and `step` of `steps` of the
     next."""
 
-    def __init__(self, asked: Asked, model: str, session: Session) -> None:
-        self.asked, self.model, self.session = asked, model, session
+    def __init__(self, asked: Asked, model: str, session: Session, worked: Callable[[], object]) -> None:
+        self.asked, self.model, self.session, self._worked = asked, model, session, worked
         self.warnings = list(asked.warnings)
         self.count = len(asked.requests)
         self.drawn: list[Drawn] = []
@@ -67,12 +68,7 @@ class Call:
         assert self.job is not None
         try:
             while len(self.drawn) < self.count:
-                try:
-                    arrived = await asyncio.wait_for(self._arrived.get(), _LOOK_S)
-                except TimeoutError:
-                    if self.job.done:
-                        self.job.wait(0)
-                    continue
+                arrived = await self._arrived.get()
                 if isinstance(arrived, Exception):
                     raise arrived
                 self.drawn.append(arrived)
@@ -89,23 +85,39 @@ class Call:
         if record.levelno >= logging.WARNING and len(self.warnings) < 100:
             self.warnings.append(record.getMessage())
 
+    def on_done(self, error: BaseException | None) -> None:
+        self._worked()
+        if error is not None:
+            self._put(error if isinstance(error, Exception) else RuntimeError(str(error)))
+
     def encode(self, place: int, picture: Picture) -> None:
         """Make a picture a file."""
         try:
             height, width, _ = picture.pixels().shape
-            data = self.session.encode(picture, self.asked.encoding)
-            found: Drawn | Exception = Drawn(place, picture.request, data, (width, height))
+            with heard_by(self.on_warning, set()):
+                data = self.session.encode(picture, self.asked.encoding)
         except Exception as error:
-            found = error
+            self._put(error)
+        else:
+            self._put(Drawn(place, picture.request, data, (width, height)))
+
+    def _put(self, arrived: Drawn | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the server has closed
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, found)
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, arrived)
 
 
 class Calls:
     """What all calls share: the work, and `models`, those that may be asked for by name, the usual one first."""
 
-    def __init__(self, work: Work, models: Mapping[str, ModelSpec], runtime: RuntimeSpec) -> None:
-        self.work, self.models, self.runtime = work, models, runtime
+    def __init__(
+        self,
+        work: Work,
+        models: Mapping[str, ModelSpec],
+        runtime: RuntimeSpec,
+        worked: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`worked` hears of every call that is done, from any thread."""
+        self.work, self.models, self.runtime, self._worked = work, models, runtime, worked
         self._readers = ThreadPoolExecutor(_READERS, "http-read")
         self._encoders = ThreadPoolExecutor(_ENCODERS, "http-encode")
 
@@ -138,27 +150,28 @@ class Calls:
     async def begin(self, asked: Asked, usual: str | None = None) -> Call:
         """Hand what is asked for to the work. Raises Refused, LdmError."""
         name = self.named(asked.model) if asked.model else usual or self.usual
-        call = Call(asked, name, await self.read(self.session, name))
+        call = Call(asked, name, await self.read(self.session, name), self._worked)
         await self.read(self._submit, call)
         return call
 
     def _submit(self, call: Call) -> None:
         requests = call.asked.requests
-        first = call.session.fit(requests[0])
-        check_size(*first.final_size, len(requests))
-        call.asked.encoding.check_size(*first.final_size)
-        fitted = [first.with_seed(request.seed) for request in requests]
-        try:
-            call.job = self.work.submit(
-                self.models[call.model],
-                self.runtime,
-                fitted,
-                on_picture=lambda place, picture: self._encoders.submit(call.encode, place, picture),
-                on_step=call.on_step,
-                on_warning=call.on_warning,
-            )
-        except Busy as error:
-            raise Refused(str(error), 503, retry_after=math.ceil(error.retry_after)) from None
+        with heard_by(call.on_warning, set()):
+            first = call.session.fit(requests[0])
+            check_size(*first.final_size, len(requests))
+            call.asked.encoding.check_size(*first.final_size)
+            try:
+                call.job = self.work.submit(
+                    self.models[call.model],
+                    self.runtime,
+                    [first.with_seed(request.seed) for request in requests],
+                    on_picture=lambda place, picture: self._encoders.submit(call.encode, place, picture),
+                    on_step=call.on_step,
+                    on_warning=call.on_warning,
+                    on_done=call.on_done,
+                )
+            except Busy as error:
+                raise Refused(str(error), 503, retry_after=math.ceil(error.retry_after)) from None
 
     async def all_pictures(self, call: Call, request: Request) -> list[Drawn]:
         """The pictures of a call in their order. Raises as `Call.pictures`, and ClientDisconnect."""

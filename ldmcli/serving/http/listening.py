@@ -24,10 +24,12 @@ _CLOSE_S = 3  # for answers under way when the server ends
 _log = logging.getLogger(__name__)
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of [HOST:]PORT. Raises UsageError."""
+def parse_address(text: str, apart: str | None = None) -> tuple[str, int]:
+    """Host and port of [HOST:]PORT; the host may be given `apart`. Raises UsageError."""
     host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]") if colon else "127.0.0.1"
+    if colon and apart:
+        raise UsageError("--host and --http both name a host; leave out one of them.")
+    host = host.removeprefix("[").removesuffix("]") if colon else apart or "127.0.0.1"
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise UsageError(f"--http {printable(repr(text))} is not [HOST:]PORT, such as 7860 or 127.0.0.1:7860.")
     return host, int(port)
