@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import logging
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -292,6 +293,17 @@ def test_heads_and_bodies_that_never_end_are_given_up(monkeypatch: pytest.Monkey
     for each in (silent, slow, stuck):
         with each:
             assert each.recv(1000) == b"" or each.recv(1000) == b""
+
+
+def test_a_client_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(listening, "_UNREAD_S", 0.5)
+    body = json.dumps({"prompt": "", "steps": 1, "width": 16, "height": 16, "echoed": "x" * (24 << 20)}).encode()
+    head = f"POST {TXT2IMG} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connected(url) as client:
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        waiting = select.poll()
+        waiting.register(client, select.POLLERR)  # which tells of the end without reading
+        assert waiting.poll(60_000)
 
 
 @pytest.mark.parametrize("head", [b"x: " + b"y" * (1 << 20), b"x: y\r\n" * 50_000])

@@ -41,6 +41,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "initial_noise_multiplier": (1,),
     "mask_round": (True,),
     "latent_mask": ("",),
+    "hr_additional_modules": ([], ["Use same choices"]),
 }
 # Those that change none, and those that change none without what they belong to.
 _IDLE = (
@@ -50,7 +51,7 @@ _IDLE = (
 )  # fmt: skip
 _OF_HIRES = (
     "hr_scale", "hr_resize_x", "hr_resize_y", "hr_upscaler", "hr_second_pass_steps", "hr_checkpoint_name",
-    "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt",
+    "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg",
 )  # fmt: skip
 _OF_MASK = (
     "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding",
@@ -67,6 +68,7 @@ _NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {
     "enable_emphasis": (True,),
     "img2img_fix_steps": (False,),
     "filter_nsfw": (False,),
+    "forge_additional_modules": ([],),
 }
 # How settings begin that change no picture.
 _IDLE_SETTINGS = ("save_", "samples_", "grid_", "return_", "show_", "live_", "outdir_", "jpeg_", "webp_", "export_")
@@ -174,6 +176,7 @@ def _hires(values: Values, settings: Mapping[str, Any]) -> dict[str, Any]:
     _check_neutral("hr_checkpoint_name", values.raw("hr_checkpoint_name"), _SAME)
     for name, own in (("hr_prompt", "prompt"), ("hr_negative_prompt", "negative_prompt")):
         _check_neutral(name, values.raw(name), ("", settings[own]))
+    _check_neutral("hr_cfg", values.raw("hr_cfg"), (settings["guidance_scale"],))
     wide, high = values.whole("hr_resize_x", 0, MAX_SIZE) or 0, values.whole("hr_resize_y", 0, MAX_SIZE) or 0
     scale = values.number("hr_scale", 1, MAX_SCALE)
     if wide or high:
@@ -235,11 +238,11 @@ def _overrides(values: Values) -> tuple[str | None, int]:
         raise Refused("override_settings must be an object.", 422, "override_settings")
     own = Values(given)
     model = own.text("sd_model_checkpoint", most=500) or None
-    clip_skip = own.whole("CLIP_stop_at_last_layers", 1, MAX_CLIP_SKIP) or 1
+    clip_skips = (own.whole("CLIP_stop_at_last_layers", 1, MAX_CLIP_SKIP), values.whole("clip_skip", 1, MAX_CLIP_SKIP))
     if model and not values.flag("override_settings_restore_afterwards", True):
         raise Refused("override_settings are for one call; set sd_model_checkpoint as an option to keep it.", 422)
     check_settings({name: own.raw(name) for name in own.unread()}, "override_settings")
-    return model, clip_skip
+    return model, clip_skips[0] or clip_skips[1] or 1
 
 
 def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
