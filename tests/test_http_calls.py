@@ -32,11 +32,11 @@ GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
 TOKEN = "correct-horse-battery"
 
 
-def png(width: int = 16, height: int = 16, mode: str = "RGB", colour: Any = 128) -> bytes:
+def png(width: int = 16, height: int = 16, mode: str = "RGB", colour: Any = 128, kind: str = "PNG") -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.new(mode, (width, height), colour).save(file, "PNG")
+    Image.new(mode, (width, height), colour).save(file, kind)
     return file.getvalue()
 
 
@@ -342,6 +342,7 @@ def bomb() -> bytes:
         base64.b64encode(bomb()).decode(),
         base64.b64encode(png(5000, 5000, "1", 1)).decode(),
         base64.b64encode(png()[:50]).decode(),
+        base64.b64encode(png(kind="TIFF")).decode(),
         "data:image/svg+xml;base64," + base64.b64encode(b"<svg/>").decode(),
         "",
         7,

@@ -11,6 +11,7 @@ from ldmcli.serving.http.limits import MAX_UPLOAD_PIXELS, Refused
 if TYPE_CHECKING:
     from PIL import Image
 
+_FORMATS = ("PNG", "JPEG", "WEBP")  # of strangers' pictures no more, whatever Pillow reads
 _DATA = re.compile(r"data:[\w/.+-]{0,100};base64,")
 
 
@@ -35,10 +36,8 @@ def checked_picture(data: bytes, field: str) -> bytes:
     Pillow."""
     from PIL import Image
 
-    from ldmcli.images.pixels import FORMATS
-
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
             width, height = picture.size
     except Exception:  # Pillow's plugins raise nearly anything of damaged files
         raise Refused(f"{field} is no picture that can be read; send PNG, JPEG or WebP.", field=field) from None
