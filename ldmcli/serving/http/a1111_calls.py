@@ -25,6 +25,7 @@ from ldmcli.serving.http.values import Values
 from ldmcli.session import CancelledError, Session
 
 _PICTURES = ("init_images", "mask")  # which an answer does not repeat
+_FLAGS = {"send_images": True, "include_init_images": False}  # which say what an answer holds
 _HASH_S = 0.5  # to wait for a model's hash, which large files take long for
 # What clients look at, and is always the same here.
 _ALWAYS: dict[str, Any] = {
@@ -91,6 +92,7 @@ class A1111:
         async with self._front.body(request, JSON) as body:
             given = await self._calls.read(read_json, body)
             asked = await self._calls.read(read_asked, given, on_image=on_image)
+            sends, repeats = (Values(given).flag(name, usual) for name, usual in _FLAGS.items())
             call = await self._calls.begin(asked, self._model)
             running = _Running(_client(request), call)
             self._running.append(running)
@@ -102,10 +104,10 @@ class A1111:
                 pictures = sorted(call.drawn, key=lambda drawn: drawn.place)
             finally:
                 self._running.remove(running)
-        sent = {} if Values(given).flag("include_init_images") else dict.fromkeys(_PICTURES) if on_image else {}
         info = await self._calls.read(_info, call, pictures)
-        images = [drawn.base64 for drawn in pictures] if Values(given).flag("send_images", True) else []
-        return JSONResponse({"images": images, "parameters": given | sent, "info": json.dumps(info)})
+        images = [drawn.base64 for drawn in pictures] if sends else []
+        left_out = {} if repeats else {name: None for name in _PICTURES if name in given}
+        return JSONResponse({"images": images, "parameters": given | left_out, "info": json.dumps(info)})
 
     async def progress(self, request: Request) -> Response:
         own = next((one.call for one in self._running if one.client == _client(request)), None)
