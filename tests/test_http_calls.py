@@ -268,6 +268,14 @@ def test_bodies_that_are_no_request(url: str, path: str, body: bytes, statuses: 
     assert call(url, path, body)[0] in statuses
 
 
+def test_what_is_repeated_may_hold_any_character(url: str) -> None:
+    given = {"prompt": "a", "steps": 1, "width": 16, "height": 16, "zzz\ud800": ["\ud800", "é", 1e300]}
+    status, _, answer = call(url, TXT2IMG, given)
+    assert (status, answer["parameters"]) == (200, given)
+    assert call(url, TXT2IMG, given | {"prompt": "\ud800"})[0] == 422
+    assert call(url, TXT2IMG, b'{"zzz": 1e999}')[0] == 422
+
+
 def test_a_body_of_100_megabytes_is_refused_and_not_kept(url: str) -> None:
     status, _, answer = call(url, GENERATE, b'{"prompt": "' + b"x" * (100 << 20) + b'"}')
     assert (status, answer["error"]["type"]) == (413, "invalid_request_error")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ldmcli import __version__
 from ldmcli.errors import LdmError
@@ -18,7 +18,7 @@ from ldmcli.images.metadata import PARAMETERS_KEYWORD, iterate_picture_text
 from ldmcli.sampling.catalogue import SAMPLERS
 from ldmcli.serving.http.a1111_fields import SCHEDULES, UPSCALERS, check_settings, read_asked
 from ldmcli.serving.http.calls import Call, Calls, Drawn
-from ldmcli.serving.http.front import JSON, Front
+from ldmcli.serving.http.front import JSON, Front, as_json
 from ldmcli.serving.http.limits import Refused, read_json
 from ldmcli.serving.http.uploads import picture_bytes
 from ldmcli.serving.http.values import Values
@@ -107,7 +107,7 @@ class A1111:
         info = await self._calls.read(_info, call, pictures)
         images = [drawn.base64 for drawn in pictures] if sends else []
         left_out = {} if repeats else {name: None for name in _PICTURES if name in given}
-        return JSONResponse({"images": images, "parameters": given | left_out, "info": json.dumps(info)})
+        return as_json({"images": images, "parameters": given | left_out, "info": json.dumps(info)})
 
     async def progress(self, request: Request) -> Response:
         own = next((one.call for one in self._running if one.client == _client(request)), None)
@@ -126,7 +126,7 @@ class A1111:
             "sampling_step": call.step if call else 0,
             "sampling_steps": call.steps if call else 0,
         }
-        return JSONResponse(
+        return as_json(
             {"progress": share, "eta_relative": left, "state": state, "current_image": None, "textinfo": None}
         )
 
@@ -135,11 +135,11 @@ class A1111:
         if own := next((one for one in self._running if one.client == _client(request)), None):
             own.interrupted = True
             own.call.cancel()
-        return JSONResponse({})
+        return as_json({})
 
     async def options(self, request: Request) -> Response:
         found = await self._calls.read(self._described, self._model)
-        return JSONResponse(
+        return as_json(
             {
                 "sd_model_checkpoint": found["title"],
                 "sd_checkpoint_hash": found["sha256"],
@@ -161,24 +161,24 @@ class A1111:
         check_settings({name: given[name] for name in values.unread() if name != "sd_checkpoint_hash"}, "options")
         if model:
             self._model = self._calls.named(model)
-        return JSONResponse(None)
+        return as_json(None)
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse([await self._calls.read(self._described, name) for name in self._calls.models])
+        return as_json([await self._calls.read(self._described, name) for name in self._calls.models])
 
     async def loras(self, request: Request) -> Response:
         names = await self._calls.read(lambda: self._calls.session(self._model).lora_names())
-        return JSONResponse([{"name": name, "alias": name, "path": name, "metadata": {}} for name in names])
+        return as_json([{"name": name, "alias": name, "path": name, "metadata": {}} for name in names])
 
     async def png_info(self, request: Request) -> Response:
         async with self._front.body(request, JSON) as body:
-            return JSONResponse(await self._calls.read(lambda: _png_info(read_json(body))))
+            return as_json(await self._calls.read(lambda: _png_info(read_json(body))))
 
     async def always(self, request: Request) -> Response:
-        return JSONResponse(_ALWAYS[request.url.path.rpartition("/")[2]])
+        return as_json(_ALWAYS[request.url.path.rpartition("/")[2]])
 
     async def nothing(self, request: Request) -> Response:
-        return JSONResponse(None)
+        return as_json(None)
 
     def _described(self, name: str) -> dict[str, Any]:
         """A model as /sd-models has it; without its hash where that takes long to find out, as there."""
@@ -193,7 +193,7 @@ def worded(refused: Refused) -> Response:
     """A refusal as AUTOMATIC1111 words it."""
     status = 422 if refused.status == 400 else refused.status
     said = {"error": "HTTPException", "detail": str(refused), "body": "", "errors": str(refused)}
-    return JSONResponse(said, status, refused.headers)
+    return as_json(said, status, refused.headers)
 
 
 def _client(request: Request) -> str:

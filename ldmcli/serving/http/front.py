@@ -1,12 +1,13 @@
 """What all calls pass: the gate before, the form of an error after, and the counters."""
 
 import contextlib
+import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from ldmcli.errors import LdmError
@@ -67,6 +68,11 @@ class Front:
             self.held.give(len(body))
 
 
+def as_json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer in JSON, all of it ASCII: what clients sent and is repeated may hold any character."""
+    return Response(json.dumps(content), status, headers, media_type=JSON)
+
+
 def plainly(refused: Refused) -> Response:
     """A refusal of what is neither OpenAI's nor AUTOMATIC1111's."""
-    return JSONResponse({"error": str(refused)}, refused.status, refused.headers)
+    return as_json({"error": str(refused)}, refused.status, refused.headers)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -91,7 +92,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     if marks > MAX_MARKS:
         raise Refused(f"the body has {marks} commas, colons and brackets; at most {MAX_MARKS} are accepted.", 413)
     try:
-        value = json.loads(body, parse_constant=_no_number)
+        value = json.loads(body, parse_constant=_finite, parse_float=_finite)
     except RecursionError:
         raise Refused("the body is nested too deeply.") from None
     except ValueError as error:
@@ -108,5 +109,8 @@ def check_size(width: int, height: int, count: int) -> None:
         raise Refused(f"{count} of {width}×{height} are too much: {most} are drawn for a call.")
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number")
+    return number

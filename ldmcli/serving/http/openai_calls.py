@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from ldmcli import __version__
 from ldmcli.errors import LdmError
 from ldmcli.serving.http.asked import Asked
 from ldmcli.serving.http.calls import Call, Calls, Drawn
 from ldmcli.serving.http.forms import read_form
-from ldmcli.serving.http.front import FORM, JSON, Front
+from ldmcli.serving.http.front import FORM, JSON, Front, as_json
 from ldmcli.serving.http.limits import Refused, read_json
 from ldmcli.serving.http.openai_fields import read_edit, read_generation
 
@@ -46,10 +46,10 @@ class OpenAI:
             return await self._answer(request, asked, "image_edit", stream=stream)
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": list(map(self._described, self._calls.models))})
+        return as_json({"object": "list", "data": list(map(self._described, self._calls.models))})
 
     async def model(self, request: Request) -> Response:
-        return JSONResponse(self._described(self._calls.named(request.path_params["name"])))
+        return as_json(self._described(self._calls.named(request.path_params["name"])))
 
     def _described(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._since, "owned_by": f"ldmcli {__version__}"}
@@ -61,14 +61,14 @@ class OpenAI:
         pictures = await self._calls.all_pictures(call, request)
         answer = {"created": int(time.time()), "data": [_picture(drawn) for drawn in pictures]}
         warnings = {"warnings": call.warnings} if call.warnings else {}
-        return JSONResponse(answer | _facts(call, pictures[0]) | warnings)
+        return as_json(answer | _facts(call, pictures[0]) | warnings)
 
 
 def worded(refused: Refused) -> Response:
     """A refusal as OpenAI words it."""
     kind = "server_error" if refused.status >= 500 else "invalid_request_error"
     error = {"message": str(refused), "type": kind, "param": refused.field, "code": refused.code}
-    return JSONResponse({"error": error}, refused.status, refused.headers)
+    return as_json({"error": error}, refused.status, refused.headers)
 
 
 async def _events(call: Call, kind: str) -> AsyncIterator[str]:
