@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 http_options = together(
     option("--http", metavar="[HOST:]PORT",
-           help="Answer OpenAI's and AUTOMATIC1111's calls too, for the models that -m names and the embedded one; on "
+           help="Answer OpenAI's and AUTOMATIC1111's calls too, with the models that -m names and the embedded one; on "
            "this machine alone unless HOST says otherwise."),
     option("--host", metavar="HOST", help="HOST of --http."),
     option("--token", metavar="TOKEN",
@@ -65,14 +65,14 @@ def http_server(
 
 
 def _named(models: Sequence[ModelSpec], runtime: RuntimeSpec, lora_dir: str | None) -> dict[str, ModelSpec]:
-    """The models by the names that clients know, the embedded one at the end; so named that they are found from
-    anywhere. Raises UsageError where two have one name."""
+    """The models by the names that clients know, the embedded one at the end. Raises UsageError where two have one
+    name."""
     from ldmcli.session import Session
 
     found: dict[str, ModelSpec] = {}
-    for spec in (*models, ModelSpec()):
-        session = Session(ModelSpec(spec.model, lora_dir=lora_dir), runtime)
-        if session.name in found and spec.model is not None:
-            raise UsageError(f"two models are called {printable(session.name)}, and clients name them so; rename one.")
-        found.setdefault(session.name, session.resolved)
-    return found
+    for spec in models:
+        name = Session(spec, runtime).name
+        if found.setdefault(name, spec) != spec:
+            raise UsageError(f"two models are called {printable(name)}, by which clients name them; rename one.")
+    embedded = Session(ModelSpec(lora_dir=lora_dir), runtime)
+    return {**found, embedded.name: found.get(embedded.name, embedded.resolved)}

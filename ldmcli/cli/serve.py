@@ -18,6 +18,7 @@ from ldmcli.cli.options import (
     runtime_spec,
     verbosity_options,
 )
+from ldmcli.cli.over_http import http_options, http_server
 from ldmcli.errors import MissingInputError, printable
 from ldmcli.remarks import Own
 from ldmcli.spec import ModelSpec
@@ -33,6 +34,7 @@ _WAIT_S = 10.0  # for a server to stop
 @option("--max-models", type=click.IntRange(1, 64), metavar="N",
         help="Models in memory at once; the one that was not used for the longest time makes room.  "
         "[default: as many as -m names, 1 at least]")  # fmt: skip
+@http_options
 @runtime_options
 @option("--status", is_flag=True, help="Tell what the server does, and whether there is one: exit code 66 if not.")
 @option("--stop", is_flag=True, help="End the server; commands go on by themselves.")
@@ -50,6 +52,7 @@ def serve(context: click.Context, **options: Any) -> None:
     \b
     Examples:
     ldm serve -m sd15.safetensors --idle 1h &
+    ldm serve -m sd15.safetensors --http 7860
     ldm serve --status
     ldm serve --stop
     """
@@ -72,16 +75,19 @@ def serve(context: click.Context, **options: Any) -> None:
         work = Work(max_models=options["max_models"] or max(1, len(options["models"])))
         server = Server(work, idle=options["idle"])
         try:
-            for name in options["models"]:
-                spec = Session(ModelSpec(name), runtime).resolved
-                work.load(work.session(spec, runtime)).wait()
-                _log.info("%s is in memory", printable(name))
-            settle_down()
-            stay_offline()  # clients ask the hub themselves
-            _log.info("listening at %s", printable(str(path)))
-            os.chdir("/")
-            signal.signal(signal.SIGTERM, lambda *_: server.stop())
-            server.serve(listener)
+            named = [ModelSpec(name, lora_dir=options["lora_dir"]) for name in options["models"]]
+            models = [Session(spec, runtime).resolved for spec in named]
+            with http_server(work, models, runtime, options, server.worked) as start:
+                for name, spec in zip(options["models"], models, strict=True):
+                    work.load(work.session(spec, runtime)).wait()
+                    _log.info("%s is in memory", printable(name))
+                settle_down()
+                stay_offline()  # clients ask the hub themselves
+                _log.info("listening at %s", printable(str(path)))
+                os.chdir("/")
+                start()
+                signal.signal(signal.SIGTERM, lambda *_: server.stop())
+                server.serve(listener)
             if work.failure is not None:
                 raise work.failure
         finally:
