@@ -7,13 +7,14 @@ import functools
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cli_support import pixels, start, tiny_model, until
+from cli_support import assert_refused, ldm_here, pixels, start, tiny_model, until
 from http_support import RUNTIME, call, connected
 from test_lora import lora_for
 
@@ -349,3 +350,37 @@ def test_large_bodies_leave_the_memory_as_it_was(server: Server) -> None:
     for _ in range(5):
         send()
     assert server.memory() - before < 48 << 20
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "words"),
+    [
+        (["--http", "0.0.0.0:0"], {}, ["--token"]),
+        (["--http", "0", "--host", "0.0.0.0"], {}, ["--token"]),
+        (["--http", "0.0.0.0:0"], {"LDM_TOKEN": "s3cr3t"}, ["8 or more"]),
+        (["--http", "127.0.0.1:0", "--host", "0.0.0.0"], {}, ["leave out one"]),
+        (["--host", "0.0.0.0"], {}, ["--http"]),
+        (["--http", "here"], {}, ["[HOST:]PORT"]),
+    ],
+)
+def test_what_would_let_anyone_in_is_refused(
+    options: list[str], env: dict[str, str], words: list[str], tmp_path: Path
+) -> None:
+    result = ldm_here("serve", *options, env={"LDM_SERVER": str(tmp_path / "socket"), **env})
+    assert "s3cr3t" not in assert_refused(result, 2, *words)
+
+
+def test_an_address_that_is_taken_is_said(server: Server, tmp_path: Path) -> None:
+    result = ldm_here("serve", "--http", str(server.port), env={"LDM_SERVER": str(tmp_path / "socket")})
+    assert_refused(result, 73, f"127.0.0.1:{server.port}", "in use")
+
+
+def test_without_the_extra_one_sentence_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("ldmcli.serving.http.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = ldm_here("serve", "--http", "0", env={"LDM_SERVER": str(tmp_path / "socket")})
+    assert_refused(result, 2, "ldmcli[serve]")

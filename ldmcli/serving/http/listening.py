@@ -18,7 +18,7 @@ from ldmcli.serving.http.gate import Gate, is_loopback
 _HEAD_S = 10.0  # in which a request's head must be there; bodies have their own time
 _UNREAD_S = 60.0  # after which a client that reads nothing of its answer is given up
 _LOOK_S = 1.0
-_MAX_CONNECTIONS = 512
+_MAX_CONNECTIONS, _MAX_OPEN = 512, 768  # from where on requests are answered 503, and connections closed
 _MAX_HEAD = 16 << 10  # bytes
 _CLOSE_S = 3  # for answers under way when the server ends
 _log = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ class _Timely(H11Protocol):
         self._since = self._moved = self.loop.time()
         self._seen, self._unread = self.cycle, 0
         self._timer: asyncio.TimerHandle = self.loop.call_later(_LOOK_S, self._look)
+        if len(self.connections) > _MAX_OPEN:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
