@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,7 +119,15 @@ def test_a_mask_has_the_defaults_it_has_there() -> None:
 def test_settings_for_one_call_choose_model_and_clip_skip() -> None:
     settings = {"sd_model_checkpoint": "tiny [abc]", "CLIP_stop_at_last_layers": 2, "samples_save": True}
     found = asked({"override_settings": settings})
-    assert (found.model, found.requests[0].clip_skip) == ("tiny [abc]", 2)
+    assert (found.model, found.requests[0].clip_skip, found.keeps_model) == ("tiny [abc]", 2, False)
+    assert asked({"override_settings": settings, "override_settings_restore_afterwards": False}).keeps_model
+
+
+def test_clip_skip_counts_layers_as_it_does_there() -> None:
+    found = asked({"override_settings": {"CLIP_stop_at_last_layers": 2}})
+    base, large = (SimpleNamespace(family=family) for family in ("Stable Diffusion 1", "Stable Diffusion XL base"))
+    assert found.adapted(found.requests[0], base).clip_skip == 2
+    assert found.adapted(found.requests[0], large).clip_skip == 1
 
 
 def test_what_is_not_known_is_warned_of() -> None:

@@ -94,6 +94,7 @@ class A1111:
             asked = await self._calls.read(read_asked, given, on_image=on_image)
             sends, repeats = (Values(given).flag(name, usual) for name, usual in _FLAGS.items())
             call = await self._calls.begin(asked, self._model)
+            self._model = call.model if asked.keeps_model else self._model
             running = _Running(_client(request), call)
             self._running.append(running)
             try:
@@ -157,7 +158,7 @@ class A1111:
         values = Values(given)
         model = values.text("sd_model_checkpoint", most=500)
         if values.whole("CLIP_stop_at_last_layers", 1, 12) not in (None, 1):
-            raise Refused("CLIP_stop_at_last_layers is for override_settings of a call.", 422)
+            raise Refused("CLIP_stop_at_last_layers is for override_settings of a call.")
         check_settings({name: given[name] for name in values.unread() if name != "sd_checkpoint_hash"}, "options")
         if model:
             self._model = self._calls.named(model)

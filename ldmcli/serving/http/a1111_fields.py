@@ -1,10 +1,12 @@
 """AUTOMATIC1111's fields as requests. What would change a picture and is not drawn here is refused by name, unless it
 has the value at which it changes nothing, as clients send dozens; what is not known at all is warned of."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from ldmcli.config import ModelConfig
 from ldmcli.errors import printable
 from ldmcli.hires import MAX_SCALE
 from ldmcli.images.metadata import SCHEDULE_TITLES
@@ -13,7 +15,7 @@ from ldmcli.serving.http.asked import Asked, requests_of
 from ldmcli.serving.http.limits import MAX_PICTURES, MAX_STEPS, Refused
 from ldmcli.serving.http.uploads import mask_of, picture_bytes
 from ldmcli.serving.http.values import Values
-from ldmcli.spec import MAX_BLUR, MAX_CLIP_SKIP, MAX_GUIDANCE, MAX_PADDING, MAX_SIZE
+from ldmcli.spec import MAX_BLUR, MAX_CLIP_SKIP, MAX_GUIDANCE, MAX_PADDING, MAX_SIZE, GenerationRequest
 
 SCHEDULES: dict[str, str | None] = {"Automatic": None} | {title: name for name, title in SCHEDULE_TITLES.items()}
 UPSCALERS = {"Latent": "latent", "Lanczos": "lanczos", "None": "lanczos", "realesr-animevideov3": "embedded"}
@@ -76,7 +78,7 @@ _IDLE_SETTINGS = ("save_", "samples_", "grid_", "return_", "show_", "live_", "ou
 
 def read_asked(given: Mapping[str, Any], *, on_image: bool) -> Asked:
     """The pictures that a call of txt2img asks for, or, `on_image`, of img2img. What is left out of size, steps,
-    guidance and sampler is the model's own. Raises Refused with status 422, or as there."""
+    guidance and sampler is the model's own. Raises Refused."""
     values = Values(given)
     settings: dict[str, Any] = {
         "prompt": values.text("prompt"),
@@ -97,13 +99,21 @@ def read_asked(given: Mapping[str, Any], *, on_image: bool) -> Asked:
     _check_scripts(values)
     count = (values.whole("batch_size", 1, MAX_PICTURES) or 1) * (values.whole("n_iter", 1, MAX_PICTURES) or 1)
     if count > MAX_PICTURES:
-        raise Refused(f"batch_size × n_iter is {count}; at most {MAX_PICTURES} are drawn.", 422, "n_iter")
+        raise Refused(f"batch_size × n_iter is {count}; at most {MAX_PICTURES} are drawn.", field="n_iter")
     for name in _IDLE:
         values.raw(name)
     requests = requests_of(settings | {"clip_skip": clip_skip}, values.seed(), count)
+    keeps_model = model is not None and not values.flag("override_settings_restore_afterwards", True)
     warnings = ["save_images is true, and nothing is saved here"] if values.flag("save_images") else []
     warnings += [f"{printable(name, 60)} is not known here, and changes nothing" for name in values.unread()[:20]]
-    return Asked(requests, model, warnings=warnings)
+    return Asked(requests, model, warnings=warnings, keeps_model=keeps_model, adapted=_adapted)
+
+
+def _adapted(request: GenerationRequest, config: ModelConfig) -> GenerationRequest:
+    """The request as it means a model: there clip skip counts from the last layer, which SDXL never reads."""
+    if request.clip_skip > 1 and config.family.startswith("Stable Diffusion XL"):
+        return dataclasses.replace(request, clip_skip=request.clip_skip - 1)
+    return request
 
 
 def check_settings(given: Mapping[str, Any], field: str) -> None:
@@ -112,7 +122,7 @@ def check_settings(given: Mapping[str, Any], field: str) -> None:
         if name in _NEUTRAL_SETTINGS:
             _check_neutral(f"{field}.{name}", value, _NEUTRAL_SETTINGS[name])
         elif not name.startswith(_IDLE_SETTINGS):
-            raise Refused(f"{field}: there is no setting {printable(repr(name), 60)} here.", 422, field)
+            raise Refused(f"{field}: there is no setting {printable(repr(name), 60)} here.", field=field)
 
 
 def sampler_called(title: str, field: str = "sampler_name") -> tuple[str, str | None]:
@@ -157,7 +167,7 @@ def _eta(values: Values, sampler: str | None) -> dict[str, Any]:
     if row and row.takes_eta and eta is not None:
         return {"eta": eta}
     if eta is not None and eta != 1 and row and row.draws_noise:
-        raise Refused(f"eta {eta:g} is not drawn with {row.title}; 1 is.", 422, "eta")
+        raise Refused(f"eta {eta:g} is not drawn with {row.title}; 1 is.", field="eta")
     return {}
 
 
@@ -169,10 +179,10 @@ def _hires(values: Values, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     sampler = values.text("hr_sampler_name", most=100)
     if sampler not in _SAME and sampler_called(sampler, "hr_sampler_name")[0] != settings["sampler"]:
-        raise Refused("hr_sampler_name is another than sampler_name; both passes are drawn with one.", 422)
+        raise Refused("hr_sampler_name is another than sampler_name; both passes are drawn with one.")
     schedule = values.text("hr_scheduler", most=100)
     if schedule not in _SAME and schedule_called(schedule, "hr_scheduler") not in (None, settings["schedule"]):
-        raise Refused("hr_scheduler is another than scheduler; both passes are drawn with one.", 422, "hr_scheduler")
+        raise Refused("hr_scheduler is another than scheduler; both passes are drawn with one.", field="hr_scheduler")
     _check_neutral("hr_checkpoint_name", values.raw("hr_checkpoint_name"), _SAME)
     for name, own in (("hr_prompt", "prompt"), ("hr_negative_prompt", "negative_prompt")):
         _check_neutral(name, values.raw(name), ("", settings[own]))
@@ -182,7 +192,7 @@ def _hires(values: Values, settings: Mapping[str, Any]) -> dict[str, Any]:
     if wide or high:
         width, height = settings["width"], settings["height"]
         if not (wide and high) and not (width and height):
-            raise Refused("one of hr_resize_x and hr_resize_y alone takes width and height beside it.", 422)
+            raise Refused("one of hr_resize_x and hr_resize_y alone takes width and height beside it.")
         wide, high = wide or high * width // height, high or wide * height // width
     strength = values.number("denoising_strength", 0, 1)
     return {
@@ -199,7 +209,7 @@ def _image(values: Values) -> dict[str, Any]:
     if not isinstance(pictures, list) or not pictures:
         raise Refused("Init image not found: init_images must be a list with a picture in base64.", 404, "init_images")
     if len(pictures) > 1:
-        raise Refused(f"init_images has {len(pictures)} pictures; send each by itself.", 422, "init_images")
+        raise Refused(f"init_images has {len(pictures)} pictures; send each by itself.", field="init_images")
     strength = values.number("denoising_strength", 0, 1)
     found: dict[str, Any] = {
         "image": picture_bytes(pictures[0], "init_images"),
@@ -227,7 +237,7 @@ def _blur(values: Values) -> float:
     sides = [values.number(name, 0, MAX_BLUR) for name in ("mask_blur_x", "mask_blur_y")]
     wide, high = (4.0 if side is None else side for side in sides)
     if both is None and wide != high:
-        raise Refused(f"mask_blur_x {wide:g} and mask_blur_y {high:g} differ; one blur is drawn.", 422, "mask_blur_x")
+        raise Refused(f"mask_blur_x {wide:g} and mask_blur_y {high:g} differ; one blur is drawn.", field="mask_blur_x")
     return wide if both is None else both
 
 
@@ -235,31 +245,29 @@ def _overrides(values: Values) -> tuple[str | None, int]:
     """The model and the clip skip that override_settings name."""
     given = values.raw("override_settings", {})
     if not isinstance(given, dict):
-        raise Refused("override_settings must be an object.", 422, "override_settings")
+        raise Refused("override_settings must be an object.", field="override_settings")
     own = Values(given)
     model = own.text("sd_model_checkpoint", most=500) or None
     clip_skips = (own.whole("CLIP_stop_at_last_layers", 1, MAX_CLIP_SKIP), values.whole("clip_skip", 1, MAX_CLIP_SKIP))
-    if model and not values.flag("override_settings_restore_afterwards", True):
-        raise Refused("override_settings are for one call; set sd_model_checkpoint as an option to keep it.", 422)
     check_settings({name: own.raw(name) for name in own.unread()}, "override_settings")
     return model, clip_skips[0] or clip_skips[1] or 1
 
 
 def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
     if value is not None and value not in neutral:
-        usual = neutral[0] if neutral[0] != "" else "nothing"
-        raise Refused(f"{name} {printable(repr(value), 60)} is not drawn here; only {usual} is.", 422, name)
+        usual = "nothing" if neutral[0] in ("", None) else neutral[0]
+        raise Refused(f"{name} {printable(repr(value), 60)} is not drawn here; only {usual} is.", field=name)
 
 
 def _check_scripts(values: Values) -> None:
     """Raises Refused for a script that is switched on; clients send those that are off too."""
     scripts = values.raw("alwayson_scripts", {})
     if not isinstance(scripts, dict):
-        raise Refused("alwayson_scripts must be an object.", 422, "alwayson_scripts")
+        raise Refused("alwayson_scripts must be an object.", field="alwayson_scripts")
     for name, script in scripts.items():
         given = script.get("args", []) if isinstance(script, dict) else script
         units = given if isinstance(given, list) else [given]
         off = [unit is False or (isinstance(unit, dict) and unit.get("enabled") is False) for unit in units]
         if units and not (off[0] if units[0] is False else all(off)):
             shown = printable(repr(name), 60)
-            raise Refused(f"alwayson_scripts: there is no script {shown} here.", 422, "alwayson_scripts")
+            raise Refused(f"alwayson_scripts: there is no script {shown} here.", field="alwayson_scripts")

@@ -1,9 +1,10 @@
 """What a client asks for, in this program's words."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ldmcli.config import ModelConfig
 from ldmcli.errors import UsageError
 from ldmcli.images.formats import Encoding
 from ldmcli.serving.http.limits import Refused
@@ -12,13 +13,16 @@ from ldmcli.spec import MAX_SEED, GenerationRequest
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Pictures to draw: `model` as the client calls it, None for the usual one; `warnings` say what changes nothing,
-    a sentence each."""
+    """Pictures to draw: `model` as the client calls it, None for the usual one; `keeps_model`: it is the usual one from
+    then on; `warnings` say what changes nothing, a sentence each; `adapted` gives a request as it is meant for a
+    model."""
 
     requests: Sequence[GenerationRequest]
     model: str | None = None
     encoding: Encoding = Encoding()
     warnings: Sequence[str] = ()
+    keeps_model: bool = False
+    adapted: Callable[[GenerationRequest, ModelConfig], GenerationRequest] = lambda request, config: request
 
 
 def requests_of(settings: Mapping[str, Any], seed: int, count: int) -> list[GenerationRequest]:

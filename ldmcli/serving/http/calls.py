@@ -157,7 +157,7 @@ class Calls:
     def _submit(self, call: Call) -> None:
         requests = call.asked.requests
         with heard_by(call.on_warning, set()):
-            first = call.session.fit(requests[0])
+            first = call.session.fit(call.asked.adapted(requests[0], call.session.config))
             check_size(*first.final_size, len(requests))
             call.asked.encoding.check_size(*first.final_size)
             try:

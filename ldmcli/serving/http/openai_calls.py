@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -57,7 +58,8 @@ class OpenAI:
     async def _answer(self, request: Request, asked: Asked, kind: str, *, stream: bool) -> Response:
         call = await self._calls.begin(asked)
         if stream:
-            return StreamingResponse(_events(call, kind), media_type="text/event-stream")
+            end = BackgroundTask(call.cancel)  # of what nobody began to hear
+            return StreamingResponse(_events(call, kind), media_type="text/event-stream", background=end)
         pictures = await self._calls.all_pictures(call, request)
         answer = {"created": int(time.time()), "data": [_picture(drawn) for drawn in pictures]}
         warnings = {"warnings": call.warnings} if call.warnings else {}
