@@ -93,6 +93,7 @@ class A1111:
             given = await self._calls.read(read_json, body)
             asked = await self._calls.read(read_asked, given, on_image=on_image)
             sends, repeats = (Values(given).flag(name, usual) for name, usual in _FLAGS.items())
+            given |= {} if repeats else {name: None for name in _PICTURES if name in given}
             call = await self._calls.begin(asked, self._model)
             self._model = call.model if asked.keeps_model else self._model
             running = _Running(_client(request), call)
@@ -107,8 +108,7 @@ class A1111:
                 self._running.remove(running)
         info = await self._calls.read(_info, call, pictures)
         images = [drawn.base64 for drawn in pictures] if sends else []
-        left_out = {} if repeats else {name: None for name in _PICTURES if name in given}
-        return as_json({"images": images, "parameters": given | left_out, "info": json.dumps(info)})
+        return as_json({"images": images, "parameters": given, "info": json.dumps(info)})
 
     async def progress(self, request: Request) -> Response:
         own = next((one.call for one in self._running if one.client == _client(request)), None)

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from ldmcli.errors import printable
 
 MAX_BODY = 32 << 20  # bytes
-MAX_HELD = 256 << 20  # bytes of the bodies of all requests at work
+MAX_HELD = 128 << 20  # bytes of the bodies of all requests at work, which take several times that of memory
 MAX_MARKS = 10_000  # commas, colons and opening brackets in JSON, which base64 has none of
 MAX_PIXELS = 1 << 22  # of a picture to draw
 MAX_ALL_PIXELS = 1 << 25  # of all pictures of a call
