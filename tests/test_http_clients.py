@@ -217,7 +217,14 @@ def test_webuiapi_gets_what_python_draws(webui: Any) -> None:
     assert files == drawn_together(APPLE, (7, 8, 9, 10), width=64, height=64, **fields, **WEIGHTED)
     assert [about(png)["parameters"] for png in files] == answer.info["infotexts"]
     assert (answer.info["sampler_name"], answer.info["steps"], answer.info["cfg_scale"]) == ("Euler a", 2, 7.0)
-    assert webui.png_info(answer.image).info == answer.info["infotexts"][0]
+    told = webui.png_info(answer.image)
+    assert told.info == answer.info["infotexts"][0]
+    assert {
+        "Prompt": APPLE,
+        "Negative prompt": "a (dog:1.2)",
+        "Seed": "7",
+        "Size": "64x64",
+    }.items() <= told.parameters.items()
 
 
 def test_webuiapi_draws_on_pictures(webui: Any) -> None:

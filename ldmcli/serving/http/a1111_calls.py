@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from ldmcli.session import CancelledError, Session
 
 _PICTURES = ("init_images", "mask")  # which an answer does not repeat
 _FLAGS = {"send_images": True, "include_init_images": False}  # which say what an answer holds
+_PAIR = re.compile(r'\s*(\w[\w \-/]{0,50}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # of an infotext's last line
 _HASH_S = 0.5  # to wait for a model's hash, which large files take long for
 # What clients look at, and is always the same here.
 _ALWAYS: dict[str, Any] = {
@@ -275,4 +277,15 @@ def _png_info(given: dict[str, Any]) -> dict[str, Any]:
         except LdmError:
             if not items:
                 raise Refused("image is no PNG, JPEG or WebP, or damaged.", field="image") from None
-    return {"info": items.get(PARAMETERS_KEYWORD, ""), "items": items, "parameters": {}}
+    text = items.get(PARAMETERS_KEYWORD, "")
+    return {"info": text, "items": items, "parameters": _parameters(text)}
+
+
+def _parameters(text: str) -> dict[str, str]:
+    """The pairs of an infotext, its prompts among them."""
+    prompts, _, last = text.rpartition("\n")
+    if not (pairs := dict(_PAIR.findall(last))):
+        return {}
+    prompt, _, negative = f"\n{prompts}".partition("\nNegative prompt:")
+    said = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
+    return said | {name: value.strip('"') for name, value in pairs.items()}
