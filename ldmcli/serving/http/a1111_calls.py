@@ -27,7 +27,8 @@ from ldmcli.session import CancelledError, Session
 
 _PICTURES = ("init_images", "mask")  # which an answer does not repeat
 _FLAGS = {"send_images": True, "include_init_images": False}  # which say what an answer holds
-_PAIR = re.compile(r'\s*(\w[\w \-/]{0,50}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # of an infotext's last line
+_PAIR = re.compile(r'(\w[\w \-/]{0,50}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # of an infotext's last line
+_MAX_LINE = 8000  # characters
 _HASH_S = 0.5  # to wait for a model's hash, which large files take long for
 # What clients look at, and is always the same here.
 _ALWAYS: dict[str, Any] = {
@@ -284,7 +285,8 @@ def _png_info(given: dict[str, Any]) -> dict[str, Any]:
 def _parameters(text: str) -> dict[str, str]:
     """The pairs of an infotext, its prompts among them."""
     prompts, _, last = text.rpartition("\n")
-    if not (pairs := dict(_PAIR.findall(last))):
+    pairs = dict(_PAIR.findall(last)) if len(last) <= _MAX_LINE else {}
+    if not pairs:
         return {}
     prompt, _, negative = f"\n{prompts}".partition("\nNegative prompt:")
     said = {"Prompt": prompt.strip(), "Negative prompt": negative.strip()}
