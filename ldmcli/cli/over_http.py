@@ -35,8 +35,8 @@ def http_server(
     worked: Callable[[], object],
 ) -> Iterator[Callable[[], None]]:
     """An HTTP server inside the block, which answers once what is yielded was called; none where no option asks for
-    it. `worked` hears of every call that is done. Raises UsageError, and CannotCreateError where the address is
-    taken."""
+    it. `worked` hears of every call that begins or is done. Raises UsageError, and CannotCreateError where the address
+    is taken."""
     if options["http"] is None:
         if options["host"]:
             raise UsageError("--host is for --http; give that too, or leave it out.")

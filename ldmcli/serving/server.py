@@ -90,8 +90,10 @@ class Server:
         return with_ == self._agreement
 
     def worked(self) -> None:
-        """Take note that there was something to do just now."""
+        """Take note that there was something to do just now, and if the device is lost."""
         self._last = time.monotonic()
+        if self.work.failure is not None:
+            self.stop()
 
     def status(self) -> dict[str, Any]:
         """What `ldm serve --status` shows."""

@@ -116,7 +116,7 @@ class Calls:
         runtime: RuntimeSpec,
         worked: Callable[[], object] = lambda: None,
     ) -> None:
-        """`worked` hears of every call that is done, from any thread."""
+        """`worked` hears of every call that begins or is done, from any thread."""
         self.work, self.models, self.runtime, self._worked = work, models, runtime, worked
         self._readers = ThreadPoolExecutor(_READERS, "http-read")
         self._encoders = ThreadPoolExecutor(_ENCODERS, "http-encode")
@@ -155,6 +155,7 @@ class Calls:
         return call
 
     def _submit(self, call: Call) -> None:
+        self._worked()
         requests = call.asked.requests
         with heard_by(call.on_warning, set()):
             first = call.session.fit(call.asked.adapted(requests[0], call.session.config))
