@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from cli_support import chunk, tiny_model, until
-from http_support import RUNTIME, call, connected, serving
+from http_support import call, connected, serving
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
@@ -517,8 +517,7 @@ def test_an_interrupt_ends_the_clients_call_and_gives_what_there_is(url: str) ->
     given = {"prompt": "a cat", "steps": 200, "n_iter": 30, "width": 16, "height": 16, "sampler_name": "Euler"}
     thread = threading.Thread(target=lambda: answers.append(call(url, TXT2IMG, given)))
     thread.start()
-    while call(url, "/sdapi/v1/progress")[2]["progress"] == 0:
-        pass
+    until(lambda: call(url, "/sdapi/v1/progress")[2]["progress"], "progress")
     call(url, "/sdapi/v1/interrupt", method="POST")
     thread.join()
     status, _, answer = answers[0]
@@ -534,4 +533,14 @@ def test_what_clients_look_at_first_is_there(url: str) -> None:
     assert call(url, "/sdapi/v1/sd-models")[2][0]["model_name"] == "tiny"
     assert call(url, "/sdapi/v1/options", {"sd_model_checkpoint": "tiny.safetensors [0123456789]"})[0] == 200
     assert call(url, "/sdapi/v1/options", {"CLIP_stop_at_last_layers": 2})[0] == 422
-    assert RUNTIME.dtype == "fp32"
+
+
+def test_a_server_that_ends_tells_who_waits() -> None:
+    answers = []
+    with serving(tiny_model()) as own:
+        given = {"prompt": "a cat", "steps": 200, "n_iter": 30, "width": 16, "height": 16}
+        thread = threading.Thread(target=lambda: answers.append(call(own, TXT2IMG, given)))
+        thread.start()
+        until(lambda: call(own, "/sdapi/v1/progress")[2]["progress"], "progress")
+    thread.join()
+    assert (answers[0][0], answers[0][2]["detail"]) == (503, "the work was cancelled.")

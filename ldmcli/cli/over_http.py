@@ -61,6 +61,7 @@ def http_server(
     try:
         yield start
     finally:
+        work.close()  # so that who waits for a picture hears of it
         server.close()
 
 

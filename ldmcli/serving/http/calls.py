@@ -21,7 +21,7 @@ from ldmcli.serving.http.asked import Asked
 from ldmcli.serving.http.limits import Refused, check_size
 from ldmcli.serving.jobs import Busy, Job
 from ldmcli.serving.work import Work
-from ldmcli.session import Picture, Session
+from ldmcli.session import CancelledError, Picture, Session
 from ldmcli.spec import ModelSpec, RuntimeSpec
 
 _READERS, _ENCODERS = 4, 2  # threads that unpack what is sent, and that make pictures files
@@ -202,4 +202,4 @@ class Calls:
 
 def status_of(error: LdmError) -> int:
     """The HTTP status of an error that drawing raises."""
-    return {2: 400, 65: 400, 75: 503}.get(error.exit_code, 500)
+    return 503 if isinstance(error, CancelledError) else {2: 400, 65: 400, 75: 503}.get(error.exit_code, 500)

@@ -20,7 +20,7 @@ _UNREAD_S = 60.0  # after which a client that reads nothing of its answer is giv
 _LOOK_S = 1.0
 _MAX_CONNECTIONS, _MAX_OPEN = 512, 768  # from where on requests are answered 503, and connections closed
 _MAX_HEAD = 16 << 10  # bytes
-_CLOSE_S = 3  # for answers under way when the server ends
+_CLOSE_S = 1  # for answers under way when the server ends
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +82,7 @@ class HttpServer:
         """End, with the answers under way or without them."""
         self._server.should_exit = True
         if self._thread.is_alive():
-            self._thread.join(_CLOSE_S + 2)
+            self._thread.join(2 * _CLOSE_S)
         self._calls.close()
         self._socket.close()
 
