@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
+pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
+
 from ldmcli import ModelSpec, RuntimeSpec
 from ldmcli.serving.http.calls import Calls
 from ldmcli.serving.http.listening import HttpServer

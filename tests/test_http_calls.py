@@ -16,8 +16,6 @@ import pytest
 from cli_support import chunk, tiny_model, until
 from http_support import call, connected, serving
 
-pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-
 from ldmcli.errors import UsageError
 from ldmcli.serving.http import limits, listening
 from ldmcli.serving.http.a1111_fields import read_asked

@@ -18,8 +18,6 @@ from cli_support import assert_refused, ldm_here, pixels, start, tiny_model, unt
 from http_support import RUNTIME, call, connected
 from test_lora import lora_for
 
-pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
-
 from ldmcli import GenerationRequest, ModelSpec, Session
 from ldmcli.images.formats import Encoding
 
