@@ -71,7 +71,7 @@ def test_what_clients_send_by_default_is_drawn_as_they_mean_it() -> None:
     first = found.requests[0]
     assert [request.seed for request in found.requests] == [5, 6, 7, 8]
     assert (first.prompt, first.negative_prompt, first.steps, first.guidance_scale) == ("a cat", "dog", 20, 7.0)
-    assert (first.width, first.height, first.sampler, first.schedule, first.hires) == (512, 768, "euler-a", None, None)
+    assert (first.width, first.height, first.sampler, first.hires) == (512, 768, "euler-a", None)
     assert first.prompt_syntax == "weighted"
     assert found.warnings == []
 
@@ -87,6 +87,7 @@ def test_what_is_left_out_is_the_models_own() -> None:
         ("Euler", "", ("euler", None)),
         ("euler a", "Automatic", ("euler-a", None)),
         ("DPM++ 2M Karras", None, ("dpmpp-2m", "karras")),
+        ("DPM++ 2M", "Automatic", ("dpmpp-2m", "karras")),
         ("DPM++ 2M", "karras", ("dpmpp-2m", "karras")),
         ("dpmpp_2m_sde", "SGM Uniform", ("dpmpp-2m-sde", None)),
         ("k_euler_a", "", ("euler-a", None)),

@@ -20,10 +20,12 @@ from test_lora import lora_for
 
 from ldmcli import GenerationRequest, ModelSpec, Session
 from ldmcli.images.formats import Encoding
+from ldmcli.serving.http.a1111_fields import SCHEDULES
 
 APPLE = "a red apple on a blue background"
 CHUNKED = {"on_long_prompt": "chunk"}
 WEIGHTED = {**CHUNKED, "prompt_syntax": "weighted"}
+EULER_A: dict[str, Any] = {"sampler": "euler-a", "schedule": SCHEDULES.get("Normal")}
 GENERATE, TXT2IMG = "/v1/images/generations", "/sdapi/v1/txt2img"
 
 
@@ -210,7 +212,7 @@ def test_webuiapi_gets_what_python_draws(webui: Any) -> None:
         prompt=APPLE, negative_prompt="a (dog:1.2)", seed=7, width=64, height=64, batch_size=2, n_iter=2
     )
     assert answer.info["all_seeds"] == [7, 8, 9, 10]
-    fields = {"negative_prompt": "a (dog:1.2)", "steps": 2, "guidance_scale": 7.0, "sampler": "euler-a"}
+    fields = {"negative_prompt": "a (dog:1.2)", "steps": 2, "guidance_scale": 7.0, **EULER_A}
     files = list(map(base64.b64decode, answer.json["images"]))
     assert files == drawn_together(APPLE, (7, 8, 9, 10), width=64, height=64, **fields, **WEIGHTED)
     assert [about(png)["parameters"] for png in files] == answer.info["infotexts"]
@@ -240,7 +242,7 @@ def test_webuiapi_draws_on_pictures(webui: Any) -> None:
         denoising_strength=0.6, inpainting_fill=1, inpaint_full_res=False, mask_blur=2, steps=4,
     )  # fmt: skip
     fields = {"strength": 0.6, "masked_content": "original", "inpaint_area": "whole", "mask_blur": 2.0, "steps": 4}
-    fields |= {"guidance_scale": 7.0, "sampler": "euler-a", "width": 64, "height": 64, "mask_padding": 0}
+    fields |= {"guidance_scale": 7.0, **EULER_A, "width": 64, "height": 64, "mask_padding": 0}
     wanted = drawn("a green apple", 3, image=picture, mask=file.getvalue(), **fields, **WEIGHTED)
     assert (pixels(base64.b64decode(answer.json["images"][0])) == pixels(wanted)).all()
     assert answer.parameters["init_images"] is None
@@ -251,7 +253,7 @@ def test_webuiapi_draws_a_second_pass(webui: Any) -> None:
         prompt=APPLE, seed=1, width=64, height=64, enable_hr=True, hr_scale=1.5, hr_second_pass_steps=1
     )
     fields = {"hires": "1.5", "hires_strength": 0.7, "hires_steps": 1, "hires_upscaler": "latent", "steps": 2}
-    wanted = drawn(APPLE, 1, width=64, height=64, guidance_scale=7.0, sampler="euler-a", **fields, **WEIGHTED)
+    wanted = drawn(APPLE, 1, width=64, height=64, guidance_scale=7.0, **EULER_A, **fields, **WEIGHTED)
     assert base64.b64decode(answer.json["images"][0]) == wanted
     assert answer.image.size == (96, 96)
 
@@ -265,7 +267,7 @@ def test_webuiapi_chooses_a_model_and_its_loras(webui: Any, loras: Path) -> None
         assert webui.util_get_current_model().startswith("tiny [")
         assert [each["name"] for each in webui.get_loras()] == ["style"]
         answer = webui.txt2img(prompt="a <lora:style:0.5>", seed=1, width=16, height=16)
-        fields = {"width": 16, "height": 16, "steps": 2, "guidance_scale": 7.0, "sampler": "euler-a"}
+        fields = {"width": 16, "height": 16, "steps": 2, "guidance_scale": 7.0, **EULER_A}
         own = _session(tiny_model(), loras)
         request = GenerationRequest("a <lora:style:0.5>", seed=1, **fields, **WEIGHTED)
         wanted = pixels(own.encode(next(own.draw([request]))))

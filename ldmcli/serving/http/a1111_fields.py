@@ -19,6 +19,10 @@ from ldmcli.spec import MAX_BLUR, MAX_CLIP_SKIP, MAX_GUIDANCE, MAX_PADDING, MAX_
 
 SCHEDULES: dict[str, str | None] = {"Automatic": None} | {title: name for name, title in SCHEDULE_TITLES.items()}
 UPSCALERS = {"Latent": "latent", "Lanczos": "lanczos", "None": "lanczos", "realesr-animevideov3": "embedded"}
+# What "Automatic" is there, which is not always the model's own.
+_AUTOMATIC = {
+    "euler": "Normal", "euler-a": "Normal", "heun": "Normal", "dpmpp-2m": "Karras", "dpmpp-2m-sde": "Exponential",
+}  # fmt: skip
 _RESIZES = {0: "stretch", 1: "crop", 2: "fill"}
 _CONTENTS = {0: "fill", 1: "original", 2: "noise", 3: "zero"}
 # Fields that change pictures there and are not drawn here, with the values at which they change nothing.
@@ -126,7 +130,7 @@ def check_settings(given: Mapping[str, Any], field: str) -> None:
 
 
 def sampler_called(title: str, field: str = "sampler_name") -> tuple[str, str | None]:
-    """The sampler of this title, and the schedule that it names too, as titles did before 1.9."""
+    """The sampler of this title, and the schedule that it names too, as titles did before AUTOMATIC1111 1.9."""
     bare = _bare(title)
     for ending, schedule in {"": None, **{_bare(name): schedule for name, schedule in SCHEDULES.items()}}.items():
         if bare.endswith(ending) and (name := _SAMPLERS.get(bare.removesuffix(ending))):
@@ -157,7 +161,7 @@ def _sampler(values: Values) -> dict[str, Any]:
     title = values.text("sampler_name", most=100) or values.text("sampler_index", most=100)
     schedule = schedule_called(values.text("scheduler", most=100))
     name, own = sampler_called(title) if title else (None, None)
-    return {"sampler": name, "schedule": schedule or own}
+    return {"sampler": name, "schedule": schedule or own or SCHEDULES.get(_AUTOMATIC.get(name or "", ""))}
 
 
 def _eta(values: Values, sampler: str | None) -> dict[str, Any]:
