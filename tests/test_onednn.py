@@ -291,7 +291,8 @@ def test_what_is_replaced_is_freed_without_the_collector() -> None:
     layers = [weakref.ref(layer) for layer in module]
     gc.disable()
     try:
-        module = lay_out(module, fold=False)
+        made = lay_out(module, fold=False)
+        assert isinstance(made.get_submodule("0"), PackedConv2d)
         assert [layer() for layer in layers] == [None, None]
     finally:
         gc.enable()
