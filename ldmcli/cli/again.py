@@ -46,6 +46,8 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     changed = prompts or given("prompt_syntax")  # what the prompt names is then not the picture's
     loras = [lora for lora in request.get("loras", ()) if not (changed and lora.get("in_prompt"))]
     found |= {"loras": loras, "embeddings": ()}
+    if given("sampler") and " " in options["sampler"]:
+        found["schedule"] = None  # the sampler's name says it
     options.update({name: value for name, value in found.items() if not given(name)})
     options["embeddings"] += tuple(_embeddings_again(options, record, prompts))
     options["model_given"] = given("model")
