@@ -16,6 +16,8 @@ import click
 from ldmcli.cli.again import read_again, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
 from ldmcli.cli.options import (
+    dynamic_options,
+    dynamic_prompts,
     file_options,
     hires_options,
     json_option,
@@ -53,6 +55,7 @@ drawing_options = together(
     model_options,
     request_options,
     hires_options,
+    dynamic_options,
     option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]"),
     option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,
            help="Pictures per prompt, with seeds SEED, SEED+1, …"),
@@ -100,7 +103,8 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     record = read_again(options["from_image"])
     if record:
         take_over(context, options, record)
-        prompts = prompts or (record["request"]["prompt"],)
+        if not prompts:
+            prompts, options["dynamic_prompts"] = (record["request"]["prompt"],), False  # it is drawn already
     if not prompts:
         raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
     if STDIN in prompts and options.get("image") == STDIN:
@@ -218,14 +222,20 @@ class _Written:
 
 
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
-    """The first request of each prompt. Raises UsageError before any prompt is read where an option is out of range."""
+    """The first request of each prompt; of each picture, where prompts are drawn by lot. Raises UsageError before any
+    prompt is read where an option is out of range."""
     seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
     if options.get("image") == STDIN:
         options["image"] = picture_from_stdin()
     common = GenerationRequest(prompt="", seed=seed, **request_settings(options))
     if seed + options["count"] - 1 > MAX_SEED:
         raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")
-    return (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
+    requests = (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
+    draws = dynamic_prompts(options)
+    if draws is None:
+        return requests
+    count, options["count"] = options["count"], 1  # each picture has a prompt of its own
+    return (draws.drawn(dataclasses.replace(one, seed=one.seed + i)) for one in requests for i in range(count))
 
 
 def _open(options: dict[str, Any], record: dict[str, Any] | None, pictures: int) -> "Session":
@@ -267,7 +277,7 @@ def _checked(
         nonlocal hinted
         fitted = session.fit(request)
         encoding.check_size(*fitted.final_size)
-        if not hinted and fitted.prompt_syntax == "plain" and (hint := syntax_hint(fitted.prompt)):
+        if not hinted and (hint := syntax_hint(fitted.prompt, fitted.prompt_syntax)):
             hinted = True
             _log.warning("%s", hint)
         for text in (fitted.prompt, *({fitted.negative_prompt} - read)):
