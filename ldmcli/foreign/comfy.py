@@ -6,7 +6,7 @@ from typing import Any
 
 from ldmcli.foreign.taken import Taken, json_object
 
-_MOST_NODES, _DEEPEST = 10_000, 200
+_MOST_NODES = 10_000
 # Inputs that lead on to nodes with settings of the sampler that has them.
 _PARTS = ("noise", "guider", "sampler", "sigmas")
 _SCALARS = {
@@ -52,16 +52,18 @@ class _Graph:
         key = str(value[0]) if isinstance(value, list) and len(value) == 2 else None
         return key if key in self.inputs else None
 
-    def scalar(self, value: Any, names: tuple[str, ...] = _VALUES, depth: int = 0) -> Any:
+    def scalar(self, value: Any, names: tuple[str, ...] = _VALUES) -> Any:
         """An input's value, over links to nodes that only hold one; None where that is none."""
-        node = self.link(value)
-        if node is None:
-            return None if isinstance(value, list | dict) else value
-        if depth > _DEEPEST:
-            return None
-        self.read.add(node)
-        found = (self.scalar(self.inputs[node][name], names, depth + 1) for name in names if name in self.inputs[node])
-        return next((one for one in found if one is not None), None)
+        waiting, seen = [value], set[str]()
+        while waiting:
+            node = self.link(value := waiting.pop())
+            if node is None and value is not None and not isinstance(value, list | dict):
+                return value
+            if node is not None and node not in seen:
+                seen.add(node)
+                self.read.add(node)
+                waiting += [self.inputs[node][name] for name in reversed(names) if name in self.inputs[node]]
+        return None
 
     def upstream(self, start: str | None, names: tuple[str, ...] = ()) -> Iterator[str]:
         """Nodes from `start` on, nearest first, along all inputs or those named; each once."""

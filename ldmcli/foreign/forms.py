@@ -12,7 +12,7 @@ FOOOCUS = {
     "width": "width", "height": "height", "base_model": "model", "base_model_hash": "model_hash",
     "clip_skip": "clip_skip", "loras": "", **dict.fromkeys(_IDLE_FOOOCUS.split(), ""),
 }  # fmt: skip
-_IDLE_SWARM = "swarm_version aspectratio images batchsize loras loraweights sidelength autowebuischeduler date"
+_IDLE_SWARM = "swarm_version aspectratio images batchsize loras loraweights sidelength automaticvae date"
 SWARM = {
     "prompt": "prompt", "negativeprompt": "negative_prompt", "seed": "seed", "steps": "steps", "width": "width",
     "height": "height", "cfgscale": "guidance_scale", "sampler": "sampler", "comfyuisampler": "sampler",
@@ -41,8 +41,7 @@ def read_fooocus(said: Mapping[str, Any]) -> Taken:
     """Fooocus's JSON."""
     taken = Taken("Fooocus")
     taken.table(said, FOOOCUS)
-    for one in said.get("loras") or ():
-        taken.lora(*one[:2]) if isinstance(one, list) and len(one) >= 2 else taken.leave("LoRA", one)
+    taken.loras(said.get("loras"))
     return taken.whole()
 
 

@@ -45,10 +45,7 @@ def read_invoke(text: str) -> Taken:
         taken.take("vae", vae.get("name") or vae.get("model_name"), "vae")
     if type(said.get("clip_skip")) is int:
         taken.take("clip_skip", said["clip_skip"] + 1, "clip_skip")  # there counted from 0
-    for one in said.get("loras") or ():
-        own = one.get("model", one.get("lora")) if isinstance(one, dict) else None
-        name = own.get("name") or own.get("model_name") if isinstance(own, dict) else None
-        taken.lora(name, one["weight"] if isinstance(one, dict) and "weight" in one else 1.0)
+    taken.loras(said.get("loras"))
     return _with_notes(taken, said.get("rand_device", "cpu"))
 
 
@@ -71,11 +68,12 @@ def read_old(text: str) -> Taken:
 def read_dream(text: str) -> Taken | None:
     """`Dream`: the options of a command line."""
     found = re.match(r'"(.*)"(.*)$', text, re.DOTALL)
-    if not found:
+    options = re.findall(r"\s-(\w)\s?(\S+)", found[2]) if found else []
+    if not found or not options:
         return None
     taken = Taken("InvokeAI")
     _take_prompt(taken, found[1])
-    for option, value in re.findall(r"\s-(\w)\s?(\S+)", found[2]):
+    for option, value in options:
         taken.take(_DREAM[option], value, f"-{option}") if option in _DREAM else taken.leave(f"-{option}", value)
     return _with_notes(taken, "cuda")
 

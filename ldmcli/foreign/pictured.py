@@ -22,12 +22,14 @@ _Reader = Callable[[Mapping[str, str]], Taken | None]
 
 
 def read_foreign(path: Path) -> Taken | None:
-    """What is taken from a picture that another program made; None where none that is known did. Raises as
-    `iterate_picture_text` does."""
+    """What is taken from a picture that another program made; None where none that is known did. Raises
+    MissingInputError where there is no such file, StorageError where reading fails."""
     texts: dict[str, str] = {}
-    with contextlib.suppress(BadDataError):  # what is damaged behind them leaves them as they are
+    try:
         for keyword, text in iterate_picture_text(path):
             texts.setdefault(keyword, text)
+    except BadDataError:  # what is damaged or too large behind them leaves them as they are
+        return _of_texts(texts)
     return _of_texts(texts) or _of_texts(read_stealth(path))
 
 

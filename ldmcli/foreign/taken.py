@@ -18,7 +18,7 @@ _BESIDE: dict[str, dict[str, Any]] = {"schedule": {"sampler": "euler"}, "eta": {
 _SIZE = re.compile(r"\D{0,2}(\d{1,6})\s*[x×,]\s*(\d{1,6})\D{0,2}")
 _ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _MOST_LEFT, _SHOWN = 200, 120
-_OFF = ("", "None", "none", "False", "false", "[]", "{}")
+_OFF = ("", "None", "Default (model)", "Automatic", "none", "False", "false", "[]", "{}")
 
 
 @dataclasses.dataclass
@@ -86,6 +86,17 @@ class Taken:
         else:
             given = {"name": one.name, "weight": one.weight, "text_weight": one.text_weight}
             self.fields["loras"] = [*self.fields.get("loras", []), given]
+
+    def loras(self, listed: Any) -> None:
+        """Take several, each a list of name and weight, or an object of model and weight."""
+        for one in listed if isinstance(listed, list) else ():
+            own = one.get("model", one.get("lora")) if isinstance(one, dict) else None
+            if isinstance(own, dict):
+                self.lora(own.get("name") or own.get("model_name"), one.get("weight", 1.0))
+            elif isinstance(one, list) and len(one) >= 2:
+                self.lora(one[0], one[1])
+            else:
+                self.leave("LoRA", one)
 
     def leave(self, title: str, value: Any = "") -> None:
         """Say that something was not taken."""
