@@ -125,6 +125,18 @@ COMFY_CUSTOM = {
 }  # fmt: skip
 
 
+COMFY_CONTROLLED = COMFY | {
+    "30": {"class_type": "ControlNetApplyAdvanced", "inputs": {
+        "positive": ["6", 0], "negative": ["7", 0], "strength": 1.0, "image": ["31", 0]}},
+    "31": {"class_type": "LoadImage", "inputs": {"image": "pose.png"}},
+    "3": COMFY["3"] | {"inputs": COMFY["3"]["inputs"] | {"positive": ["30", 0], "negative": ["30", 1]}},
+}  # fmt: skip
+COMFY_ZEROS = COMFY | {
+    "40": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["6", 0]}},
+    "3": COMFY["3"] | {"inputs": COMFY["3"]["inputs"] | {"negative": ["40", 0]}},
+}  # fmt: skip
+
+
 def picture(mode: str = "RGB", size: tuple[int, int] = (16, 16)) -> Image.Image:
     return Image.new(mode, size, 128 if mode == "L" else (90, 120, 150, 255)[: len(mode)])
 

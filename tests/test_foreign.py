@@ -146,6 +146,14 @@ CORPUS: dict[str, tuple[Maker, str, dict[str, Any], dict[str, str], list[str]]] 
             made.MODEL: "prompt:" + json.dumps(made.COMFY), made.MAKE: 'workflow:{"nodes": []}'}),
         "ComfyUI", COMFY_FIELDS, {"model": "v1-5"}, ["node FreeU"],
     ),
+    "comfy-controlled.png": (
+        lambda path: made.comfy_png(path, made.COMFY_CONTROLLED), "ComfyUI", COMFY_FIELDS, {"model": "v1-5"},
+        ["node FreeU", "node ControlNetApplyAdvanced"],
+    ),
+    "comfy-zeros.png": (
+        lambda path: made.comfy_png(path, made.COMFY_ZEROS), "ComfyUI", COMFY_FIELDS | {"negative_prompt": ""},
+        {"model": "v1-5"}, ["the negative prompt, zeros", "node FreeU"],
+    ),
     "comfy-second.png": (
         lambda path: made.comfy_png(path, made.COMFY_SECOND), "ComfyUI",
         COMFY_FIELDS | {"hires": "1.5", "hires_strength": 0.55, "hires_steps": 12}, {"model": "v1-5"}, ["node FreeU"],
@@ -221,6 +229,18 @@ def test_the_model_is_found_by_its_name_or_asked_for(tmp_path: Path) -> None:
     found = ldm_here(*arguments, env={"LDM_MODELS": str(models)})
     assert found.code == 0, found.err
     assert found.records[0]["model"] == "v1-5-pruned"
+
+
+@pytest.mark.parametrize(("options", "clip_skip"), [((), 1), (("--clip-skip", "2"), 2)])
+def test_layers_are_counted_from_the_last_of_sdxl_that_is_read(
+    tmp_path: Path, family_models: Any, options: tuple[str, ...], clip_skip: int
+) -> None:
+    """There clip skip 2 is what all SDXL pictures are drawn with, and here 1; what is typed is this program's own."""
+    source = made.png(tmp_path / "a.png", {"parameters": made.A1111.replace("v1-5-pruned", "xl")})
+    fine = ("-m", family_models.path("sdxl"), "--steps", "1", "-q", "--json", "-W", "64", "-H", "64")
+    out = ldm_here("txt2img", "--from-image", source, *fine, *options, "-o", tmp_path / "b.png")
+    assert out.code == 0, out.err
+    assert out.records[0]["clip_skip"] == clip_skip
 
 
 def test_strength_needs_the_picture_that_it_was_of(tmp_path: Path) -> None:
@@ -313,13 +333,14 @@ SAMPLER = {
     "graph",
     [CYCLE, CHAIN | {"s": SAMPLER}, WIDE | {"s": SAMPLER}, {"s": SAMPLER}, {"a": 1, "b": [], "c": {"inputs": 5}},
      {"s": {"inputs": {"positive": None, "latent_image": {"a": []}}, "class_type": ["x"]}},
-     {"x": SAMPLER | {"inputs": SAMPLER["inputs"] | {"seed": "\x1b[31m", "cfg": 1e999, "steps": -5}}},
+     {"x": SAMPLER | {"inputs": SAMPLER["inputs"] | {
+         "seed": "\x1b[31m", "cfg": 1e999, "steps": 10**400, "denoise": 1e-300}}},
      {str(i): SAMPLER for i in range(20_000)}],
     ids=["cycle", "chain", "wide", "dangling", "no nodes", "no sampler", "bad values", "many"],
 )  # fmt: skip
 def test_hostile_graphs_end(tmp_path: Path, graph: dict[str, Any]) -> None:
     taken = read_comfy(json.dumps(graph))
-    assert taken is None or isinstance(taken, Taken)
+    assert taken is None or GenerationRequest(**taken.fields)
     shown = ldm_here("info", made.comfy_png(tmp_path / "a.png", graph))
     assert shown.code in (0, 65)
     assert "\x1b" not in shown.out.decode() + shown.err
@@ -420,7 +441,7 @@ def test_any_json_is_taken_or_not(tmp_path_factory: pytest.TempPathFactory, valu
     for keyword in ("parameters", "prompt", "Comment", "invokeai_metadata", "sd-metadata"):
         path.write_bytes(made.raw_png((b"tEXt", keyword.encode() + b"\0" + json.dumps(value).encode())))
         taken = read_foreign(path)
-        assert taken is None or isinstance(taken.fields["prompt"], str)
+        assert taken is None or GenerationRequest(**taken.fields)
 
 
 # ---- beside sd-parsers ----

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ldmcli.foreign.taken import Taken, json_object
+from ldmcli.spec import MAX_STEPS
 
-_MOST_NODES = 10_000
+_MOST_NODES, _MOST_ENDS = 10_000, 50
 # Inputs that lead on to nodes with settings of the sampler that has them.
 _PARTS = ("noise", "guider", "sampler", "sigmas")
 _SCALARS = {
@@ -17,18 +18,9 @@ _SIGMAS = {
     "BetaSamplingScheduler": "beta", "SDTurboScheduler": "sgm_uniform", "PolyexponentialScheduler": "exponential",
 }  # fmt: skip
 _LORAS = ("LoraLoader", "LoraLoaderModelOnly")
-_TEXTS = ("text", "string", "value", "prompt", "positive", "text_g", "text_l", "STRING", "populated_text")
+_TEXTS = ("text", "string", "value", "prompt", "text_g", "text_l", "STRING", "populated_text")
 _VALUES = ("value", "int", "float", "number", "seed", "noise_seed", "Number")
-_UPWARD = (
-    "conditioning",
-    "conditioning_1",
-    "conditioning_to",
-    "positive",
-    "samples",
-    "latent",
-    "latent_image",
-    "model",
-)
+_UPWARD = ("conditioning", "conditioning_1", "conditioning_to")
 _KNOWN = {
     "VAEDecode", "VAEDecodeTiled", "SaveImage", "PreviewImage", "VAELoader", "CLIPSetLastLayer", "LoadImage",
     "VAEEncode", "CLIPLoader", "DualCLIPLoader", "Note", "Reroute", "KSamplerSelect", "BasicScheduler",
@@ -97,9 +89,13 @@ def read_comfy(text: str) -> Taken | None:
     graph = _Graph(nodes)
     used = {graph.link(value) for inputs in graph.inputs.values() for value in inputs.values()}
     ends = sorted((key for key in graph.inputs if key not in used), key=lambda key: "Save" not in graph.kinds[key])
-    path = [node for end in ends[:1] for node in graph.upstream(end) if _samples(graph, node)]
-    path = path or [node for end in ends for node in graph.upstream(end) if _samples(graph, node)]
-    if not path:
+    above: list[str] = []
+    path: list[str] = []
+    for end in ends[:_MOST_ENDS]:
+        above = list(graph.upstream(end))
+        if path := [node for node in above if _samples(graph, node)]:
+            break
+    else:
         return None
     taken = Taken("ComfyUI")
     first, last = path[-1], path[0]
@@ -114,9 +110,9 @@ def read_comfy(text: str) -> Taken | None:
     if first != last:
         _take_second(graph, taken, first, last, count=len(path))
     graph.read.update(path)
-    for node, kind in graph.kinds.items():
-        if node not in graph.read and kind not in _KNOWN:
-            taken.leave(f"node {kind}")
+    for node in above:
+        if node not in graph.read and graph.kinds[node] not in _KNOWN:
+            taken.leave(f"node {graph.kinds[node]}")
     return taken.whole()
 
 
@@ -128,7 +124,7 @@ def _samples(graph: _Graph, node: str) -> bool:
 def _take_steps(graph: _Graph, taken: Taken, said: dict[str, Any]) -> None:
     """Steps are those of the whole schedule here, of which a denoise below 1 takes the last; there, those taken."""
     steps, denoise = (graph.scalar(said.get(name)) for name in ("steps", "denoise"))
-    if isinstance(denoise, int | float) and 0 < denoise < 1 and isinstance(steps, int):
+    if isinstance(denoise, int | float) and 0 < denoise < 1 and type(steps) is int and steps <= MAX_STEPS:
         taken.take("strength", denoise, "denoise")
         steps = int(steps / denoise)
     taken.take("steps", steps, "steps")
@@ -150,29 +146,32 @@ def _take_size(graph: _Graph, taken: Taken, said: dict[str, Any]) -> None:
 
 
 def _take_prompts(graph: _Graph, taken: Taken, said: dict[str, Any]) -> None:
-    prompts = []
+    """The nearest text above each of the two, and how many of the encoder's layers are read for it."""
+    prompts = {"prompt": "", "negative_prompt": ""}
     for field, name in (("prompt", "positive"), ("negative_prompt", "negative")):
         start = graph.link(said.get(name) or (said.get("conditioning") if field == "prompt" else None))
-        for node in graph.upstream(start, (*_UPWARD, name)):
-            inputs = graph.inputs[node]
-            text = next((graph.scalar(inputs[key], _TEXTS) for key in _TEXTS if key in inputs), None)
-            if isinstance(text, str):
-                graph.read.add(node)
-                prompts.append((field, _EMBEDDING.sub(r"\1", text)))
-                skip = next(
-                    (n for n in graph.upstream(node, ("clip",)) if "stop_at_clip_layer" in graph.inputs[n]), None
-                )
-                layer = graph.scalar(graph.inputs[skip]["stop_at_clip_layer"]) if skip else None
-                if type(layer) is int and layer < -1:
-                    taken.take("clip_skip", -layer, "stop_at_clip_layer")
-                break
-        else:
-            if start:
-                taken.leave(f"the {name} prompt")
-    weighted = any("(" in text for _, text in prompts)
-    for field, text in prompts:
+        path = list(graph.upstream(start, (*_UPWARD, name)))
+        zeros = [node for node in path if graph.kinds[node] == "ConditioningZeroOut"]
+        texts = [(node, text) for node in path if isinstance(text := _text(graph, node), str)]
+        if zeros or not texts:
+            taken.leave(f"the {name} prompt{', zeros' * bool(zeros)}" if start else "")
+            graph.read.update(path)
+            continue
+        encoder, prompts[field] = texts[0][0], _EMBEDDING.sub(r"\1", texts[0][1])
+        graph.read.add(encoder)
+        for node in graph.upstream(encoder, ("clip",)):
+            layer = graph.scalar(graph.inputs[node].get("stop_at_clip_layer"))
+            if type(layer) is int and layer < -1:
+                taken.take("clip_skip", -layer, "stop_at_clip_layer")
+    weighted = any("(" in text for text in prompts.values())
+    for field, text in prompts.items():
         taken.take(field, re.sub(r"(?<!\\)([\[\]])", r"\\\1", text) if weighted else text, field)
     taken.fields |= {"prompt_syntax": "weighted" if weighted else "plain", "on_long_prompt": "chunk"}
+
+
+def _text(graph: _Graph, node: str) -> Any:
+    inputs = graph.inputs[node]
+    return next((graph.scalar(inputs[key], _TEXTS) for key in _TEXTS if key in inputs), None)
 
 
 def _take_models(graph: _Graph, taken: Taken, said: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ldmcli.errors import BadDataError, UsageError
 from ldmcli.sampling.catalogue import SAMPLERS, check_spacing
 from ldmcli.sampling.names import sampler_of, schedule_of
-from ldmcli.spec import GenerationRequest, LoRA
+from ldmcli.spec import HIRES_FIELDS, MAX_LORAS, GenerationRequest, LoRA
 
 _TYPES = {field.name: field.type for field in dataclasses.fields(GenerationRequest)}
 _BESIDE: dict[str, dict[str, Any]] = {"schedule": {"sampler": "euler"}, "eta": {"sampler": "ddim"}}
@@ -81,6 +81,8 @@ class Taken:
         try:
             text = weight if text_weight is None else text_weight
             one = LoRA(stem(name), float(weight), float(text))
+            if len(self.fields.get("loras", [])) >= MAX_LORAS:
+                raise ValueError
         except (ValueError, TypeError, AttributeError, UsageError):
             self.leave("LoRA", name)
         else:
@@ -102,7 +104,7 @@ class Taken:
         """Say that something was not taken."""
         shown = value if isinstance(value, str) else json.dumps(value, default=str) if _is_flat(value) else "…"
         said = f"{title} {shown}".strip()
-        if len(self.left) < _MOST_LEFT and said not in self.left:
+        if said and len(self.left) < _MOST_LEFT and said not in self.left:
             self.left.append(said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…")
 
     def table(self, said: Mapping[str, Any], fields: Mapping[str, str]) -> None:
@@ -114,7 +116,11 @@ class Taken:
                 self.leave(title, value)
 
     def whole(self) -> "Taken":
-        """Itself, once its sampler, schedule and eta go together."""
+        """Itself, once what belongs together is: sampler, schedule and eta; a second pass and its settings."""
+        if "hires" not in self.fields:
+            for name in HIRES_FIELDS:
+                if name in self.fields:
+                    self.leave(name, self.fields.pop(name))
         sampler, schedule = self.fields.get("sampler"), self.fields.get("schedule")
         if schedule and not sampler:
             self.leave("schedule", self.fields.pop("schedule"))
