@@ -1,5 +1,6 @@
 """Pictures of other programs: what they say is taken as far as it can be, and what cannot be is said."""
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ldmcli.foreign.comfy import read_comfy
 from ldmcli.foreign.infotext import read_infotext
 from ldmcli.foreign.pictured import read_foreign
 from ldmcli.foreign.taken import Taken
+from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest
 
 CHUNK = {"on_long_prompt": "chunk"}
@@ -231,16 +233,31 @@ def test_the_model_is_found_by_its_name_or_asked_for(tmp_path: Path) -> None:
     assert found.records[0]["model"] == "v1-5-pruned"
 
 
-@pytest.mark.parametrize(("options", "clip_skip"), [((), 1), (("--clip-skip", "2"), 2)])
+def test_a_lora_is_found_by_its_name_or_asked_for(tmp_path: Path) -> None:
+    source = made.comfy_png(tmp_path / "a.png", made.COMFY)
+    fine = ("txt2img", "--from-image", source, "-m", tiny_model(), "-q", "-o", tmp_path / "b.png")
+    assert_refused(ldm_here(*fine), 66, "the LoRA “ink”", "--lora-dir")
+    (tmp_path / "loras").mkdir()
+    assert_refused(ldm_here(*fine, "--lora-dir", tmp_path / "loras"), 2, "ink", "loras")
+    tagged = made.png(tmp_path / "c.png", {"parameters": A1111_USUAL.replace("fox", "fox <lora:ink:0.8>")})
+    assert_refused(ldm_here(*fine[:2], tagged, *fine[3:]), 2, "<lora:ink>", "--lora-dir")
+
+
+@pytest.mark.parametrize(("options", "code"), [((), 0), (("--clip-skip", "2"), 2)])
 def test_layers_are_counted_from_the_last_of_sdxl_that_is_read(
-    tmp_path: Path, family_models: Any, options: tuple[str, ...], clip_skip: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int
 ) -> None:
-    """There clip skip 2 is what all SDXL pictures are drawn with, and here 1; what is typed is this program's own."""
-    source = made.png(tmp_path / "a.png", {"parameters": made.A1111.replace("v1-5-pruned", "xl")})
-    fine = ("-m", family_models.path("sdxl"), "--steps", "1", "-q", "--json", "-W", "64", "-H", "64")
-    out = ldm_here("txt2img", "--from-image", source, *fine, *options, "-o", tmp_path / "b.png")
-    assert out.code == 0, out.err
-    assert out.records[0]["clip_skip"] == clip_skip
+    """There clip skip 2 is what all SDXL pictures are drawn with, and here 1; what is typed is this program's own. The
+    small model has one layer."""
+    source = made.png(tmp_path / "a.png", {"parameters": made.A1111})
+    fine = ("txt2img", "--from-image", source, "-m", tiny_model(), "-q", "--json", "-o", tmp_path / "b.png", *options)
+    assert_refused(ldm_here(*fine), 2, "clip_skip 2 does not fit")
+    plain = Session.config.fget
+    xl = property(lambda session: dataclasses.replace(plain(session), family="Stable Diffusion XL"))
+    monkeypatch.setattr(Session, "config", xl)
+    out = ldm_here(*fine)
+    assert out.code == code, out.err
+    assert code or out.records[0]["clip_skip"] == 1
 
 
 def test_strength_needs_the_picture_that_it_was_of(tmp_path: Path) -> None:
@@ -396,46 +413,18 @@ def test_pixels_that_lie_about_their_text_hold_none(tmp_path: Path) -> None:
     assert (read_foreign(rgb) or Taken("")).tool == "NovelAI"
 
 
+KEYS = (
+    "prompt", "seed", "steps", "inputs", "class_type", "positive", "latent_image", "model", "loras", "image", "size",
+    "sampler", "scheduler", "width", "name", "weight", "uc", "base_model", "sui_image_params", "c", "1", "2",
+)  # fmt: skip
+JSON = st.deferred(
+    lambda: st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8)
+    | st.lists(JSON, max_size=3) | st.dictionaries(st.sampled_from(KEYS), JSON, max_size=5)
+)  # fmt: skip
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
-        lambda inner: (
-            st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(
-                    [
-                        "prompt",
-                        "seed",
-                        "steps",
-                        "inputs",
-                        "class_type",
-                        "positive",
-                        "latent_image",
-                        "model",
-                        "loras",
-                        "image",
-                        "size",
-                        "sampler",
-                        "scheduler",
-                        "width",
-                        "name",
-                        "weight",
-                        "uc",
-                        "base_model",
-                        "sui_image_params",
-                        "c",
-                        "1",
-                        "2",
-                    ]
-                ),
-                inner,
-                max_size=5,
-            )
-        ),
-        max_leaves=25,
-    )
-)
+@given(JSON)
 def test_any_json_is_taken_or_not(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "any.png"
     for keyword in ("parameters", "prompt", "Comment", "invokeai_metadata", "sd-metadata"):

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     }
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
     if "made_by" in record:
-        found |= _of_another_program(found, options, record, given("model"))
+        found |= _of_another_program(found, options, record, given)
     else:
         found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
         found["model"] = record["model"]["path"] or None
@@ -81,10 +81,10 @@ def skips_otherwise(context: click.Context, record: dict[str, Any] | None, famil
 
 
 def _of_another_program(
-    found: dict[str, Any], options: dict[str, Any], record: dict[str, Any], model_given: bool
+    found: dict[str, Any], options: dict[str, Any], record: dict[str, Any], given: Callable[[str], bool]
 ) -> dict[str, Any]:
     """The weights of another program's picture, found by their names; what was not taken of it is said. Raises
-    MissingInputError where its model is not here, and no other is given."""
+    MissingInputError where its model or a LoRA is not here, and no other is given."""
     from ldmcli.hub.listing import find_here
 
     def here(name: str) -> str | None:
@@ -92,7 +92,13 @@ def _of_another_program(
 
     model, left = record["model"], list(record["left"])
     weights = {"model": here(model["name"]) or options["model"], "vae": here(model["vae"]) or options["vae"]}
-    if model["name"] and not model_given and weights["model"] is None:
+    for lora in () if given("loras") else found.get("loras", ()):
+        if options["lora_dir"] is None and not here(lora["name"]):
+            raise MissingInputError(
+                f"the picture was made with the LoRA “{printable(lora['name'])}”, which is not here by that name; give "
+                "--lora-dir DIR, or --lora FILE in its place."
+            )
+    if model["name"] and not given("model") and weights["model"] is None:
         known = f" (SHA-256 {printable(model['sha256'][:12])}…)" if model["sha256"] else ""
         raise MissingInputError(
             f"the picture was made with the model “{printable(model['name'])}”{known}, which is not here by that name; "

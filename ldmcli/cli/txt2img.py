@@ -64,7 +64,9 @@ drawing_options = together(
     option("-o", "--output", metavar="PATH", default=".",
            help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]"),
     file_options("--image-format", "--format"),
-    option("--from-image", metavar="FILE", help="Run the request in this picture again; options given win over it."),
+    option("--from-image", metavar="FILE",
+           help="Run the request in this picture again, one of another program as far as it can be taken; options "
+           "given win over it."),
     runtime_options,
     option("--overwrite", is_flag=True, help="Replace files that are there already."),
     option("--no-metadata", is_flag=True, help="Write no prompt and settings into the picture."),

@@ -46,8 +46,5 @@ def _texts(body: bytes, *, packed: bool) -> dict[str, str]:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return {"parameters": text}
-    return (
-        {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
-        if isinstance(found, dict)
-        else {}
-    )
+    texts = found.items() if isinstance(found, dict) else ()
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in texts}
