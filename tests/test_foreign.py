@@ -315,6 +315,13 @@ def test_the_text_of_a1111(said: str, field: str, value: Any) -> None:
     assert (taken.fields["prompt"], taken.fields["negative_prompt"]) == ("a cat", "x: 1, y: 2, z: 3\nand more")
 
 
+def test_what_is_not_quite_the_same_under_the_same_name_is_said() -> None:
+    taken = read_infotext("a\nSteps: 5, Sampler: UniPC, Seed: 1, RNG: CPU")
+    assert (taken or Taken("")).left == ["unipc's variant bh1 and steps of its own"]
+    graph = made.COMFY | {"3": made.COMFY["3"] | {"inputs": made.COMFY["3"]["inputs"] | {"scheduler": "beta"}}}
+    assert "beta's steps, which are whole training steps there" in (read_comfy(json.dumps(graph)) or Taken("")).left
+
+
 @pytest.mark.parametrize("text", ["", "a cat", "a cat\nSteps: 5", "x: 1, y: 2, z: 3", "a: b, c: d\n\n"])
 def test_text_that_is_none_is_no_request(text: str) -> None:
     assert read_infotext(text) is None

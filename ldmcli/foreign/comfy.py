@@ -27,6 +27,7 @@ _KNOWN = {
     "BasicGuider", "CFGGuider", "RandomNoise", "EmptyLatentImage", "RescaleCFG", "LatentUpscale", "LatentUpscaleBy",
     *_SIGMAS, *_LORAS,
 }  # fmt: skip
+_OTHERWISE = {"unipc": "variant bh1", "beta": "steps, which are whole training steps there"}
 _EMBEDDING = re.compile(r"\bembedding:([^\s,()\[\]:<>]+)")
 
 
@@ -113,7 +114,8 @@ def read_comfy(text: str) -> Taken | None:
     for node in above:
         if node not in graph.read and graph.kinds[node] not in _KNOWN:
             taken.leave(f"node {graph.kinds[node]}")
-    return taken.whole()
+    taken.whole().differs(_OTHERWISE)
+    return taken
 
 
 def _samples(graph: _Graph, node: str) -> bool:

@@ -28,6 +28,7 @@ _AUTOMATIC = {"dpmpp-2m": "karras", "dpmpp-2m-sde": "exponential"}
 _EVEN = ("euler", "euler-a", "heun", *_AUTOMATIC)
 _UPSCALERS = {"Latent": "latent", "Lanczos": "lanczos", "None": "lanczos", "embedded": "embedded"}
 _CONTENTS = {"fill": "fill", "latent noise": "noise", "latent nothing": "zero", "original": "original"}
+_OTHERWISE = {"unipc": "variant bh1 and steps of its own", "ays": "last step, which is one of the ten there"}
 _DECODER = json.JSONDecoder()
 
 
@@ -58,7 +59,8 @@ def read_infotext(text: str) -> Taken | None:
             taken.leave(f"Hires upscaler {upscaler} (the embedded one stands in)")
     if said.get("RNG") != "CPU" and not taken.tool.startswith("stable-diffusion.cpp"):
         taken.leave("the noise, which is not a CPU's (RNG)")
-    return taken.whole()
+    taken.whole().differs(_OTHERWISE)
+    return taken
 
 
 def _pairs(line: str) -> Iterator[tuple[str, Any]]:

@@ -115,6 +115,12 @@ class Taken:
             elif not is_off(value):
                 self.leave(title, value)
 
+    def differs(self, otherwise: Mapping[str, str]) -> None:
+        """Say how the program's sampler or schedule of the same name is not quite this one's."""
+        for name in ("sampler", "schedule"):
+            if remark := otherwise.get(self.fields.get(name, "")):
+                self.leave(f"{self.fields[name]}'s {remark}")
+
     def whole(self) -> "Taken":
         """Itself, once what belongs together is: sampler, schedule and eta; a second pass and its settings."""
         if "hires" not in self.fields:
