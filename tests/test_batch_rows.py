@@ -561,6 +561,7 @@ def test_a1111s_lines(tmp_path: Path) -> None:
         ("a1111", "it's --steps 3", "No closing quotation"),
         ("a1111", "a cat --steps 3", "text before its options"),
         ("a1111", "--prompt a --n_iter x", "--n_iter x is no number"),
+        ("a1111", "--prompt " + "x" * (1 << 20), "too long for one with options"),
     ],
 )
 def test_lines_that_cannot_be_meant(tmp_path: Path, format: str, line: str, words: str) -> None:

@@ -24,6 +24,7 @@ _A1111 = (
     "prompt", "negative_prompt", "seed", "sampler_name", "sampler_index", "batch_size", "n_iter", "steps", "cfg_scale",
     "width", "height", "sd_model", *_OF_FILES, *_IDLE,
 )  # fmt: skip
+_LONGEST = 1 << 16
 _KOHYA_LOOK = re.compile(rf"\s--(?:{'|'.join((*_KOHYA, *_KOHYA_OTHERS.split()))})\s+[^\s-]", re.IGNORECASE)
 _A1111_LOOK = re.compile(rf"(?:^|\s)--(?:{'|'.join(_A1111)})[\s=]")
 
@@ -66,6 +67,8 @@ def a1111_rows(text: str) -> list[tuple[dict[str, Any], str]]:
     text = text.strip()
     if "--" not in text:
         return [({PROMPT: text}, "")]
+    if len(text) > _LONGEST:  # shlex takes a minute for a word of a million letters
+        return [({PROMPT: text}, f"the line is longer than {_LONGEST} letters, too long for one with options.")]
     try:
         words = shlex.split(text)
     except ValueError as error:

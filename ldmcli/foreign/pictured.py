@@ -1,7 +1,6 @@
 """Another program's picture: which program's it is, and what is taken from it."""
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from ldmcli.foreign.stealth import read_stealth
 from ldmcli.foreign.taken import Taken, json_object
 from ldmcli.images.metadata import iterate_picture_text
 
-_XMP = re.compile(r"exif:UserComment[^{]{0,400}(\{[^<]{0,200000}\})")
 _ENTITIES = {"&quot;": '"', "&apos;": "'", "&lt;": "<", "&gt;": ">", "&#xA;": "\n", "&amp;": "&"}
 _Reader = Callable[[Mapping[str, str]], Taken | None]
 
@@ -80,13 +78,12 @@ def _easy(texts: Mapping[str, str]) -> Taken | None:
 
 
 def _xmp(texts: Mapping[str, str]) -> Taken | None:
-    found = _XMP.search(texts["XML:com.adobe.xmp"])
-    if not found:
-        return None
-    text = found[1]
+    """Of Draw Things, whose JSON stands in the first comment of the XML."""
+    text = texts["XML:com.adobe.xmp"].partition("exif:UserComment")[2]
+    text = "{" + text.partition("{")[2].partition("<")[0].rpartition("}")[0] + "}"
     for entity, sign in _ENTITIES.items():
         text = text.replace(entity, sign)
-    return read_table("Draw Things", json_object(text), DRAW_THINGS)
+    return read_table("Draw Things", json_object(text), DRAW_THINGS) if text != "{}" else None
 
 
 # By a text's keyword, the surest first.
