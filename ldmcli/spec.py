@@ -13,6 +13,7 @@ from typing import Any
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import check_spacing, sampler_named
+from ldmcli.sampling.names import sampler_of, schedule_of
 
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 999
@@ -191,8 +192,16 @@ class GenerationRequest:
         self._check_hires()
 
     def _check_sampler(self) -> None:
+        """Sampler and schedule by the names they have here; both take those of other programs."""
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", schedule_of(self.schedule) or self.schedule)
         if self.sampler is None:
             return
+        if isinstance(self.sampler, str) and (named := sampler_of(self.sampler)):
+            if None not in (named[1], self.schedule) and named[1] != self.schedule:
+                raise UsageError(f"sampler {printable(self.sampler)} says its schedule; leave out {self.schedule}.")
+            object.__setattr__(self, "sampler", named[0])
+            object.__setattr__(self, "schedule", self.schedule or named[1])
         sampler = sampler_named(self.sampler)
         check_spacing(sampler, self.schedule)
         if self.eta != 0 and not sampler.takes_eta:

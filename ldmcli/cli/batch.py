@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ldmcli.cli.options import (
+    dynamic_options,
+    dynamic_prompts,
     file_options,
     hires_options,
     image_options,
@@ -80,8 +82,9 @@ class _RowFormat(click.Choice[str]):
 @click.command(short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
-@option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv"]),
-        help="What FILE is.  [default: by its name's ending; needed for -]")  # fmt: skip
+@option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
+        help="What FILE is; kohya (a cat --n dog --s 20) and a1111 (--prompt \"a cat\" --steps 20) have options "
+        "in each line.  [default: by its name's ending; needed for -]")  # fmt: skip
 @option("--prompt-column", metavar="NAME", help="The CSV or TSV column, or JSON field, to take prompts from.")
 @option(
     "--grid", metavar="FIELD=V,V,…", multiple=True, help="Draw each row with each of these values; may be repeated."
@@ -113,6 +116,7 @@ class _RowFormat(click.Choice[str]):
 @model_options
 @request_options
 @hires_options
+@dynamic_options
 @image_options
 @runtime_options
 @json_option("Report each picture as a JSON line as soon as it is there.")
@@ -195,6 +199,7 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
         model_spec(options),
         runtime_spec(options),
         metadata=not options["no_metadata"],
+        dynamic=dynamic_prompts(options),
         encoding=Encoding(options["image_format"] or "png", options["quality"], options["lossless"]),
         **{name: options[name] for name in own},
     )

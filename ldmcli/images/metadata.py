@@ -22,7 +22,11 @@ from ldmcli.spec import GenerationRequest
 
 _MAX_SHOWN_KEYWORDS = 8
 # A1111's schedules with the same steps; of "SGM Uniform" they may be off by less than one of 1000 training steps.
-_SCHEDULE_TITLES = {"karras": "Karras", "leading": "DDIM", "trailing": "SGM Uniform", "linspace": "Uniform"}
+_SCHEDULE_TITLES = {
+    "karras": "Karras", "leading": "DDIM", "trailing": "SGM Uniform", "linspace": "Uniform", "normal": "Normal",
+    "exponential": "Exponential", "sgm_uniform": "SGM Uniform", "simple": "Simple", "beta": "Beta",
+    "ays": "Align Your Steps",
+}  # fmt: skip
 _CONTENT_TITLES = {"fill": "fill", "noise": "latent noise", "zero": "latent nothing"}
 _OWN_SCHEDULE = ("ddim", "plms", "unipc", "lcm")  # samplers that draw with the same steps there, whatever is set
 # How A1111 reads the last line of its text, and how many pairs it must have to be that.
