@@ -37,9 +37,11 @@ class UNetConfig:
     guidance_dim: int | None = None  # sinusoids of the guidance scale, for models distilled to read it (LCM)
 
     @property
-    def extra_channels(self) -> int:
-        """How many input channels it reads behind the latents: 5 for inpainting, a mask and the rest's latents."""
-        return self.in_channels - self.out_channels
+    def reads(self) -> str:
+        """What it reads in input channels behind the latents: "" nothing; "mask" a mask and the latents of the rest, to
+        inpaint; "image" the latents of a picture, to edit it; "depth" a depth map; "unknown" something else."""
+        kinds = {0: "", self.out_channels + 1: "mask", self.out_channels: "image", 1: "depth"}
+        return kinds.get(self.in_channels - self.out_channels, "unknown")
 
 
 class LatentScale:

@@ -44,6 +44,8 @@ _SYNONYMS = {
     "mask": "mask_image mask_path mask_file inpaint_mask",
     "strength": "denoising_strength denoise denoise_strength",
     "resize": "resize_mode",
+    "image_guidance_scale": "image_cfg_scale image_cfg",
+    "depth": "depth_map depth_image",
     "invert_mask": "mask_invert inpainting_mask_invert",
     "masked_content": "inpainting_fill",
     "mask_padding": "inpaint_full_res_padding padding_mask_crop",
@@ -182,7 +184,7 @@ def _sides(value: Any) -> tuple[int, ...]:
 
 def located(name: str, value: Any, folder: Path) -> Any:
     """The value of a row's field; the path of a picture or an upscaler as one in the folder of the prompt file."""
-    words: dict[str, tuple[str, ...]] = {"image": (), "mask": (ALPHA,), "hires_upscaler": UPSCALERS}
+    words: dict[str, tuple[str, ...]] = {"image": (), "mask": (ALPHA,), "depth": (), "hires_upscaler": UPSCALERS}
     if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)
     return value

@@ -122,10 +122,10 @@ def _picture_again(name: str, path: str, sha256: str | None) -> str:
     found = str(expanded(path))
     if path == STDIN or not os.path.exists(found):
         where = "standard input" if path == STDIN else f"{printable(path)}, which is not there"
-        raise MissingInputError(f"the picture was made with an {name} from {where}; give that with --{name}.")
+        raise MissingInputError(f"the picture's {name} came from {where}; give that with --{name}.")
     from ldmcli.images.pixels import facts_of
 
-    if facts_of(found).sha256 != sha256:
+    if facts_of(found, depth=name == "depth").sha256 != sha256:
         _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
     return found
 

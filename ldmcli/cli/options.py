@@ -193,6 +193,11 @@ _IMAGE = (
     option("--resize", type=click.Choice(RESIZES), default="stretch", show_default=True,
            help="How it comes to the size, which is --width and --height or its own rounded down: stretched, "
            "cropped, or with its edges continued."),
+    option("--image-guidance-scale", "--image-cfg-scale", type=float,
+           help="How closely a model that edits pictures by words (InstructPix2Pix) keeps to the picture.  [default: "
+           "1.5]"),
+    option("--depth", type=_FILE, metavar="FILE",
+           help="The picture's depth map, for models that read one: grey of 8 or 16 bits, nearer is brighter."),
     option("--mask", type=_FILE, metavar="FILE|alpha",
            help="Repaint only what is white in this picture; alpha: where the picture itself is transparent."),
     option("--invert-mask", is_flag=True, help="Repaint what is black instead."),

@@ -60,6 +60,7 @@ def infotext(
         "Sampler": SAMPLERS[request.sampler].title if request.sampler else "",
         "Schedule type": _SCHEDULE_TITLES.get(schedule or "", ""),
         "CFG scale": _number(request.guidance_scale) if request.guidance_scale is not None else "",
+        "Image CFG scale": "" if request.image_guidance_scale is None else _number(request.image_guidance_scale),
         "Seed": str(request.seed),
         "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
         "Model hash": model_hash[:10],

@@ -181,17 +181,23 @@ class Opened:
     def _fitted(self, request: GenerationRequest) -> FittedRequest:
         inputs, size = {}, None
         if request.image is not None:
-            from ldmcli.images.canvas import input_facts
+            from ldmcli.images.canvas import alike, input_facts
 
             masked = request.mask is not None
             if idle := [name for name in MASK_FIELDS if not masked and getattr(request, name) != _USUAL[name]]:
                 _say_once(f"{idle[0]} is for a picture with a mask, and changes nothing without one")
             facts = input_facts(request)
+            for name in facts.keys() - {"image"}:
+                if not alike(facts[name], facts["image"]):
+                    _say_once(f"the {name} is {facts[name].shape} and the picture {facts['image'].shape}, which is of "
+                              "another shape: it is stretched to that")  # fmt: skip
             inputs, size = (
                 {name: each.sha256 for name, each in facts.items()},
                 (facts["image"].width, facts["image"].height),
             )
         fitted = fit_to_model(request, self.model.config, size)
+        if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
+            _say_once("image_guidance_scale changes nothing where guidance_scale is 1")
         if fitted.hires and fitted.hires_upscaler not in (LATENT, LANCZOS):
             inputs["hires_upscaler"] = self.hires_upscaler(fitted.hires_upscaler).sha256
         if request.image is not None or fitted.encodes:

@@ -12,7 +12,17 @@ import pytest
 import torch
 from conftest import load
 from graph_support import FakeRecorder, load_plainly, recording
-from oracle.comparing import diffusers_scheduler, draw_with_diffusers, fitted, pixels_apart, relative
+from oracle.comparing import (
+    as_pixels,
+    call_diffusers,
+    diffusers_scheduler,
+    draw_with_diffusers,
+    fitted,
+    pixels_apart,
+    relative,
+    scaled_as_ours,
+    their_arguments,
+)
 from oracle.family_models import FamilyModels
 from oracle.original_layout import original_state, write
 from oracle.random_families import RECIPES, random_family
@@ -31,13 +41,13 @@ Pair = tuple[Pipeline, Any]
 
 def runs(*names: str) -> list[tuple[str, str, float]]:
     """Each model with each sampler; of DDIM only eta 1, which is the same and more, where a model is slow."""
-    slow = ("sdxl", "sdxl-9", "sd2-9")
+    slow = ("sdxl", "sdxl-9", "sdxl-8", "sd2-9", "sd2-5")
     return [(name, *sampler) for name in names for sampler in SAMPLERS[name in slow :]]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Four pictures, and of each a mask beside it: a blob that is on no latent's edge."""
+    """Four pictures, and of each a mask beside it, a blob that is on no latent's edge, and a depth map of 16 bits."""
     folder = tmp_path_factory.mktemp("pictures")
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
     for i in range(4):
@@ -46,11 +56,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         Image.fromarray(pixels).save(folder / f"{i}.png")
         inside = (x - 0.45 - 0.05 * i) ** 2 + (y - 0.55) ** 2 < 0.09
         Image.fromarray(inside.astype(np.uint8) * 255).save(folder / f"{i}-mask.png")
+        near = 3000 + 200 * i + 400 * np.sin(5 * x + i) * np.cos(9 * y)  # less than two of 256 greys
+        Image.fromarray(near[::2, ::2].astype(np.uint16)).save(folder / f"{i}-depth.png")
     return [folder / f"{i}.png" for i in range(4)]
 
 
 def mask_of(picture: Path) -> Path:
     return picture.with_name(f"{picture.stem}-mask.png")
+
+
+def depth_of(picture: Path) -> Path:
+    return picture.with_name(f"{picture.stem}-depth.png")
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +83,25 @@ def models(
     inpainting_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Pair]:
-    """This program and diffusers with the same weights, by the model's name; that of nine channels is a folder, or a
-    single file."""
+    """This program and diffusers with the same weights, by the model's name; those of more than four channels are single
+    files, but for one of each number, a folder."""
     found: dict[str, Pair] = {"sd1": (pipeline, random_model)}
     for name in ("sd2-v", "sdxl"):
         found[name] = family_models.ours(name), family_models.diffusers(name)
     folder = tmp_path_factory.mktemp("nine")
     found["sd1-9"] = load(inpainting_folder), random_pipeline(unet={"in_channels": 9})
-    for name in ("sd2", "sdxl"):
-        reference = random_family(name, in_channels=9)
-        parts = {part: getattr(reference, part) for part in ("unet", "vae", *RECIPES[name].texts)}
-        found[f"{name}-9"] = load(write(original_state(parts), folder / f"{name}.safetensors")), reference
+    for name, channels in (("sd2", 9), ("sdxl", 9), ("sdxl", 8), ("sd2", 5)):
+        reference = random_family(name, in_channels=channels)
+        path = folder / f"{name}-{channels}.safetensors"
+        found[f"{name}-{channels}"] = load(write(original_of(reference, name), path)), reference
+    reference = random_pipeline(unet={"in_channels": 8})
+    found["sd1-8"] = load(save(reference, folder / "sd1-8")), reference
     return found
+
+
+def original_of(reference: Any, name: str) -> dict[str, Tensor]:
+    """A family's model as the original single file has it."""
+    return original_state({part: getattr(reference, part) for part in ("unet", "vae", *RECIPES[name].texts)})
 
 
 def requests_for(pictures: Sequence[Path], **settings: Any) -> list[GenerationRequest]:
@@ -99,51 +122,33 @@ def draw_theirs(
     import diffusers
 
     settings = requests[0]
-    kind = "Inpaint" if settings.mask else "Img2Img"
+    kinds = {5: "Depth2Img", 8: "InstructPix2Pix"}
+    kind = kinds.get(reference.unet.config.in_channels, "Inpaint" if settings.mask else "Img2Img")
     family = "StableDiffusionXL" if hasattr(reference, "text_encoder_2") else "StableDiffusion"
     cls = getattr(diffusers, f"{family}{kind}Pipeline")
     takes = inspect.signature(cls.__init__).parameters
     parts = {name: part for name, part in reference.components.items() if name in takes}
     off = {"add_watermarker": False, "requires_safety_checker": False, "force_zeros_for_empty_prompt": True}
-    other = cls(**parts, **{name: value for name, value in off.items() if name in takes})
+    off |= {"depth_estimator": None, "feature_extractor": None}
+    other = cls(**parts, **{name: value for name, value in off.items() if name in takes and name not in parts})
     other.set_progress_bar_config(disable=True)
     assert settings.sampler
-    assert settings.strength is not None
     other.scheduler = diffusers_scheduler(settings.sampler, reference.scheduler.config)
-    if settings.sampler == "plms":
+    if settings.sampler == "plms" and kind != "InstructPix2Pix":
         mend_plms(other)
-    latents: list[Tensor] = []
-
-    def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents.append(tensors["latents"].clone())
-        return tensors
-
     if given is None:
         given = [Image.open(str(request.image)).convert("RGB") for request in requests]
-    masks = {"mask_image": [Image.open(str(request.mask)) for request in requests]} if settings.mask else {}
+    arguments = their_arguments(requests) | {"image": given, "strength": settings.strength}
+    if settings.mask:
+        arguments["mask_image"] = [Image.open(str(request.mask)) for request in requests]
+    if settings.depth:
+        maps = [np.asarray(Image.open(str(request.depth)), np.float32) for request in requests]
+        arguments["depth_map"] = torch.tensor(np.stack(maps))
+    if settings.image_guidance_scale:
+        arguments["image_guidance_scale"] = settings.image_guidance_scale
     with mock.patch.object(other, "check_inputs"):
-        images = other(
-            [request.prompt for request in requests],
-            negative_prompt=[request.negative_prompt for request in requests],
-            image=given,
-            **masks,
-            **({"height": SIZE, "width": SIZE} if masks else {}),
-            strength=settings.strength,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            eta=settings.eta,
-            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-            output_type="np",
-            callback_on_step_end=keep,
-        ).images
-    if settings.sampler == "plms":
-        del latents[0]  # where its first, provisional step leads
-    if settings.sampler == "heun":
-        latents = [*latents[1::2], latents[-1]]
-    if settings.sampler in ("euler", "euler-a", "heun"):
-        levels = [(sigma**2 + 1) ** 0.5 for sigma in sorted(set(other.scheduler.sigmas.tolist()), reverse=True)[1:]]
-        latents = [each / level for each, level in zip(latents, levels[-len(latents) :], strict=True)]
-    return latents, (images * 255).round().astype(np.uint8)
+        latents, images = call_diffusers(other, arguments)
+    return scaled_as_ours(latents, settings.sampler, other.scheduler), as_pixels(images)
 
 
 def draw_ours(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> tuple[list[Tensor], np.ndarray]:
@@ -169,10 +174,9 @@ def mend_plms(other: Any) -> None:
 def assert_same(pair: Pair, requests: list[GenerationRequest]) -> None:
     ours, pixels = draw_ours(pair[0], requests)
     theirs, their_pixels = draw_theirs(pair[1], requests)
-    settings = requests[0]
-    assert settings.strength is not None
-    assert settings.steps is not None
-    assert len(ours) == len(theirs) == int(settings.steps * settings.strength)
+    steps, strength = requests[0].steps, requests[0].strength
+    assert steps is not None
+    assert len(ours) == len(theirs) == int(steps * (1 if strength is None else strength))
     errors = [relative(a, b) for a, b in zip(ours, theirs, strict=True)]
     assert max(errors) < TOLERANCE, f"worst after step {errors.index(max(errors)) + 1}: {errors}"
     assert pixels_apart(pixels, their_pixels) <= 1
@@ -195,6 +199,51 @@ def test_parts_of_a_picture(
     requests = requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength)
     for request in requests:
         object.__setattr__(request, "mask", str(mask_of(Path(str(request.image)))))
+    assert_same(models[name], requests)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "eta", "count", "scales"),
+    [
+        *[("sd1-8", sampler, eta, 1, (3.0, 1.5)) for sampler, eta in SAMPLERS],
+        ("sd1-8", "ddim", 1.0, 4, (5.0, 2.5)),
+        ("sd1-8", "ddim", 0.0, 2, (3.0, 1.0)),  # for which the prompts without pictures make no difference
+        ("sd1-8", "ddim", 0.0, 1, (1.0, 1.5)),  # unguided
+        ("sdxl-8", "ddim", 1.0, 1, (3.0, 1.5)),
+        ("sdxl-8", "euler-a", 0.0, 4, (5.0, 2.5)),
+    ],
+)
+def test_a_picture_edited_by_words(
+    models: dict[str, Pair],
+    pictures: list[Path],
+    name: str,
+    sampler: str,
+    eta: float,
+    count: int,
+    scales: tuple[float, float],
+) -> None:
+    guidance, image_guidance = scales
+    assert_same(
+        models[name],
+        requests_for(
+            pictures[:count],
+            sampler=sampler,
+            eta=eta,
+            guidance_scale=guidance,
+            image_guidance_scale=image_guidance,
+            guidance_rescale=0.4 if name == "sdxl-8" else 0.0,
+        ),
+    )
+
+
+@pytest.mark.parametrize(("count", "strength"), [(1, 0.84), (4, 0.5)])
+@pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd2-5"))
+def test_a_picture_and_its_depth(
+    models: dict[str, Pair], pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+) -> None:
+    requests = requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength)
+    for request in requests:
+        object.__setattr__(request, "depth", str(depth_of(Path(str(request.image)))))
     assert_same(models[name], requests)
 
 
