@@ -327,8 +327,10 @@ def _picture(name: str, value: Any) -> str | bytes:
         value = os.fspath(value)
     if isinstance(value, bytes) and value:
         return value
-    if not isinstance(value, str) or not value:
-        raise UsageError(f"{name} must be a path or a picture file's bytes, not {type(value).__name__} or empty.")
+    if not value:
+        raise UsageError(f"{name} is empty; name a picture file.")
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be a path or a picture file's bytes, not {type(value).__name__}.")
     _check_text(name, value)
     return value
 

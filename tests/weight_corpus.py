@@ -205,7 +205,6 @@ HEADERS = [
 # ---- sound files that are another kind of thing: more kinds are in test_families ----
 
 
-
 def _tensors(shapes: Shapes) -> Callable[[Path], Path]:
     return _file(lambda: empty_tensors(shapes))
 

@@ -255,19 +255,20 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
         return find_model(name, half=half)
 
     path = embedded_model() if spec.model is None else located(spec.model)
-    model = open_model(path, allow_pickle=spec.allow_pickle, own_vae=not spec.vae)
+    model = open_model(path, allow_pickle=spec.allow_pickle, own_vae=spec.vae is None)
     if spec.prediction_type:
         model = with_prediction_type(model, spec.prediction_type)
     config = model.config
     _log.debug("%s: %s, prediction type %s", model.name, config.family, config.schedule.prediction_type)
     for note in config.notes:
         _say_once(note)
-    vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle) if spec.vae else None
+    vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle) if spec.vae is not None else None
     refiner = None
-    if spec.refiner:
+    if spec.refiner is not None:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    return Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None)
+    upscaler = None if spec.upscaler is None else _opened_upscaler(spec.upscaler, spec)
+    return Opened(spec, model, vae, refiner, upscaler)
 
 
 def _opened_upscaler(name: str, spec: ModelSpec) -> "UpscalerFile":
