@@ -219,6 +219,7 @@ def test_hostile_json(tmp_path: Path) -> None:
         b'{"prompt":7}': "prompt must be text",
         b'{"prompt":null}': "no prompt",
         b'{"prompts":"x"}': "unknown field 'prompts': did you mean prompt",
+        b'{"prompt":"x","upscale":"embedded"}': "unknown field 'upscale': rows cannot choose it",
         b'{"prompt":"x","\\u001b[31m":1}': "\\x1b[31m",
         b'{"prompt":"x","guidance_scale":NaN}': "guidance_scale nan is not a number from 0 to 1000",
         b'{"prompt":"x","guidance_scale":1e999}': "guidance_scale inf",

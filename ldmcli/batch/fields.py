@@ -55,9 +55,9 @@ _SYNONYMS = {
     "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
     SIZE: "resolution image_size",
 }
-# Options elsewhere that a row has none of; a column of the name is probably meant as one.
+# Options here or elsewhere that a row has none of; a column of the name is probably meant as one.
 _OPTIONS = (
-    " scale model checkpoint vae refiner controlnet "
+    " scale model checkpoint vae refiner controlnet upscale upscaler "
     "batchsize device dtype precision facerestoration restorefaces tiling subseed "
     "variationseed styles clipstopatlastlayers "
 )
@@ -231,4 +231,6 @@ def suspected(title: str) -> str:
 def unknown(name: str) -> str:
     """The sentence on a field that there is none of in a JSON row."""
     advice = near(name, COLUMNS) or f"what is no field goes into an object {EXTRAS[0]}."
+    if f" {_bare(name[:100])} " in _OPTIONS:
+        advice = f"rows cannot choose it; give it to the command, for all rows, or keep it in an object {EXTRAS[0]}."
     return f"unknown field {printable(repr(name))}: {advice}"

@@ -34,7 +34,7 @@ from ldmcli.cli.options import (
 from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
 from ldmcli.images.formats import FORMATS, Encoding
-from ldmcli.spec import GenerationRequest
+from ldmcli.spec import PICTURES, GenerationRequest
 from ldmcli.speed.cpu.threads import available_cores, is_small
 from ldmcli.speed.startup import may_have_gpu
 
@@ -156,7 +156,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
-    if _STDIN in (options["image"], options["mask"]):
+    if _STDIN in [options[name] for name in PICTURES]:
         raise click.UsageError("a picture of a batch is a file; standard input is for rows.", context)
     devices = parse_devices(options["devices"]) if options["devices"] else None
     if options["ray_address"] and options["engine"] != "ray":

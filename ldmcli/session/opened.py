@@ -22,7 +22,7 @@ from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hires import LANCZOS, LATENT
 from ldmcli.hub.listing import find_adapter, find_model
 from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
-from ldmcli.speed.memory import check_memory
+from ldmcli.speed.memory import check_memory, large
 
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Adapter, Use
@@ -69,6 +69,8 @@ class Opened:
         if note := self.model.config.schedule.of(fitted.sampler).note:
             _say_once(note)
         check_memory(self.model.config, *fitted.final_size, tiled=tiled)
+        if much := large(self.model.config, *fitted.final_size):
+            _say_once(much)
         self.words(fitted)
         if request.embeddings:
             shareable = tuple(map(without_home, request.embeddings))

@@ -83,8 +83,8 @@ def models(
     inpainting_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Pair]:
-    """This program and diffusers with the same weights, by the model's name. Those of more than four channels are single
-    files, or folders of version 1."""
+    """This program and diffusers with the same weights, by the model's name. Those of more than four channels are
+    folders of version 1, else single files."""
     found: dict[str, Pair] = {"sd1": (pipeline, random_model)}
     for name in ("sd2-v", "sdxl"):
         found[name] = family_models.ours(name), family_models.diffusers(name)
