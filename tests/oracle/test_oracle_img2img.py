@@ -25,8 +25,7 @@ from oracle.comparing import (
 )
 from oracle.family_models import FamilyModels
 from oracle.original_layout import original_state, write
-from oracle.random_families import RECIPES, random_family
-from oracle.random_model import random_pipeline, save
+from oracle.random_model import save, with_channels
 from PIL import Image
 from torch import Tensor
 
@@ -69,39 +68,49 @@ def depth_of(picture: Path) -> Path:
     return picture.with_name(f"{picture.stem}-depth.png")
 
 
-@pytest.fixture(scope="module")
-def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stable Diffusion 1 with nine input channels."""
-    return save(random_pipeline(unet={"in_channels": 9}), tmp_path_factory.mktemp("inpainting") / "model")
+class Models(dict[str, Pair]):
+    """This program and diffusers with the same weights, by the model's name, made once it is asked for. Those of more
+    than four channels are single files, but for version 1, which is a folder."""
+
+    def __init__(self, family_models: FamilyModels, pipeline: Pipeline, random_model: Any, folder: Path) -> None:
+        super().__init__({"sd1": (pipeline, random_model)})
+        self._families, self._folder = family_models, folder
+
+    def __missing__(self, name: str) -> Pair:
+        family, _, channels = name.partition("-")
+        if not channels.isdecimal():
+            self[name] = self._families.ours(name), self._families.diffusers(name)
+        else:
+            usual = self["sd1"][1] if family == "sd1" else self._families.diffusers(family)
+            reference = with_channels(usual, int(channels))
+            self[name] = load(self.path(name, reference, single=family != "sd1")), reference
+        return self[name]
+
+    def path(self, name: str, reference: Any, *, single: bool) -> Path:
+        """The model on disk."""
+        path = self._folder / f"{name}{'.safetensors' if single else ''}"
+        if not single:
+            return path if path.exists() else save(reference, path)
+        parts = {part: getattr(reference, part, None) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+        more = {"depth_model.model.pretrained.cls_token": torch.zeros(1)} if name == "sd2-5" else {}
+        return write(original_state({part: network for part, network in parts.items() if network}) | more, path)
 
 
 @pytest.fixture(scope="module")
 def models(
-    family_models: FamilyModels,
-    pipeline: Pipeline,
-    random_model: Any,
-    inpainting_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Pair]:
-    """This program and diffusers with the same weights, by the model's name. Those of more than four channels are
-    folders of version 1, else single files."""
-    found: dict[str, Pair] = {"sd1": (pipeline, random_model)}
-    for name in ("sd2-v", "sdxl"):
-        found[name] = family_models.ours(name), family_models.diffusers(name)
-    folder = tmp_path_factory.mktemp("nine")
-    found["sd1-9"] = load(inpainting_folder), random_pipeline(unet={"in_channels": 9})
-    for name, channels in (("sd2", 9), ("sdxl", 9), ("sdxl", 8), ("sd2", 5)):
-        reference = random_family(name, in_channels=channels)
-        path = folder / f"{name}-{channels}.safetensors"
-        found[f"{name}-{channels}"] = load(write(original_of(reference, name), path)), reference
-    reference = random_pipeline(unet={"in_channels": 8})
-    found["sd1-8"] = load(save(reference, folder / "sd1-8")), reference
-    return found
+    family_models: FamilyModels, pipeline: Pipeline, random_model: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Models:
+    return Models(family_models, pipeline, random_model, tmp_path_factory.mktemp("models"))
 
 
-def original_of(reference: Any, name: str) -> dict[str, Tensor]:
-    """A family's model as the original single file has it."""
-    return original_state({part: getattr(reference, part) for part in ("unet", "vae", *RECIPES[name].texts)})
+@pytest.mark.parametrize("name", ["sd1-8", "sd1-9", "sd2-5", "sdxl-8"])
+def test_the_other_layout_has_the_same_weights(models: Models, name: str) -> None:
+    ours, reference = models[name]
+    other = load(models.path(name, reference, single=name.startswith("sd1")))
+    assert other.config.unet.reads == ours.config.unet.reads == {"5": "depth", "8": "image", "9": "mask"}[name[-1]]
+    assert other.config.schedule.prediction_type == ours.config.schedule.prediction_type
+    found, wanted = other.model.unet.state_dict(), ours.model.unet.state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def requests_for(pictures: Sequence[Path], **settings: Any) -> list[GenerationRequest]:
@@ -186,7 +195,7 @@ def assert_same(pair: Pair, requests: list[GenerationRequest]) -> None:
 @pytest.mark.parametrize(("count", "strength"), [(1, 0.84), (4, 0.5)])
 @pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd1", "sd2-v", "sdxl"))
 def test_a_picture(
-    models: dict[str, Pair], pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+    models: Models, pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
 ) -> None:
     assert_same(models[name], requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength))
 
@@ -194,7 +203,7 @@ def test_a_picture(
 @pytest.mark.parametrize(("count", "strength"), [(1, 1.0), (4, 0.5)])
 @pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd1", "sd2-v", "sdxl", "sd1-9", "sd2-9", "sdxl-9"))
 def test_parts_of_a_picture(
-    models: dict[str, Pair], pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+    models: Models, pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
 ) -> None:
     requests = requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength)
     for request in requests:
@@ -214,7 +223,7 @@ def test_parts_of_a_picture(
     ],
 )
 def test_a_picture_edited_by_words(
-    models: dict[str, Pair],
+    models: Models,
     pictures: list[Path],
     name: str,
     sampler: str,
@@ -239,7 +248,7 @@ def test_a_picture_edited_by_words(
 @pytest.mark.parametrize(("count", "strength"), [(1, 0.84), (4, 0.5)])
 @pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd2-5"))
 def test_a_picture_and_its_depth(
-    models: dict[str, Pair], pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+    models: Models, pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
 ) -> None:
     requests = requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength)
     for request in requests:
@@ -249,14 +258,14 @@ def test_a_picture_and_its_depth(
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp-2m-sde", "unipc"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_other_samplers(models: dict[str, Pair], pictures: list[Path], sampler: str, masked: bool) -> None:
+def test_other_samplers(models: Models, pictures: list[Path], sampler: str, masked: bool) -> None:
     mask = str(mask_of(pictures[0])) if masked else None
     assert_same(models["sd1"], requests_for(pictures[:1], sampler=sampler, strength=0.7, mask=mask))
 
 
-def test_recorded_steps_read_the_mask_of_each_picture(inpainting_folder: Path, pictures: list[Path]) -> None:
+def test_recorded_steps_read_the_mask_of_each_picture(models: Models, pictures: list[Path]) -> None:
     """As on a GPU, where a recording made for one picture is replayed for another."""
-    plain = load_plainly(inpainting_folder)
+    plain = load_plainly(models.path("sd1-9", models["sd1-9"][1], single=False))
     graphed = recording(plain, FakeRecorder())
     for picture in pictures[:2]:
         requests = requests_for([picture], strength=1.0, mask=str(mask_of(picture)), sampler="ddim")
@@ -305,9 +314,7 @@ def larger_requests(count: int = 1, **settings: Any) -> list[GenerationRequest]:
         ("sdxl", "ddim", 0.0, 1),
     ],
 )
-def test_a_second_pass_on_enlarged_latents(
-    models: dict[str, Pair], name: str, sampler: str, eta: float, count: int
-) -> None:
+def test_a_second_pass_on_enlarged_latents(models: Models, name: str, sampler: str, eta: float, count: int) -> None:
     ours, reference = models[name]
     requests = larger_requests(count, sampler=sampler, eta=eta)
     latents, pixels = draw_ours(ours, requests)
@@ -321,7 +328,7 @@ def test_a_second_pass_on_enlarged_latents(
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_a_second_pass_on_an_enlarged_picture(models: dict[str, Pair], name: str) -> None:
+def test_a_second_pass_on_an_enlarged_picture(models: Models, name: str) -> None:
     ours, reference = models[name]
     requests = larger_requests(2, sampler="euler-a", hires_upscaler="lanczos")
     latents, pixels = draw_ours(ours, requests)
@@ -333,7 +340,7 @@ def test_a_second_pass_on_an_enlarged_picture(models: dict[str, Pair], name: str
     assert pixels_apart(pixels, their_pixels) <= 1
 
 
-def test_a_second_pass_of_other_proportions_cuts_the_enlarged_latents(models: dict[str, Pair]) -> None:
+def test_a_second_pass_of_other_proportions_cuts_the_enlarged_latents(models: Models) -> None:
     """As AUTOMATIC1111 does: scaled to cover, and as much cut away on each side."""
     ours, reference = models["sd1"]
     requests = larger_requests(sampler="ddim", hires=f"{SIZE * 2}x{SIZE + 32}")
@@ -353,7 +360,7 @@ def test_a_refiner_takes_the_end_of_the_second_pass_alone(family_models: FamilyM
     assert same == [True, True, True, True, True, True, False]
 
 
-def test_a_model_for_inpainting_draws_a_second_pass_as_if_all_were_masked(models: dict[str, Pair]) -> None:
+def test_a_model_for_inpainting_draws_a_second_pass_as_if_all_were_masked(models: Models) -> None:
     ours, _ = models["sd1-9"]
     requests = larger_requests(sampler="ddim")
     latents, pixels = draw_ours(ours, requests)
@@ -362,7 +369,7 @@ def test_a_model_for_inpainting_draws_a_second_pass_as_if_all_were_masked(models
     assert [bool(each.isfinite().all()) for each in (*latents, *other)] == [True] * 14
 
 
-def test_strips_give_the_same_picture(models: dict[str, Pair], pictures: list[Path]) -> None:
+def test_strips_give_the_same_picture(models: Models, pictures: list[Path]) -> None:
     plain, _ = models["sd1"]
     requests = requests_for(pictures[:1], strength=0.4, sampler="ddim")
     (latents, _), (wanted, _) = (draw_ours(dataclasses.replace(plain, tile_vae=t), requests) for t in (True, False))
@@ -370,7 +377,7 @@ def test_strips_give_the_same_picture(models: dict[str, Pair], pictures: list[Pa
 
 
 def test_a_model_for_inpainting_draws_without_a_picture_as_if_all_were_masked(
-    models: dict[str, Pair], pictures: list[Path], tmp_path: Path
+    models: Models, pictures: list[Path], tmp_path: Path
 ) -> None:
     ours, reference = models["sd1-9"]
     settings: dict[str, Any] = {"steps": 3, "sampler": "ddim", "guidance_scale": 3.0, "width": SIZE, "height": SIZE}
