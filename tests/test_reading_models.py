@@ -133,6 +133,17 @@ def test_unguided_editing_says_that_the_picture_does_not_guide(editor: Session, 
     assert "image_guidance_scale changes nothing where guidance_scale is 1" in caplog.text
 
 
+@pytest.mark.parametrize("channels", [5, 8])
+def test_a_refiner_reads_latents_alone(inputs: Path, channels: int) -> None:
+    """At its steps the picture and the depth map are known no more."""
+    own = {"depth": "near", "strength": 1.0} if channels == 5 else {}
+    with open_session(tiny_model_of(channels), refiner=str(tiny_model())) as session:
+        early, late = (drawn(session, inputs, refiner_start=start, **own) for start in (0.4, 1.0))
+        plain = drawn(open_session(tiny_model_of(channels)), inputs, **own)
+    assert np.array_equal(late, plain)
+    assert (early != late).any()
+
+
 # ---- depth maps ----
 
 
@@ -215,6 +226,12 @@ def test_rows_have_pictures_depths_and_scales(inputs: Path, tmp_path: Path) -> N
     changed = ldm_here(*command)
     assert changed.code == 65
     assert "input.pictures_sha256" in changed.err
+
+
+@pytest.mark.parametrize(("channels", "reads"), [(4, None), (5, "depth"), (8, "image"), (9, "mask")])
+def test_info_tells_what_a_model_reads(channels: int, reads: str | None) -> None:
+    path = tiny_model() if channels == 4 else tiny_model_of(channels)
+    assert ldm_here("info", "--json", path).records[0]["reads"] == reads
 
 
 # ---- what is refused ----
