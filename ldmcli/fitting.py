@@ -144,8 +144,9 @@ def fit_to_model(
         "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
     }
     if config.unet.reads == "image":
+        usual_scale = None if own["guidance_scale"] == 1 else IMAGE_GUIDANCE  # unguided, it would change nothing
         asked = request.image_guidance_scale
-        own["image_guidance_scale"] = IMAGE_GUIDANCE if asked is None else asked
+        own["image_guidance_scale"] = usual_scale if asked is None else asked
     else:
         own["strength"] = _strength(request, own["steps"])
     own |= _second_pass(request, own["steps"])
@@ -174,7 +175,7 @@ def fit_to_model(
         "refiner_start": 1.0 if request.refiner_start is None else request.refiner_start,
         "strength": strength,
         "steps_taken": int(own["steps"] * strength),
-        "image_guidance_scale": own.get("image_guidance_scale", 1.0),
+        "image_guidance_scale": 1.0 if recorded.image_guidance_scale is None else recorded.image_guidance_scale,
         "model_reads": config.unet.reads,
         "hires_strength": own.get("hires_strength", 0.0),
         "hires_steps": own.get("hires_steps", 0),

@@ -129,6 +129,8 @@ def test_an_edited_picture_is_recorded_and_drawn_again(inputs: Path, tmp_path: P
 
 def test_unguided_editing_says_that_the_picture_does_not_guide(editor: Session, inputs: Path, caplog: Any) -> None:
     opened._say_once.cache_clear()
+    editor.fit(editor.fit(request(inputs, guidance_scale=1.0)).recorded)
+    assert "image_guidance_scale" not in caplog.text
     editor.fit(request(inputs, guidance_scale=1.0, image_guidance_scale=2.0))
     assert "image_guidance_scale changes nothing where guidance_scale is 1" in caplog.text
 
