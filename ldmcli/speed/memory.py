@@ -34,7 +34,7 @@ def check_memory(config: "ModelConfig", width: int, height: int, *, tiled: bool 
         )
 
 
-def large(config: ModelConfig, width: int, height: int) -> str:
+def large(config: "ModelConfig", width: int, height: int) -> str:
     """What to say of a size that can be drawn, but hardly is meant; "" of others."""
     usual = config.default_size**2
     if width * height < max(_MANY_TIMES * usual, _LARGE):
