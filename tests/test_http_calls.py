@@ -84,20 +84,22 @@ def test_what_is_left_out_is_the_models_own() -> None:
 @pytest.mark.parametrize(
     ("name", "scheduler", "found"),
     [
-        ("Euler", "", ("euler", None)),
-        ("euler a", "Automatic", ("euler-a", None)),
+        ("Euler", "", ("euler", "normal")),
+        ("euler a", "Automatic", ("euler-a", "normal")),
         ("DPM++ 2M Karras", None, ("dpmpp-2m", "karras")),
         ("DPM++ 2M", "Automatic", ("dpmpp-2m", "karras")),
         ("DPM++ 2M", "karras", ("dpmpp-2m", "karras")),
-        ("dpmpp_2m_sde", "SGM Uniform", ("dpmpp-2m-sde", None)),
-        ("k_euler_a", "", ("euler-a", None)),
+        ("dpmpp_2m_sde", "SGM Uniform", ("dpmpp-2m-sde", "sgm_uniform")),
+        ("DPM++ 2M SDE", None, ("dpmpp-2m-sde", "exponential")),
+        ("k_euler_a", "", ("euler-a", "normal")),
         ("UniPC", "", ("unipc", None)),
     ],
 )
-def test_samplers_have_the_names_they_have_there(name: str, scheduler: str | None, found: tuple[str, str]) -> None:
+def test_samplers_have_the_names_they_have_there(
+    name: str, scheduler: str | None, found: tuple[str, str | None]
+) -> None:
     first = asked({"prompt": "", "sampler_name": name, "scheduler": scheduler}).requests[0]
-    assert first.sampler == found[0]
-    assert found[1] is None or first.schedule == found[1]
+    assert (first.sampler, first.schedule) == found
 
 
 def test_a_second_pass_has_its_fields() -> None:
@@ -110,7 +112,7 @@ def test_a_second_pass_has_its_fields() -> None:
 def test_a_mask_has_the_defaults_it_has_there() -> None:
     given = {"init_images": [f"data:image/png;base64,{PNG}"], "mask": PNG}
     first = asked(given, on_image=True).requests[0]
-    assert (first.strength, first.mask_blur, first.masked_content) == (0.75, 4.0, "fill")
+    assert (first.strength, first.mask_blur, first.masked_content) == (None, 4.0, "fill")
     assert (first.inpaint_area, first.mask_padding, first.invert_mask, first.resize) == ("masked", 0, False, "stretch")
     assert (first.image, first.mask) == (base64.b64decode(PNG), base64.b64decode(PNG))
 
@@ -124,9 +126,21 @@ def test_settings_for_one_call_choose_model_and_clip_skip() -> None:
 
 def test_clip_skip_counts_layers_as_it_does_there() -> None:
     found = asked({"override_settings": {"CLIP_stop_at_last_layers": 2}})
-    base, large = (SimpleNamespace(family=family) for family in ("Stable Diffusion 1", "Stable Diffusion XL base"))
+    base, large = (
+        SimpleNamespace(family=family, unet=SimpleNamespace(reads=""))
+        for family in ("Stable Diffusion 1", "Stable Diffusion XL base")
+    )
     assert found.adapted(found.requests[0], base).clip_skip == 2
     assert found.adapted(found.requests[0], large).clip_skip == 1
+
+
+def test_models_that_edit_pictures_get_their_own_guidance(caplog: pytest.LogCaptureFixture) -> None:
+    found = asked({"init_images": [PNG], "image_cfg_scale": 1.2, "denoising_strength": 0.75}, on_image=True)
+    edits, draws = (SimpleNamespace(family="", unet=SimpleNamespace(reads=reads)) for reads in ("image", ""))
+    edited, drawn = (found.adapted(found.requests[0], config) for config in (edits, draws))
+    assert (edited.strength, edited.image_guidance_scale) == (None, 1.2)
+    assert (drawn.strength, drawn.image_guidance_scale) == (0.75, None)
+    assert "denoising_strength changes nothing" in caplog.text
 
 
 def test_what_is_not_known_is_warned_of() -> None:

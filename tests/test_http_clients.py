@@ -20,12 +20,11 @@ from test_lora import lora_for
 
 from ldmcli import GenerationRequest, ModelSpec, Session
 from ldmcli.images.formats import Encoding
-from ldmcli.serving.http.a1111_fields import SCHEDULES
 
 APPLE = "a red apple on a blue background"
 CHUNKED = {"on_long_prompt": "chunk"}
 WEIGHTED = {**CHUNKED, "prompt_syntax": "weighted"}
-EULER_A: dict[str, Any] = {"sampler": "euler-a", "schedule": SCHEDULES.get("Normal")}
+EULER_A: dict[str, Any] = {"sampler": "euler-a", "schedule": "normal"}
 GENERATE, TXT2IMG = "/v1/images/generations", "/sdapi/v1/txt2img"
 
 
@@ -279,7 +278,7 @@ def test_webuiapi_chooses_a_model_and_its_loras(webui: Any, loras: Path) -> None
 
 def test_webuiapi_sees_samplers_and_refusals(webui: Any) -> None:
     assert {"Euler a", "DPM++ 2M", "DDIM"} <= set(webui.util_get_sampler_names())
-    assert {"automatic", "karras"} <= set(webui.util_get_scheduler_names())
+    assert {"automatic", "karras", "normal"} <= set(webui.util_get_scheduler_names())
     assert webui.get_progress()["progress"] == 0.0
     webui.util_wait_for_ready(check_interval=0.1)
     with pytest.raises(RuntimeError, match="tiling"):

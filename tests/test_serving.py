@@ -93,11 +93,11 @@ def files(tmp_path_factory: pytest.TempPathFactory, family_models: Any) -> Path:
     return folder
 
 
-def comparable(result: Result, folder: Path) -> tuple[int, bytes, str, dict[str, bytes]]:
+def comparable(result: Result, folder: Path) -> tuple[int, bytes, str, dict[str, list[bytes]]]:
     """What a command left: exit code, outputs, and files but for times."""
     times = rb'"(seconds|phases|marks|peaks|time|check|started)": (\{[^}]*\}|[\d.]+|"[^"]*")'
     kept = {
-        str(path.relative_to(folder)): re.sub(times, b"", path.read_bytes())
+        str(path.relative_to(folder)): sorted(re.sub(times, b"", path.read_bytes()).splitlines())
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.startswith(".lock") and path.suffix not in (".sqlite",)
     }

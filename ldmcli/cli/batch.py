@@ -17,6 +17,8 @@ import click
 
 from ldmcli.cli.options import (
     Duration,
+    dynamic_options,
+    dynamic_prompts,
     file_options,
     hires_options,
     image_options,
@@ -35,7 +37,7 @@ from ldmcli.cli.resident import open_session
 from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
 from ldmcli.images.formats import FORMATS, Encoding
-from ldmcli.spec import GenerationRequest
+from ldmcli.spec import PICTURES, GenerationRequest
 from ldmcli.speed.cpu.threads import available_cores, is_small
 from ldmcli.speed.startup import may_have_gpu
 
@@ -74,8 +76,9 @@ class _RowFormat(click.Choice[str]):
 @click.command(short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
-@option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv"]),
-        help="What FILE is.  [default: by its name's ending; needed for -]")  # fmt: skip
+@option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
+        help="What FILE is; kohya (a cat --n dog --s 20) and a1111 (--prompt \"a cat\" --steps 20) have options "
+        "in each line.  [default: by its name's ending; needed for -]")  # fmt: skip
 @option("--prompt-column", metavar="NAME", help="The CSV or TSV column, or JSON field, to take prompts from.")
 @option(
     "--grid", metavar="FIELD=V,V,…", multiple=True, help="Draw each row with each of these values; may be repeated."
@@ -107,6 +110,7 @@ class _RowFormat(click.Choice[str]):
 @model_options
 @request_options
 @hires_options
+@dynamic_options
 @image_options
 @runtime_options
 @server_options
@@ -147,7 +151,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
-    if _STDIN in (options["image"], options["mask"]):
+    if _STDIN in [options[name] for name in PICTURES]:
         raise click.UsageError("a picture of a batch is a file; standard input is for rows.", context)
     devices = parse_devices(options["devices"]) if options["devices"] else None
     if options["ray_address"] and options["engine"] != "ray":
@@ -169,7 +173,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     if devices is None and small and found:
         devices = ("cpu",) * max(1, min(available_cores(), found.images // _WORTH_A_PROCESS))
     if found:
-        steps = found.images * job.session.fit(job.spec.common).steps
+        steps = found.images * (job.spec.common.steps or job.session.config.defaults.steps)
         job.runtime = dataclasses.replace(job.spec.runtime, expected_steps=steps)
     context.exit(_run(job, found, _engine(job, devices, options), options))
 
@@ -190,6 +194,7 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
         model_spec(options),
         runtime_spec(options),
         metadata=not options["no_metadata"],
+        dynamic=dynamic_prompts(options),
         encoding=Encoding(options["image_format"] or "png", options["quality"], options["lossless"]),
         **{name: options[name] for name in own},
     )

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ldmcli.errors import printable
 
@@ -16,16 +16,36 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ldmcli")
 
 
-def bar(**settings: Any) -> "tqdm[Any]":
+class _NoBar:
+    """In place of a bar that nobody sees: importing tqdm takes as long as a step."""
+
+    total = n = 0
+
+    def update(self, n: int = 1) -> None:
+        """Show nothing; so do the others."""
+
+    def refresh(self) -> None: ...
+
+    def set_description_str(self, *, refresh: bool = True) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def bar(**settings: Any) -> "tqdm[Any] | _NoBar":
     """A progress bar on standard error, where that is a terminal and -q was not given; it leaves nothing behind."""
+    if not _log.isEnabledFor(logging.INFO) or not sys.stderr.isatty():
+        return _NoBar()
     from tqdm import tqdm
 
-    quiet = not _log.isEnabledFor(logging.INFO)
-    # None lets tqdm look whether stderr is a terminal.
-    return tqdm(disable=quiet or None, file=sys.stderr, dynamic_ncols=True, leave=False, **settings)
+    return tqdm(file=sys.stderr, dynamic_ncols=True, leave=False, **settings)
 
 
-def loading(name: str) -> "tqdm[Any]":
+def loading(name: str) -> "tqdm[Any] | _NoBar":
     """A line that says that `name` is loading; close it to take it away."""
     return bar(bar_format="{desc}", desc=f"loading {printable(name)} …")
 
@@ -49,7 +69,7 @@ class StepBar:
     """A bar for the steps of the pictures that are drawn together, which it numbers; call it with each Progress."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] | _NoBar | None = None
         self._drawn = 0
 
     def __call__(self, progress: "Progress") -> None:

@@ -12,7 +12,7 @@ from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
 from ldmcli.serving.connection import Connection, GoneError, RefusedError
 from ldmcli.serving.wire import error_from_dict, fitted_from_dict, with_bytes
-from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.spec import PICTURES, GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -106,6 +106,10 @@ class RemoteSession:
         return self._local("name") if self.here else str(self._facts["name"])
 
     @property
+    def family(self) -> str:
+        return self._local("family") if self.here else str(self._facts["family"])
+
+    @property
     def spec(self) -> ModelSpec:
         return self._home().spec
 
@@ -128,7 +132,7 @@ class RemoteSession:
         self._facts = self._ask("open", lambda session: {}, cwd=where, model=model, runtime=runtime, fetched=fetched)
 
     def fit(self, request: GenerationRequest) -> FittedRequest:
-        paths = [request.image, request.mask, request.hires_upscaler, *request.embeddings]
+        paths = [*(getattr(request, name) for name in PICTURES), request.hires_upscaler, *request.embeddings]
         if any(map(is_of_process, [*paths, *(lora.path or lora.name for lora in request.loras)])):
             self._come_home(None)
         return self._ask(

@@ -5,6 +5,7 @@ import os
 import stat
 import struct
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _NAME = "ldm.sock"
 _BACKLOG = 128
+_folder = threading.Lock()
 _LONGEST = 107  # bytes of a socket's path
 # What may change pictures, or where files are found.
 _PREFIXES = (
@@ -96,6 +98,18 @@ def listening(path: Path) -> "Iterator[socket.socket]":
         finally:
             with contextlib.suppress(OSError):  # gone already, with its folder
                 os.unlink(path)
+
+
+@contextlib.contextmanager
+def in_folder(folder: str) -> Iterator[None]:
+    """Inside the block the process is in a client's folder, so that names mean and messages say what they do there; one
+    client at a time. What draws has names that are found from anywhere."""
+    with _folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir("/")
 
 
 def is_safe(path: Path) -> bool:

@@ -10,7 +10,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from ldmcli.errors import LdmError, printable
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
 from ldmcli.remarks import heard_by
-from ldmcli.serving.place import agreement, peer_is_user
+from ldmcli.serving.place import agreement, in_folder, peer_is_user
 from ldmcli.serving.upscalers import Upscalers, UpscalerSpec
 from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send, without_bytes
 from ldmcli.serving.work import Busy, Job, Work
 from ldmcli.session import Picture, Session
 from ldmcli.session.opened import resolved_request
-from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.spec import PICTURES, GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.upscaling.larger import Enlargement, larger_file, read_file
 from ldmcli.upscaling.target import Target
 from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
@@ -34,19 +34,6 @@ _MAX_CLIENTS = 256
 _POLL_S = 0.05  # between looks for room in the queue
 _GREETING_S = 30.0  # that a client has to greet
 _log = logging.getLogger(__name__)
-_folder = threading.Lock()
-
-
-@contextlib.contextmanager
-def in_folder(folder: str) -> Iterator[None]:
-    """Inside the block the process is in a client's folder, so that names mean and messages say what they do there; one
-    client at a time. What draws has names that are found from anywhere."""
-    with _folder:
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir("/")
 
 
 class Server:
@@ -207,8 +194,9 @@ class _Client:
             self._model = self._session.resolved
         if self._session.undecided:
             self._share()
-        loaded = self._work.session(self._model, self._runtime).loaded
-        return {"name": self._session.name, "token_limit": self._session.token_limit, "loaded": loaded}
+        session, loaded = self._session, self._work.session(self._model, self._runtime).loaded
+        facts = {"name": session.name, "family": session.family, "token_limit": session.token_limit}
+        return facts | {"loaded": loaded}
 
     @property
     def _opened(self) -> Session:
@@ -386,7 +374,7 @@ class _Client:
 
 def _paths(request: FittedRequest) -> list[str]:
     """The files that a request names."""
-    names = (request.image, request.mask, request.hires_upscaler)
+    names = (*(getattr(request, name) for name in PICTURES), request.hires_upscaler)
     paths = [name if isinstance(name, str) else "" for name in names]
     return [*paths, *(lora.path or lora.name for lora in request.loras), *request.embeddings]
 

@@ -121,6 +121,11 @@ class Session:
         self._sha256, self._upscaler = other.begin_hashing(), other._upscaler
 
     @property
+    def family(self) -> str:
+        """The model's family."""
+        return self._opened.model.config.family
+
+    @property
     def name(self) -> str:
         """The model's name."""
         return self._opened.model.name

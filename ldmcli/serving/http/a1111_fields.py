@@ -2,7 +2,8 @@
 has the value at which it changes nothing, as clients send dozens; what is not known at all is warned of."""
 
 import dataclasses
-import re
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +12,19 @@ from ldmcli.errors import printable
 from ldmcli.hires import MAX_SCALE
 from ldmcli.images.metadata import SCHEDULE_TITLES
 from ldmcli.sampling.catalogue import SAMPLERS
+from ldmcli.sampling.names import sampler_of, schedule_of
 from ldmcli.serving.http.asked import Asked, requests_of
 from ldmcli.serving.http.limits import MAX_PICTURES, MAX_STEPS, Refused
 from ldmcli.serving.http.uploads import mask_of, picture_bytes
 from ldmcli.serving.http.values import Values
 from ldmcli.spec import MAX_BLUR, MAX_CLIP_SKIP, MAX_GUIDANCE, MAX_PADDING, MAX_SIZE, GenerationRequest
 
+_log = logging.getLogger(__name__)
 SCHEDULES: dict[str, str | None] = {"Automatic": None} | {title: name for name, title in SCHEDULE_TITLES.items()}
 UPSCALERS = {"Latent": "latent", "Lanczos": "lanczos", "None": "lanczos", "realesr-animevideov3": "embedded"}
 # What "Automatic" is there, which is not always the model's own.
 _AUTOMATIC = {
-    "euler": "Normal", "euler-a": "Normal", "heun": "Normal", "dpmpp-2m": "Karras", "dpmpp-2m-sde": "Exponential",
+    "euler": "normal", "euler-a": "normal", "heun": "normal", "dpmpp-2m": "karras", "dpmpp-2m-sde": "exponential",
 }  # fmt: skip
 _RESIZES = {0: "stretch", 1: "crop", 2: "fill"}
 _CONTENTS = {0: "fill", 1: "original", 2: "noise", 3: "zero"}
@@ -51,7 +54,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Those that change none, and those that change none without what they belong to.
 _IDLE = (
-    "subseed", "sampler_index", "script_args", "refiner_switch_at", "image_cfg_scale", "do_not_save_samples",
+    "subseed", "sampler_index", "script_args", "refiner_switch_at", "do_not_save_samples",
     "do_not_save_grid", "override_settings_restore_afterwards", "send_images", "include_init_images", "comments",
     "force_task_id",
 )  # fmt: skip
@@ -98,6 +101,7 @@ def read_asked(given: Mapping[str, Any], *, on_image: bool) -> Asked:
     settings |= _eta(values, settings["sampler"])
     settings |= _image(values) if on_image else _hires(values, settings)
     model, clip_skip = _overrides(values)
+    image_guidance = values.number("image_cfg_scale", 0, MAX_GUIDANCE)
     for name, neutral in _NEUTRAL.items():
         _check_neutral(name, values.raw(name), neutral)
     _check_scripts(values)
@@ -110,14 +114,21 @@ def read_asked(given: Mapping[str, Any], *, on_image: bool) -> Asked:
     keeps_model = model is not None and not values.flag("override_settings_restore_afterwards", True)
     warnings = ["save_images is true, and nothing is saved here"] if values.flag("save_images") else []
     warnings += [f"{printable(name, 60)} is not known here, and changes nothing" for name in values.unread()[:20]]
-    return Asked(requests, model, warnings=warnings, keeps_model=keeps_model, adapted=_adapted)
+    return Asked(
+        requests, model, warnings=warnings, keeps_model=keeps_model, adapted=functools.partial(_adapted, image_guidance)
+    )
 
 
-def _adapted(request: GenerationRequest, config: ModelConfig) -> GenerationRequest:
-    """The request as it means a model: there clip skip counts from the last layer, which SDXL never reads."""
+def _adapted(image_guidance: float | None, request: GenerationRequest, config: ModelConfig) -> GenerationRequest:
+    """The request as it is meant for a model. There clip skip counts from the last layer, which SDXL never reads, and
+    `image_guidance` is for models that edit pictures alone."""
     if request.clip_skip > 1 and config.family.startswith("Stable Diffusion XL"):
-        return dataclasses.replace(request, clip_skip=request.clip_skip - 1)
-    return request
+        request = dataclasses.replace(request, clip_skip=request.clip_skip - 1)
+    if config.unet.reads != "image":
+        return request
+    if request.strength not in (None, 1):
+        _log.warning("denoising_strength changes nothing with a model that edits pictures")
+    return dataclasses.replace(request, strength=None, image_guidance_scale=image_guidance)
 
 
 def check_settings(given: Mapping[str, Any], field: str) -> None:
@@ -131,37 +142,27 @@ def check_settings(given: Mapping[str, Any], field: str) -> None:
 
 def sampler_called(title: str, field: str = "sampler_name") -> tuple[str, str | None]:
     """The sampler of this title, and the schedule that it names too, as titles did before AUTOMATIC1111 1.9."""
-    bare = _bare(title)
-    for ending, schedule in {"": None, **{_bare(name): schedule for name, schedule in SCHEDULES.items()}}.items():
-        if bare.endswith(ending) and (name := _SAMPLERS.get(bare.removesuffix(ending))):
-            return name, schedule
-    known = ", ".join(row.title for row in SAMPLERS.values())
-    raise Refused(f"Sampler not found: {printable(repr(title), 60)}; there are {known}.", 404, field)
+    found = sampler_of(title)
+    if found is None:
+        known = ", ".join(row.title for row in SAMPLERS.values())
+        raise Refused(f"Sampler not found: {printable(repr(title), 60)}; there are {known}.", 404, field)
+    return found
 
 
 def schedule_called(title: str, field: str = "scheduler") -> str | None:
-    """The schedule of this title; None for the model's own."""
-    if not title:
-        return None
-    for name, schedule in SCHEDULES.items():
-        if _bare(title) in (_bare(name), schedule):
-            return schedule
-    raise Refused(f"Scheduler not found: {printable(repr(title), 60)}; there are {', '.join(SCHEDULES)}.", 404, field)
-
-
-def _bare(title: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", title.lower().replace("+", "p"))
-
-
-_SAMPLERS = {_bare(name): row.name for row in SAMPLERS.values() for name in (row.name, row.title)}
-_SAMPLERS |= {"eulerancestral": "euler-a", "keuler": "euler", "keulera": "euler-a", "kheun": "heun"}
+    """The schedule of this title; None for the usual one."""
+    found = schedule_of(title)
+    if found is None and title.lower() not in ("", "automatic"):
+        known = ", ".join(SCHEDULES)
+        raise Refused(f"Scheduler not found: {printable(repr(title), 60)}; there are {known}.", 404, field)
+    return found
 
 
 def _sampler(values: Values) -> dict[str, Any]:
     title = values.text("sampler_name", most=100) or values.text("sampler_index", most=100)
     schedule = schedule_called(values.text("scheduler", most=100))
     name, own = sampler_called(title) if title else (None, None)
-    return {"sampler": name, "schedule": schedule or own or SCHEDULES.get(_AUTOMATIC.get(name or "", ""))}
+    return {"sampler": name, "schedule": schedule or own or _AUTOMATIC.get(name or "")}
 
 
 def _eta(values: Values, sampler: str | None) -> dict[str, Any]:
@@ -214,10 +215,9 @@ def _image(values: Values) -> dict[str, Any]:
         raise Refused("Init image not found: init_images must be a list with a picture in base64.", 404, "init_images")
     if len(pictures) > 1:
         raise Refused(f"init_images has {len(pictures)} pictures; send each by itself.", field="init_images")
-    strength = values.number("denoising_strength", 0, 1)
     found: dict[str, Any] = {
         "image": picture_bytes(pictures[0], "init_images"),
-        "strength": 0.75 if strength is None else strength,
+        "strength": values.number("denoising_strength", 0, 1),
         "resize": values.choice("resize_mode", _RESIZES, 0),
     }
     if not values.raw("mask"):

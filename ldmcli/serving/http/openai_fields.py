@@ -11,7 +11,7 @@ from ldmcli.serving.http.asked import Asked, requests_of
 from ldmcli.serving.http.limits import MAX_STEPS, Refused
 from ldmcli.serving.http.uploads import checked_picture, has_transparency, mask_of_transparency
 from ldmcli.serving.http.values import Values
-from ldmcli.spec import ALPHA, MAX_BLUR, MAX_CLIP_SKIP, MAX_GUIDANCE, PROMPT_SYNTAXES, STRENGTH
+from ldmcli.spec import ALPHA, MAX_BLUR, MAX_CLIP_SKIP, MAX_GUIDANCE, PROMPT_SYNTAXES
 
 _MAX_N = 10
 _FORMATS = {"png": "png", "jpeg": "jpeg", "webp": "webp"}
@@ -45,7 +45,8 @@ def read_edit(given: Mapping[str, Any], files: Mapping[str, list[bytes]]) -> tup
     elif has_transparency(images[0]):
         settings["mask"] = ALPHA
     strength = values.number("strength", 0, 1)
-    settings["strength"] = (1.0 if "mask" in settings else STRENGTH) if strength is None else strength
+    settings["strength"] = 1.0 if strength is None and "mask" in settings else strength
+    settings["image_guidance_scale"] = values.number("image_guidance_scale", 0, MAX_GUIDANCE)
     settings["mask_blur"] = values.number("mask_blur", 0, MAX_BLUR) or 0.0
     return _asked(values, settings), values.flag("stream")
 
