@@ -20,8 +20,8 @@ from ldmcli.errors import UsageError
 from ldmcli.serving.http import limits, listening
 from ldmcli.serving.http.a1111_fields import read_asked
 from ldmcli.serving.http.asked import Asked
-from ldmcli.serving.http.forms import read_form
 from ldmcli.serving.http.limits import Refused
+from ldmcli.serving.http.multipart import read_form
 from ldmcli.serving.http.openai_fields import read_edit, read_generation
 from ldmcli.serving.jobs import Busy
 from ldmcli.serving.work import Work

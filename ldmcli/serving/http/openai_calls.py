@@ -14,9 +14,9 @@ from ldmcli import __version__
 from ldmcli.errors import LdmError
 from ldmcli.serving.http.asked import Asked
 from ldmcli.serving.http.calls import Call, Calls, Drawn
-from ldmcli.serving.http.forms import read_form
 from ldmcli.serving.http.front import FORM, JSON, Front, as_json
 from ldmcli.serving.http.limits import Refused, read_json
+from ldmcli.serving.http.multipart import read_form
 from ldmcli.serving.http.openai_fields import read_edit, read_generation
 
 _NO_TOKENS = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0} | {
