@@ -23,7 +23,7 @@ from ldmcli.networks.tiling import decode_tiled, encode_tiled
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.sampling.denoiser import Denoiser, Model, predicting
-from ldmcli.sampling.guidance import guided, in_interval, paired, with_channels, within
+from ldmcli.sampling.guidance import controlled, guided, in_interval, paired, with_channels, within
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
@@ -37,10 +37,12 @@ from ldmcli.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
     from ldmcli.adapters.merging import Merger
+    from ldmcli.controlling import Network, Steering
     from ldmcli.images.canvas import Canvas
 
 _log = logging.getLogger(__name__)
 _ALWAYS = (0.0, float("inf"))  # the guidance interval that leaves out no step
+_KEPT_NETWORKS = 4  # that steer, which are kept from batch to batch
 
 OnStep = Callable[[int, Tensor], object]  # steps done, and latents, which it may write to
 
@@ -90,18 +92,23 @@ class DiffusionModel:
         steps: Sequence[Step],
         stage: Stage,
         channels: Tensor | None = None,
+        steering: "Steering | None" = None,
     ) -> Denoiser:
         """The denoiser of a batch of requests that agree in all but prompts, seed and pictures, for latents of this
-        batch, behind which it joins `channels`; what does not depend on the latents is computed here, once. `steps`
-        are those of the whole run."""
+        batch, behind which it joins `channels`, steered by `steering`; what does not depend on the latents is computed
+        here, once. `steps` are those of the whole run."""
         found = pairs(self.config, self.prompts, requests)
         if channels is not None:
             found = [
                 (dataclasses.replace(one, channels=own), dataclasses.replace(other, channels=own))
                 for (one, other), own in zip(found, channels.split(1), strict=True)
             ]
-        stage.bring(self.unet)
-        model = self._chain([pair[0] for pair in found], [pair[1] for pair in found], requests[0], steps)
+        networks = steering.networks if steering else []
+        stage.bring(self.unet, *networks)
+        if self.graphs:
+            self.graphs.watch(networks)
+        negative, positive = ([pair[i] for pair in found] for i in (0, 1))
+        model = self._chain(negative, positive, requests[0], steps, steering)
         return predicting(model, self.config.schedule.prediction_type)
 
     def _chain(
@@ -110,34 +117,51 @@ class DiffusionModel:
         positive: Sequence[Conditioning],
         settings: FittedRequest,
         steps: Sequence[Step],
+        steering: "Steering | None",
     ) -> Model:
         """The wrappers around the prepared network, the outermost last."""
         scale, rescale, interval = settings.guidance_scale, settings.guidance_rescale, settings.guidance_interval
         if self.graphs:
             self.graphs.begin(calls=len(steps))
-        prepared = functools.partial(self._prepared, steps=steps, scale=scale)
-        if not is_guided(self.config, settings):
-            model = prepared(positive)
-            return recorded(model, self.graphs) if self.graphs else model
-        if negative[0].context.shape == positive[0].context.shape:
-            model = prepared([*negative, *positive])
+        prepared = functools.partial(self._prepared, steps=steps, scale=scale, steering=steering)
+        is_pair = is_guided(self.config, settings)
+        if not is_pair:
+            model = prepared([], positive)
+        elif negative[0].context.shape == positive[0].context.shape:
+            model = prepared(negative, positive)
         else:
-            model = paired(prepared(negative), prepared(positive))
-        model = guided(model, scale, rescale)
-        if interval != _ALWAYS:
-            model = in_interval(interval, model, prepared(positive))
+            model = paired(prepared(negative, []), prepared([], positive))
+        if is_pair:
+            model = guided(model, scale, rescale)
+            if interval != _ALWAYS:
+                model = in_interval(interval, model, prepared([], positive))
         if self.graphs is None:
             return model
-        return recorded(model, self.graphs, key=(scale, rescale), form=lambda step: within(interval, step))
 
-    def _prepared(self, conditions: Sequence[Conditioning], steps: Sequence[Step], scale: float) -> Model:
-        """The network prepared for these conditions, and what joins the latents put before it."""
-        condition = joined(conditions).to(self.runtime.device, self.runtime.dtype)
+        def form(step: Step) -> tuple[object, ...]:
+            return is_pair and within(interval, step), steering and steering.form(step)
+
+        return recorded(model, self.graphs, key=(scale, rescale, steering and steering.key), form=form)
+
+    def _prepared(
+        self,
+        negative: Sequence[Conditioning],
+        positive: Sequence[Conditioning],
+        steps: Sequence[Step],
+        scale: float,
+        steering: "Steering | None",
+    ) -> Model:
+        """The network prepared for these conditions, and before it what joins the latents and what steers."""
+        placed = self.runtime.device, self.runtime.dtype
+        condition = joined([*negative, *positive]).to(*placed)
         hold = self.graphs.hold if self.graphs else _as_it_is
         model = self.unet.prepare(condition, steps, guidance_scale=scale, call=self.call, hold=hold)
-        if condition.channels is None:
+        if condition.channels is not None:
+            model = with_channels(model, hold(condition.channels))
+        if steering is None:
             return model
-        return with_channels(model, hold(condition.channels))
+        one, other = (joined(each).to(*placed) if each else None for each in (negative, positive))
+        return controlled(model, steering.residuals(one, other, condition, steps, hold))
 
     def free_graphs(self) -> None:
         """Give back the memory of recorded steps; where they are called again they are recorded again."""
@@ -154,11 +178,13 @@ class Pipeline:
     vae: AutoencoderKL | TinyVAE
     read_encoder: Callable[[], AutoencoderKL]
     read_upscaler: ReadUpscaler
+    read_control: "Callable[[str], Network]"
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     stage: Stage = dataclasses.field(default_factory=Stage)
     _encoder: AutoencoderKL | None = None
+    _networks: "dict[str, Network]" = dataclasses.field(default_factory=dict)  # that steer, the last used last
 
     @property
     def config(self) -> ModelConfig:
@@ -214,12 +240,14 @@ class Pipeline:
         scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
         starter = Starter(self._encoded, self.config.unet.extra_channels > 0, self.runtime.device)
         start = starter.start(settings, canvases, noise, taken, scale, earlier)
+        steering = self._steering(requests, canvases, taken) if settings.controls and taken else None
         latents, done = start.latents, 0
         on_step(done, latents)
         for model, part in self._stages(taken, settings):
             # 2. Prompts and guidance make a denoiser of the model, once for all its steps.
             with self.stopwatch.phase("text"):
-                denoise = model.denoiser(requests, steps, self.stage, start.channels)
+                steers = steering if model is self.model else None
+                denoise = model.denoiser(requests, steps, self.stage, start.channels, steers)
                 if start.kept:
                     denoise = start.kept.beside(denoise, taken[0])
             # 3. The sampler walks from noise to latents.
@@ -233,6 +261,32 @@ class Pipeline:
                         latents.copy_(start.kept.at(latents, taken[done] if done < len(taken) else None))
                     on_step(done, latents)
         return latents
+
+    def _steering(
+        self, requests: Sequence[FittedRequest], canvases: "Sequence[Canvas]", taken: Sequence[Step]
+    ) -> "Steering | None":
+        """What steers a pass; its networks are read where they are not there."""
+        from ldmcli.controlling import steering_of
+
+        with self.stopwatch.phase("weights"):
+            steering = steering_of(requests, canvases, taken, self._network, self.runtime.device)
+        # Features are computed before the steps, with the network on the device.
+        for part in steering.parts if steering else ():
+            self.stage.bring(part.network)
+            with self.stopwatch.phase("text"):
+                part.features  # noqa: B018
+        return steering
+
+    def _network(self, name: str) -> "Network":
+        found = self._networks.pop(name, None)
+        if found is None:
+            while len(self._networks) >= _KEPT_NETWORKS:
+                self.stage.forget(self._networks.pop(next(iter(self._networks))))
+            with torch.inference_mode(False):  # weights of that mode cannot be converted outside it
+                found = self.read_control(name).to(self.runtime.dtype)
+                self.stage.add(found)
+        self._networks[name] = found
+        return found
 
     def _enlarged(self, latents: Tensor, second: FittedRequest) -> Earlier:
         """What a first pass drew in the size of the second, whose settings are `second`'s."""
@@ -355,6 +409,8 @@ class Pipeline:
         for model in self.models:
             model.runtime = runtime
             model.unet.to(runtime.dtype)
+        for network in self._networks.values():
+            network.to(runtime.dtype)
 
 
 def _as_it_is(prepared: Any) -> Any:

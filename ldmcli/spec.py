@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import check_spacing, sampler_named
@@ -120,6 +121,10 @@ class GenerationRequest:
     `hires`, a scale or WIDTHxHEIGHT, enlarges what is drawn and draws `hires_strength` of it anew, in `hires_steps`.
     `hires_upscaler` is "latent", "lanczos", "embedded" or an upscaler's file.
 
+    `control_net` are networks, files or names of the hub, that have the picture follow those in `control_image`, paths
+    or bytes; without any, `image`. The fields after them, and `canny`, thresholds LOW,HIGH or "off", say how: one entry
+    for all networks, or one for each; see ldmcli/control.py.
+
     Raises UsageError when a field is out of range, naming field, value and range.
     """
 
@@ -159,6 +164,14 @@ class GenerationRequest:
     hires_strength: float | None = None
     hires_steps: int | None = None
     hires_upscaler: str | None = None
+    control_net: tuple[str, ...] = ()
+    control_image: tuple[str | bytes, ...] = ()
+    control_strength: tuple[float, ...] = ()
+    control_start: tuple[float, ...] = ()
+    control_end: tuple[float, ...] = ()
+    control_mode: tuple[str, ...] = ()
+    control_type: tuple[str, ...] = ()
+    canny: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -186,6 +199,9 @@ class GenerationRequest:
             object.__setattr__(self, "loras", read_loras(self.loras))
         if self.embeddings != ():
             object.__setattr__(self, "embeddings", _names("embeddings", self.embeddings, MAX_EMBEDDINGS))
+        for name in CONTROL_FIELDS:
+            if getattr(self, name) != ():
+                object.__setattr__(self, name, read_control(name, getattr(self, name)))
         self._check_sampler()
         self._check_inputs()
         self._check_hires()
@@ -228,12 +244,17 @@ class GenerationRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, those about pictures where there is one, those about a second pass where
-        one is asked for, LoRAs and embeddings where there are any; - stands for a picture that was given as bytes."""
+        one is asked for, LoRAs, embeddings and what steers where there is any; - stands for a picture that was given as
+        bytes."""
         given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
         parts = ((self.image, IMAGE_FIELDS), (self.hires, HIRES_FIELDS))
-        left_out = [name for part, names in parts if part is None for name in names]
+        left_out = {name for part, names in parts if part is None for name in names}
+        if self.control_net:
+            left_out -= {"resize"}
         said = {name: value for name, value in vars(self).items() if name not in left_out}
         lists = {"loras": [dataclasses.asdict(lora) for lora in self.loras], "embeddings": list(self.embeddings)}
+        for name in CONTROL_FIELDS:
+            lists[name] = ["-" if isinstance(value, bytes) else value for value in getattr(self, name)]
         return {name: value for name, value in (said | given | lists).items() if value or name not in lists}
 
     @classmethod

@@ -76,6 +76,8 @@ REFINER = dataclasses.replace(
 )
 SD2_INPAINTING = dataclasses.replace(SD2, prediction_type="epsilon")  # the only one there is
 FAMILIES = (SD1, SD2, SDXL, REFINER)
+# By the width of the text that cross-attention reads.
+CONTEXTS = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
 EMBEDDING = "textual-inversion embedding"
 READ = "Stable Diffusion 1.x, 2.x and XL"  # what can be drawn with, in errors
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ldmcli.cli.options import (
+    DrawingCommand,
+    control_options,
     file_options,
     hires_options,
     image_options,
@@ -77,7 +79,7 @@ class _RowFormat(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-@click.command(short_help="Draw every row of a prompt file into a folder.")
+@click.command(cls=DrawingCommand, short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
 @option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv"]),
@@ -113,6 +115,7 @@ class _RowFormat(click.Choice[str]):
 @model_options
 @request_options
 @hires_options
+@control_options
 @image_options
 @runtime_options
 @json_option("Report each picture as a JSON line as soon as it is there.")

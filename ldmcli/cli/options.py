@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ldmcli.cli.terminal import LogHandler
+from ldmcli.control import CANNY_USUAL, CONTROL_FIELDS, MODES, TYPES
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import STRENGTH as HIRES_STRENGTH
 from ldmcli.images.formats import FORMATS, QUALITY
@@ -118,6 +119,15 @@ class _Name(click.types.StringParamType):
     envvar_list_splitter = ";"
 
 
+class DrawingCommand(click.Command):
+    """A command on which --canny may stand alone, before whatever comes next."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        usual = f"--canny={CANNY_USUAL}"
+        return super().parse_args(ctx, [usual if i < end and a == "--canny" else a for i, a in enumerate(args)])
+
+
 # What a picture is drawn with: these become a GenerationRequest's fields of the same names.
 REQUEST_OPTIONS = (
     "negative_prompt", "width", "height", "steps", "sampler", "schedule", "eta", "guidance_scale", "guidance_rescale",
@@ -203,9 +213,33 @@ _HIRES = (
 )  # fmt: skip
 
 
+# Networks that have the picture follow others, each option once for all of them or once for each: CONTROL_FIELDS.
+_CONTROL = (
+    option("--control-net", type=_Name(), multiple=True, metavar="FILE",
+           help="Have the picture follow another: a ControlNet, Control-LoRA or T2I-Adapter, a file, a folder or "
+           "ORG/NAME of the hub; may be given again."),
+    option("--control-image", type=_Name(), multiple=True, metavar="FILE",
+           help="What it follows: edges, depths, poses … as the network was trained to read.  [default: --image]"),
+    option("--control-strength", type=_Name(), multiple=True, metavar="NUMBER",
+           help="How strongly; 0 is not at all.  [default: 1]"),
+    option("--control-start", type=_Name(), multiple=True, metavar="SHARE",
+           help="The share of the steps after which it begins.  [default: 0]"),
+    option("--control-end", type=_Name(), multiple=True, metavar="SHARE",
+           help="The share of the steps after which it ends.  [default: 1]"),
+    option("--control-mode", type=_Name(), multiple=True, metavar="|".join(MODES),
+           help="What counts more, the prompt or the network; guess is diffusers' mode for no prompt at all.  "
+           "[default: balanced]"),
+    option("--control-type", type=_Name(), multiple=True, metavar="TYPE",
+           help=f"What a Union network is given: {', '.join(TYPES)}; inpaint for others, too, which then see nothing "
+           "of what is masked."),
+    option("--canny", type=_Name(), multiple=True, metavar="[=LOW,HIGH]",
+           help=f"Give the network the edges of the picture.  [thresholds: {CANNY_USUAL}]"),
+)  # fmt: skip
+
+
 def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that the options give."""
-    settings = {name: options[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS) if name in options}
+    settings = {name: options[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *CONTROL_FIELDS) if name in options}
     if options["refiner"] and settings["refiner_start"] is None:
         settings["refiner_start"] = REFINER_START
     return settings
@@ -293,6 +327,7 @@ def file_options(*names: str) -> Callable[[_Command], _Command]:
 request_options = together(*_REQUEST)  # what to draw, and how: REQUEST_OPTIONS
 image_options = together(*_IMAGE)  # which picture to draw on: IMAGE_FIELDS
 hires_options = together(*_HIRES)  # how to draw again in a larger size: HIRES_FIELDS
+control_options = together(*_CONTROL)  # which networks steer: CONTROL_FIELDS
 model_options = together(*_MODEL)  # with which weights
 device_options = together(*_RUNTIME[:2])  # --dtype and --device alone
 runtime_options = together(*_RUNTIME)  # where and how to compute

@@ -16,6 +16,8 @@ import click
 from ldmcli.cli.again import read_again, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
 from ldmcli.cli.options import (
+    DrawingCommand,
+    control_options,
     file_options,
     hires_options,
     json_option,
@@ -53,6 +55,7 @@ drawing_options = together(
     model_options,
     request_options,
     hires_options,
+    control_options,
     option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]"),
     option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,
            help="Pictures per prompt, with seeds SEED, SEED+1, …"),
@@ -70,7 +73,7 @@ drawing_options = together(
 )  # fmt: skip
 
 
-@click.command(short_help="Draw prompts given as arguments.")
+@click.command(cls=DrawingCommand, short_help="Draw prompts given as arguments.")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @drawing_options
 @click.pass_context

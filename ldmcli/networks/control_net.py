@@ -1,6 +1,7 @@
 """The control network: a copy of a U-Net's way down that reads a picture and gives what is added inside the U-Net
 (Zhang et al. 2023, ControlNet). Keys are diffusers' names."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,7 +25,7 @@ class HintEncoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(planes, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for into, out in zip(channels, channels[1:], strict=False):
+        for into, out in itertools.pairwise(channels):
             self.blocks.append(nn.Conv2d(into, into, 3, padding=1))
             self.blocks.append(nn.Conv2d(into, out, 3, padding=1, stride=2))
         self.conv_out = nn.Conv2d(channels[-1], width, 3, padding=1)

@@ -31,6 +31,9 @@ class Residuals(NamedTuple):
     inner: Sequence[Tensor] = ()
 
 
+_NONE = Residuals()
+
+
 class TimeEmbedding(nn.Module):
     """Two linear layers over sinusoids of the time step, to which those of a guidance scale may be added first."""
 
@@ -83,7 +86,7 @@ class DownBlock(Block):
     def forward(
         self, x: Tensor, time: Tensor, context: BlockContext, skips: list[Tensor], inner: Tensor | None = None
     ) -> Tensor:
-        """`inner` is added before the size is halved; where the level does not attend, after that, as diffusers does."""
+        """`inner` is added before the size is halved, or after that where the level does not attend: diffusers' way."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
@@ -234,7 +237,7 @@ class UNet(Encoder):
         return predict
 
     def forward(
-        self, latents: Tensor, time_embedding: Tensor, context: UNetContext, residuals: Residuals = Residuals()
+        self, latents: Tensor, time_embedding: Tensor, context: UNetContext, residuals: Residuals = _NONE
     ) -> Tensor:
         """Prediction (batch, out_channels, height, width) for latents (batch, in_channels, height, width).
 

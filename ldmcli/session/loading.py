@@ -30,6 +30,7 @@ from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from ldmcli.controlling import Network
     from ldmcli.upscaling.upscaler import Upscaler
 
 _log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def load(
         decoder,
         read_encoder,
         read_upscaler,
+        functools.partial(_load_control, opened, runtime, stage),
         refiner,
         stopwatch=stopwatch,
         stage=stage,
@@ -157,6 +159,14 @@ def _load_upscaler(opened: Opened, runtime: Runtime, name: str) -> "Upscaler":
     from ldmcli.upscaling.upscaler import Upscaler
 
     return Upscaler(opened.hires_upscaler(name), runtime)
+
+
+def _load_control(opened: Opened, runtime: Runtime, stage: Stage, name: str) -> "Network":
+    """A network that steers, which requests name so."""
+    from ldmcli.checkpoints.load_control import load_control
+
+    source = opened.control(name)
+    return runtime.prepare(load_control(source, opened.model.part("unet"), stage.home, runtime.dtype))
 
 
 def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:

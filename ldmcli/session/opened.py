@@ -14,7 +14,8 @@ from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
 from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
-from ldmcli.config import TinyVAEConfig, VAEConfig
+from ldmcli.config import AdapterConfig, TinyVAEConfig, VAEConfig
+from ldmcli.control import CONTROL_FIELDS, INPAINT, TYPES, Control
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Adapter, Use
     from ldmcli.adapters.embedding_words import EmbeddingWords
     from ldmcli.adapters.library import Library
+    from ldmcli.checkpoints.control_source import ControlSource
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Opened:
     refiner: ModelSource | None = None
     upscaler: "UpscalerFile | None" = None
     _upscalers: "dict[str, UpscalerFile]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    _controls: "dict[str, ControlSource]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _library: "list[Library]" = dataclasses.field(default_factory=list, compare=False, repr=False)  # one, once needed
 
     @property
@@ -56,16 +59,18 @@ class Opened:
             self._library.append(Library(self.spec.lora_dir, find_adapter, allow_pickle=self.spec.allow_pickle))
         return self._library[0]
 
-    def fit(self, request: GenerationRequest, *, tiled: bool = False) -> FittedRequest:
-        """The request with the model's own settings filled in, and its LoRAs looked at. Raises UsageError where the
-        model, or this machine's memory, cannot draw it, and as `Library.found` does; `tiled` pictures are decoded in
-        little of that."""
+    def fit(self, request: GenerationRequest, hashes: FileHashes, *, tiled: bool = False) -> FittedRequest:
+        """The request with the model's own settings filled in, and what it names looked at. Raises UsageError where the
+        model, or this machine's memory, cannot draw it, and as `Library.found` and `open_control` do; `tiled` pictures
+        are decoded in little of that."""
         if self.refiner and request.refiner_start is None:
             request = dataclasses.replace(request, refiner_start=REFINER_START)
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
         prompt, request = self._with_loras(request)
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
+        if fitted.controls:
+            fitted = self._with_controls(fitted, hashes)
         if note := self.model.config.schedule.of(fitted.sampler).note:
             _say_once(note)
         check_memory(self.model.config, *fitted.final_size, tiled=tiled)
@@ -198,6 +203,29 @@ class Opened:
             self.encoder  # noqa: B018  to know that there is one
         return dataclasses.replace(fitted, inputs=tuple(inputs.items()))
 
+    def _with_controls(self, fitted: FittedRequest, hashes: FileHashes) -> FittedRequest:
+        """The request with its networks looked at, and those of strength 0 left out."""
+        from ldmcli.images.pixels import facts_of
+
+        inputs, controls = dict(fitted.inputs), []
+        for i, control in enumerate(fitted.controls):
+            source = self.control(control.net)
+            inputs[f"control_net:{i}"] = source.sha256(hashes)
+            if i < len(fitted.recorded.control_image):
+                inputs[f"control_image:{i}"] = facts_of(fitted.recorded.control_image[i]).sha256
+            if control.strength:
+                controls.append(_checked_type(control, source, fitted))
+        return dataclasses.replace(fitted, controls=tuple(controls), inputs=tuple(inputs.items()))
+
+    def control(self, name: str) -> "ControlSource":
+        """The network that requests name so. Raises as `open_control` does."""
+        if name not in self._controls:
+            from ldmcli.checkpoints.control_source import open_control
+
+            allow = self.spec.allow_pickle
+            self._controls[name] = open_control(find_model(name, half=False), self.model.config, allow_pickle=allow)
+        return self._controls[name]
+
     def hires_upscaler(self, name: str) -> "UpscalerFile":
         """The network that second passes name. Raises as `open_upscaler` does."""
         if name not in self._upscalers:
@@ -264,6 +292,23 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
     return Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None)
 
 
+def _checked_type(control: Control, source: "ControlSource", fitted: FittedRequest) -> Control:
+    """The control as its network is told of it. Raises UsageError where the type of its picture is missing or cannot be
+    meant."""
+    name = printable(source.name)
+    if source.types and not control.type:
+        raise UsageError(f"{name} follows pictures of several types; say which with --control-type.")
+    if control.type and not source.types and control.type != INPAINT:
+        raise UsageError(f"{name} follows one type of picture; leave --control-type {control.type} out.")
+    if source.types and TYPES[control.type] >= source.types:
+        raise UsageError(f"{name} knows {source.types} types of pictures, and {control.type} is none of them.")
+    if control.type and TYPES[control.type] == TYPES[INPAINT] and fitted.mask is None:
+        raise UsageError(f"--control-type {control.type} is for a picture with a mask; give --mask.")
+    if isinstance(source.config, AdapterConfig) and control.type:
+        raise UsageError(f"{name} is an adapter; leave --control-type {control.type} out.")
+    return dataclasses.replace(control, masked=0.0) if source.types else control
+
+
 def _opened_upscaler(name: str, spec: ModelSpec) -> "UpscalerFile":
     from ldmcli.upscaling.upscaler import open_upscaler
 
@@ -295,4 +340,7 @@ def shareable(request: GenerationRequest) -> GenerationRequest:
     """The request as it may stand in a picture that is given away."""
     paths = {name: getattr(request, name) for name in (*PICTURES, "hires_upscaler")}
     shown: dict[str, Any] = {name: without_home(path) for name, path in paths.items() if isinstance(path, str)}
+    for name in CONTROL_FIELDS[:2]:
+        if values := getattr(request, name):
+            shown[name] = tuple(without_home(value) if isinstance(value, str) else value for value in values)
     return dataclasses.replace(request, **shown) if shown else request

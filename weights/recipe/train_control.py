@@ -2,9 +2,10 @@
 draw what the prompt says into it (Zhang et al. 2023, ControlNet).
 
 The model stays as it is. The network is no copy of its way down, as in the paper, but a narrower one of its own, so
-that the file stays small; its last convolutions, which start at zero, bring its maps to the model's widths. A silhouette
-is the glyph's own transparency, with details smoothed away more or less, so that it may come from another thing than the
-prompt names. Time steps are drawn where a picture's shape is decided.
+that the file stays small; its last convolutions, which start at zero, bring its maps to the model's widths. A
+silhouette is the glyph's own transparency, with details smoothed away more or less, so that it may come from another
+thing than the prompt names. Shape is decided at noisy time steps, where there is little to lose in all: each loss
+counts as a share of what the model alone loses there.
 
     python weights/recipe/train_control.py --out runs/control
 """
@@ -35,6 +36,7 @@ from ldmcli.sampling.schedule import Schedule
 
 CPU_DEVICE = torch.device("cpu")
 TEXT_DROPOUT = 0.12
+LOWEST = 150  # time step from which on the network learns; below, no more than texture is decided
 SMOOTHED = 3.0  # pixels over which details of a silhouette are smoothed away at the most
 
 
@@ -83,13 +85,19 @@ class Pictures:
         """Noisy latents, time steps, tokens, silhouettes and the noise to predict."""
         generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
         chosen = torch.randint(len(self.means), (count,), generator=generator)
-        means = self.means[chosen]
-        latents = means + self.deviation * torch.randn(means.shape, generator=generator)
         captions = self.table.draw(*self.labels[chosen].unbind(1), rng)
         captions[torch.rand(count, generator=generator) < TEXT_DROPOUT] = 0
-        noise = torch.randn(means.shape, generator=generator)
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        timesteps = (1000 * strata**0.7).long().clamp(max=999)  # more of the noisy ones
+        timesteps = (LOWEST + (1000 - LOWEST) * strata).long().clamp(max=999)
+        return self.noised(chosen, timesteps, captions, generator)
+
+    def noised(
+        self, chosen: Tensor, timesteps: Tensor, captions: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """As `draw`, for pictures of these numbers."""
+        means = self.means[chosen]
+        latents = means + self.deviation * torch.randn(means.shape, generator=generator)
+        noise = torch.randn(means.shape, generator=generator)
         level = self.alphas_cumprod[timesteps][:, None, None, None]
         noisy = (level.sqrt() * latents + (1 - level).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         hints = self.hints[chosen][:, None].expand(-1, 3, -1, -1).float() / 255
@@ -120,6 +128,18 @@ class Steered(nn.Module):
         return unet(noisy, time, keys_values, Residuals(skips, middle))
 
 
+@torch.no_grad()
+def losses_alone(steered: Steered, pictures: Pictures, at: range) -> Tensor:
+    """What the model loses without the network, whose last layers are still zero, at these time steps."""
+    generator, found = torch.Generator().manual_seed(1), []
+    for timestep in at:
+        chosen = torch.randint(len(pictures.means), (128,), generator=generator)
+        captions = pictures.table.draw(*pictures.labels[chosen].unbind(1), random.Random(1))
+        *inputs, noise = pictures.noised(chosen, torch.full((128,), timestep), captions, generator)
+        found.append(F.mse_loss(steered(*inputs), noise))
+    return torch.stack(found)
+
+
 def export(network: ControlNet, path: Path) -> None:
     """The network in fp16, in diffusers' names; dimensions follow from the shapes."""
     state = {name: tensor.detach().half().contiguous() for name, tensor in network.state_dict().items()}
@@ -132,12 +152,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=embedded_model(), help="the model's folder")
     parser.add_argument("--out", type=Path, default=Path("runs/control"))
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT)
-    parser.add_argument("--channels", type=int, nargs="+", default=[48, 80, 96], help="of the network's levels")
+    parser.add_argument("--channels", type=int, nargs="+", default=[48, 80, 80], help="of the network's levels")
     parser.add_argument("--views", type=int, default=6, help="pictures of each emoji on each background")
-    parser.add_argument("--minutes", type=float, default=40.0)
+    parser.add_argument("--minutes", type=float, default=37.0)
     parser.add_argument("--steps", type=int, help="end after so many steps instead")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--save-minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -148,6 +168,9 @@ def main() -> None:
     save_grid(pictures.hints[:: len(pictures.hints) // 44][:44, None].expand(-1, 3, -1, -1) / 127.5 - 1,
               args.out / "silhouettes.png", columns=11)  # fmt: skip
     steered = Steered(source, tuple(args.channels)).to(memory_format=torch.channels_last)
+    grid = range(LOWEST, 1000, 80)
+    alone = numpy.interp(range(1000), grid, losses_alone(steered, pictures, grid).numpy())
+    share = torch.tensor(1 / alone, dtype=torch.float32)
     average = Average(steered.control, 0.998)
     optimizer = torch.optim.AdamW(steered.control.parameters(), args.rate, weight_decay=0.01)
     checkpoint, step, spent = args.out / "control_checkpoint.pt", 0, 0.0
@@ -166,7 +189,7 @@ def main() -> None:
         *inputs, noise = pictures.draw(args.batch, (args.seed << 32) + step)
         with half_precision(CPU_DEVICE):
             predicted = steered(*inputs)
-        loss = F.mse_loss(predicted.float(), noise)
+        loss = ((predicted.float() - noise).square().mean((1, 2, 3)) * share[inputs[1]]).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(steered.control.parameters(), 1.0)
