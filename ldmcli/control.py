@@ -19,6 +19,7 @@ TYPES = {
     "openpose": 0, "depth": 1, "scribble": 2, "hed": 2, "softedge": 2, "canny": 3, "lineart": 3, "mlsd": 3,
     "normal": 4, "segment": 5, "tile": 6, INPAINT: 7, "repaint": 7,
 }  # fmt: skip
+EMBEDDED_CONTROL = "silhouette"  # what the network for the embedded model is called by
 MAX_CONTROLS = 16
 MAX_STRENGTH = 10.0
 CANNY_USUAL, CANNY_OFF = "100,200", "off"

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from ldmcli.networks.t2i_adapter import T2IAdapter
 from ldmcli.networks.unet import Residuals
 from ldmcli.sampling.noise import to_device
 from ldmcli.sampling.schedule import Step
+from ldmcli.speed.offload import Stage
+from ldmcli.steering import Networks
 
 Network = ControlNet | T2IAdapter
 Hold = Callable[..., object]
@@ -160,27 +163,24 @@ def steering_of(
     requests: Sequence[FittedRequest],
     canvases: Sequence[Canvas],
     taken: Sequence[Step],
-    network_of: Callable[[str], Network],
-    device: torch.device,
+    networks: Networks,
+    stage: Stage,
 ) -> Steering | None:
-    """What steers a batch whose steps to be taken are `taken`; None where nothing does. A part is active in step i of n
-    where i/n is no less than its start and (i + 1)/n no more than its end, as in diffusers."""
+    """What steers a batch whose steps to be taken are `taken`, its pictures read; None where nothing does. A part is
+    active in step i of n where i/n is no less than its start and (i + 1)/n no more than its end, as in diffusers."""
     parts, count = [], len(taken)
     for place, control in enumerate(requests[0].controls):
-        inside = [
-            step.timestep
-            for i, step in enumerate(taken)
-            if i / count >= control.start and (i + 1) / count <= control.end
-        ]
+        shares = [(i / count, (i + 1) / count, step.timestep) for i, step in enumerate(taken)]
+        inside = [at for start, end, at in shares if start >= control.start and end <= control.end]
         if not inside:
             continue
-        network = network_of(control.net)
+        network = networks.named(control.net)
         planes = network.config.planes if isinstance(network.config, AdapterConfig) else 3
-        pictures = torch.stack(
-            [
-                torch.from_numpy(control_picture(request, request.controls[place], canvas, planes))
-                for request, canvas in itertools.zip_longest(requests, canvases)
-            ]
-        )
-        parts.append(Steered(control, network, to_device(pictures, device), max(inside), min(inside)))
+        drawn_on = itertools.zip_longest(requests, canvases)
+        found = [control_picture(request, request.controls[place], canvas, planes) for request, canvas in drawn_on]
+        pictures = to_device(torch.from_numpy(np.stack(found)), stage.device)
+        part = Steered(control, network, pictures, max(inside), min(inside))
+        stage.bring(network)
+        part.features  # noqa: B018  now, while the network is alone there
+        parts.append(part)
     return Steering(tuple(parts)) if parts else None

@@ -32,17 +32,17 @@ from ldmcli.speed.cuda.graph import Graphs, recorded
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.starting import Earlier, Starter, as_image, canvases_of
+from ldmcli.steering import Networks
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
     from ldmcli.adapters.merging import Merger
-    from ldmcli.controlling import Network, Steering
+    from ldmcli.controlling import Steering
     from ldmcli.images.canvas import Canvas
 
 _log = logging.getLogger(__name__)
 _ALWAYS = (0.0, float("inf"))  # the guidance interval that leaves out no step
-_KEPT_NETWORKS = 4  # that steer, which are kept from batch to batch
 
 OnStep = Callable[[int, Tensor], object]  # steps done, and latents, which it may write to
 
@@ -178,13 +178,12 @@ class Pipeline:
     vae: AutoencoderKL | TinyVAE
     read_encoder: Callable[[], AutoencoderKL]
     read_upscaler: ReadUpscaler
-    read_control: "Callable[[str], Network]"
+    networks: Networks
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     stage: Stage = dataclasses.field(default_factory=Stage)
     _encoder: AutoencoderKL | None = None
-    _networks: "dict[str, Network]" = dataclasses.field(default_factory=dict)  # that steer, the last used last
 
     @property
     def config(self) -> ModelConfig:
@@ -240,7 +239,12 @@ class Pipeline:
         scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
         starter = Starter(self._encoded, self.config.unet.extra_channels > 0, self.runtime.device)
         start = starter.start(settings, canvases, noise, taken, scale, earlier)
-        steering = self._steering(requests, canvases, taken) if settings.controls and taken else None
+        steering = None
+        if settings.controls and taken:
+            from ldmcli.controlling import steering_of
+
+            with self.stopwatch.phase("weights"):
+                steering = steering_of(requests, canvases, taken, self.networks, self.stage)
         latents, done = start.latents, 0
         on_step(done, latents)
         for model, part in self._stages(taken, settings):
@@ -261,32 +265,6 @@ class Pipeline:
                         latents.copy_(start.kept.at(latents, taken[done] if done < len(taken) else None))
                     on_step(done, latents)
         return latents
-
-    def _steering(
-        self, requests: Sequence[FittedRequest], canvases: "Sequence[Canvas]", taken: Sequence[Step]
-    ) -> "Steering | None":
-        """What steers a pass; its networks are read where they are not there."""
-        from ldmcli.controlling import steering_of
-
-        with self.stopwatch.phase("weights"):
-            steering = steering_of(requests, canvases, taken, self._network, self.runtime.device)
-        # Features are computed before the steps, with the network on the device.
-        for part in steering.parts if steering else ():
-            self.stage.bring(part.network)
-            with self.stopwatch.phase("text"):
-                part.features  # noqa: B018
-        return steering
-
-    def _network(self, name: str) -> "Network":
-        found = self._networks.pop(name, None)
-        if found is None:
-            while len(self._networks) >= _KEPT_NETWORKS:
-                self.stage.forget(self._networks.pop(next(iter(self._networks))))
-            with torch.inference_mode(False):  # weights of that mode cannot be converted outside it
-                found = self.read_control(name).to(self.runtime.dtype)
-                self.stage.add(found)
-        self._networks[name] = found
-        return found
 
     def _enlarged(self, latents: Tensor, second: FittedRequest) -> Earlier:
         """What a first pass drew in the size of the second, whose settings are `second`'s."""
@@ -409,8 +387,7 @@ class Pipeline:
         for model in self.models:
             model.runtime = runtime
             model.unet.to(runtime.dtype)
-        for network in self._networks.values():
-            network.to(runtime.dtype)
+        self.networks.convert(runtime.dtype)
 
 
 def _as_it_is(prepared: Any) -> Any:

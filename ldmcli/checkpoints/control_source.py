@@ -3,6 +3,7 @@ for the model."""
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from ldmcli.checkpoints.key_map import disk_names
 from ldmcli.checkpoints.single_file import count_of, named_shape_errors, unet_from_shapes
 from ldmcli.checkpoints.source import PartSource, list_keys, open_part
 from ldmcli.config import AdapterConfig, ControlConfig, ModelConfig, UNetConfig
+from ldmcli.control import TYPES
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file
 
@@ -78,6 +80,26 @@ class ControlSource:
 def is_control_folder(path: Path) -> bool:
     """Whether a folder says that it is a network of this kind."""
     return os.path.isfile(path / "config.json") and str(Fields(path / "config.json").get("_class_name")) in _CLASSES
+
+
+def control_facts(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """What can be said of such a file or folder without its model, as JSON values. Raises as `open_control` does."""
+    files = tuple(open_part(path, NAME)) if os.path.isdir(path) else (open_weights(path, allow_pickle=allow_pickle),)
+    tensors = {key.removeprefix(PREFIX): tensor for file in files for key, tensor in file.tensors.items()}
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    width = next((shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
+    width = width or next((shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.down")), None)
+    levels = sum(bool(re.fullmatch(r"(zero_convs|controlnet_down_blocks)\.\d+\.(0\.)?weight", key)) for key in shapes)
+    types = shapes.get("task_embedding", ())
+    return {
+        "is": describe_single_file(shapes),
+        "family": None if width is None else CONTEXTS.get(width, f"text of {width} numbers a token"),
+        "residuals": levels + 1 if levels else None,
+        "types": sorted({name for name, number in TYPES.items() if number < types[0]}) if types else None,
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "dtype": ", ".join(sorted({tensor.dtype for tensor in tensors.values()})),
+        "tensors": len(shapes),
+    }
 
 
 def open_control(path: Path, model: ModelConfig, *, allow_pickle: bool = False) -> ControlSource:

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from ldmcli.cli.arguments import STDIN
 from ldmcli.cli.options import REQUEST_OPTIONS, expanded
+from ldmcli.control import CONTROL_FIELDS
 from ldmcli.errors import MissingInputError, printable
 from ldmcli.spec import ALPHA, HIRES_FIELDS, IMAGE_FIELDS, PICTURES
 
@@ -35,9 +36,10 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
         return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
     request, prompts = record["request"], context.params["prompts"]
-    found = {
-        name: request[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, "seed") if name in request
-    }
+    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *CONTROL_FIELDS, "seed")
+    found = {name: request[name] for name in names if name in request}
+    if given("control_net"):  # what is said of other networks is not for these
+        found = {name: value for name, value in found.items() if name not in CONTROL_FIELDS[2:]}
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
     found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
     found["model"] = record["model"]["path"] or None
@@ -52,6 +54,9 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     for name in PICTURES:
         if not given(name) and name in request and options[name] is not None:
             options[name] = _picture_again(name, options[name], record.get("inputs", {}).get(name))
+    for name in CONTROL_FIELDS[:2]:
+        if not given(name) and name in request:
+            options[name] = tuple(_steered_again(name, request[name], record.get("inputs", {})))
     if "hires_upscaler" in record.get("inputs", {}) and not given("hires_upscaler"):
         _compare_upscaler(options, record["inputs"]["hires_upscaler"])
 
@@ -63,12 +68,30 @@ def _picture_again(name: str, path: str, sha256: str | None) -> str:
     found = str(expanded(path))
     if path == STDIN or not os.path.exists(found):
         where = "standard input" if path == STDIN else f"{printable(path)}, which is not there"
-        raise MissingInputError(f"the picture was made with an {name} from {where}; give that with --{name}.")
+        option = name.replace("_", "-")
+        raise MissingInputError(f"the picture was made with an {option} from {where}; give that with --{option}.")
     from ldmcli.images.pixels import facts_of
 
     if facts_of(found).sha256 != sha256:
         _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
     return found
+
+
+def _steered_again(name: str, paths: Sequence[str], hashes: dict[str, str]) -> Iterator[str]:
+    """Where the networks are that steered a picture, or the pictures that they followed. Raises MissingInputError for a
+    picture that is not there any more; the hub may have a network."""
+    for i, path in enumerate(paths):
+        found, wanted = str(expanded(path)), hashes.get(f"{name}:{i}")
+        if name == "control_image":
+            yield _picture_again(name, path, wanted)
+            continue
+        if os.path.isfile(found) and wanted:
+            from ldmcli.disk.hashes import user_hashes
+
+            if user_hashes(enabled=True).sha256(Path(found)) != wanted:
+                shown = printable(found)
+                _log.warning("the network %s is not the one the picture was made with; it will differ", shown)
+        yield found if os.path.exists(found) else path
 
 
 def _compare_upscaler(options: dict[str, Any], sha256: str) -> None:

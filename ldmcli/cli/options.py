@@ -239,7 +239,8 @@ _CONTROL = (
 
 def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that the options give."""
-    settings = {name: options[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *CONTROL_FIELDS) if name in options}
+    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *CONTROL_FIELDS)
+    settings = {name: options[name] for name in names if name in options}
     if options["refiner"] and settings["refiner_start"] is None:
         settings["refiner_start"] = REFINER_START
     return settings

@@ -27,6 +27,7 @@ from ldmcli.speed.compiled import compiled
 from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
+from ldmcli.steering import Networks
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def load(
         decoder,
         read_encoder,
         read_upscaler,
-        functools.partial(_load_control, opened, runtime, stage),
+        Networks(functools.partial(_load_control, opened, runtime, stage), stage, runtime.dtype),
         refiner,
         stopwatch=stopwatch,
         stage=stage,

@@ -8,20 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldmcli.checkpoints.source import ModelSource, PartSource, embedded_model, open_model, with_prediction_type
+from ldmcli.checkpoints.source import (
+    ModelSource,
+    PartSource,
+    embedded_folder,
+    embedded_model,
+    open_model,
+    with_prediction_type,
+)
 from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
 from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
 from ldmcli.config import AdapterConfig, TinyVAEConfig, VAEConfig
-from ldmcli.control import CONTROL_FIELDS, INPAINT, TYPES, Control
+from ldmcli.control import CONTROL_FIELDS, EMBEDDED_CONTROL, INPAINT, TYPES, Control
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hires import LANCZOS, LATENT
-from ldmcli.hub.listing import find_adapter, find_model
+from ldmcli.hub.listing import find_adapter, find_here, find_model
 from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory
 
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
+_SILHOUETTE, _SILHOUETTE_FILE = "tiny-emoji-silhouette", "model.safetensors"  # what EMBEDDED_CONTROL stands for
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler")  # beside the model, what a picture depends on
 
 
@@ -223,7 +231,7 @@ class Opened:
             from ldmcli.checkpoints.control_source import open_control
 
             allow = self.spec.allow_pickle
-            self._controls[name] = open_control(find_model(name, half=False), self.model.config, allow_pickle=allow)
+            self._controls[name] = open_control(_control_path(name), self.model.config, allow_pickle=allow)
         return self._controls[name]
 
     def hires_upscaler(self, name: str) -> "UpscalerFile":
@@ -290,6 +298,13 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
     return Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None)
+
+
+def _control_path(name: str) -> Path:
+    """Where the network called `name` is: here, with this program, or on the hub."""
+    if name == EMBEDDED_CONTROL and find_here(name) is None:
+        return embedded_folder(_SILHOUETTE, _SILHOUETTE_FILE, "--control-net") / _SILHOUETTE_FILE
+    return find_model(name, half=False)
 
 
 def _checked_type(control: Control, source: "ControlSource", fitted: FittedRequest) -> Control:
