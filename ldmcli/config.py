@@ -60,8 +60,8 @@ class ControlConfig:
     hint_planes: int = 3
     hint_channels: tuple[int, ...] = (16, 32, 96, 256)
     types: int = 0
-    type_dim: int = 256
-    union_layers: int = 1
+    type_dim: int = 0
+    union_layers: int = 0
     pooled: bool = False
 
     @property

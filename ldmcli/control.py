@@ -133,6 +133,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _text(name: str, value: Any) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(value, str) or not value or "\0" in value or len(value) > 4096:
         raise UsageError(f"{name} {printable(repr(value))} is no name of a file.")
     try:
@@ -145,7 +146,7 @@ def _text(name: str, value: Any) -> str:
 def _image(name: str, value: Any) -> str | bytes:
     if isinstance(value, bytes) and value:
         return value
-    return _text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
+    return _text(name, value)
 
 
 def _number(most: float) -> Callable[[str, Any], float]:

@@ -53,10 +53,10 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     bring = Stage.bring
 
-    def noting(self: Stage, part: nn.Module) -> None:
+    def noting(self: Stage, part: nn.Module, *beside: nn.Module) -> None:
         if self.narrow and part is not self.present:
             found.append(type(part).__name__)
-        bring(self, part)
+        bring(self, part, *beside)
 
     monkeypatch.setattr(Stage, "bring", noting)
     return found

@@ -120,7 +120,8 @@ def test_residuals_are_added_at_every_skip_and_the_middle(unet: UNet) -> None:
     for place in range(len(skips) + 1):
         at_skips, at_middle = [skip.clone() for skip in zeros[0]], zeros[1].clone()
         [*at_skips, at_middle][place].add_(normal(*[*skips, shapes[0]][place]))
-        changed = controlled(model, lambda *_, r=Residuals(at_skips, at_middle): r)(latents, STEPS[1])  # type: ignore[misc]
+        more = Residuals(at_skips, at_middle)
+        changed = controlled(model, lambda *_, r=more: r)(latents, STEPS[1])  # type: ignore[misc]
         assert relative(changed, plain) > 1e-3
     with pytest.raises(ValueError, match="argument"):
         controlled(model, lambda *_: Residuals(zeros[0][:-1], zeros[1]))(latents, STEPS[1])

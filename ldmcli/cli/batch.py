@@ -177,7 +177,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     if devices is None and small and found:
         devices = ("cpu",) * max(1, min(available_cores(), found.images // _WORTH_A_PROCESS))
     if found:
-        steps = found.images * job.session.fit(job.spec.common).steps
+        steps = found.images * (job.spec.common.steps or job.session.config.defaults.steps)
         job.runtime = dataclasses.replace(job.spec.runtime, expected_steps=steps)
     context.exit(_run(job, found, _engine(job, devices, options), options))
 
