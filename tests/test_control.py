@@ -28,7 +28,7 @@ from ldmcli.checkpoints.source import ModelSource, open_model
 from ldmcli.config import UNetConfig
 from ldmcli.control import CONTROL_FIELDS, Control, read_control
 from ldmcli.errors import BadDataError, UsageError
-from ldmcli.images.canny import canny
+from ldmcli.images.edges import canny
 from ldmcli.images.metadata import read_parameters, read_record
 from ldmcli.networks.control_net import ControlNet
 from ldmcli.pipeline import Pipeline

@@ -45,7 +45,7 @@ def canny(image: str, output: str, as_json: bool, **options: Any) -> None:
     import numpy as np
     from PIL import Image
 
-    from ldmcli.images.canny import canny as edges_of
+    from ldmcli.images.edges import canny as edges_of
     from ldmcli.images.encode import encode_image
     from ldmcli.images.pixels import on_white, read_picture
 

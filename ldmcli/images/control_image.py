@@ -5,8 +5,8 @@ from PIL import Image
 
 from ldmcli.control import INPAINT, TYPES, Control
 from ldmcli.fitting import FittedRequest
-from ldmcli.images.canny import canny
 from ldmcli.images.canvas import Canvas, resized
+from ldmcli.images.edges import canny
 from ldmcli.images.pixels import on_white, read_picture
 
 

@@ -1,5 +1,6 @@
 """Pictures steered by control networks and T2I-Adapters are diffusers': latents of every step, and pixels."""
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import load, open_session
 from oracle.comparing import diffusers_scheduler, fitted, pixels_apart, relative
 from oracle.family_models import FamilyModels
 from oracle.random_model import random_pipeline, randomise, save
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldmcli.control import CONTROL_FIELDS
@@ -202,6 +204,34 @@ def test_one_network(networks: Networks, pictures: list[Path], model: str, setti
     ]
     given = {"controlnet": network, "image": opened(*pictures[:2])}
     assert_same(ours, requests, draw_theirs(reference, "ControlNet", requests, **given, **theirs))
+
+
+def test_a_lora_is_merged_beneath_the_network(
+    networks: Networks, pictures: list[Path], model_folder: Path, tmp_path: Path
+) -> None:
+    _, reference = networks.pair("sd1")
+    network, path = networks.network("sd1", "net")
+    unet = copy.deepcopy(reference.unet)
+    weight = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight
+    generator = torch.Generator().manual_seed(1)
+    down, up = (
+        torch.randn(4, weight.shape[1], generator=generator),
+        torch.randn(weight.shape[0], 4, generator=generator),
+    )
+    with torch.no_grad():
+        weight += 0.5 * up @ down
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "lora.safetensors")
+    requests = requests_for(
+        1, control_net=str(path), control_image=str(pictures[0]), loras=f"{tmp_path}/lora.safetensors:0.5"
+    )
+    with mock.patch.object(reference, "unet", unet):
+        theirs, their_pixels = draw_theirs(
+            reference, "ControlNet", requests, controlnet=network, image=opened(pictures[0])
+        )
+    (picture,) = open_session(model_folder).draw(requests)
+    assert pixels_apart(picture.pixels()[None], their_pixels) <= 1
+    assert relative(picture.latents, theirs[-1]) < TOLERANCE
 
 
 def test_a_network_of_version_2(networks: Networks, pictures: list[Path]) -> None:
