@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle.comparing import fitted, relative
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
@@ -423,6 +424,10 @@ def test_a_picture_whose_network_is_gone_or_changed(tiny_net: Path, picture: Pat
     said = ldm_here("txt2img", "--from-image", tmp_path / "a.png", "-o", tmp_path / "b.png").err
     assert "control_image" in said
     assert "not the one the picture was made with" in said
+    save_file({key: tensor + 1 for key, tensor in load_file(net).items()}, net)
+    hint.write_bytes(picture.read_bytes())
+    said = ldm_here("txt2img", "--from-image", tmp_path / "a.png", "-o", tmp_path / "b2.png").err
+    assert f"the network {net} is not the one the picture was made with" in said
     hint.unlink()
     result = ldm_here("txt2img", "--from-image", tmp_path / "a.png", "-o", tmp_path / "c.png")
     assert_refused(result, 66, "control-image")

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -14,6 +14,9 @@ from ldmcli.cli.options import REQUEST_OPTIONS, expanded
 from ldmcli.control import CONTROL_FIELDS
 from ldmcli.errors import MissingInputError, printable
 from ldmcli.spec import ALPHA, HIRES_FIELDS, IMAGE_FIELDS, PICTURES
+
+if TYPE_CHECKING:
+    from ldmcli.fitting import FittedRequest
 
 _log = logging.getLogger(__name__)
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
@@ -84,14 +87,18 @@ def _steered_again(name: str, paths: Sequence[str], hashes: dict[str, str]) -> I
         found, wanted = str(expanded(path)), hashes.get(f"{name}:{i}")
         if name == "control_image":
             yield _picture_again(name, path, wanted)
-            continue
-        if os.path.isfile(found) and wanted:
-            from ldmcli.disk.hashes import user_hashes
+        else:
+            yield found if os.path.exists(found) else path
 
-            if user_hashes(enabled=True).sha256(Path(found)) != wanted:
-                shown = printable(found)
-                _log.warning("the network %s is not the one the picture was made with; it will differ", shown)
-        yield found if os.path.exists(found) else path
+
+def compare_networks(record: dict[str, Any], fitted: "FittedRequest") -> None:
+    """Say so where a network of the same name is another than steered the picture."""
+    names = zip(record["request"].get("control_net", ()), fitted.recorded.control_net, strict=False)
+    before, now = record.get("inputs", {}), dict(fitted.inputs)
+    for i, (one, other) in enumerate(names):
+        key = f"control_net:{i}"
+        if str(expanded(one)) == str(expanded(other)) and key in before and before[key] != now.get(key):
+            _log.warning("the network %s is not the one the picture was made with; it will differ", printable(other))
 
 
 def _compare_upscaler(options: dict[str, Any], sha256: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from ldmcli.cli.again import read_again, take_over
+from ldmcli.cli.again import compare_networks, read_again, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
 from ldmcli.cli.options import (
     DrawingCommand,
@@ -118,6 +118,8 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     if first is None:
         _log.info("0 prompts on standard input, nothing to draw")
         return
+    if record:
+        compare_networks(record, first)
     output = open_output(
         options["output"],
         encoding,

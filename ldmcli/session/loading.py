@@ -60,6 +60,8 @@ def load(
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
         encodes = any(request.encodes or opened.model.config.unet.extra_channels for request in first)
         vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
+        networks = Networks(functools.partial(_load_control, opened, runtime, stage), stage, runtime.dtype)
+        steering = in_background(lambda: _read_networks(networks, first), "read what steers")
         prompts = []
         for source, _ in reading:
             with stopwatch.phase("weights"):
@@ -77,6 +79,7 @@ def load(
             ]
             decoder = runtime.prepare(vae.result())
             stage.add(decoder)
+            steering.result()
     refiner = models[1] if opened.refiner else None
     read_upscaler = functools.lru_cache(1)(functools.partial(_load_upscaler, opened, runtime))
     pipeline = Pipeline(
@@ -85,7 +88,7 @@ def load(
         decoder,
         read_encoder,
         read_upscaler,
-        Networks(functools.partial(_load_control, opened, runtime, stage), stage, runtime.dtype),
+        networks,
         refiner,
         stopwatch=stopwatch,
         stage=stage,
@@ -168,6 +171,13 @@ def _load_control(opened: Opened, runtime: Runtime, stage: Stage, name: str) -> 
 
     source = opened.control(name)
     return runtime.prepare(load_control(source, opened.model.part("unet"), stage.home, runtime.dtype))
+
+
+def _read_networks(networks: Networks, first: Sequence[FittedRequest]) -> None:
+    torch.set_num_threads(1)
+    for name in dict.fromkeys(control.net for request in first for control in request.controls):
+        with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
+            networks.named(name)
 
 
 def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:
