@@ -18,7 +18,7 @@ from graph_support import FakeRecorder, load_plainly, recording
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle.comparing import fitted, relative
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -502,3 +502,22 @@ def test_python(tiny_net: Path, picture: Path) -> None:
     )
     with Session(ModelSpec(str(tiny_model())), RuntimeSpec("cpu", "fp32")) as session:
         assert next(iter(session.draw([request]))).pixels().shape == (32, 32, 3)
+
+
+def test_the_embedded_network_brings_things_to_its_silhouette(tmp_path: Path) -> None:
+    """Two corners of the picture: what is drawn stands where the silhouette does."""
+    found = []
+    for name, box in (("low", (2, 26, 36, 60)), ("high", (28, 4, 62, 38))):
+        hint = Image.new("L", (64, 64))
+        ImageDraw.Draw(hint).ellipse(box, fill=255)
+        hint.save(tmp_path / f"{name}.png")
+        request = GenerationRequest(
+            "an orange on a blue background", seed=3, steps=10, control_net="silhouette",
+            control_image=str(tmp_path / f"{name}.png"),
+        )  # fmt: skip
+        with Session(ModelSpec(), RuntimeSpec("cpu", "fp32")) as session:
+            drawn = next(iter(session.draw([request]))).pixels().astype(int)
+        fruit = drawn[..., 0] > drawn[..., 2]  # more red than blue
+        inside = np.asarray(hint) > 127
+        found.append((fruit & inside).sum() / (fruit | inside).sum())
+    assert min(found) > 0.7
