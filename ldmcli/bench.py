@@ -267,7 +267,7 @@ def work(config: "ModelConfig", width: int, height: int, samples: int) -> tuple[
         with FlopCounterMode(display=False) as step:
             unet(latents, time_embedding, keys_values)
         with FlopCounterMode(display=False) as decoding:
-            vae.decode(latents[:1])
+            vae.decode(latents[:1, : config.vae.latent_channels])
     counts = step.get_flop_counts()["Global"]
     convolution, attention = (counts.get(op, 0) for op in (torch.ops.aten.convolution, torch.ops.aten.bmm))
     products = step.get_total_flops() - convolution - attention

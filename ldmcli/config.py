@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Schedules that place noise levels, and need no training step each.
+RESPACED = ("karras", "exponential", "beta", "normal", "sgm_uniform", "simple", "ays")
 UNDECIDED = "undecided"  # a prediction type that only the network itself can tell
 
 
@@ -35,9 +37,11 @@ class UNetConfig:
     guidance_dim: int | None = None  # sinusoids of the guidance scale, for models distilled to read it (LCM)
 
     @property
-    def extra_channels(self) -> int:
-        """How many input channels it reads behind the latents: 5 for inpainting, a mask and the rest's latents."""
-        return self.in_channels - self.out_channels
+    def reads(self) -> str:
+        """What it reads in input channels behind the latents: "" nothing; "mask" a mask and the latents of the rest, to
+        inpaint; "image" the latents of a picture, to edit it; "depth" a depth map; "unknown" something else."""
+        kinds = {0: "", self.out_channels + 1: "mask", self.out_channels: "image", 1: "depth"}
+        return kinds.get(self.in_channels - self.out_channels, "unknown")
 
     @property
     def skip_channels(self) -> tuple[int, ...]:
@@ -190,7 +194,7 @@ class ScheduleConfig:
     "beta"; "log" takes the whole schedule's, evenly in the logarithm), `sigma_min` and `sigma_max` being other ends; a
     run ends without noise, or at the first training step's level where not `ends_clean`. `lower_order_final` and
     `euler_at_final` lower a multistep solver's order in the last steps. Where `refused` says why, no run can be made;
-    `note` is what a user should know of one.
+    `note` is what a user should know of one. `xl`: of Stable Diffusion XL, whose steps of "ays" sit elsewhere.
     `variants` are the schedules of the samplers, by name, that read the model's configuration otherwise.
     """
 
@@ -215,6 +219,7 @@ class ScheduleConfig:
     walk: Walk = Walk()
     refused: str = ""
     note: str = ""
+    xl: bool = False
     variants: "tuple[tuple[str, ScheduleConfig], ...]" = ()
 
     @property
@@ -225,7 +230,7 @@ class ScheduleConfig:
     def of(self, sampler: str) -> "ScheduleConfig":
         """The schedule as the sampler of this name reads it."""
         own = next((schedule for name, schedule in self.variants if name == sampler), None)
-        return self if own is None else dataclasses.replace(own, prediction_type=self.prediction_type)
+        return self if own is None else dataclasses.replace(own, prediction_type=self.prediction_type, xl=self.xl)
 
     def timesteps(self, steps: int, grid: str = "ddim", spacing: str | None = None) -> list[float] | None:
         """Where `steps` sampling steps sit, noisiest first; None where they do not fit. `spacing`: the model's own, if
@@ -245,9 +250,9 @@ class ScheduleConfig:
     def fits(self, steps: int, grid: str = "ddim", spacing: str | None = None) -> bool:
         """Whether so many steps can be taken. Respaced noise levels need no training step each."""
         spacing, _, sigmas = (spacing or self.spacing).partition(" ")
-        if grid == "lcm" or not (sigmas or spacing == "karras"):
+        if grid == "lcm" or not (sigmas or spacing in RESPACED):
             return self.timesteps(steps, grid, spacing) is not None
-        whole = grid == "dpm" or spacing == "karras"  # they lie between the schedule's own ends
+        whole = grid == "dpm" or spacing in RESPACED  # they lie between the schedule's own ends
         return 1 <= steps <= self.training_steps > 1 and (whole or self.timesteps(steps, grid, spacing) is not None)
 
     def _spaced(self, steps: int, grid: str, spacing: str) -> list[float]:

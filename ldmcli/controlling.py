@@ -96,15 +96,15 @@ class Steering:
             if part.positive_only and positive is None:
                 continue
             alone = part.positive_only and negative is not None
-            own, halves = (positive, 1) if alone else (both, 1 + (negative is not None and positive is not None))
+            groups = len(both.context) // len(part.pictures)  # of all pictures each: negative prompts', and prompts'
+            own = positive if alone else both
             assert own is not None
-            features = [torch.cat([each] * halves) for each in part.features]
+            features = [torch.cat([each] * (1 if alone else groups)) for each in part.features]
             if isinstance(part.network, ControlNet):
-                compute = _net(part, part.network, own, features, steps, hold)
-                compute = _weighted(compute, part)
+                compute = _weighted(_net(part, part.network, own, features, steps, hold), part)
             else:
                 compute = _maps(part, features, hold)
-            found.append((part, _behind_zeros(compute) if alone else compute))
+            found.append((part, _behind_zeros(compute, groups) if alone else compute))
         return functools.partial(_sum, found)
 
 
@@ -136,13 +136,13 @@ def _maps(part: Steered, features: list[Tensor], hold: Hold) -> _Part:
     return lambda latents, step: list(held)  # type: ignore[call-overload]
 
 
-def _behind_zeros(compute: _Part) -> _Part:
-    """Of a batch with negative prompts before as many others, what is computed of the latter alone; the former get
-    nothing."""
+def _behind_zeros(compute: _Part, groups: int) -> _Part:
+    """Of a batch of so many groups, the last the prompts' and the others negative prompts', what is computed of the
+    last alone; the others get nothing."""
 
     def run(latents: Tensor, step: Step) -> list[Tensor]:
-        found = compute(latents.chunk(2)[1], step)
-        return [torch.cat([torch.zeros_like(each), each]) for each in found]
+        found = compute(latents.chunk(groups)[-1], step)
+        return [torch.cat([*[torch.zeros_like(each)] * (groups - 1), each]) for each in found]
 
     return run
 

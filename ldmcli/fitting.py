@@ -9,7 +9,7 @@ from ldmcli.config import ModelConfig
 from ldmcli.control import CONTROL_FIELDS, Control, controls_of
 from ldmcli.errors import UsageError
 from ldmcli.sampling.catalogue import check_fit, sampler_named
-from ldmcli.spec import HIRES_FIELDS, PICTURES, STRENGTH, GenerationRequest, LoRA
+from ldmcli.spec import HIRES_FIELDS, IMAGE_GUIDANCE, PICTURES, STRENGTH, GenerationRequest, LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,10 @@ class FittedRequest:
     `refiner_start` 1 where no refiner takes over. `loras` are all that are merged, those that the prompt names too,
     and `prompt` is without them. `recorded` is what pictures and manifests keep: the request with the model's own size,
     sampler, steps and guidance, where its LoRAs were found, and nothing else filled in. `steps_taken`
-    is how many of the steps are taken: the last ones, which begin at the noise that `strength` asks for. `controls` are
-    the networks that steer, those of strength 0 left out. `inputs` are the SHA-256 of the pictures, the upscaler and
-    the networks that it names, by field; by field:NUMBER where there may be several.
+    is how many of the steps are taken: the last ones, which begin at the noise that `strength` asks for. `model_reads`
+    is what the model reads beside the latents, as in UNetConfig, and `image_guidance_scale` 1 where that is no picture.
+    `controls` are the networks that steer, those of strength 0 left out. `inputs` are the SHA-256 of the pictures, the
+    upscaler and the networks that it names, by field; by field:NUMBER where there may be several.
     """
 
     recorded: GenerationRequest
@@ -51,6 +52,8 @@ class FittedRequest:
     image: str | bytes | None
     strength: float
     resize: str
+    image_guidance_scale: float
+    depth: str | bytes | None
     mask: str | bytes | None
     invert_mask: bool
     mask_blur: float
@@ -63,6 +66,7 @@ class FittedRequest:
     hires_steps: int
     hires_upscaler: str
     steps_taken: int
+    model_reads: str
     controls: tuple[Control, ...] = ()
     inputs: tuple[tuple[str, str], ...] = ()
 
@@ -75,8 +79,10 @@ class FittedRequest:
 
     @property
     def reads_image(self) -> bool:
-        """Whether the picture bears on the result; with strength 1 and without a mask it does not."""
-        return self.image is not None and (self.strength < 1 or self.mask is not None)
+        """Whether the picture bears on the result; with strength 1, of a model that reads no more than latents, and
+        without a mask it does not."""
+        read = self.strength < 1 or self.mask is not None or self.model_reads in ("image", "depth")
+        return self.image is not None and read
 
     @property
     def passes(self) -> "tuple[FittedRequest, ...]":
@@ -142,14 +148,20 @@ def fit_to_model(
     height = usual[1] if request.height is None else request.height
     _check_size("size", width, height, multiple)
     defaults = config.defaults
+    _check_inputs(request, config.unet.reads)
     own: dict[str, Any] = {
         "width": width,
         "height": height,
         "sampler": defaults.sampler if request.sampler is None else request.sampler,
         "steps": defaults.steps if request.steps is None else request.steps,
         "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        "strength": _strength(request, request.steps or defaults.steps),
     }
+    if config.unet.reads == "image":
+        usual_scale = None if own["guidance_scale"] == 1 else IMAGE_GUIDANCE  # unguided, it would change nothing
+        asked = request.image_guidance_scale
+        own["image_guidance_scale"] = usual_scale if asked is None else asked
+    else:
+        own["strength"] = _strength(request, own["steps"])
     own |= _second_pass(request, own["steps"])
     recorded = dataclasses.replace(request, **own)
     sampler = sampler_named(own["sampler"])
@@ -167,7 +179,7 @@ def fit_to_model(
         raise UsageError(
             f"clip_skip {request.clip_skip} does not fit the model, whose text encoder has {shallowest} layers for it."
         )
-    strength = 1.0 if own["strength"] is None else own["strength"]
+    strength = 1.0 if recorded.strength is None else recorded.strength
     filled = own | {
         "schedule": sampler.spacing(config.schedule, request.schedule),
         "guidance_interval": request.guidance_interval or (0.0, math.inf),
@@ -176,6 +188,8 @@ def fit_to_model(
         "refiner_start": 1.0 if request.refiner_start is None else request.refiner_start,
         "strength": strength,
         "steps_taken": int(own["steps"] * strength),
+        "image_guidance_scale": 1.0 if recorded.image_guidance_scale is None else recorded.image_guidance_scale,
+        "model_reads": config.unet.reads,
         "hires_strength": own.get("hires_strength", 0.0),
         "hires_steps": own.get("hires_steps", 0),
         "hires_upscaler": own.get("hires_upscaler", ""),
@@ -207,6 +221,27 @@ def _second_pass(request: GenerationRequest, steps: int) -> dict[str, Any]:
     usual = {"hires_strength": hires.STRENGTH, "hires_steps": steps, "hires_upscaler": hires.LATENT}
     given = {name: getattr(request, name) for name in usual}
     return {name: usual[name] if value is None else value for name, value in given.items()}
+
+
+def _check_inputs(request: GenerationRequest, reads: str) -> None:
+    """Raise UsageError where the model lacks what it `reads`, as in UNetConfig, or is given what it does not."""
+    if reads == "image":
+        if request.image is None:
+            raise UsageError("the model edits pictures; give it one, as --image of `ldm img2img`.")
+        for name in ("strength", "mask"):
+            if getattr(request, name) is not None:
+                raise UsageError(f"{name} is not for a model that edits pictures by words; leave it out.")
+    elif request.image_guidance_scale is not None:
+        raise UsageError("image_guidance_scale is for a model that edits pictures by words (InstructPix2Pix), and this "
+                         "is none; leave it out.")  # fmt: skip
+    if reads == "depth":
+        if request.image is None or request.depth is None:
+            raise UsageError("the model draws on a picture and its depth map; give both, as --image and --depth of "
+                             "`ldm img2img`.")  # fmt: skip
+    elif request.depth is not None:
+        raise UsageError("depth is for a model that reads depth maps, and this does not; leave it out.")
+    if reads in ("image", "depth") and request.hires is not None:
+        raise UsageError("hires is not for a model that edits pictures or reads depth maps; enlarge with --upscale.")
 
 
 def _strength(request: GenerationRequest, steps: int) -> float | None:

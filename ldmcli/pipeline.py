@@ -17,13 +17,21 @@ from ldmcli.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels
 from ldmcli.errors import NotFiniteError
 from ldmcli.fitting import FittedRequest
 from ldmcli.hires import LATENT
-from ldmcli.networks.inputs import Conditioning, joined
+from ldmcli.networks.inputs import Conditioning, joined, without_channels
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.tiling import decode_tiled, encode_tiled
 from ldmcli.networks.unet import UNet
-from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.networks.vae import AutoencoderKL, DiagonalGaussian
 from ldmcli.sampling.denoiser import Denoiser, Model, predicting
-from ldmcli.sampling.guidance import controlled, guided, in_interval, paired, with_channels, within
+from ldmcli.sampling.guidance import (
+    controlled,
+    guided,
+    guided_on_image,
+    in_interval,
+    paired,
+    with_channels,
+    within,
+)
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
@@ -95,10 +103,10 @@ class DiffusionModel:
         steering: "Steering | None" = None,
     ) -> Denoiser:
         """The denoiser of a batch of requests that agree in all but prompts, seed and pictures, for latents of this
-        batch, behind which it joins `channels`, steered by `steering`; what does not depend on the latents is computed
-        here, once. `steps` are those of the whole run."""
+        batch, behind which it joins `channels` if it reads any, steered by `steering`; what does not depend on the
+        latents is computed here, once. `steps` are those of the whole run."""
         found = pairs(self.config, self.prompts, requests)
-        if channels is not None:
+        if channels is not None and self.config.unet.reads:
             found = [
                 (dataclasses.replace(one, channels=own), dataclasses.replace(other, channels=own))
                 for (one, other), own in zip(found, channels.split(1), strict=True)
@@ -121,18 +129,22 @@ class DiffusionModel:
     ) -> Model:
         """The wrappers around the prepared network, the outermost last."""
         scale, rescale, interval = settings.guidance_scale, settings.guidance_rescale, settings.guidance_interval
+        image_scale = settings.image_guidance_scale
         if self.graphs:
             self.graphs.begin(calls=len(steps))
         prepared = functools.partial(self._prepared, steps=steps, scale=scale, steering=steering)
         is_pair = is_guided(self.config, settings)
+        edits = is_pair and image_scale != 1 and self.config.unet.reads == "image"
+        if edits:
+            negative = [*map(without_channels, negative), *negative]
         if not is_pair:
             model = prepared([], positive)
         elif negative[0].context.shape == positive[0].context.shape:
             model = prepared(negative, positive)
         else:
-            model = paired(prepared(negative, []), prepared([], positive))
+            model = paired(prepared(negative, []), prepared([], positive), len(positive))
         if is_pair:
-            model = guided(model, scale, rescale)
+            model = guided_on_image(model, scale, image_scale, rescale) if edits else guided(model, scale, rescale)
             if interval != _ALWAYS:
                 model = in_interval(interval, model, prepared([], positive))
         if self.graphs is None:
@@ -141,7 +153,7 @@ class DiffusionModel:
         def form(step: Step) -> tuple[object, ...]:
             return is_pair and within(interval, step), steering and steering.form(step)
 
-        return recorded(model, self.graphs, key=(scale, rescale, steering and steering.key), form=form)
+        return recorded(model, self.graphs, key=(scale, rescale, image_scale, steering and steering.key), form=form)
 
     def _prepared(
         self,
@@ -237,7 +249,7 @@ class Pipeline:
         shape = channels, settings.height // factor, settings.width // factor
         noise = SeededNoise([request.seed for request in requests], shape, self.runtime.device)
         scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
-        starter = Starter(self._encoded, self.config.unet.extra_channels > 0, self.runtime.device)
+        starter = Starter(self._encoded, self._modes, self.runtime.device)
         start = starter.start(settings, canvases, noise, taken, scale, earlier)
         steering = None
         if settings.controls and taken:
@@ -287,6 +299,16 @@ class Pipeline:
 
     def _encoded(self, pictures: Tensor, noise: Tensor) -> Tensor:
         """The latents of pictures (batch, 3, height, width) in -1…1 that `noise` stands for in their posteriors."""
+        drawn = [each.at(own) for each, own in zip(self._posteriors(pictures), noise.split(1), strict=True)]
+        assert self._encoder is not None
+        return self._encoder.config.scaled(torch.cat(drawn))
+
+    def _modes(self, pictures: Tensor) -> Tensor:
+        """The likeliest latents of pictures, as the autoencoder has them: not scaled."""
+        return torch.cat([each.mean for each in self._posteriors(pictures)])
+
+    def _posteriors(self, pictures: Tensor) -> "list[DiagonalGaussian]":
+        """What the autoencoder makes of pictures (batch, 3, height, width) in -1…1: one at a time, as in decoding."""
         if self._encoder is None:
             with torch.inference_mode(False):  # weights of that mode cannot be converted outside it
                 self.take_encoder(self.read_encoder())
@@ -296,12 +318,7 @@ class Pipeline:
         dtype = next(encoder.parameters()).dtype
         encode = functools.partial(encode_tiled, encoder) if self.tile_vae else encoder.encode
         with self.stopwatch.phase("vae"):
-            # One at a time, as they are decoded.
-            found = [
-                encode(one.to(dtype, memory_format=torch.channels_last)).at(own)
-                for one, own in zip(pictures.split(1), noise.split(1), strict=True)
-            ]
-        return encoder.config.scaled(torch.cat(found))
+            return [encode(one.to(dtype, memory_format=torch.channels_last)) for one in pictures.split(1)]
 
     def take_encoder(self, encoder: AutoencoderKL) -> None:
         """Read pictures with this half of an autoencoder from now on."""

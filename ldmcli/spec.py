@@ -14,6 +14,7 @@ from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import check_spacing, sampler_named
+from ldmcli.sampling.names import sampler_of, schedule_of
 
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 999
@@ -29,12 +30,13 @@ REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' cho
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
-PICTURES = ("image", "mask")  # fields that name a picture
+PICTURES = ("image", "mask", "depth")  # fields that name a picture
 # Fields that only a mask gives a meaning, and all that say what is drawn on, and how.
 MASK_FIELDS = ("invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding", "paste_back")
-IMAGE_FIELDS = (*PICTURES, "strength", "resize", *MASK_FIELDS)
+IMAGE_FIELDS = (*PICTURES, "strength", "resize", "image_guidance_scale", *MASK_FIELDS)
 HIRES_FIELDS = ("hires", "hires_strength", "hires_steps", "hires_upscaler")
 STRENGTH = 0.75  # how much of a given picture is drawn anew unless asked
+IMAGE_GUIDANCE = 1.5  # how closely an edited picture is kept to unless asked: InstructPix2Pix's authors' choice
 RESIZES = ("stretch", "crop", "fill")
 MASKED_CONTENTS = ("original", "fill", "noise", "zero")
 INPAINT_AREAS = ("whole", "masked")
@@ -118,6 +120,9 @@ class GenerationRequest:
     `masked_content` is what repainting starts from. `inpaint_area` "masked" draws the mask's surroundings,
     `mask_padding` pixels of them, at the full size. `paste_back` leaves all else of the picture as it was.
 
+    `depth`, a path or bytes too, is the picture's depth map for models that read one, nearer being brighter.
+    `image_guidance_scale` is how closely models that edit pictures by words keep to the picture.
+
     `hires`, a scale or WIDTHxHEIGHT, enlarges what is drawn and draws `hires_strength` of it anew, in `hires_steps`.
     `hires_upscaler` is "latent", "lanczos", "embedded" or an upscaler's file.
 
@@ -153,6 +158,8 @@ class GenerationRequest:
     image: str | bytes | None = None
     strength: float | None = None
     resize: str = "stretch"
+    image_guidance_scale: float | None = None
+    depth: str | bytes | None = None
     mask: str | bytes | None = None
     invert_mask: bool = False
     mask_blur: float = 0.0
@@ -186,8 +193,9 @@ class GenerationRequest:
         _check_choice("on_long_prompt", self.on_long_prompt, LONG_PROMPTS)
         if self.steps is not None:
             _check_whole("steps", self.steps, 1, MAX_STEPS)
-        if self.guidance_scale is not None:
-            _check_number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
+        for name in ("guidance_scale", "image_guidance_scale"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), 0.0, MAX_GUIDANCE)
         if self.refiner_start is not None:
             _check_number("refiner_start", self.refiner_start, 0.0, 1.0)
         for name in ("width", "height", "original_width", "original_height"):
@@ -207,8 +215,16 @@ class GenerationRequest:
         self._check_hires()
 
     def _check_sampler(self) -> None:
+        """Sampler and schedule by the names they have here; both take those of other programs."""
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", schedule_of(self.schedule) or self.schedule)
         if self.sampler is None:
             return
+        if isinstance(self.sampler, str) and (named := sampler_of(self.sampler)):
+            if None not in (named[1], self.schedule) and named[1] != self.schedule:
+                raise UsageError(f"sampler {printable(self.sampler)} says its schedule; leave out {self.schedule}.")
+            object.__setattr__(self, "sampler", named[0])
+            object.__setattr__(self, "schedule", self.schedule or named[1])
         sampler = sampler_named(self.sampler)
         check_spacing(sampler, self.schedule)
         if self.eta != 0 and not sampler.takes_eta:
@@ -332,8 +348,10 @@ def _picture(name: str, value: Any) -> str | bytes:
         value = os.fspath(value)
     if isinstance(value, bytes) and value:
         return value
-    if not isinstance(value, str) or not value:
-        raise UsageError(f"{name} must be a path or a picture file's bytes, not {type(value).__name__} or empty.")
+    if not value:
+        raise UsageError(f"{name} is empty; name a picture file.")
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be a path or a picture file's bytes, not {type(value).__name__}.")
     _check_text(name, value)
     return value
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldmcli.errors import BadDataError
 from ldmcli.fitting import FittedRequest
 from ldmcli.sampling.inpainting import Kept, noised
 from ldmcli.sampling.noise import SeededNoise, to_device
@@ -29,11 +30,11 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Starter:
-    """Makes starts for a model that `inpaints`, reading masked latents, or not. `encode` gives the latents of pictures
-    (batch, 3, height, width) in -1…1 that a noise stands for in their posteriors."""
+    """Makes starts. `encode` gives the latents of pictures (batch, 3, height, width) in -1…1 that a noise stands for in
+    their posteriors, and `modes` the likeliest ones, not scaled."""
 
     encode: Callable[[Tensor, Tensor], Tensor]
-    inpaints: bool
+    modes: Callable[[Tensor], Tensor]
     device: torch.device
 
     def start(
@@ -47,18 +48,24 @@ class Starter:
     ) -> Start:
         """What the first of the steps to be taken starts from. Each image's generator draws, as in diffusers, the noise
         of its picture's posterior, that of the start, and that of the posterior of what is not masked, read or not."""
-        if not canvases and not self.inpaints and earlier is None:
+        reads = settings.model_reads
+        if not canvases and reads != "mask" and earlier is None:
             return Start(noise() * scale)
         pictures = self._pictures(canvases)
+        if reads == "image":
+            assert pictures is not None
+            return Start(noise() * scale, self.modes(pictures))
         strong = settings.strength == 1 and earlier is None
         image = earlier(noise) if earlier else None
-        if pictures is not None and not (self.inpaints and strong):
+        if pictures is not None and (not strong or (settings.mask is not None and reads != "mask")):
             image = self.encode(pictures, noise())
         fresh = noise()
         latents = fresh * scale
-        if settings.mask is None and not self.inpaints:
-            assert image is not None
-            return Start(noised(image, fresh, taken[0]) if taken else image)
+        depth = self._depths(canvases, fresh) if reads == "depth" else None
+        if settings.mask is None and reads != "mask":
+            if image is not None:
+                latents = noised(image, fresh, taken[0]) if taken else image
+            return Start(latents, depth)
         beside = noise()
         masks = self._masks(settings, canvases, len(fresh))
         factor = settings.height // fresh.shape[2]
@@ -69,9 +76,9 @@ class Starter:
                 new = noise() if settings.masked_content == "noise" else torch.zeros_like(image)
                 content = (1 - small) * image + small * new
             latents = noised(content, fresh, taken[0]) if taken else content
-        if not self.inpaints:
+        if reads != "mask":
             assert image is not None
-            return Start(latents, kept=Kept(image, fresh, small))
+            return Start(latents, depth, Kept(image, fresh, small))
         unmasked = torch.zeros_like(masks).expand(-1, 3, -1, -1) if pictures is None else pictures * (1 - masks)
         return Start(latents, torch.cat([small, self.encode(unmasked, beside)], dim=1))
 
@@ -88,6 +95,18 @@ class Starter:
             return torch.ones(count, 1, settings.height, settings.width, device=self.device)
         masks = torch.stack([torch.tensor(canvas.mask)[None] for canvas in canvases])
         return to_device(masks.to(torch.float32), self.device)
+
+    def _depths(self, canvases: "Sequence[Canvas]", latents: Tensor) -> Tensor:
+        """Depth maps (batch, 1, height, width) of the latents' size, each from -1 to 1."""
+        found = []
+        for canvas in canvases:
+            depth = torch.tensor(canvas.depth)[None, None]
+            depth = torch.nn.functional.interpolate(depth, latents.shape[2:], mode="bicubic", align_corners=False)
+            low, high = depth.aminmax()
+            if low == high:  # of a large map that is flat but for a few pixels
+                raise BadDataError("the depth map is the same everywhere, but for less than a latent.")
+            found.append(2 * (depth - low) / (high - low) - 1)
+        return to_device(torch.cat(found), self.device)
 
 
 def as_image(pixels: Tensor) -> Tensor:

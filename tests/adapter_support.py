@@ -1,6 +1,7 @@
 """Small networks to adapt, adapters as files, and the names that every writer of them gives a model's modules."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from oracle.compvis_layout import unet_state
 from oracle.random_model import randomise
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldmcli.config import TextEncoderConfig, UNetConfig
@@ -59,6 +61,25 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, dict(metadata or {}))
     return path
+
+
+def lora_for(folder: Path, path: Path, *, seed: int = 0, size: float = 0.3, alias: str = "") -> Path:
+    """A LoRA of rank 2 in sd-scripts' names, of every projection of queries in a model folder."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for part, prefix in (("unet", "lora_unet_"), ("text_encoder", "lora_te_")):
+        (weights,) = (folder / part).glob("*.safetensors")
+        with safe_open(weights, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        for key, (rows, columns) in ((k, s) for k, s in shapes.items() if k.endswith(("to_q.weight", "q_proj.weight"))):
+            name = prefix + key.removesuffix(".weight").replace(".", "_")
+            tensors[f"{name}.lora_down.weight"] = size * torch.randn(2, columns, generator=generator)
+            tensors[f"{name}.lora_up.weight"] = size * torch.randn(rows, 2, generator=generator)
+            tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    metadata = {"ss_tag_frequency": json.dumps({"10_x": {"glow toy": 3}})} | (
+        {"ss_output_name": alias} if alias else {}
+    )
+    return write(path, tensors, metadata)
 
 
 def noise(*shape: int, seed: int = 1, scale: float = 0.2) -> Tensor:

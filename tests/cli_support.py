@@ -264,6 +264,12 @@ def tiny_model() -> Path:
     return make_model(_scratch() / "tiny", _UNET, _VAE, _TEXT)
 
 
+@functools.cache
+def tiny_model_of(channels: int) -> Path:
+    """As `tiny_model`, with a U-Net of so many input channels."""
+    return make_model(_scratch() / f"tiny-{channels}", _UNET | {"in_channels": channels}, _VAE, _TEXT)
+
+
 def make_model(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> Path:
     """Write random weights for these config.json and a tokenizer of bytes."""
     import torch

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import environment
+from cli_support import environment, ldm_here, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -219,6 +219,7 @@ def test_hostile_json(tmp_path: Path) -> None:
         b'{"prompt":7}': "prompt must be text",
         b'{"prompt":null}': "no prompt",
         b'{"prompts":"x"}': "unknown field 'prompts': did you mean prompt",
+        b'{"prompt":"x","upscale":"embedded"}': "unknown field 'upscale': rows cannot choose it",
         b'{"prompt":"x","\\u001b[31m":1}': "\\x1b[31m",
         b'{"prompt":"x","guidance_scale":NaN}': "guidance_scale nan is not a number from 0 to 1000",
         b'{"prompt":"x","guidance_scale":1e999}': "guidance_scale inf",
@@ -291,7 +292,7 @@ def test_cells(tmp_path: Path, field: str, text: str, value: Any) -> None:
 
 def test_formats_that_are_not_known(tmp_path: Path) -> None:
     for name in ("prompts", "prompts.gz", "prompts.xlsx", ".txt.zip"):
-        with pytest.raises(UsageError, match="--format txt, jsonl, csv or tsv"):
+        with pytest.raises(UsageError, match="--format txt, jsonl, csv, tsv, kohya or a1111"):
             open_rows(tmp_path / name)
     with pytest.raises(UsageError, match="standard input"):
         open_rows(None)
@@ -491,12 +492,106 @@ def test_seed_minus_one_is_as_if_not_given(tmp_path: Path, name: str, value: str
         ("p.csv", "prompt,cfg-scal\na,7\n", "did you mean guidance_scale"),
         ("p.csv", "prompt,Checkpoint\na,x\n", "rows cannot choose it"),
         ("p.csv", "prompt,scale\na,0.7\n", "rows cannot choose it"),
-        ("p.txt", '--prompt "a" --steps 3\n--prompt "b"\n', "line 1 begins with --"),
+        ("p.txt", '--prompt "a" --steps 3\n--prompt "b"\n', "line 1 seems to hold options"),
+        ("p.txt", "--ar 16:9\n", "line 1 begins with --"),
     ],
 )
 def test_what_looks_like_an_option_gets_one_remark(tmp_path: Path, name: str, content: str, words: str) -> None:
     _, (hint,) = reads(tmp_path / name, content)
     assert words in hint
+
+
+# ---- prompt files of other programs ----
+
+KOHYA = """# a comment
+a {red|green} cat --n dog, ugly --w 512 --h 768 --s 20 --d 5,6 --l 3.5 --ss euler_a
+A dog --W 64 --f dog.png
+
+plain -- text --n with -- in it
+"""
+A1111 = """--prompt "a cat, nice" --negative_prompt "ugly dog" --steps 20 --sampler_name "DPM++ 2M Karras" --n_iter 2 \
+--batch_size 3 --cfg_scale 7 --do_not_save_grid true --restore_faces false --seed -1
+  a plain line # with no comment
+
+--prompt words without quotes --width 512 --height 768 --seed 9
+""".replace("\\\n", "")
+
+
+def raw_rows(path: Path, content: str, format: str | None = None) -> tuple[list[RawRow], list[str]]:
+    path.write_text(content)
+    reader = open_rows(path, format=format)
+    return list(reader), reader.hints
+
+
+def test_kohyas_lines(tmp_path: Path) -> None:
+    rows, hints = raw_rows(tmp_path / "p.txt", KOHYA, "kohya")
+    cat = {"prompt": "a {red|green} cat", "negative_prompt": "dog, ugly", "width": 512, "height": 768, "steps": 20,
+           "guidance_scale": 3.5, "sampler": "euler-a"}  # fmt: skip
+    assert [(row.row, row.line, row.fields) for row in rows] == [
+        (1, 2, cat | {"seed": 5}),
+        (2, 2, cat | {"seed": 6}),
+        (3, 3, {"prompt": "A dog", "width": 64, "extra": {"--f": "dog.png"}}),
+        (4, 5, {"prompt": "plain -- text", "negative_prompt": "with -- in it"}),
+    ]
+    assert not any(row.problem for row in rows)
+    assert hints == []
+
+
+def test_a1111s_lines(tmp_path: Path) -> None:
+    rows, hints = raw_rows(tmp_path / "p.txt", A1111, "a1111")
+    assert [row.fields for row in rows] == [
+        {"prompt": "a cat, nice", "negative_prompt": "ugly dog", "steps": 20, "sampler": "dpmpp-2m",
+         "schedule": "karras", "guidance_scale": 7.0, "count": 6, "extra": {"--do_not_save_grid": "true"}},
+        {"prompt": "a plain line # with no comment"},
+        {"prompt": "words without quotes", "width": 512, "height": 768, "seed": 9},
+    ]  # fmt: skip
+    assert not any(row.problem for row in rows)
+    assert hints == []
+
+
+@pytest.mark.parametrize(
+    ("format", "line", "words"),
+    [
+        ("kohya", "a --zz 3", "option --zz is not taken: kohya's scripts have none"),
+        ("kohya", "a --am 1", "--am is not taken: it has no counterpart here"),
+        ("kohya", "--n b", "begins with an option"),
+        ("kohya", "a --n b --n c", "negative_prompt twice"),
+        ("a1111", '--prompt "a" --zz 3', "--zz is not taken"),
+        ("a1111", '--prompt "a" --sd_model x', "rows cannot choose it"),
+        ("a1111", '--prompt "a" --restore_faces true', "--restore_faces is not taken"),
+        ("a1111", "it's --steps 3", "No closing quotation"),
+        ("a1111", "a cat --steps 3", "text before its options"),
+        ("a1111", "--prompt a --n_iter x", "--n_iter x is no number"),
+        ("a1111", "--prompt " + "x" * (1 << 20), "too long for one with options"),
+    ],
+)
+def test_lines_that_cannot_be_meant(tmp_path: Path, format: str, line: str, words: str) -> None:
+    (row,), _ = raw_rows(tmp_path / "p.txt", line + "\n", format)
+    assert words in row.problem
+
+
+@pytest.mark.parametrize(
+    ("line", "format"),
+    [
+        ("a cat --n dog", "kohya"), ("a cat --W 512 --d 3", "kohya"), ('--prompt "a" --steps 3', "a1111"),
+        ("--steps 3 --prompt a", "a1111"), ("a cat -- a dog", ""), ("a cat --ar 16:9", ""), ("a--n b", ""),
+    ],
+)  # fmt: skip
+def test_plain_text_that_looks_like_them_is_remarked_on_before_anything_is_drawn(
+    tmp_path: Path, line: str, format: str
+) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text(f"{line}\n{line}\n")
+    reader = open_rows(path)
+    assert next(iter(reader)).fields == {"prompt": line}
+    assert len(reader.hints) == bool(format)
+    assert all(f"--format {format} reads them" in hint for hint in reader.hints)
+
+
+def test_remarks_on_standard_input_come_before_its_first_picture(tmp_path: Path) -> None:
+    arguments = ("-o", tmp_path / "out", "-m", tiny_model(), "--steps", "1")
+    out = ldm_here("batch", "-", "--format", "txt", *arguments, stdin=b"a --s 20\n\xff\n")
+    assert out.err.index("--format kohya reads them") < out.err.index("line 2")
 
 
 # ---- numbers, seeds, grid ----

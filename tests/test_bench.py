@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import Result, assert_refused, ldm_here, start, tiny_model
+from cli_support import Result, assert_refused, ldm_here, start, tiny_model, tiny_model_of
 
 from ldmcli import bench as clocks
+from ldmcli.checkpoints.source import open_model
 from ldmcli.cli.bench import _words
 from ldmcli.cli.bench import bench as command
 from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
@@ -191,6 +192,13 @@ def test_a_small_model_counts_as_by_hand() -> None:
     assert kinds["attention"] == 2 * 2 * 2 * pixels * (pixels + 77) * c
     attention = 4 * conv(1, v, v) + 2 * 2 * pixels * pixels * v
     assert decoding == conv(1, 4, 4) + conv(3, 4, v) + 4 * 2 * conv(3, v, v) + attention + conv(3, v, 3)
+
+
+@pytest.mark.parametrize("channels", [5, 8, 9])
+def test_a_model_that_reads_more_than_latents_decodes_these_alone(channels: int) -> None:
+    usual, other = (clocks.work(open_model(path).config, 16, 16, 2) for path in (tiny_model(), tiny_model_of(channels)))
+    assert other[1] == usual[1]
+    assert other[0]["convolution"] > usual[0]["convolution"]
 
 
 def test_the_floor_of_a_batch() -> None:

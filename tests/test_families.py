@@ -9,7 +9,7 @@ from ldmcli.checkpoints.families import (
     REFINER,
     SD1,
     SD2,
-    SD2_INPAINTING,
+    SD2_NOISE,
     SDXL,
     Family,
     describe_single_file,
@@ -87,22 +87,28 @@ MODELS: list[tuple[Family, str, Shapes]] = [
     (SDXL, "SDXL checkpoint", SDXL_UNET | VAE | SDXL_TEXT | keys("v_pred", "ztsnr")),
     (SD1, "Stable Diffusion 1.x inpainting (9 input channels)", original_unet(9) | VAE | CLIP),
     (
-        SD2_INPAINTING,
+        SD2_NOISE,
         "Stable Diffusion 2.x inpainting (9 input channels)",
         original_unet(9, linear=True) | VAE | OPEN_CLIP,
     ),
     (SDXL, "SDXL inpainting (9 input channels)", original_unet(9, linear=True) | LABEL | VAE | SDXL_TEXT),
+    (SD1, "instruct-pix2pix (8 input channels)", original_unet(8) | VAE | CLIP),
+    (SDXL, "SDXL instruct-pix2pix (8 input channels)", original_unet(8, linear=True) | LABEL | VAE | SDXL_TEXT),
+    (
+        SD2_NOISE,
+        "Stable Diffusion 2.x depth (5 input channels)",
+        original_unet(5, linear=True) | VAE | OPEN_CLIP | keys("depth_model.model.scratch.weight"),
+    ),
     (REFINER, "SDXL refiner checkpoint", SDXL_UNET | VAE | keys("conditioner.embedders.0.model.ln_final.weight")),
 ]
 
 OTHERS: list[tuple[str, Shapes]] = [
-    ("instruct-pix2pix (8 input channels)", original_unet(8) | VAE | CLIP),
     ("Stable Diffusion 2.x upscaler (7 input channels)", original_unet(7, linear=True) | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x unCLIP", SDXL_UNET | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x checkpoint without its VAE", SD2_UNET | OPEN_CLIP),
-    ("Stable Diffusion 2.x depth", original_unet(5) | VAE | OPEN_CLIP | keys("depth_model.model.scratch.weight")),
-    ("SDXL instruct-pix2pix (8 input channels)", original_unet(8, linear=True) | LABEL | VAE | SDXL_TEXT),
-    ("SDXL in EDM's formulation (Playground 2.5)", SDXL_UNET | VAE | SDXL_TEXT | keys("edm_mean", "edm_std")),
+    ("SDXL in EDM's formulation (Playground 2.5, CosXL)", SDXL_UNET | VAE | SDXL_TEXT | keys("edm_mean", "edm_std")),
+    ("SDXL in EDM's formulation (Playground 2.5, CosXL)",
+     original_unet(8, linear=True) | LABEL | VAE | SDXL_TEXT | keys("edm_vpred.sigma_max")),
     ("SDXL checkpoint without its VAE", SDXL_UNET | SDXL_TEXT),
     ("SDXL checkpoint without its text encoders", SDXL_UNET | VAE),
     ("SDXL U-Net only (original keys)", SDXL_UNET),
@@ -173,9 +179,9 @@ def test_messages_read_as_sentences() -> None:
         "model.safetensors is a LoRA, not a whole model; "
         "name the model it was made for with --model, and this with --lora."
     )
-    assert message(original_unet(8, linear=True) | LABEL | VAE | SDXL_TEXT) == (
-        "model.safetensors looks like SDXL instruct-pix2pix (8 input channels); this version reads Stable Diffusion "
-        "1.x, 2.x and XL with 4 input channels, or 9."
+    assert message(original_unet(7, linear=True) | VAE | OPEN_CLIP) == (
+        "model.safetensors looks like Stable Diffusion 2.x upscaler (7 input channels); this version reads Stable "
+        "Diffusion 1.x, 2.x and XL with 4, 5, 8 or 9 input channels."
     )
     assert "an IP-Adapter" in message(keys("image_proj.a", "ip_adapter.b"))
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ldmcli.config import ScheduleConfig
 from ldmcli.sampling.denoiser import Model
-from ldmcli.sampling.guidance import guided, in_interval, within
+from ldmcli.sampling.guidance import guided, guided_on_image, in_interval, within
 from ldmcli.sampling.schedule import Schedule, Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +44,20 @@ def test_guidance(scale: float) -> None:
     latents = torch.tensor([[1.0], [10.0]])
     expected = latents * (negative + scale * (positive - negative))
     torch.testing.assert_close(guided(model, scale)(latents, STEP), expected)
+
+
+def test_guidance_on_a_picture() -> None:
+    """Without the picture first, then with it alone, then with the prompt; all see the same latents."""
+    parts = [torch.tensor([[value]] * 2) for value in (2.0, 3.0, 5.0)]
+
+    def model(latents: Tensor, _: Step) -> Tensor:
+        return latents * torch.cat(parts)
+
+    latents = torch.tensor([[1.0], [10.0]])
+    found = guided_on_image(model, 7.0, 1.5)(latents, STEP)
+    torch.testing.assert_close(found, latents * (2 + 7 * (5 - 3) + 1.5 * (3 - 2)))
+    plain = guided_on_image(model, 7.0, 1.0)(latents, STEP)
+    torch.testing.assert_close(plain, guided(lambda both, _: both * torch.cat(parts[1:]), 7.0)(latents, STEP))
 
 
 def test_what_is_off_changes_no_bit() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_support import (
     LDM,
     assert_refused,
@@ -21,6 +22,8 @@ from cli_support import (
     tiny_single_file,
 )
 from fork_server import LEAN, quick
+from PIL import Image
+from safetensors.torch import save
 from weight_corpus import UNET, rewritten
 
 pytestmark = pytest.mark.timeout(300)
@@ -40,6 +43,47 @@ def assert_lean_refusal(model: Path, code: int, *words: str) -> str:
 
 
 # ---- paths ----
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "picture.png", "cut", "huge"])
+def test_files_that_are_no_adapter_embedding_or_upscaler(tmp_path: Path, name: str) -> None:
+    """Named as one, they are refused at once, with the advice that belongs to it: a pipe is not even opened."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    whole = save({"body.0.weight": torch.zeros(4, 3, 3, 3)})
+    (tmp_path / "cut").write_bytes(whole[:-8])
+    header = b'{"body.0.weight":{"dtype":"F32","shape":[1048576,3,1024,1024],"data_offsets":[0,16]}}'
+    (tmp_path / "huge").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    advice = {"--lora": "LoRA or another adapter", "--embedding": "textual-inversion", "--upscale": "an upscaler"}
+    for option, cure in advice.items():
+        result = quick("txt2img", "x", "-m", tiny_model(), option, name, "-o", "out.png", cwd=tmp_path)
+        sentence = assert_refused(result, 65, name)
+        assert "model_index" not in sentence
+        assert cure in sentence or name not in ("pipe", "folder") or "name the adapter's file" in sentence
+        assert result.peak < LEAN
+    assert_refused(quick("upscale", "picture.png", "-m", name, "-o", "out.png", cwd=tmp_path), 65, name)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_names_of_nothing_are_said(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    drawing = ("img2img", "x", "-m", tiny_model(), "-o", tmp_path / "out.png")
+    for words, code, told in (
+        ((*drawing, "-i", ""), 2, "image is empty"),
+        ((*drawing, "-i", picture, "--mask", ""), 2, "mask is empty"),
+        ((*drawing, "-i", picture, "--depth", ""), 2, "depth is empty"),
+        ((*drawing, "-i", picture, "--lora", ""), 2, "--lora"),
+        ((*drawing, "-i", picture, "--embedding", ""), 2, "empty name"),
+        ((*drawing, "-i", picture, "--upscale", ""), 2, "empty name"),
+        ((*drawing, "-i", picture, "--vae", ""), 65, "is a folder"),
+        ((*drawing, "-i", picture, "--refiner", ""), 65, "is a folder"),
+        (("upscale", "", "-o", tmp_path / "out.png"), 2, "empty name"),
+        (("upscale", picture, "-m", "", "-o", tmp_path / "out.png"), 2, "empty name"),
+    ):
+        assert_refused(ldm_here(*words, cwd=tmp_path), code, told)
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_paths_that_a_shell_would_have_changed(tmp_path: Path) -> None:
@@ -89,7 +133,7 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("unet", {"transformer_layers_per_block": [1, 10**6]}, "1000000 transformer layers"),
     ("unet", {"sample_size": 1 << 24}, "picture size"),
     ("unet", {"out_channels": 8}, "gives 8"),
-    ("unet", {"in_channels": 8}, "pix2pix"),
+    ("unet", {"in_channels": 7}, "another kind of U-Net (7 input channels)"),
     ("unet", {"norm_eps": -1}, "norm_eps"),
     ("unet", {"freq_shift": 4}, "freq_shift"),
     ("unet", {"cross_attention_dim": 32}, "not of one model"),
@@ -265,7 +309,7 @@ def test_pictures_that_hold_no_request(tmp_path: Path) -> None:
     end = chunk(b"IEND", b"")
     parameters = chunk(b"tEXt", b"parameters\0a cat\nSteps: 1, Sampler: Euler, Seed: 1")
     pictures = {
-        "foreign.png": (head + parameters + end, ("AUTOMATIC1111",)),
+        "foreign.png": (head + chunk(b"tEXt", b"parameters\0a cat, Steps: 1") + end, ("AUTOMATIC1111",)),
         "comfy.png": (head + chunk(b"tEXt", b'prompt\0{"3":{}}') + end, ("ComfyUI",)),
         "cut.png": (head + parameters[:-9], ("cut off",)),
         "big.png": (head + chunk(b"tEXt", b"parameters\0" + b"x" * (70 << 20)) + end, ("MiB of text",)),
@@ -281,7 +325,7 @@ def test_pictures_that_hold_no_request(tmp_path: Path) -> None:
         assert result.peak < LEAN
     assert_refused(quick("txt2img", "--from-image", tmp_path / "foreing.png"), 66, "foreign.png")
     assert_refused(quick("txt2img", "--from-image", tmp_path), 65, "folder")
-    assert "Sampler: Euler" in quick("info", tmp_path / "foreign.png").out.decode()
+    assert "a cat, Steps: 1" in quick("info", tmp_path / "foreign.png").out.decode()
     assert_refused(quick("info", tmp_path / "big.png"), 65, "MiB of text")
 
 

@@ -84,7 +84,7 @@ def test_what_cannot_be_meant_is_said(session: Session, apple: Path) -> None:
         ({"mask": "m.png"}, "mask is for a request with an image"),
         ({"image": str(apple), "strength": 0.01, "steps": 50}, "use 0.02 or more, or 0"),
         ({"image": str(apple), "strength": 1.5}, "strength 1.5 is not a number from 0 to 1"),
-        ({"image": ""}, "image must be a path"),
+        ({"image": ""}, "image is empty; name a picture file"),
         ({"image": 3}, "image must be a path"),
         ({"image": str(apple), "resize": "squash"}, "stretch, crop, fill"),
         ({"image": str(apple), "invert_mask": 1}, "neither true nor false"),

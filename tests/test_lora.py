@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_support import write
+from adapter_support import lora_for, write
 from batch_support import item, setup_in
 from cli_support import assert_refused, ldm_here, pixels, tiny_model
-from safetensors import safe_open
 
 from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
 from ldmcli.adapters.adapter import open_adapter
@@ -37,25 +36,6 @@ DRAWN = (
     "cpu",
     "--no-cache",
 )
-
-
-def lora_for(folder: Path, path: Path, *, seed: int = 0, size: float = 0.3, alias: str = "") -> Path:
-    """A LoRA of rank 2 in sd-scripts' names, of every projection of queries in a model folder."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for part, prefix in (("unet", "lora_unet_"), ("text_encoder", "lora_te_")):
-        (weights,) = (folder / part).glob("*.safetensors")
-        with safe_open(weights, "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        for key, (rows, columns) in ((k, s) for k, s in shapes.items() if k.endswith(("to_q.weight", "q_proj.weight"))):
-            name = prefix + key.removesuffix(".weight").replace(".", "_")
-            tensors[f"{name}.lora_down.weight"] = size * torch.randn(2, columns, generator=generator)
-            tensors[f"{name}.lora_up.weight"] = size * torch.randn(rows, 2, generator=generator)
-            tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    metadata = {"ss_tag_frequency": json.dumps({"10_x": {"glow toy": 3}})} | (
-        {"ss_output_name": alias} if alias else {}
-    )
-    return write(path, tensors, metadata)
 
 
 @pytest.fixture(scope="module")

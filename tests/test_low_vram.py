@@ -86,6 +86,14 @@ def test_a_refiner_and_two_encoders(family_models: Any, moves: list[str]) -> Non
     assert moves[-1] == "AutoencoderKL"
 
 
+def test_a_second_pass(one_thread: None, model_folder: Path, moves: list[str]) -> None:
+    """And each part comes once a pass: the autoencoder's decoder, its encoder, and the decoder again."""
+    plain, narrow = load(model_folder, low_vram=False), load(model_folder)
+    asked = [dataclasses.replace(REQUESTS[0], hires="2", hires_upscaler="lanczos", hires_steps=2)]
+    assert same(draw(narrow, asked), draw(plain, asked))
+    assert moves == ["TextTransformer", "UNet", *["AutoencoderKL"] * 2, "UNet", "AutoencoderKL"]
+
+
 def test_only_the_part_at_work_is_there(model_folder: Path) -> None:
     session = load(model_folder)
     pipeline = pipeline_of(session)

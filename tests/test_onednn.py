@@ -1,6 +1,8 @@
 """Layers laid out for oneDNN give the plain layers' numbers, lay each weight out once, and stay what they were."""
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -282,3 +284,15 @@ def test_a_refusing_operator_is_tried_once(refused: str, monkeypatch: pytest.Mon
         assert relative(first, plain(x)) < 1e-6
     assert not is_packed(fast)
     assert len(tried) == 1
+
+
+def test_what_is_replaced_is_freed_without_the_collector() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4))
+    layers = [weakref.ref(layer) for layer in module]
+    gc.disable()
+    try:
+        made = lay_out(module, fold=False)
+        assert isinstance(made.get_submodule("0"), PackedConv2d)
+        assert [layer() for layer in layers] == [None, None]
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,40 @@ def test_every_samplers_steps_are_diffusers(sampler: str, kind: str, spacing: st
             theirs = theirs[::2]
         # Where its floats run over, diffusers' trailing spacing has a step too many, at time step -1.
         assert config.timesteps(count, row.grid, spacing) == pytest.approx(theirs[:count], rel=1e-6), count
+
+
+def k_diffusion_levels(spacing: str, count: int, sigmas: np.ndarray) -> np.ndarray:
+    """The formulas of k-diffusion and ComfyUI, by the logarithms of the training steps' noise levels, ascending."""
+    last = len(sigmas) - 1
+    if spacing == "simple":
+        return np.array([sigmas[-(1 + int(i * len(sigmas) / count))] for i in range(count)])
+    timesteps = np.linspace(last, 0, count) if spacing == "normal" else np.linspace(last, 0, count + 1)[:-1]
+    return np.exp(np.interp(timesteps, np.arange(last + 1), np.log(sigmas)))
+
+
+@pytest.mark.parametrize("spacing", ["normal", "sgm_uniform", "simple"])
+@pytest.mark.parametrize("sampler", ["euler", "euler-a", "dpmpp-2m"])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], ScheduleConfig(zero_terminal_snr=True)])
+def test_levels_are_k_diffusions(spacing: str, sampler: str, config: ScheduleConfig) -> None:
+    schedule = Schedule(config)
+    for count in (1, 2, 7, 20, 333):
+        steps = schedule.steps(count, sampler, spacing)
+        theirs = k_diffusion_levels(spacing, count, np.array(schedule.sigmas))
+        assert [step.sigma for step in steps] == pytest.approx(theirs, rel=1e-6)
+        assert steps[-1].previous_sigma == 0
+
+
+@pytest.mark.parametrize(("xl", "name"), [(False, "StableDiffusionTimesteps"), (True, "StableDiffusionXLTimesteps")])
+def test_align_your_steps_are_diffusers(xl: bool, name: str) -> None:
+    from diffusers.schedulers import AysSchedules
+
+    schedule = Schedule(ScheduleConfig(xl=xl))
+    steps = schedule.steps(10, "dpmpp-2m", "ays")
+    assert [step.timestep for step in steps] == pytest.approx(AysSchedules[name], abs=0.6)
+    sigmas = AysSchedules[name.replace("Timesteps", "Sigmas")]
+    assert [step.sigma for step in steps] == pytest.approx(sigmas[:-1], rel=5e-3, abs=2e-3)
+    between = schedule.steps(20, "dpmpp-2m", "ays")
+    assert [step.sigma for step in between[::2]] == pytest.approx([step.sigma for step in steps])
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_support import ldm_here
 from oracle.random_model import randomise
 from torch import Tensor, nn
 
@@ -272,6 +273,16 @@ def test_sizes_that_fit_only_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.check_memory(config, 2048, 2048, tiled=True)
     with pytest.raises(UsageError, match=r"smaller one\.$"):
         memory.check_memory(config, 4096, 2048, tiled=True)
+
+
+def test_sizes_that_are_hardly_meant_are_said(tmp_path: Path) -> None:
+    config = open_model(embedded_model()).config
+    assert memory.large(config, 2040, 2048) == ""
+    assert f"2048×2048 has {(2048 // config.default_size) ** 2} times" in memory.large(config, 2048, 2048)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "width": 4096, "height": 4096}\n' * 2)
+    checked = ldm_here("batch", tmp_path / "rows.jsonl", "--dry-run")
+    assert checked.code == 0
+    assert checked.err.count("times the pixels that the model was made for") == 1
 
 
 def test_peak_memory_does_not_grow_with_the_picture() -> None:

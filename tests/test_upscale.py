@@ -422,6 +422,7 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
         "deep": ({"body.0.weight": torch.zeros(4, 3, 3, 3), "body.1.weight": torch.zeros(4),
                   "model.1.sub.99999999.RDB1.conv1.0.weight": torch.zeros(1)}, ["counts beyond"]),
         "four": (compact(channels=4), ["4 channels"]),
+        "whole": ({key: value.to(torch.int32) for key, value in compact().items()}, ["no floating numbers", "I32"]),
     }  # fmt: skip
     for name, (state, words) in cases.items():
         save_file(state, tmp_path / f"{name}.safetensors")
@@ -436,6 +437,19 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     gone = ldm_here("upscale", tmp_path / "a.png", "-m", tmp_path / "gone.safetensors", "-o", tmp_path / "b.png")
     assert_refused(gone, 66, "gone.safetensors")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_info_tells_what_an_upscaler_is(tmp_path: Path, plain: Path) -> None:
+    facts = ldm_here("info", "--json", plain).records[0]
+    assert (facts["is"], facts["architecture"], facts["scale"]) == ("upscaler", "RealESRGAN Compact", 2)
+    assert (facts["size"], facts["parameters"]) == ("4nf 1nc", sum(value.numel() for value in compact().values()))
+    torch.save({"params_ema": compact(4)}, tmp_path / "net.pth")
+    assert_refused(ldm_here("info", tmp_path / "net.pth"), 65, "pickle", "--allow-pickle")
+    assert ldm_here("info", "--json", "--allow-pickle", tmp_path / "net.pth").records[0]["scale"] == 4
+    torn = {key: value for key, value in compact().items() if key != "body.2.weight"}
+    for name, state in {"torn": torn, "other": {"a.weight": torch.zeros(2, 3, 3, 3)}}.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        assert "is: unknown" in ldm_here("info", tmp_path / f"{name}.safetensors").out.decode()
 
 
 @pytest.mark.parametrize("wrapper", ["", "params_ema", "params", "state_dict", "model"])

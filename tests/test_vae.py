@@ -182,14 +182,13 @@ def test_a_model_without_a_vae_is_drawn_with_another(
 
 
 def test_only_a_vae_may_be_lacking(model_file: Path, tmp_path: Path) -> None:
-    """Whether or not another VAE is named, what else a file is shows: pix2pix, a U-Net alone, a damaged VAE."""
+    """Whether or not another VAE is named, what else a file is shows: GLIGEN, a U-Net alone, a damaged VAE."""
     state = load_file(model_file)
-    first = "model.diffusion_model.input_blocks.0.0.weight"
-    wide = {key: t for key, t in state.items() if not key.startswith("first_stage_model.")}
-    wide[first] = state[first].repeat(1, 2, 1, 1)
+    boxed = {key: t for key, t in state.items() if not key.startswith("first_stage_model.")}
+    boxed["model.diffusion_model.position_net.weight"] = torch.zeros(1)
     alone = {key: t for key, t in state.items() if key.startswith("model.diffusion_model.")}
     damaged = {key: t for key, t in state.items() if key != "first_stage_model.post_quant_conv.weight"}
-    for made, told in ((wide, "pix2pix"), (alone, "U-Net only"), (damaged, "post_quant_conv.weight is missing")):
+    for made, told in ((boxed, "GLIGEN"), (alone, "U-Net only"), (damaged, "post_quant_conv.weight is missing")):
         with pytest.raises(BadDataError, match=told):
             open_model(written(made, tmp_path / "model.safetensors"), own_vae=False)
 

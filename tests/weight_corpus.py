@@ -204,8 +204,6 @@ HEADERS = [
 
 # ---- sound files that are another kind of thing: more kinds are in test_families ----
 
-_MODEL = "model.diffusion_model.input_blocks.0.0.weight"
-
 
 def _tensors(shapes: Shapes) -> Callable[[Path], Path]:
     return _file(lambda: empty_tensors(shapes))
@@ -234,6 +232,7 @@ def _without(name: str) -> Callable[[Shapes], None]:
 
 
 _POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+_BOXES = "model.diffusion_model.position_net.weight"
 _BLOCKS = {f"model.diffusion_model.input_blocks.{i}.x": [0] for i in range(20_000)}
 _POST = "post_quant_conv.weight"
 OTHER_KINDS = [
@@ -241,7 +240,7 @@ OTHER_KINDS = [
          info="LoRA"),
     Case("unknown kind", _tensors({f"some\x1b[31m.{i}": [2] for i in range(9)}),
          ("no model", "some\\x1b[31m.0", "4 more"), info="unknown"),
-    Case("pix2pix model", _changed(lambda _: {_MODEL: [32, 8, 3, 3]}), ("pix2pix",), info="pix2pix"),
+    Case("model of boxes", _changed(lambda _: {_BOXES: [1]}), ("GLIGEN",), info="GLIGEN"),
     Case("odd widths", _changed(_wider), ("33 channels", "32 norm groups"), info="Stable Diffusion 1"),
     Case("endless width", _changed(lambda _: {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight":
          [1 << 50, 0]}), ("dimension of 1125899906842624",), info="Stable Diffusion 1"),

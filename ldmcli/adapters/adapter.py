@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "bundle_emb."  # begins the keys of embeddings that come with an adapter
 ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")  # of files; all but the first are pickles
+_CURE = "name the file of a LoRA or another adapter"
 _NUMBERED = re.compile(r"\w+:\d+:(?:up|down)")  # a layer's place among its kind
 _AGAIN = "download it again, or ask its author for a sound file"
 
@@ -87,7 +88,7 @@ def open_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     metadata: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file_path, prefix in _files(path):
-        file = open_weights(file_path, allow_pickle=allow_pickle)
+        file = open_weights(file_path, allow_pickle=allow_pickle, cure=_CURE)
         metadata |= file.metadata
         shapes |= {key: info.shape for key, info in file.tensors.items()}
         found, left = _sorted(file, prefix)
@@ -100,7 +101,7 @@ def open_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     if not changes:
         kind = describe_single_file(shapes)
         what = "has no LoRA or other adapter in it" if kind == "unknown" else f"is {with_article(kind)}, not a LoRA"
-        raise bad_file(path, what, "name the file of a LoRA or another adapter")
+        raise bad_file(path, what, _CURE)
     return Adapter(path, changes, tuple(others), tuple(bundled), metadata)
 
 

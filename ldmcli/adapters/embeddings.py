@@ -17,13 +17,14 @@ from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
 from ldmcli.checkpoints.header import FLOATING
 from ldmcli.checkpoints.layout import LEARNED
 from ldmcli.config import TextEncoderConfig
-from ldmcli.disk.opening import bad_file, open_regular
+from ldmcli.disk.opening import WEIGHTS, bad_file, open_regular
 from ldmcli.images.png_text import EMBEDDING_KEYWORD, iterate_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_CURE = "name the file of a textual-inversion embedding"
 _MAX_VECTORS = 75  # of one embedding: it is never split over two chunks of a prompt
 # Which text encoder a tensor is for, by the key it has in a file for several: ComfyUI's, pivotal tuning's, a list's.
 _KEYS = {
@@ -88,7 +89,7 @@ def open_embedding(path: Path, *, allow_pickle: bool = False) -> Embedding:
     """
     if os.path.isdir(path):  # unlike Path.is_dir, never raises
         path = next((path / name for name in LEARNED if os.path.lexists(path / name)), path)
-    with open_regular(path) as file:
+    with open_regular(path, (WEIGHTS[0], _CURE)) as file:
         is_picture = file.read(len(_PNG)) == _PNG
     if is_picture:
         return _of_picture(path)
@@ -97,7 +98,7 @@ def open_embedding(path: Path, *, allow_pickle: bool = False) -> Embedding:
     if not keys:
         kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
         what = "holds no embedding" if kind in ("unknown", EMBEDDING) else f"is {with_article(kind)}, not an embedding"
-        raise bad_file(path, what, "name the file of a textual-inversion embedding")
+        raise bad_file(path, what, _CURE)
     own = keys.get("", "")
     return _of_weights(weights, own if path.name in LEARNED and own.startswith("<") else path.stem, keys)
 

@@ -14,7 +14,8 @@ from typing import Any
 from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
-from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
+from ldmcli.sampling.catalogue import SPACINGS
+from ldmcli.sampling.names import sampler_of, schedule_of
 from ldmcli.spec import ALPHA, MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest, read_loras
 
 PROMPT = "prompt"
@@ -44,6 +45,8 @@ _SYNONYMS = {
     "mask": "mask_image mask_path mask_file inpaint_mask",
     "strength": "denoising_strength denoise denoise_strength",
     "resize": "resize_mode",
+    "image_guidance_scale": "image_cfg_scale image_cfg",
+    "depth": "depth_map depth_image",
     "invert_mask": "mask_invert inpainting_mask_invert",
     "masked_content": "inpainting_fill",
     "mask_padding": "inpaint_full_res_padding padding_mask_crop",
@@ -59,9 +62,9 @@ _SYNONYMS = {
     "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
     SIZE: "resolution image_size",
 }
-# Options elsewhere that a row has none of; a column of the name is probably meant as one.
+# Options here or elsewhere that a row has none of; a column of the name is probably meant as one.
 _OPTIONS = (
-    " scale model checkpoint vae refiner "
+    " scale model checkpoint vae refiner upscale upscaler "
     "batchsize device dtype precision facerestoration restorefaces tiling subseed "
     "variationseed styles clipstopatlastlayers "
 )
@@ -91,15 +94,6 @@ def _bare(text: str) -> str:
 
 _NAMES = {_bare(name): name for name in (*COLUMNS, *EXTRAS, SIZE)}
 _NAMES |= {_bare(other): name for name, others in _SYNONYMS.items() for other in others.split()}
-# `DPM++ 2M`, `dpmpp_2m`; as AUTOMATIC1111 wrote them before 1.9, and ComfyUI and diffusers do.
-_SAMPLERS = {_bare(name): row.name for row in SAMPLERS.values() for name in (row.name, row.title)}
-_SAMPLERS |= {_bare(name).replace("+", "p"): sampler for name, sampler in _SAMPLERS.items()}
-_SAMPLERS |= {"eulerancestral": "euler-a", "keuler": "euler", "keulera": "euler-a", "kheun": "heun"}
-_SAMPLERS |= {
-    "ddimscheduler": "ddim", "pndmscheduler": "plms", "eulerdiscretescheduler": "euler",
-    "eulerancestraldiscretescheduler": "euler-a", "heundiscretescheduler": "heun",
-    "dpmsolvermultistepscheduler": "dpmpp-2m", "unipcmultistepscheduler": "unipc", "lcmscheduler": "lcm",
-}  # fmt: skip
 
 
 @functools.lru_cache(4096)
@@ -139,9 +133,9 @@ def normal(name: str, value: Any) -> Any:
     if name in _WHOLE and type(value) is float and value.is_integer() and abs(value) < _EXACT:
         return int(value)
     if name == "sampler" and type(value) is str:
-        return _SAMPLERS.get(_bare(value[:100]), value)
-    if name == "schedule" and type(value) is str and value.lower() in SPACINGS:
-        return value.lower()
+        return " ".join(filter(None, sampler_of(value) or (value,)))
+    if name == "schedule" and type(value) is str:
+        return schedule_of(value) or value
     if name == "guidance_interval" and isinstance(value, list) and all(type(one) in (int, float) for one in value):
         return tuple(value)
     if name == "hires_upscaler":
@@ -176,11 +170,10 @@ def as_fields(pairs: Iterable[tuple[str, str, Any]]) -> tuple[dict[str, Any], st
             problem = problem if sides else f"size {printable(repr(value))} is not WIDTHxHEIGHT, such as 512x768."
             several: dict[str, Any] = dict(zip(("width", "height"), sides, strict=False))
         else:
-            if name == "schedule" and type(value) is str and value not in SPACINGS and _bare(value[:100]) in _SAMPLERS:
-                name = "sampler"
+            named = sampler_of(value) if name in ("sampler", "schedule") and type(value) is str else None
             several = {name: normal(name, value)}
-            if name == "sampler" and type(value) is str and value[-7:].lower() == " karras":  # AUTOMATIC1111 before 1.9
-                several = {name: normal(name, value[:-7]), "schedule": "karras"}
+            if named and (name == "sampler" or value not in SPACINGS):
+                several = {"sampler": named[0]} | ({"schedule": named[1]} if named[1] else {})
         for field, one in several.items():
             if field in titles:
                 both = f"{printable(titles[field], 60)} and {printable(title, 60)}"
@@ -204,7 +197,7 @@ def located(name: str, value: Any, folder: Path) -> Any:
     file, a network's where it is there."""
     if name in CONTROL_FIELDS[:2] and isinstance(value, tuple):
         return tuple(_placed(one, folder, anyway=name == "control_image") for one in value)
-    words: dict[str, tuple[str, ...]] = {"image": (), "mask": (ALPHA,), "hires_upscaler": UPSCALERS}
+    words: dict[str, tuple[str, ...]] = {"image": (), "mask": (ALPHA,), "depth": (), "hires_upscaler": UPSCALERS}
     if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)
     return value
@@ -256,4 +249,6 @@ def suspected(title: str) -> str:
 def unknown(name: str) -> str:
     """The sentence on a field that there is none of in a JSON row."""
     advice = near(name, COLUMNS) or f"what is no field goes into an object {EXTRAS[0]}."
+    if f" {_bare(name[:100])} " in _OPTIONS:
+        advice = f"rows cannot choose it; give it to the command, for all rows, or keep it in an object {EXTRAS[0]}."
     return f"unknown field {printable(repr(name))}: {advice}"

@@ -16,6 +16,7 @@ from ldmcli.batch.reading import RowReader, open_rows
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.batch.settings import parse_grid
 from ldmcli.batch.survey import Survey, items, shard, survey
+from ldmcli.conditioning.dynamic import DynamicPrompts
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.conditioning.lora_tags import split_tags
 from ldmcli.errors import printable
@@ -34,7 +35,7 @@ _OF_EMBEDDINGS = ("negative_prompt", "embeddings")  # fields of a grid that may 
 class JobSpec:
     """A batch run as it is asked for: an input (`path`, None for standard input) and how its rows are read and drawn.
     `common` holds what rows leave open; `seed` and `count` are for rows without their own. `shard` is (number from 1,
-    of how many)."""
+    of how many). `dynamic` draws prompts by lot."""
 
     path: Path | None
     common: GenerationRequest
@@ -47,6 +48,7 @@ class JobSpec:
     count: int = 1
     shard: tuple[int, int] = (1, 1)
     metadata: bool = True
+    dynamic: DynamicPrompts | None = None
     encoding: Encoding = Encoding()
 
 
@@ -91,15 +93,22 @@ class Job:
         spec, fit, check = self.spec, self._fit, self._check_prompt
         found = items(
             self.reader, spec.common, seed=spec.seed, count=spec.count, grid=self.grid, fit=fit, check_prompt=check,
-            folder=spec.path.parent if spec.path else Path(),
+            folder=spec.path.parent if spec.path else Path(), dynamic=spec.dynamic,
         )  # fmt: skip
+        hints = 0
         for one in shard(found, spec.shard):
+            hints += self._say_hints(hints)
             if reporting and isinstance(one, BadRow):
                 _log_bad(one)
             yield self._with_loras(one) if isinstance(one, Item) else one
-        if self._digest is None:  # else they were logged when the rows were surveyed
-            for hint in self.reader.hints:
-                _log.warning("%s", hint)
+        self._say_hints(hints)
+
+    def _say_hints(self, said: int) -> int:
+        """Log what the reader remarks on beyond the first `said`; not where they were logged as rows were surveyed."""
+        new = self.reader.hints[said:] if self._digest is None else []
+        for hint in new:
+            _log.warning("%s", hint)
+        return len(new)
 
     def open_run(self, folder: Path, found: Survey | None, *, extend: bool = False) -> None:
         """Begin the run in the folder's run.json, or see that it is this one. Raises BadDataError if it is another."""
@@ -117,6 +126,8 @@ class Job:
         settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
         settings |= {"dtype": spec.runtime.dtype, "attention": spec.runtime.attention, "no_metadata": not spec.metadata}
         settings |= spec.encoding.settings
+        if spec.dynamic:
+            settings |= {"dynamic_prompts": True, "wildcards": spec.dynamic.hashes}
         identity = RunIdentity(
             input={"name": spec.path.name if spec.path else STDIN, **known},
             model=self.session.identity() | ({"embeddings": self._embeddings} if self._embeddings else {}),
@@ -167,7 +178,7 @@ class Job:
         if request.prompt_syntax == "weighted" and "<" in request.prompt + request.negative_prompt:
             self.session.fit(request)  # what it names is there
         for text in (request.prompt, request.negative_prompt):
-            if request.prompt_syntax == "plain" and not self._remarks["syntax"] and (hint := syntax_hint(text)):
+            if not self._remarks["syntax"] and (hint := syntax_hint(text, request.prompt_syntax)):
                 self._remark("syntax", hint)
             if cut := self.session.cut_text(text, request):
                 limit = f"the {self.session.token_limit} tokens the model reads"

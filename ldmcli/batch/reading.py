@@ -10,15 +10,22 @@ from typing import Any
 
 from ldmcli.batch.fields import EXTRAS, IDS, PROMPT, as_fields, column_name, field_named, from_text, suspected
 from ldmcli.batch.lines import Line, Lines, joined_hint
+from ldmcli.batch.option_lines import READERS, looks_like
 from ldmcli.batch.tables import Record, delimiter_of, records
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError, UsageError, printable
 
-FORMATS = ("txt", "jsonl", "csv", "tsv")
+FORMATS = ("txt", "jsonl", "csv", "tsv", *READERS)
 _ALIASES = {"ndjson": "jsonl", "tab": "tsv"}
 _LISTED = 20  # columns named in a message
 _SEPARATOR = re.compile(r'"?sep=(.)"?[\s,;]*', re.IGNORECASE | re.DOTALL)  # the first line of a table, to Excel
-_QUOTED = {"txt": "", "jsonl": r'"(?:[^"\\]|\\.)*"?', "csv": '"[^"]*"?', "tsv": '"[^"]*"?'}
+_QUOTED = {
+    "txt": "",
+    **dict.fromkeys(READERS, ""),
+    "jsonl": r'"(?:[^"\\]|\\.)*"?',
+    "csv": '"[^"]*"?',
+    "tsv": '"[^"]*"?',
+}
 _Column = tuple[str, str]
 
 
@@ -44,23 +51,39 @@ class RowReader(Iterable[RawRow]):
         self._input, self._lines = lines, iter(lines)
         self._prompt_column = prompt_column
         parse = partial(_json_row, prompt_column=prompt_column) if kind == "jsonl" else self._text_row
-        self._rows = self._table(kind) if kind in ("csv", "tsv") else self._row_a_line(parse, comments=kind == "txt")
+        comments = kind in ("txt", "kohya")
+        if kind in READERS:
+            self._rows = self._rows_with_options(kind, comments=comments)
+        else:
+            self._rows = self._table(kind) if kind in ("csv", "tsv") else self._row_a_line(parse, comments=comments)
 
     def __iter__(self) -> Iterator[RawRow]:
         return self._rows
 
-    def _row_a_line(self, parse: Callable[[int, Line], RawRow], *, comments: bool) -> Generator[RawRow]:
-        """Blank lines, and with `comments` those that begin with #, are no rows."""
-        row = 0
+    def _filled(self, *, comments: bool) -> Iterator[Line]:
+        """The lines that hold something; with `comments` none that begin with #."""
         for line in self._lines:
-            if (not line.problem and not line.text.strip()) or (comments and line.text.lstrip().startswith("#")):
-                continue
-            row += 1
+            if (line.problem or line.text.strip()) and not (comments and line.text.lstrip().startswith("#")):
+                yield line
+
+    def _rows_with_options(self, kind: str, *, comments: bool) -> Generator[RawRow]:
+        row = 0
+        for line in self._filled(comments=comments):
+            for fields, problem in [(None, line.problem)] if line.problem else READERS[kind](line.text):
+                row += 1
+                yield RawRow(row, line.number, fields, problem)
+        self._hint_joined()
+
+    def _row_a_line(self, parse: Callable[[int, Line], RawRow], *, comments: bool) -> Generator[RawRow]:
+        for row, line in enumerate(self._filled(comments=comments), 1):
             yield RawRow(row, line.number, None, line.problem) if line.problem else parse(row, line)
         self._hint_joined()
 
     def _text_row(self, row: int, line: Line) -> RawRow:
-        if line.text.startswith("--"):
+        if "--" in line.text and (known := looks_like(line.text)):
+            self._hint("options", f"line {line.number} seems to hold options, and plain text has none: it is drawn as "
+                       f"it stands; --format {known} reads them.")  # fmt: skip
+        elif line.text.startswith("--"):
             self._hint("options", f"line {line.number} begins with --, and plain text has no options: it is drawn as "
                        "it stands; JSON lines, CSV and TSV have fields for them.")  # fmt: skip
         return RawRow(row, line.number, {PROMPT: line.text.rstrip("\r\n")})
@@ -139,7 +162,7 @@ def open_rows(path: Path | None, *, format: str | None = None, prompt_column: st
     kind = _format_of(path) if format is None else _ALIASES.get(format, format)
     if kind not in FORMATS:
         raise UsageError(f"format {printable(repr(format))} is not known; choose from {', '.join(FORMATS)}.")
-    if prompt_column is not None and kind == "txt":
+    if prompt_column is not None and kind in ("txt", *READERS):
         raise UsageError("plain text has no columns; leave out --prompt-column, or give --format.")
     return RowReader(Lines(path, _QUOTED[kind]), kind, prompt_column)
 

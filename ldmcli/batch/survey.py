@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.reading import RawRow
 from ldmcli.batch.scratch import IdIndex
 from ldmcli.batch.settings import Fit, Grid, Settings, Variants, checked_grid
+from ldmcli.conditioning.dynamic import DynamicPrompts
 from ldmcli.errors import LdmError, printable
 from ldmcli.hires import hires_size
 from ldmcli.spec import MAX_SEED, GenerationRequest
@@ -66,6 +68,7 @@ def items(
     folder: Path = Path(),
     fit: Fit = lambda request: request,
     check_prompt: Callable[[GenerationRequest], object] = lambda request: None,
+    dynamic: DynamicPrompts | None = None,
 ) -> Iterator[Item | BadRow]:
     """The pictures of each row in turn, or the row with all that is wrong with it.
 
@@ -84,13 +87,16 @@ def items(
 
     `fit` fills in the model's own and raises LdmError where it cannot draw the request; it sees settings, with empty
     prompts, once for many rows. `check_prompt` sees the first request of each row, and may raise LdmError too.
+
+    `dynamic` draws prompts by lot, for each picture by its seed; `check_prompt` then sees all of them, and an item's
+    `extra` has the `template` that was drawn from.
     """
     grid = checked_grid(grid)
     settings = Settings(common, grid, fit)
     ids = IdIndex()
     number = 0
     for raw in reader:
-        row = _Row(raw, count, folder)
+        row = _Row(raw, count, folder, dynamic)
         if taken := ids.claim(raw.row, raw.line, row.given_id):
             row.problems.append(f"id {printable(repr(row.id))} is taken already by {taken}; ids must differ.")
         variants = settings.of(row.settings, row.own)
@@ -103,7 +109,7 @@ def items(
             number += pictures
             continue
         for request in row.requests(variants, seed):
-            yield Item(number, raw.row, raw.line, row.id, request, row.extra, pictures)
+            yield Item(number, raw.row, raw.line, row.id, request, row.extra_of(request), pictures)
             number += 1
 
 
@@ -122,8 +128,8 @@ class _Row:
     """One raw row taken apart: its id, count, extra and fields, and what is wrong with them. `settings` are what many
     rows have in common, and `own` which of the other fields it gives."""
 
-    def __init__(self, raw: RawRow, count: int, folder: Path) -> None:
-        self.raw = raw
+    def __init__(self, raw: RawRow, count: int, folder: Path, dynamic: DynamicPrompts | None = None) -> None:
+        self.raw, self._dynamic = raw, dynamic
         self.problems: list[str] = [raw.problem] if raw.problem else []
         fields = dict(raw.fields or {})
         self.given = frozenset(fields)
@@ -169,7 +175,8 @@ class _Row:
             self.problems.append(f"seed {largest} with count {self.count} goes past {MAX_SEED}, the largest seed.")
             return
         try:
-            check_prompt(next(self.requests(variants, seed)))
+            for request in itertools.islice(self.requests(variants, seed), None if self._dynamic else 1):
+                check_prompt(request)
         except LdmError as error:
             self.problems.append(str(error))
 
@@ -181,7 +188,13 @@ class _Row:
             first = varied.get("seed", usual)
             for i in range(self.count):
                 own["seed"] = first + i
-                yield _with_own(request, own)
+                made = _with_own(request, own)
+                yield self._dynamic.drawn(made) if self._dynamic else made
+
+    def extra_of(self, request: GenerationRequest) -> Mapping[str, str]:
+        """What the manifest keeps beside the request: the prompt before it was drawn by lot, too."""
+        prompt = self._own.get(PROMPT)
+        return self.extra if prompt == request.prompt else {"template": str(prompt)} | self.extra
 
     def _id(self, fields: dict[str, Any]) -> str | None:
         """The id as text; None where there is none, or none that can be used."""

@@ -71,7 +71,7 @@ def _faults(config: ModelConfig) -> Iterator[str]:
 
 
 def _unet_faults(unet: UNetConfig) -> Iterator[str]:
-    if unet.extra_channels not in (0, unet.out_channels + 1):
+    if unet.reads == "unknown":
         yield f"the U-Net takes {unet.in_channels} latent channels and gives {unet.out_channels}"
     if not any(unet.attention):
         yield "no level of the U-Net attends to the text"

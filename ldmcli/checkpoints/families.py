@@ -74,7 +74,7 @@ SDXL = Family(
 REFINER = dataclasses.replace(
     SDXL, name="Stable Diffusion XL refiner", texts=_REFINER_TEXTS, added_numbers=5, zero_empty_negative=False
 )
-SD2_INPAINTING = dataclasses.replace(SD2, prediction_type="epsilon")  # the only one there is
+SD2_NOISE = dataclasses.replace(SD2, prediction_type="epsilon")  # as those for inpainting and for depth were trained
 FAMILIES = (SD1, SD2, SDXL, REFINER)
 # By the width of the text that cross-attention reads.
 CONTEXTS = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
@@ -141,22 +141,24 @@ _LORA = (
 
 _ORIGINAL = (
     Kind("Stable Diffusion 1.x with ControlNet", (*_PARTS, "control_model."), whole=True),
-    Kind("Stable Diffusion 2.x depth", (*_PARTS, "depth_model."), whole=True),
-    Kind("Stable Diffusion 2.x inpainting (9 input channels)", (*_PARTS, *_SD2), channels=9, family=SD2_INPAINTING),
+    Kind("Stable Diffusion 2.x depth (5 input channels)", (*_PARTS, *_SD2), channels=5, family=SD2_NOISE),
+    Kind("Stable Diffusion 2.x inpainting (9 input channels)", (*_PARTS, *_SD2), channels=9, family=SD2_NOISE),
     Kind("Stable Diffusion 2.x upscaler (7 input channels)", _SD2, channels=7, whole=True),
     Kind("Stable Diffusion 2.x unCLIP", (*_SD2, _LABEL), whole=True),
     Kind("Stable Diffusion 2.x checkpoint", (*_PARTS, *_SD2), channels=4, family=SD2),
     Kind("Stable Diffusion 1.x inpainting (9 input channels)", _PARTS, keys=_CLIP, channels=9, linear=False,
          without=("conditioner.", _LABEL), family=SD1),
-    Kind("instruct-pix2pix (8 input channels)", _PARTS, keys=_CLIP, channels=8, linear=False, whole=True),
+    Kind("instruct-pix2pix (8 input channels)", _PARTS, keys=_CLIP, channels=8, linear=False,
+         without=("conditioner.", _LABEL), family=SD1),
     Kind("GLIGEN (Stable Diffusion 1.x with boxes)", (*_PARTS, f"{_UNET}position_net."), whole=True),
     Kind("Stable Diffusion 1.x checkpoint", _PARTS, keys=_CLIP, without=("conditioner.", _LABEL), channels=4,
          linear=False, family=SD1),
     Kind("SDXL inpainting (9 input channels)", (*_PARTS, _LABEL, *(text.prefix for text in _XL_TEXTS)), channels=9,
          family=SDXL),
-    Kind("SDXL instruct-pix2pix (8 input channels)", _XL, channels=8, whole=True),
-    Kind("SDXL in EDM's formulation (Playground 2.5)", _XL, keys=("edm_mean", "edm_std", "edm_vpred.sigma_max"),
+    Kind("SDXL in EDM's formulation (Playground 2.5, CosXL)", _XL, keys=("edm_mean", "edm_std", "edm_vpred.sigma_max"),
          whole=True),
+    Kind("SDXL instruct-pix2pix (8 input channels)", (*_PARTS, _LABEL, *(text.prefix for text in _XL_TEXTS)),
+         channels=8, family=SDXL),
     Kind("SDXL checkpoint", (*_PARTS, _LABEL, *(text.prefix for text in _XL_TEXTS)), channels=4, family=SDXL),
     Kind("SDXL refiner checkpoint", (*_PARTS, _LABEL, _REFINER_TEXTS[0].prefix), channels=4, family=REFINER),
     Kind("SDXL checkpoint without its VAE", (_LABEL, "conditioner.embedders."), without=(_VAE,), cure=_NAME_VAE,
@@ -261,7 +263,9 @@ def require_family(shapes: Shapes, path: Path, *, own_vae: bool = True) -> Famil
     if kind is None:
         raise BadDataError(f"{shown} is no model this version knows ({_first_keys(shapes)}); it reads {READ}.")
     if kind.whole:
-        raise BadDataError(f"{shown} looks like {kind.name}; this version reads {READ} with 4 input channels, or 9.")
+        raise BadDataError(
+            f"{shown} looks like {kind.name}; this version reads {READ} with 4, 5, 8 or 9 input channels."
+        )
     raise BadDataError(f"{shown} is {with_article(kind.name)}, not a whole model; {kind.cure}.")
 
 

@@ -28,7 +28,7 @@ from ldmcli.checkpoints.header import (
     parse_header,
     parse_json_object,
 )
-from ldmcli.disk.opening import bad_file, open_regular
+from ldmcli.disk.opening import WEIGHTS, bad_file, open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,14 +60,15 @@ class WeightFile:
             return True
 
 
-def open_weights(path: Path, *, allow_pickle: bool = False) -> WeightFile:
-    """Check the weight file at `path` and describe it, without torch and without reading tensor data.
+def open_weights(path: Path, *, allow_pickle: bool = False, cure: str = WEIGHTS[1]) -> WeightFile:
+    """Check the weight file at `path` and describe it, without torch and without reading tensor data. `cure` is the
+    advice where it is no regular file.
 
     It has to be safetensors or, with `allow_pickle`, a pickle of plain tensors by torch.save. Raises
     MissingInputError (no such file, not readable), BadDataError (anything else; the message says what it is) or
     StorageError.
     """
-    with open_regular(path) as file:
+    with open_regular(path, (WEIGHTS[0], cure)) as file:
         status = os.fstat(file.fileno())
         # What the kernel makes up as it is read (/proc/kmsg, /proc/self/mem) has no size: it is not even read.
         head = file.read(HEAD_BYTES) if status.st_size else b""

@@ -147,11 +147,10 @@ def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNe
     diffusers before 0.9 give by mistake, for 64, as its Stable Diffusion pipelines do."""
     fields = Fields(path)
     in_channels = fields.whole("in_channels", 4)
-    if in_channels not in (4, 9):
-        kind = {8: "an instruct-pix2pix", 5: "a depth-to-image"}.get(in_channels, "another kind of")
+    if in_channels not in (4, 5, 8, 9):
         raise BadDataError(
-            f"{fields.shown} describes {kind} U-Net ({in_channels} input channels); this version draws with 4, or with "
-            "9 for inpainting."
+            f"{fields.shown} describes another kind of U-Net ({in_channels} input channels); this version draws with "
+            "4, with 9 for inpainting, 8 for editing by words and 5 for depth maps."
         )
     fields.require(_UNET_USUAL)
     channels = fields.wholes("block_out_channels", (320, 640, 1280, 1280))

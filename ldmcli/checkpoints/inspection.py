@@ -13,6 +13,7 @@ from ldmcli.checkpoints.header import TensorInfo
 from ldmcli.checkpoints.source import ModelSource, model_of_file, open_model
 from ldmcli.config import UNDECIDED
 from ldmcli.errors import BadDataError
+from ldmcli.foreign.pictured import read_foreign
 from ldmcli.images.formats import format_of_file
 from ldmcli.images.metadata import read_parameters, read_record
 from ldmcli.images.png_text import carries_embedding
@@ -39,9 +40,13 @@ def _picture(path: Path) -> dict[str, Any]:
     try:
         return read_record(path)
     except BadDataError:
-        parameters = read_parameters(path)
-        if parameters is not None:
-            return {"parameters": parameters}
+        parameters, foreign = read_parameters(path), read_foreign(path)
+        facts: dict[str, Any] = {} if parameters is None else {"parameters": parameters}
+        if foreign is not None:
+            facts |= {"made_by": foreign.tool, "request": foreign.fields, "weights": foreign.weights}
+            facts |= {"not_taken": foreign.left}
+        if facts:
+            return facts
         if carries_embedding(path):
             return {}
         raise
@@ -57,6 +62,7 @@ def _model(source: ModelSource) -> dict[str, Any]:
     return {
         "is": _kind(source.single_file) if source.single_file else f"{config.family}, diffusers folder",
         "family": config.family,
+        "reads": config.unet.reads or None,
         "prediction_type": _UNKNOWN if prediction_type == UNDECIDED else prediction_type,
         "zero_terminal_snr": config.schedule.starts_without_signal,
         "defaults": dataclasses.asdict(config.defaults),

@@ -71,7 +71,7 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
             unet=config,
             vae=vae_from_shapes(vae, usual_vae) if vae else usual_vae,
             text_encoders=tuple(_text(_under(shapes, text.prefix), text) for text in family.texts),
-            schedule=schedule,
+            schedule=dataclasses.replace(schedule, xl=bool(family.added_numbers)),
             zero_empty_negative=family.zero_empty_negative,
             defaults=family.defaults if config.guidance_dim is None else LCM_DEFAULTS,
         )

@@ -263,7 +263,7 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
         unet=unet,
         vae=vae,
         text_encoders=tuple(texts),
-        schedule=found.schedule,
+        schedule=dataclasses.replace(found.schedule, xl=bool(unet.added_numbers)),
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
         defaults=folder_config.own_defaults(path / GENERATION, found.defaults, reads_guidance=reads_guidance),
         notes=(found.guess, *found.notes) if found.guess and not (path / GENERATION).exists() else found.notes,

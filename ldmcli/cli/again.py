@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from ldmcli.cli.arguments import STDIN
 from ldmcli.cli.options import REQUEST_OPTIONS, expanded
 from ldmcli.control import CONTROL_FIELDS
-from ldmcli.errors import MissingInputError, printable
+from ldmcli.errors import BadDataError, MissingInputError, printable
 from ldmcli.spec import ALPHA, HIRES_FIELDS, IMAGE_FIELDS, PICTURES
 
 if TYPE_CHECKING:
@@ -20,16 +20,27 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
+_SHOWN_LEFT = 20
 _WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler")
 
 
 def read_again(picture: str | None) -> dict[str, Any] | None:
-    """A picture's record; None without a picture. Raises as `read_record` does."""
+    """A picture's record, or what takes its place in another program's picture; None without a picture. Raises as
+    `read_record` does."""
     if picture is None:
         return None
     from ldmcli.images.metadata import read_record
 
-    return read_record(Path(picture))
+    try:
+        return read_record(Path(picture))
+    except BadDataError:
+        from ldmcli.foreign.pictured import read_foreign
+
+        found = read_foreign(Path(picture))
+        if found is None:
+            raise
+    model = {"name": found.model, "path": "", "sha256": found.model_hash, "vae": found.vae}
+    return {"request": found.fields, "model": model, "runtime": {}, "made_by": found.tool, "left": found.left}
 
 
 def take_over(context: click.Context, options: dict[str, Any], record: dict[str, Any]) -> None:
@@ -44,13 +55,18 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     if given("control_net"):  # what is said of other networks is not for these
         found = {name: value for name, value in found.items() if name not in CONTROL_FIELDS[2:]}
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
-    found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
-    found["model"] = record["model"]["path"] or None
+    if "made_by" in record:
+        found |= _of_another_program(found, options, record, given)
+    else:
+        found |= {name: record["model"].get(name) for name in _WEIGHT_OPTIONS}
+        found["model"] = record["model"]["path"] or None
     if "upscaled" in record and not found["upscaler"]:
         _log.info("the picture was made larger after it was drawn (%s); it is drawn as it was", record["upscaled"])
     changed = prompts or given("prompt_syntax")  # what the prompt names is then not the picture's
     loras = [lora for lora in request.get("loras", ()) if not (changed and lora.get("in_prompt"))]
     found |= {"loras": loras, "embeddings": ()}
+    if given("sampler") and " " in options["sampler"]:
+        found["schedule"] = None  # the sampler's name says it
     options.update({name: value for name, value in found.items() if not given(name)})
     options["embeddings"] += tuple(_embeddings_again(options, record, prompts))
     options["model_given"] = given("model")
@@ -64,6 +80,49 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
         _compare_upscaler(options, record["inputs"]["hires_upscaler"])
 
 
+def skips_otherwise(context: click.Context, record: dict[str, Any] | None, family: str) -> bool:
+    """Whether clip_skip comes from a picture of another program, and is one more there than here: SDXL never reads the
+    last layer, which others count."""
+    if record is None or "made_by" not in record or not family.startswith("Stable Diffusion XL"):
+        return False
+    return context.get_parameter_source("clip_skip") is not ParameterSource.COMMANDLINE
+
+
+def _of_another_program(
+    found: dict[str, Any], options: dict[str, Any], record: dict[str, Any], given: Callable[[str], bool]
+) -> dict[str, Any]:
+    """The weights of another program's picture, found by their names; what was not taken of it is said. Raises
+    MissingInputError where its model or a LoRA is not here, and no other is given."""
+    from ldmcli.hub.listing import find_here
+
+    def here(name: str) -> str | None:
+        return next((one for one in (name, f"{name}.safetensors") if name and find_here(one)), None)
+
+    model, left = record["model"], list(record["left"])
+    weights = {"model": here(model["name"]) or options["model"], "vae": here(model["vae"]) or options["vae"]}
+    for lora in () if given("loras") else found.get("loras", ()):
+        if options["lora_dir"] is None and not here(lora["name"]):
+            raise MissingInputError(
+                f"the picture was made with the LoRA “{printable(lora['name'])}”, which is not here by that name; give "
+                "--lora-dir DIR, or --lora FILE in its place."
+            )
+    if model["name"] and not given("model") and weights["model"] is None:
+        known = f" (SHA-256 {printable(model['sha256'][:12])}…)" if model["sha256"] else ""
+        raise MissingInputError(
+            f"the picture was made with the model “{printable(model['name'])}”{known}, which is not here by that name; "
+            "give --model, or put it into the folder LDM_MODELS."
+        )
+    if model["vae"] and not weights["vae"]:
+        left.append(f"VAE {model['vae']}, which is not here")
+    if "strength" in found and options.get("image") is None:
+        left.append(f"strength {found.pop('strength'):g}, of an image that it does not hold")
+    if left:
+        shown = list(map(printable, left[:_SHOWN_LEFT]))
+        more = [f"and {len(left) - _SHOWN_LEFT} more"] if len(left) > _SHOWN_LEFT else []
+        _log.warning("not taken from the picture, which %s made: %s", record["made_by"], "; ".join(shown + more))
+    return weights
+
+
 def _picture_again(name: str, path: str, sha256: str | None) -> str:
     """Where the picture is that another was made from. Raises MissingInputError where it is not there any more."""
     if (name, path) == ("mask", ALPHA):
@@ -71,11 +130,12 @@ def _picture_again(name: str, path: str, sha256: str | None) -> str:
     found = str(expanded(path))
     if path == STDIN or not os.path.exists(found):
         where = "standard input" if path == STDIN else f"{printable(path)}, which is not there"
+        said = name.replace("_", " ")
         option = name.replace("_", "-")
-        raise MissingInputError(f"the picture was made with an {option} from {where}; give that with --{option}.")
+        raise MissingInputError(f"the picture's {said} came from {where}; give that with --{option}.")
     from ldmcli.images.pixels import facts_of
 
-    if facts_of(found).sha256 != sha256:
+    if facts_of(found, depth=name == "depth").sha256 != sha256:
         _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
     return found
 

@@ -36,9 +36,14 @@ def picture_from_stdin() -> bytes:
 
 def _lines() -> Iterator[str]:
     from ldmcli.batch.lines import Lines, joined_hint
+    from ldmcli.batch.option_lines import looks_like
 
     lines = Lines(None)
+    hinted = False
     for line in lines:
+        if not hinted and "--" in line.text and (known := looks_like(line.text)):
+            hinted = True
+            _log.warning("line %d seems to hold options: ldm batch - --format %s reads them", line.number, known)
         if line.problem:
             raise BadDataError(f"standard input, line {line.number}: {line.problem}")
         if line.text.strip():

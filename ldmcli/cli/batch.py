@@ -18,6 +18,8 @@ import click
 from ldmcli.cli.options import (
     DrawingCommand,
     control_options,
+    dynamic_options,
+    dynamic_prompts,
     file_options,
     hires_options,
     image_options,
@@ -34,7 +36,7 @@ from ldmcli.cli.options import (
 from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
 from ldmcli.images.formats import FORMATS, Encoding
-from ldmcli.spec import GenerationRequest
+from ldmcli.spec import PICTURES, GenerationRequest
 from ldmcli.speed.cpu.threads import available_cores, is_small
 from ldmcli.speed.startup import may_have_gpu
 
@@ -82,8 +84,9 @@ class _RowFormat(click.Choice[str]):
 @click.command(cls=DrawingCommand, short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
-@option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv"]),
-        help="What FILE is.  [default: by its name's ending; needed for -]")  # fmt: skip
+@option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
+        help="What FILE is; kohya (a cat --n dog --s 20) and a1111 (--prompt \"a cat\" --steps 20) have options "
+        "in each line.  [default: by its name's ending; needed for -]")  # fmt: skip
 @option("--prompt-column", metavar="NAME", help="The CSV or TSV column, or JSON field, to take prompts from.")
 @option(
     "--grid", metavar="FIELD=V,V,…", multiple=True, help="Draw each row with each of these values; may be repeated."
@@ -116,6 +119,7 @@ class _RowFormat(click.Choice[str]):
 @request_options
 @hires_options
 @control_options
+@dynamic_options
 @image_options
 @runtime_options
 @json_option("Report each picture as a JSON line as soon as it is there.")
@@ -155,7 +159,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
-    if _STDIN in (options["image"], options["mask"]):
+    if _STDIN in [options[name] for name in PICTURES]:
         raise click.UsageError("a picture of a batch is a file; standard input is for rows.", context)
     devices = parse_devices(options["devices"]) if options["devices"] else None
     if options["ray_address"] and options["engine"] != "ray":
@@ -198,6 +202,7 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
         model_spec(options),
         runtime_spec(options),
         metadata=not options["no_metadata"],
+        dynamic=dynamic_prompts(options),
         encoding=Encoding(options["image_format"] or "png", options["quality"], options["lossless"]),
         **{name: options[name] for name in own},
     )

@@ -82,8 +82,9 @@ def bench(context: click.Context, **options: Any) -> None:
     floor   what a step or image would take if all its convolutions and matrix products ran at
             the best rate measured in the same run
 
-    Comparisons with other programs, and with this one's own techniques turned off, are run by
-    `make bench` in a clone of the project.
+    One pass is measured, from noise: a second one, as --hires asks for, or a given picture is timed
+    by `ldm txt2img --json` and `ldm img2img --json`. Comparisons with other programs, and with this
+    one's own techniques turned off, are run by `make bench` in a clone of the project.
 
     \b
     Examples:

@@ -21,10 +21,11 @@ _log = logging.getLogger(__name__)
 @click.pass_context
 def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
     """Tell what each FILE is: the request a picture holds; a model's family, parts and dimensions; a LoRA's kind, rank,
-    family and trigger words; what a ControlNet or T2I-Adapter is for; or an embedding's word, vectors and family.
+    family and trigger words; what a ControlNet or T2I-Adapter is for; an embedding's word, vectors and family; or an
+    upscaler's architecture, size and scale.
 
-    Only headers are read, so this is quick for files of any size. Where a file cannot be read, the others are shown all
-    the same, and the exit code is that of the first that could not.
+    Only headers are read, but for upscalers, so this is quick for files of any size. Where a file cannot be read, the
+    others are shown all the same, and the exit code is that of the first that could not.
     """
     from ldmcli.adapters.adapter import is_adapter_folder
     from ldmcli.checkpoints.control_source import control_facts, is_control_folder
@@ -48,6 +49,8 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
                     facts |= control_facts(path, allow_pickle=allow_pickle)
                 elif facts["kind"] != "model":
                     facts |= _embedding_facts(path, facts.get("is", ""), allow_pickle=allow_pickle)
+                if facts.get("is") == "unknown":
+                    facts |= _upscaler_facts(path, allow_pickle=allow_pickle)
         except LdmError as error:
             if len(files) == 1:
                 raise
@@ -93,6 +96,13 @@ def _embedding_facts(path: Path, kind: str, *, allow_pickle: bool) -> dict[str, 
         if kind == EMBEDDING:
             raise
         return {}
+
+
+def _upscaler_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
+    from ldmcli.checkpoints.files import open_weights
+    from ldmcli.upscaling.upscaler import upscaler_facts
+
+    return upscaler_facts(open_weights(path, allow_pickle=allow_pickle))
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,7 @@ from ldmcli.errors import UsageError, printable
 from ldmcli.hires import STRENGTH as HIRES_STRENGTH
 from ldmcli.images.formats import FORMATS, QUALITY
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
+from ldmcli.sampling.names import sampler_of, schedule_of
 from ldmcli.spec import (
     HIRES_FIELDS,
     IMAGE_FIELDS,
@@ -29,6 +30,9 @@ from ldmcli.spec import (
     ModelSpec,
     RuntimeSpec,
 )
+
+if TYPE_CHECKING:
+    from ldmcli.conditioning.dynamic import DynamicPrompts
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -113,6 +117,19 @@ class _LoRA(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class _Sampler(click.Choice[str]):
+    """A sampler by any program's name, which may say the schedule too: `dpmpp-2m karras`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        named = sampler_of(value)
+        return " ".join(filter(None, named)) if named else super().convert(value, param, ctx)
+
+
+class _Schedule(click.Choice[str]):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(schedule_of(value) or value, param, ctx)
+
+
 class _Name(click.types.StringParamType):
     """A text that may be given again; in the environment, with semicolons between."""
 
@@ -139,9 +156,10 @@ _REQUEST = (
     option("-W", "--width", type=int, help="Pixels.  [default: the model's own]"),
     option("-H", "--height", type=int, help="Pixels.  [default: the model's own]"),
     option("--steps", type=int, help="Sampling steps.  [default: the model's own; 50, or 4 where it is distilled]"),
-    option("--sampler", type=click.Choice(list(SAMPLERS)),
-           help="See `ldm samplers`.  [default: the model's own; ddim, euler for SDXL, what a distilled model wants]"),
-    option("--schedule", type=click.Choice(SPACINGS), help="Where the steps sit.  [default: the model's own]"),
+    option("--sampler", type=_Sampler(list(SAMPLERS)),
+           help="See `ldm samplers`; other programs' names go too.  [default: the model's own; ddim, euler for SDXL, "
+           "what a distilled model wants]"),
+    option("--schedule", type=_Schedule(SPACINGS), help="Where the steps sit.  [default: the model's own]"),
     option("--eta", type=float, default=0.0, show_default=True, help="Fresh noise in DDIM: 0 none, 1 as in DDPM."),
     option(
         "-g", "--guidance-scale", "--cfg-scale", type=float,
@@ -185,6 +203,11 @@ _IMAGE = (
     option("--resize", type=click.Choice(RESIZES), default="stretch", show_default=True,
            help="How it comes to the size, which is --width and --height or its own rounded down: stretched, "
            "cropped, or with its edges continued."),
+    option("--image-guidance-scale", "--image-cfg-scale", type=float,
+           help="How closely a model that edits pictures by words (InstructPix2Pix) keeps to the picture.  [default: "
+           "1.5]"),
+    option("--depth", type=_FILE, metavar="FILE",
+           help="The picture's depth map, for models that read one: grey of 8 or 16 bits, nearer is brighter."),
     option("--mask", type=_FILE, metavar="FILE|alpha",
            help="Repaint only what is white in this picture; alpha: where the picture itself is transparent."),
     option("--invert-mask", is_flag=True, help="Repaint what is black instead."),
@@ -244,6 +267,15 @@ def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["refiner"] and settings["refiner_start"] is None:
         settings["refiner_start"] = REFINER_START
     return settings
+
+
+def dynamic_prompts(options: Mapping[str, Any]) -> "DynamicPrompts | None":
+    """What draws prompts by lot, where that is asked for."""
+    if not options["dynamic_prompts"]:
+        return None
+    from ldmcli.conditioning.dynamic import DynamicPrompts
+
+    return DynamicPrompts(None if options["wildcard_dir"] is None else expanded(options["wildcard_dir"]))
 
 
 def model_spec(options: Mapping[str, Any]) -> ModelSpec:
@@ -323,6 +355,14 @@ def file_options(*names: str) -> Callable[[_Command], _Command]:
                help=f"Of JPEG and WebP: 1 small, 100 best.  [default: {QUALITY}]"),
         option("--lossless", is_flag=True, help="Of WebP: keep every pixel as it is."),
     )  # fmt: skip
+
+
+# How prompts are drawn by lot, where a command does so.
+dynamic_options = together(
+    option("--dynamic-prompts", is_flag=True,
+           help="Draw by lot what prompts leave open, by each picture's seed: {a|b}, {2$$a|b|c}, __WILDCARD__."),
+    option("--wildcard-dir", metavar="DIR", help="Where WILDCARD.txt is found, a choice a line."),
+)  # fmt: skip
 
 
 request_options = together(*_REQUEST)  # what to draw, and how: REQUEST_OPTIONS

@@ -13,7 +13,7 @@ _FIELDS = ("name", "title", "summary", "spacings", "draws_noise", "takes_eta")
 @json_option("Print one JSON object a line.")
 @verbosity_options
 def samplers(as_json: bool) -> None:
-    """List the samplers, a line each: the name for --sampler, what it is, and what --schedule it does not take."""
+    """List the samplers, a line each: the name for --sampler, what it is, and which --schedule it takes if not all."""
     from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
 
     for row in SAMPLERS.values():
@@ -21,7 +21,7 @@ def samplers(as_json: bool) -> None:
             facts = {field: getattr(row, field) for field in _FIELDS}
             click.echo(json.dumps(facts))
             continue
-        refused = [spacing for spacing in SPACINGS if spacing not in row.spacings]
-        limits = f"; not with --schedule {', '.join(refused)}" if row.spacings and refused else ""
+        some = row.spacings and row.spacings != SPACINGS
+        limits = f"; only with --schedule {', '.join(row.spacings)}" if some else ""
         own = "" if row.spacings else "; has its own schedule"
         click.echo(f"{row.name:{max(map(len, SAMPLERS))}}  {row.summary}{limits}{own}")

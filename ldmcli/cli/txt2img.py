@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from ldmcli.cli.again import compare_networks, read_again, take_over
+from ldmcli.cli.again import compare_networks, read_again, skips_otherwise, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
 from ldmcli.cli.options import (
     DrawingCommand,
     control_options,
+    dynamic_options,
+    dynamic_prompts,
     file_options,
     hires_options,
     json_option,
@@ -56,6 +58,7 @@ drawing_options = together(
     request_options,
     hires_options,
     control_options,
+    dynamic_options,
     option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]"),
     option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,
            help="Pictures per prompt, with seeds SEED, SEED+1, …"),
@@ -64,7 +67,9 @@ drawing_options = together(
     option("-o", "--output", metavar="PATH", default=".",
            help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]"),
     file_options("--image-format", "--format"),
-    option("--from-image", metavar="FILE", help="Run the request in this picture again; options given win over it."),
+    option("--from-image", metavar="FILE",
+           help="Run the request in this picture again, one of another program as far as it can be taken; options "
+           "given win over it."),
     runtime_options,
     option("--overwrite", is_flag=True, help="Replace files that are there already."),
     option("--no-metadata", is_flag=True, help="Write no prompt and settings into the picture."),
@@ -103,7 +108,8 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     record = read_again(options["from_image"])
     if record:
         take_over(context, options, record)
-        prompts = prompts or (record["request"]["prompt"],)
+        if not prompts:
+            prompts, options["dynamic_prompts"] = (record["request"]["prompt"],), False  # it is drawn already
     if not prompts:
         raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
     if STDIN in prompts and options.get("image") == STDIN:
@@ -112,6 +118,8 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     # 2. What the model is, from its headers; then every check that needs no weights.
     pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
     session = _open(options, record, pictures)
+    if skips_otherwise(context, record, session.config.family):
+        requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
     link_ahead()
     fitted = _checked(requests, session, encoding, eager=STDIN not in prompts)
     first = next(fitted, None)
@@ -217,20 +225,26 @@ class _Written:
         if self._compared or self._record is None:
             return
         self._compared = True
-        if self._record["model"]["sha256"] != identity["sha256"]:
+        if not identity["sha256"].startswith(self._record["model"]["sha256"]):  # others keep its beginning
             name = identity["name"]
             _log.warning("the model %s is not the one the picture was made with; it will differ", name)
 
 
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
-    """The first request of each prompt. Raises UsageError before any prompt is read where an option is out of range."""
+    """The first request of each prompt; of each picture, where prompts are drawn by lot. Raises UsageError before any
+    prompt is read where an option is out of range."""
     seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
     if options.get("image") == STDIN:
         options["image"] = picture_from_stdin()
     common = GenerationRequest(prompt="", seed=seed, **request_settings(options))
     if seed + options["count"] - 1 > MAX_SEED:
         raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")
-    return (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
+    requests = (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
+    draws = dynamic_prompts(options)
+    if draws is None:
+        return requests
+    count, options["count"] = options["count"], 1  # each picture has a prompt of its own
+    return (draws.drawn(dataclasses.replace(one, seed=one.seed + i)) for one in requests for i in range(count))
 
 
 def _open(options: dict[str, Any], record: dict[str, Any] | None, pictures: int) -> "Session":
@@ -272,7 +286,7 @@ def _checked(
         nonlocal hinted
         fitted = session.fit(request)
         encoding.check_size(*fitted.final_size)
-        if not hinted and fitted.prompt_syntax == "plain" and (hint := syntax_hint(fitted.prompt)):
+        if not hinted and (hint := syntax_hint(fitted.prompt, fitted.prompt_syntax)):
             hinted = True
             _log.warning("%s", hint)
         for text in (fitted.prompt, *({fitted.negative_prompt} - read)):

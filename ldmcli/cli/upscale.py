@@ -100,6 +100,8 @@ def _stdin_as_file(pictures: Sequence[str]) -> Iterator[list[Path]]:
 
 
 def _file(name: str) -> Path:
+    if not name:
+        raise UsageError("an IMAGE has an empty name; name a picture file.")
     if "://" in name:
         raise MissingInputError(f"{printable(name)} is an address, and pictures are read from files; fetch it first.")
     return expanded(name)

@@ -8,11 +8,17 @@ UNREAD_PROMPT = "guidance below 1 draws what the negative prompt says; 1 is ungu
 _WEIGHT = re.compile(r":\s*[+-]?[.\d]+\s*\)")
 _BREAK = re.compile(r"\bBREAK\b")
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{0,200}>?", re.IGNORECASE)
+_LOTS = re.compile(r"\{[^{}|\n]{0,200}\|[^{}\n]{0,200}\}|(?<![^\s{|(,])__[\w\-./]{1,60}__(?![^\s}|),.])")
 _SHOWN = 40
 
 
-def syntax_hint(prompt: str) -> str:
-    """A sentence on AUTOMATIC1111's syntax in a prompt that is read plainly; "" where there is none."""
+def syntax_hint(prompt: str, syntax: str = "plain") -> str:
+    """A sentence on AUTOMATIC1111's syntax in a prompt that is read plainly, or on what elsewhere is drawn by lot; ""
+    where there is none."""
+    if found := _LOTS.search(prompt):
+        return f"“{printable(found[0], 60)}” in a prompt is text; --dynamic-prompts draws it by lot."
+    if syntax != "plain":
+        return ""
     if found := _NETWORK.search(prompt):
         what = printable(found[0], 60)
         return f"“{what}” in a prompt is text; --prompt-syntax weighted or --lora FILE:WEIGHT loads a LoRA."

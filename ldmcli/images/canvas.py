@@ -7,10 +7,11 @@ from PIL import Image, ImageFilter, ImageOps
 
 from ldmcli.errors import BadDataError
 from ldmcli.fitting import FittedRequest
-from ldmcli.images.pixels import Facts, facts_of, grey_of, on_white, read_picture
+from ldmcli.images.pixels import Facts, facts_of, grey_of, on_white, read_depth, read_picture
 from ldmcli.spec import ALPHA, PICTURES, GenerationRequest
 
 _NOTHING = "the mask leaves nothing to repaint: white is what is repainted; see --invert-mask."
+_FLAT = "the depth map is the same everywhere, so it says nothing; nearer is brighter."
 _OPAQUE = "the picture has no transparency that could be its mask; name a --mask file."
 _FILLS = (256, 64, 16, 4, 2, 0)  # radii of the blurs that grow colours into what is masked, as AUTOMATIC1111 has them
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -20,13 +21,14 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 class Canvas:
     """What is drawn on: `pixels` (height, width, 3) uint8, and where they are repainted, `mask` (height, width) bool.
     `whole` is the picture that the result goes into, at `box`, as far as `shown` (of the whole's size, uint8) says;
-    None where the result is all."""
+    None where the result is all. `depth`, of any size and float32, is how near the pixels are, where that is known."""
 
     pixels: np.ndarray
     mask: np.ndarray | None = None
     whole: np.ndarray | None = None
     shown: np.ndarray | None = None
     box: Box = (0, 0, 0, 0)
+    depth: np.ndarray | None = None
 
     def finished(self, drawn: np.ndarray) -> np.ndarray:
         """The picture (height, width, 3) uint8 with what was drawn put into it; bit for bit as it was where nothing of
@@ -45,8 +47,22 @@ class Canvas:
 
 
 def canvas_of(request: FittedRequest) -> Canvas:
-    """The canvas of a request that has an image. Raises as `read_picture` does, and BadDataError for a mask that leaves
-    nothing to repaint."""
+    """The canvas of a request that has an image. Raises as `read_picture` and `read_depth` do, and BadDataError for a
+    mask that leaves nothing to repaint."""
+    canvas = _coloured(request)
+    if request.depth is None:
+        return canvas
+    assert request.image is not None
+    depth, picture = Image.fromarray(read_depth(request.depth)), facts_of(request.image)
+    masked = canvas.whole is not None and request.inpaint_area == "masked"
+    if masked or request.resize != "stretch":  # else the first size that it is brought to is the latents'
+        depth = depth.resize((picture.width, picture.height), Image.Resampling.BICUBIC)
+        depth = depth.crop(canvas.box) if masked else resized(depth, request.width, request.height, request.resize)
+    return dataclasses.replace(canvas, depth=_array(depth))
+
+
+def _coloured(request: FittedRequest) -> Canvas:
+    """The canvas without the depth."""
     assert request.image is not None
     picture = read_picture(request.image)
     mask = _mask_of(request, picture)
@@ -107,17 +123,25 @@ def surroundings(mask: np.ndarray, padding: int, aspect: float) -> Box:
 
 
 def input_facts(request: GenerationRequest) -> dict[str, Facts]:
-    """Of each picture that the request names, its size and hash. Raises as `read_picture` does, and BadDataError where
-    the mask can repaint nothing."""
+    """Of each picture that the request names, its size and hash. Raises as `read_picture` and `read_depth` do, and
+    BadDataError where the mask can repaint nothing, or the depth map is flat."""
     given = {name: getattr(request, name) for name in PICTURES if (name, getattr(request, name)) != ("mask", ALPHA)}
-    found = {name: facts_of(value) for name, value in given.items() if value is not None}
+    found = {name: facts_of(value, depth=name == "depth") for name, value in given.items() if value is not None}
     if request.mask == ALPHA and not found["image"].transparent:
         raise BadDataError(_OPAQUE)
     if "mask" in found:
         darkest, lightest = found["mask"].greys
         if (255 - darkest if request.invert_mask else lightest) <= 127:
             raise BadDataError(_NOTHING)
+    if "depth" in found and found["depth"].greys[0] == found["depth"].greys[1]:
+        raise BadDataError(_FLAT)
     return found
+
+
+def alike(one: Facts, other: Facts) -> bool:
+    """Whether two pictures are of about the same shape, whatever their sizes."""
+    across, down = one.width * other.height, one.height * other.width
+    return abs(across - down) <= 0.02 * max(across, down)
 
 
 def _grown(start: int, end: int, wanted: int, limit: int) -> tuple[int, int]:

@@ -4,7 +4,9 @@ AUTOMATIC1111's text is where it puts it, in UserComment as UTF-16 in big-endian
 viewers do not show. Format: CIPA DC-008 (Exif 2.32); https://developers.google.com/speed/webp/docs/riff_container.
 """
 
+import itertools
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from ldmcli.images.png_text import MAX_TEXT_BYTES, latin_text
 PARAMETERS_KEYWORD, RECORD_KEYWORD = "parameters", "ldmcli"
 EXIF_KEYWORDS = (PARAMETERS_KEYWORD, RECORD_KEYWORD)  # what EXIF has a place for; the one to spare first
 _EXIF_IFD, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x927C, 0x9286
+_CAMERA = range(0x0110, 0x0100, -1)  # Model, Make, ImageDescription, and what ComfyUI counts down to
+_KEYED = re.compile(r"(?:(\w{1,40}):)?\s*(\{.*)", re.DOTALL)
 _UNDEFINED, _ASCII, _BYTE = 7, 2, 1  # types of one byte a value
 _UNICODE, _OURS, _PREFIX = b"UNICODE\0", b"ldmcli\0", b"Exif\0\0"
 _ALONE = {0x01, *range(0xD0, 0xD8)}  # JPEG's markers without a segment
@@ -39,7 +43,8 @@ def exif_with(text: Mapping[str, str]) -> bytes:
 
 
 def iterate_exif_text(path: Path) -> Iterator[tuple[str, str]]:
-    """Each (keyword, text) of EXIF_KEYWORDS that a JPEG or WebP file holds, our record first.
+    """Each (keyword, text) of EXIF_KEYWORDS that a JPEG or WebP file holds, our record first; then the JSON that other
+    programs keep in tags for the camera, ComfyUI's with its keyword before it, any other as PARAMETERS_KEYWORD.
 
     Raises MissingInputError when there is no such file or it cannot be opened, BadDataError when it is none of both or
     is damaged or cut off before its EXIF data, StorageError when reading fails.
@@ -53,6 +58,9 @@ def iterate_exif_text(path: Path) -> Iterator[tuple[str, str]]:
             yield RECORD_KEYWORD, tags[_MAKER_NOTE][len(_OURS) :].decode()
         if _USER_COMMENT in tags:
             yield PARAMETERS_KEYWORD, _comment(tags[_USER_COMMENT])
+        for tag in _CAMERA:
+            if found := _KEYED.match(latin_text(tags.get(tag, b"").rstrip(b"\0"))):
+                yield found[1] or PARAMETERS_KEYWORD, found[2]
     except struct.error:
         raise BadDataError(f"'{shown}' is cut off or damaged: its EXIF data ends too early.") from None
     except UnicodeDecodeError as error:
@@ -117,20 +125,25 @@ def _of_webp(file: BinaryIO, size: int) -> bytes:
 
 
 def _tags(exif: bytes) -> dict[int, bytes]:
-    """The values of UserComment and MakerNote, as far as they are there. Raises struct.error, _DamageError."""
+    """The values of UserComment, MakerNote and _CAMERA, as far as they are there. Raises struct.error, _DamageError."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         raise _DamageError("has EXIF data without a TIFF header")
     (start,) = struct.unpack_from(f"{order}I", exif, 4)
-    links = [value for tag, _, _, value in _entries(exif, order, start) if tag == _EXIF_IFD]
-    found = {}
-    for link in links[:1]:
-        for tag, kind, count, value in _entries(exif, order, link):
-            if tag in (_MAKER_NOTE, _USER_COMMENT) and kind in (_UNDEFINED, _ASCII, _BYTE) and tag not in found:
-                data = exif[value : value + count] if count > 4 else b""  # what is that short is neither text
-                if len(data) < count > 4:
-                    raise _DamageError("is cut off or damaged: its EXIF text runs past its end")
-                found[tag] = data
+    first = list(_entries(exif, order, start))
+    links = [value for tag, _, _, value in first if tag == _EXIF_IFD]
+    own = itertools.chain.from_iterable(_entries(exif, order, link) for link in links[:1])
+    wanted = [entry for entry in own if entry[0] in (_MAKER_NOTE, _USER_COMMENT)]
+    wanted += [entry for entry in first if entry[0] in _CAMERA]
+    found: dict[int, bytes] = {}
+    for tag, kind, count, value in wanted:
+        if kind in (_UNDEFINED, _ASCII, _BYTE) and tag not in found:
+            data = exif[value : value + count] if count > 4 else b""  # what is that short is no text
+            if len(data) < count > 4:
+                raise _DamageError("is cut off or damaged: its EXIF text runs past its end")
+            found[tag] = data
+            if sum(map(len, found.values())) > MAX_TEXT_BYTES:
+                raise _DamageError(f"is not accepted: it holds more than {MAX_TEXT_BYTES >> 20} MiB of text")
     return found
 
 

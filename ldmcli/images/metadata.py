@@ -23,7 +23,11 @@ from ldmcli.spec import GenerationRequest
 
 _MAX_SHOWN_KEYWORDS = 8
 # A1111's schedules with the same steps; of "SGM Uniform" they may be off by less than one of 1000 training steps.
-_SCHEDULE_TITLES = {"karras": "Karras", "leading": "DDIM", "trailing": "SGM Uniform", "linspace": "Uniform"}
+_SCHEDULE_TITLES = {
+    "karras": "Karras", "leading": "DDIM", "trailing": "SGM Uniform", "linspace": "Uniform", "normal": "Normal",
+    "exponential": "Exponential", "sgm_uniform": "SGM Uniform", "simple": "Simple", "beta": "Beta",
+    "ays": "Align Your Steps",
+}  # fmt: skip
 _CONTENT_TITLES = {"fill": "fill", "noise": "latent noise", "zero": "latent nothing"}
 _MODE_TITLES = {
     "balanced": "Balanced",
@@ -66,6 +70,7 @@ def infotext(
         "Sampler": SAMPLERS[request.sampler].title if request.sampler else "",
         "Schedule type": _SCHEDULE_TITLES.get(schedule or "", ""),
         "CFG scale": _number(request.guidance_scale) if request.guidance_scale is not None else "",
+        "Image CFG scale": "" if request.image_guidance_scale is None else _number(request.image_guidance_scale),
         "Seed": str(request.seed),
         "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
         "Model hash": model_hash[:10],

@@ -11,9 +11,9 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -27,19 +27,26 @@ MAX_PIXELS = 1 << 26  # 8192²: a quarter of a gigabyte, and several times that 
 MAX_BYTES = 1 << 28
 _CURE = "name a picture file, such as PNG, JPEG or WebP"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_GREY = 16  # how far apart the colours of a grey picture may be, which JPEG may have coloured
+_Read = TypeVar("_Read")
 _WIDE = {"I;16", "I;16L", "I;16B", "I;16N", "I"}  # numbers of 16 bits, as Pillow gives them
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """A picture that was read whole: its size once it is upright, the SHA-256 of its file, its darkest and its lightest
-    grey as a mask, and whether it can be seen through."""
+    grey as a mask or a depth map, and whether it can be seen through."""
 
     width: int
     height: int
     sha256: str
-    greys: tuple[int, int]
-    transparent: bool
+    greys: tuple[float, float]
+    transparent: bool = False
+
+    @property
+    def shape(self) -> str:
+        """Its size in words."""
+        return f"{self.width}×{self.height}"
 
 
 def read_picture(source: str | bytes) -> Image.Image:
@@ -47,25 +54,36 @@ def read_picture(source: str | bytes) -> Image.Image:
 
     Raises MissingInputError, BadDataError or StorageError saying what it is instead.
     """
-    return _decoded(_bytes_of(source), _named(source))
+    return _decoded(_bytes_of(source), _named(source), _in_colour)
 
 
-def facts_of(source: str | bytes) -> Facts:
-    """What is known of a picture, read whole, once for each state of its file. Raises as `read_picture` does."""
+def read_depth(source: str | bytes) -> np.ndarray:
+    """A depth map (height, width) float32 by its path or its file's bytes, upright, in the numbers that it is kept in.
+    Raises as `read_picture` does, and BadDataError for one that has colours."""
+    return _decoded(_bytes_of(source), _named(source), _as_depth)
+
+
+def facts_of(source: str | bytes, *, depth: bool = False) -> Facts:
+    """What is known of a picture, or a depth map, read whole, once for each state of its file. Raises as `read_picture`
+    and `read_depth` do."""
     if isinstance(source, bytes):
-        return _facts(source, None)
+        return _facts(source, None, depth)
     stamp = None
     with contextlib.suppress(OSError, ValueError):
         found = os.stat(source)
         stamp = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-    return _facts(source, stamp)
+    return _facts(source, stamp, depth)
 
 
 @functools.lru_cache(4096)
-def _facts(source: str | bytes, stamp: object) -> Facts:
+def _facts(source: str | bytes, stamp: object, depth: bool) -> Facts:
     data = _bytes_of(source)
-    picture = _decoded(data, _named(source))
-    grey, sha256 = grey_of(picture), hashlib.sha256(data).hexdigest()
+    sha256 = hashlib.sha256(data).hexdigest()
+    if depth:
+        near = _decoded(data, _named(source), _as_depth)
+        return Facts(near.shape[1], near.shape[0], sha256, (float(near.min()), float(near.max())))
+    picture = _decoded(data, _named(source), _in_colour)
+    grey = grey_of(picture)
     return Facts(*picture.size, sha256, (int(grey.min()), int(grey.max())), transparent=picture.mode == "RGBA")
 
 
@@ -100,7 +118,7 @@ def _bytes_of(source: str | bytes) -> bytes:
         return file.readall()
 
 
-def _decoded(data: bytes, name: str) -> Image.Image:
+def _decoded(data: bytes, name: str, convert: Callable[[Image.Image, str], _Read]) -> _Read:
     if not data:
         raise BadDataError(f"{name} is empty; {_CURE}.")
     with _named_errors(name), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
@@ -115,14 +133,26 @@ def _decoded(data: bytes, name: str) -> Image.Image:
                 f"{name} is animated or has pages ({frames}); save the one to use as a picture by itself."
             )
         picture.load()
-        if picture.mode == "F":
-            raise BadDataError(f"{name} has floating numbers as pixels; save it with 8 or 16 bits a colour first.")
-        upright = ImageOps.exif_transpose(picture)
-        return _in_colour(upright, picture.info.get("icc_profile"))
+        return convert(ImageOps.exif_transpose(picture), name)
 
 
-def _in_colour(picture: Image.Image, profile: Any) -> Image.Image:
+def _as_depth(picture: Image.Image, name: str) -> np.ndarray:
+    if picture.mode in (*_WIDE, "F"):
+        found = np.asarray(picture).astype(np.float32)
+        if not np.isfinite(found).all():
+            raise BadDataError(f"{name} has numbers that are not finite, and so is no depth map.")
+        return found
+    colours = np.asarray(picture.convert("RGB")).astype(np.int16)
+    if (colours.max(-1) - colours.min(-1)).max() > _GREY:
+        raise BadDataError(f"{name} has colours, and a depth map is grey: nearer is brighter.")
+    return colours.mean(-1, dtype=np.float32)
+
+
+def _in_colour(picture: Image.Image, name: str) -> Image.Image:
     """The picture as RGB, or RGBA where it has transparency."""
+    if picture.mode == "F":
+        raise BadDataError(f"{name} has floating numbers as pixels; save it with 8 or 16 bits a colour first.")
+    profile = picture.info.get("icc_profile")
     if picture.mode in _WIDE:
         wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

@@ -25,6 +25,12 @@ class Conditioning:
         return Conditioning(**{name: None if part is None else part.to(device, dtype) for name, part in parts})  # type: ignore[arg-type]
 
 
+def without_channels(condition: Conditioning) -> Conditioning:
+    """The condition with zeros in the channels that it joins to the latents."""
+    assert condition.channels is not None
+    return dataclasses.replace(condition, channels=torch.zeros_like(condition.channels))
+
+
 def joined(conditions: Sequence[Conditioning]) -> Conditioning:
     """The batch of these, one after the other; contexts must be of one length."""
     columns = {name: [vars(each)[name] for each in conditions] for name in vars(conditions[0])}

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from ldmcli.config import ScheduleConfig
+from ldmcli.config import RESPACED, ScheduleConfig
 from ldmcli.errors import BadDataError, UsageError, printable
 
-SPACINGS = ("leading", "trailing", "linspace", "karras")
 _TRAINING_SPACINGS = ("leading", "trailing", "linspace")
+SPACINGS = (*_TRAINING_SPACINGS, *RESPACED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,12 +29,11 @@ def controlled(model: Callable[..., Tensor], residuals: Callable[[Tensor, Step],
     return lambda latents, step: model(latents, step, residuals(latents, step))
 
 
-def paired(negative: Model, positive: Model) -> Model:
-    """The model of a batch of twice the size, each half by a model of its own: for prompts of different lengths."""
+def paired(negative: Model, positive: Model, count: int) -> Model:
+    """The model of a batch whose last `count` are the positive's: for prompts of different lengths."""
 
     def run(latents: Tensor, step: Step) -> Tensor:
-        first, second = latents.chunk(2)
-        return torch.cat([negative(first, step), positive(second, step)])
+        return torch.cat([negative(latents[:-count], step), positive(latents[-count:], step)])
 
     return run
 
@@ -49,6 +48,19 @@ def guided(model: Model, scale: float, rescale: float = 0.0) -> Model:
     def run(latents: Tensor, step: Step) -> Tensor:
         negative, positive = model(torch.cat([latents, latents]), step).chunk(2)
         output = negative + scale * (positive - negative)
+        return rescaled(output, positive, rescale) if rescale > 0 else output
+
+    return run
+
+
+def guided_on_image(model: Model, scale: float, image_scale: float, rescale: float = 0.0) -> Model:
+    """As `guided`, and away from no picture: o₀ + scale · (o₊ − o₋) + image_scale · (o₋ − o₀), for models that edit
+    pictures (Brooks et al. 2023, InstructPix2Pix, equation 3). `model` takes a batch of three times the size: negative
+    prompts without their pictures, negative prompts, prompts. With an image_scale of 1 the first make no difference."""
+
+    def run(latents: Tensor, step: Step) -> Tensor:
+        blank, negative, positive = model(torch.cat([latents] * 3), step).chunk(3)
+        output = blank + scale * (positive - negative) + image_scale * (negative - blank)
         return rescaled(output, positive, rescale) if rescale > 0 else output
 
     return run

@@ -4,17 +4,21 @@ import bisect
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from ldmcli.config import ScheduleConfig, Walk
+from ldmcli.config import RESPACED, ScheduleConfig, Walk
 from ldmcli.errors import BadDataError
 from ldmcli.sampling.catalogue import Sampler, check_fit, sampler_named
 
 # Samplers that divide by the signal level take this for 0, as diffusers does: float16's smallest positive number.
 SMALLEST_LEVEL = 2.0**-24
+# σ of the ten steps of "Align Your Steps", and where the last of them ends before all noise is taken.
+_AYS = (14.6146, 6.4746, 3.8637, 2.6946, 1.8842, 1.3944, 0.9643, 0.6524, 0.3977, 0.1515, 0.0292)
+_AYS_XL = (14.6146, 6.3184, 3.7682, 2.1812, 1.3405, 0.8621, 0.5551, 0.3799, 0.2332, 0.1114, 0.0292)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +107,11 @@ class Schedule:
     def _points(self, count: int, grid: str, spacing: str) -> list[tuple[float, float]]:
         """Timesteps and ᾱ of `count` steps."""
         spacing, _, sigmas = spacing.partition(" ")
-        if spacing == "karras":
-            return self._respaced(count, "karras", self.sigmas[-1], self.sigmas[0], whole=grid == "dpm")
+        if spacing in ("karras", "exponential", "beta"):
+            return self._respaced(count, spacing, self.sigmas[-1], self.sigmas[0], whole=grid == "dpm")
+        if spacing in RESPACED:
+            logs = self._log_levels(count, spacing)
+            return [(_position(log, self._logs), _level_of(math.exp(log))) for log in logs]
         timesteps = self.config.timesteps(count, grid, spacing) or []
         if grid == "lcm" or not sigmas:
             return [(timestep, self._level(timestep, grid)) for timestep in timesteps]
@@ -155,6 +162,23 @@ class Schedule:
         levels = self.alphas_cumprod.clamp(min=SMALLEST_LEVEL)
         return ((1 - levels) / levels).sqrt().tolist()
 
+    @functools.cached_property
+    def _logs(self) -> list[float]:
+        return [math.log(sigma) for sigma in self.sigmas]
+
+    def _log_levels(self, count: int, spacing: str) -> list[float]:
+        """log σ of each step, as ComfyUI and AUTOMATIC1111 place them: "normal" evenly from the last training step to
+        the first; "sgm_uniform" as if one step more led to the first; "simple" at whole training steps; "ays" where
+        Sabour et al. 2024 ("Align Your Steps") found ten to be best, others interpolated."""
+        logs, last = self._logs, len(self.sigmas) - 1
+        if spacing == "simple":
+            return [logs[last - int(i * len(logs) / count)] for i in range(count)]
+        if spacing == "ays":
+            levels = [math.log(sigma) for sigma in (_AYS_XL if self.config.xl else _AYS)]
+            return [_between(levels, i / count) for i in range(count)]
+        parts = max(count - 1, 1) if spacing == "normal" else count
+        return [_between(logs, 1 - i / parts) for i in range(count)]
+
     def _log_sigmas(self, count: int) -> list[float]:
         """σ at `count` + 1 points from the highest to the lowest, evenly in the logarithm."""
         high, low = math.log(self.sigmas[-1]), math.log(self.sigmas[0])
@@ -165,7 +189,7 @@ class Schedule:
     ) -> list[tuple[float, float]]:
         """Timesteps and ᾱ of `count` noise levels from the highest to the lowest, of a `kind` of ScheduleConfig.sigmas:
         Karras's are even in σ^(1/7) (Karras et al. 2022, equation 5). `whole`: the model reads whole timesteps."""
-        logs = [math.log(sigma) for sigma in self.sigmas]
+        logs = self._logs
         rounds = kind in ("karras", "lu")
         if whole and not rounds:  # diffusers cuts them off instead, in float32: the highest may lie below itself
             logs = torch.tensor(logs, dtype=torch.float32).tolist()
@@ -209,6 +233,13 @@ def _beta_quantile(share: float, shape: float = 0.6) -> float:
 
 def _ratio(spread: float, signal: float) -> float:
     return spread / signal if signal > 0 else math.inf
+
+
+def _between(values: Sequence[float], share: float) -> float:
+    """The value at that share of the way from the first to the last, interpolated."""
+    place = share * (len(values) - 1)
+    low = min(int(place), len(values) - 2)
+    return values[low] + (place - low) * (values[low + 1] - values[low])
 
 
 def _position(value: float, ascending: list[float]) -> float:

@@ -58,7 +58,7 @@ def load(
         kernels = in_background(runtime.try_kernels, "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
-        encodes = any(request.encodes or opened.model.config.unet.extra_channels for request in first)
+        encodes = any(request.encodes or request.model_reads == "mask" for request in first)
         vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
         networks = Networks(functools.partial(_load_control, opened, runtime, stage), stage, runtime.dtype)
         steering = in_background(lambda: _read_networks(networks, first), "read what steers")

@@ -30,7 +30,7 @@ from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hires import LANCZOS, LATENT
 from ldmcli.hub.listing import find_adapter, find_here, find_model
 from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
-from ldmcli.speed.memory import check_memory
+from ldmcli.speed.memory import check_memory, large
 
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Adapter, Use
@@ -82,6 +82,8 @@ class Opened:
         if note := self.model.config.schedule.of(fitted.sampler).note:
             _say_once(note)
         check_memory(self.model.config, *fitted.final_size, tiled=tiled)
+        if much := large(self.model.config, *fitted.final_size):
+            _say_once(much)
         self.words(fitted)
         if request.embeddings:
             shareable = tuple(map(without_home, request.embeddings))
@@ -194,17 +196,23 @@ class Opened:
     def _fitted(self, request: GenerationRequest) -> FittedRequest:
         inputs, size = {}, None
         if request.image is not None:
-            from ldmcli.images.canvas import input_facts
+            from ldmcli.images.canvas import alike, input_facts
 
             masked = request.mask is not None
             if idle := [name for name in MASK_FIELDS if not masked and getattr(request, name) != _USUAL[name]]:
                 _say_once(f"{idle[0]} is for a picture with a mask, and changes nothing without one")
             facts = input_facts(request)
+            for name in facts.keys() - {"image"}:
+                if not alike(facts[name], facts["image"]):
+                    _say_once(f"the {name} is {facts[name].shape} and the picture {facts['image'].shape}, which is of "
+                              "another shape: it is stretched to that")  # fmt: skip
             inputs, size = (
                 {name: each.sha256 for name, each in facts.items()},
                 (facts["image"].width, facts["image"].height),
             )
         fitted = fit_to_model(request, self.model.config, size)
+        if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
+            _say_once("image_guidance_scale changes nothing where guidance_scale is 1")
         if fitted.hires and fitted.hires_upscaler not in (LATENT, LANCZOS):
             inputs["hires_upscaler"] = self.hires_upscaler(fitted.hires_upscaler).sha256
         if request.image is not None or fitted.encodes:
@@ -285,19 +293,20 @@ def open_spec(spec: ModelSpec, *, half: bool) -> Opened:
         return find_model(name, half=half)
 
     path = embedded_model() if spec.model is None else located(spec.model)
-    model = open_model(path, allow_pickle=spec.allow_pickle, own_vae=not spec.vae)
+    model = open_model(path, allow_pickle=spec.allow_pickle, own_vae=spec.vae is None)
     if spec.prediction_type:
         model = with_prediction_type(model, spec.prediction_type)
     config = model.config
     _log.debug("%s: %s, prediction type %s", model.name, config.family, config.schedule.prediction_type)
     for note in config.notes:
         _say_once(note)
-    vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle) if spec.vae else None
+    vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle) if spec.vae is not None else None
     refiner = None
-    if spec.refiner:
+    if spec.refiner is not None:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    return Opened(spec, model, vae, refiner, _opened_upscaler(spec.upscaler, spec) if spec.upscaler else None)
+    upscaler = None if spec.upscaler is None else _opened_upscaler(spec.upscaler, spec)
+    return Opened(spec, model, vae, refiner, upscaler)
 
 
 def _control_path(name: str) -> Path:

@@ -8,6 +8,7 @@ from ldmcli.errors import UsageError
 
 # In errors without a class of their own: of torch's CPU allocator, of the CUDA runtime and of its libraries.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+_MANY_TIMES, _LARGE = 16, 2048**2  # times the usual number of pixels, and pixels
 _TILED = 12 + 3  # bytes of a pixel that are in memory at once however it is decoded: as float32 and as uint8
 
 
@@ -28,6 +29,17 @@ def check_memory(config: ModelConfig, width: int, height: int, *, tiled: bool = 
             f"a picture of {width}×{height} would need at least {gib(needed)} of memory, and this machine has "
             f"{gib(available)}; ask for a smaller one{cure}."
         )
+
+
+def large(config: ModelConfig, width: int, height: int) -> str:
+    """What to say of a size that can be drawn, but hardly is meant; "" of others."""
+    usual = config.default_size**2
+    if width * height < max(_MANY_TIMES * usual, _LARGE):
+        return ""
+    return (
+        f"{width}×{height} has {width * height // usual} times the pixels that the model was made for, and takes very "
+        "long and much memory; a usual size made larger by --upscale does not"
+    )
 
 
 def host_memory() -> int:

@@ -13,17 +13,20 @@ def replaced(module: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -
 
     A part that is in several places is replaced by one and the same. Returns the root, which may be a new module.
     """
-    made: dict[nn.Module, nn.Module] = {}
+    return _visited(module, make, {})
 
-    def visit(part: nn.Module) -> nn.Module:
-        if part not in made:
-            for name, child in list(part._modules.items()):
-                if child is not None and (new := visit(child)) is not child:
-                    setattr(part, name, new)
-            made[part] = make(part) or part
-        return made[part]
 
-    return visit(module)
+def _visited(
+    part: nn.Module, make: Callable[[nn.Module], nn.Module | None], made: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """What stands for `part`; `made` holds what stands for those that were visited. No closure: one that calls itself
+    would keep it, and with it all plain weights, until the collector runs."""
+    if part not in made:
+        for name, child in list(part._modules.items()):
+            if child is not None and (new := _visited(child, make, made)) is not child:
+                setattr(part, name, new)
+        made[part] = make(part) or part
+    return made[part]
 
 
 def recast(kind: type[M], module: nn.Module) -> M:

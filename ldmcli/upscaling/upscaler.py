@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.families import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
+from ldmcli.checkpoints.header import FLOATING
 from ldmcli.checkpoints.source import embedded_folder
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file
@@ -34,6 +35,8 @@ EMBEDDED_UPSCALER = "embedded"  # what the one that comes with this program is c
 _EMBEDDED, _FILE = "realesr-animevideov3", "model.safetensors"
 _CURE = "name the weights of an upscaler, such as ESRGAN's"
 _MAX_NUMBER = 2000  # in a tensor's name: spandrel builds as many blocks as names count
+_PICTURE_CHANNELS = {1, 3, 12, 48}  # of grey and RGB, as they are or with 2×2 or 4×4 pixels beside one another
+_MAX_TOLD_BYTES = 1 << 30  # of what is read to be told; the largest upscalers have a tenth
 _WRAPPERS = ("params_ema.", "params-ema.", "params.", "model_state_dict.", "net.")  # tables in files, the best first
 _log = logging.getLogger(__name__)
 
@@ -56,17 +59,37 @@ class UpscalerFile:
 def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
     """Look at the file called `name`; "embedded" is the network that comes with this program. Without torch.
 
-    Raises MissingInputError where there is none, BadDataError where it is something else, naming that.
+    Raises UsageError for no name, MissingInputError where there is no file, BadDataError where it is something else,
+    naming that.
     """
+    if not name:
+        raise UsageError(f"the upscaler has an empty name; {_CURE}.")
     if name == EMBEDDED_UPSCALER:
         path = embedded_folder(_EMBEDDED, _FILE, "-m") / _FILE
     else:
         path = Path(os.path.expanduser(name))
-    weights = open_weights(path, allow_pickle=allow_pickle)
+    weights = open_weights(path, allow_pickle=allow_pickle, cure=_CURE)
     kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
     if kind != "unknown":
         raise bad_file(path, f"is {with_article(kind)}, not an upscaler", _CURE)
+    for key, info in weights.tensors.items():
+        if len(info.shape) == 4 and info.dtype not in FLOATING:  # others may be places in a window, and such
+            raise bad_file(path, f"has a convolution that holds no floating numbers ({key}: {info.dtype})", _CURE)
     return UpscalerFile(_EMBEDDED if name == EMBEDDED_UPSCALER else path.stem, weights)
+
+
+def upscaler_facts(weights: WeightFile) -> dict[str, Any]:
+    """What can be said of weights of no other kind if they are an upscaler's: their architecture, its size as spandrel
+    words it, and how many times as large it makes pictures; else nothing. They are read whole, where some tensor may be
+    the first convolution of a network for pictures."""
+    channels = {info.shape[1] for info in weights.tensors.values() if len(info.shape) == 4}
+    read = sum(info.end - info.start for info in weights.tensors.values())
+    if not channels & _PICTURE_CHANNELS or read > _MAX_TOLD_BYTES:
+        return {}
+    with contextlib.suppress(LdmError):
+        net = _loaded(weights)
+        return {"is": "upscaler", "architecture": net.architecture.name, "size": " ".join(net.tags), "scale": net.scale}
+    return {}
 
 
 class Upscaler:

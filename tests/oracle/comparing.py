@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -84,35 +85,72 @@ def draw_with_diffusers(
 
     Each image has a CPU generator of its seed, as diffusers' documentation recommends for reproducible batches.
     """
-    settings = with_defaults(requests[0])
-    scheduler = diffusers_scheduler(settings.sampler, reference.scheduler.config, **(schedule or {}))
+    requests = [with_defaults(request) for request in requests]
+    sampler = str(requests[0].sampler)
+    scheduler = diffusers_scheduler(sampler, reference.scheduler.config, **(schedule or {}))
+    with mock.patch.object(reference, "scheduler", scheduler):
+        latents, images = call_diffusers(reference, their_arguments(requests))
+    return scaled_as_ours(latents, sampler, scheduler), as_pixels(images)
+
+
+def their_arguments(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    """The requests as diffusers' pipelines take them, sizes of SDXL included."""
+    settings = requests[0]
+    size = settings.height, settings.width
+    negatives = [request.negative_prompt for request in requests]
+    return {
+        "prompt": [request.prompt for request in requests],
+        "negative_prompt": negatives if any(negatives) else None,
+        "height": settings.height,
+        "width": settings.width,
+        "original_size": (settings.original_height or settings.height, settings.original_width or settings.width),
+        "crops_coords_top_left": (settings.crop_top, settings.crop_left),
+        # Its refiner would take 0, 0 here, where its base takes the prompt's own and Stability AI's code does in both.
+        "negative_crops_coords_top_left": (settings.crop_top, settings.crop_left),
+        "target_size": size,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "guidance_rescale": settings.guidance_rescale,
+        "clip_skip": settings.clip_skip - 1 or None,
+        "eta": settings.eta,
+        "generator": [torch.Generator().manual_seed(request.seed) for request in requests],
+    }
+
+
+def call_diffusers(pipeline: Any, arguments: dict[str, Any]) -> tuple[list[Tensor], Any]:
+    """A pipeline's latents whenever it has called its model, and its images, given those arguments that it takes."""
+    takes = inspect.signature(pipeline.__call__).parameters
     latents: list[Tensor] = []
 
     def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         latents.append(tensors["latents"].clone())
         return tensors
 
-    with mock.patch.object(reference, "scheduler", scheduler):
-        images = reference(
-            [request.prompt for request in requests],
-            negative_prompt=[request.negative_prompt for request in requests],
-            width=settings.width,
-            height=settings.height,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            eta=settings.eta,
-            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-            output_type="np",
-            callback_on_step_end=keep,
-        ).images
-    if settings.sampler == "plms" and settings.steps > 1:
-        del latents[0]  # where its first, provisional step leads: it calls the model steps + 1 times
-    if settings.sampler == "heun":
+    def keep_alone(_step: int, _timestep: Any, tensor: Tensor) -> None:
+        latents.append(tensor.clone())
+
+    listening = {"callback_on_step_end": keep} if "callback_on_step_end" in takes else {"callback": keep_alone}
+    listening |= {"callback_steps": 1} if "callback" in listening else {}
+    given = {name: value for name, value in arguments.items() if name in takes}
+    images = pipeline(**{"output_type": "np", **given, **listening}).images
+    return latents, images
+
+
+def scaled_as_ours(latents: list[Tensor], sampler: str, scheduler: Any) -> list[Tensor]:
+    """diffusers' latents after each whole step, in our scale, of a run with `scheduler` to its end."""
+    if sampler == "plms" and len(latents) > 1:
+        latents = latents[1:]  # the first is where a provisional step leads: it calls the model steps + 1 times
+    if sampler == "heun":
         latents = [*latents[1::2], latents[-1]]  # each step but the last calls the model twice
-    if settings.sampler in ("euler", "euler-a", "heun"):  # theirs are latents / √ᾱ
+    if sampler in ("euler", "euler-a", "heun"):  # theirs are latents / √ᾱ
         levels = [(sigma**2 + 1) ** 0.5 for sigma in sorted(set(scheduler.sigmas.tolist()), reverse=True)[1:]]
-        latents = [each / level for each, level in zip(latents, levels, strict=True)]
-    return latents, (images * 255).round().astype(np.uint8)
+        latents = [each / level for each, level in zip(latents, levels[-len(latents) :], strict=True)]
+    return latents
+
+
+def as_pixels(images: np.ndarray) -> np.ndarray:
+    """Images from 0 to 1 in 256 steps."""
+    return (images * 255).round().astype(np.uint8)
 
 
 def with_defaults(request: GenerationRequest) -> GenerationRequest:

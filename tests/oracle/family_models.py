@@ -1,6 +1,5 @@
 """The small models of `random_families` in every layout, and diffusers drawing with them."""
 
-import inspect
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from oracle.comparing import diffusers_scheduler
+from oracle.comparing import as_pixels, call_diffusers, diffusers_scheduler, scaled_as_ours, their_arguments
 from oracle.original_layout import original_state, with_extras, write
 from oracle.random_families import RECIPES, random_family, same_networks, with_scheduler
 from oracle.random_model import save
@@ -110,57 +109,18 @@ def draw_theirs(
     settings = requests[0]
     assert settings.sampler is not None
     scheduler = diffusers_scheduler(settings.sampler, reference.scheduler.config, **schedule)
-    latents: list[Tensor] = []
-
-    def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents.append(tensors["latents"].clone())
-        return tensors
-
-    common = _arguments(requests) | {"callback_on_step_end": keep}
+    common = their_arguments(requests)
     with mock.patch.object(reference, "scheduler", scheduler):
         if refiner is None:
-            images = _call(reference, common | {"output_type": "np"})
+            latents, images = call_diffusers(reference, common)
         else:
             share = settings.refiner_start
-            handed = _call(reference, common | {"output_type": "latent", "denoising_end": share})
+            latents, handed = call_diffusers(reference, common | {"output_type": "latent", "denoising_end": share})
             following = diffusers_scheduler(settings.sampler, refiner.scheduler.config, **schedule)
             with mock.patch.object(refiner, "scheduler", following):
-                images = _call(refiner, common | {"output_type": "np", "image": handed, "denoising_start": share})
-    if settings.sampler.startswith("euler"):  # theirs are latents / √ᾱ
-        levels = [(sigma**2 + 1) ** 0.5 for sigma in scheduler.sigmas.tolist()[1:]]
-        latents = [each / level for each, level in zip(latents, levels, strict=True)]
-    return latents, (images * 255).round().astype(np.uint8)
-
-
-def _arguments(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
-    """The requests as diffusers' pipelines take them."""
-    settings = requests[0]
-    assert settings.height is not None
-    assert settings.width is not None
-    negatives = [request.negative_prompt for request in requests]
-    return {
-        "prompt": [request.prompt for request in requests],
-        "negative_prompt": negatives if any(negatives) else None,
-        "height": settings.height,
-        "width": settings.width,
-        "original_size": (settings.original_height or settings.height, settings.original_width or settings.width),
-        "crops_coords_top_left": (settings.crop_top, settings.crop_left),
-        # Its refiner would take 0, 0 here, where its base takes the prompt's own and Stability AI's code does in both.
-        "negative_crops_coords_top_left": (settings.crop_top, settings.crop_left),
-        "target_size": (settings.height, settings.width),
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
-        "guidance_rescale": settings.guidance_rescale,
-        "clip_skip": settings.clip_skip - 1 or None,
-        "eta": settings.eta,
-        "generator": [torch.Generator().manual_seed(request.seed) for request in requests],
-    }
-
-
-def _call(reference: Any, arguments: dict[str, Any]) -> Any:
-    """The images of a pipeline, given those arguments that it takes."""
-    takes = inspect.signature(reference.__call__).parameters
-    return reference(**{name: value for name, value in arguments.items() if name in takes}).images
+                more, images = call_diffusers(refiner, common | {"image": handed, "denoising_start": share})
+            latents += more
+    return scaled_as_ours(latents, settings.sampler, scheduler), as_pixels(images)
 
 
 def their_prompts(reference: Any, prompts: list[str], clip_skip: int = 1) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
 """Small Stable Diffusion 1 models for diffusers, with random weights that make every part matter."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
                 weight.copy_(noise if is_table else noise / weight[0].numel() ** 0.5)
             else:
                 weight.copy_(0.1 * noise + float(name.endswith("weight")))
+
+
+def with_channels(pipeline: Any, channels: int, seed: int = 3) -> Any:
+    """The pipeline with another random U-Net, of so many input channels."""
+    other = copy.copy(pipeline)
+    other.unet = type(pipeline.unet).from_config(pipeline.unet.config, in_channels=channels)
+    randomise(other.unet, torch.Generator().manual_seed(seed))
+    other.unet.requires_grad_(False).eval().conv_out.weight.mul_(1.8)
+    return other
 
 
 def save(pipeline: Any, folder: Path) -> Path:

@@ -411,10 +411,9 @@ def test_marks_of_a_single_file(family_models: FamilyModels, name: str, tmp_path
     assert (plain.prediction_type, plain.zero_terminal_snr) == ("epsilon", False)
 
 
-@pytest.mark.parametrize(("name", "channels", "kind"), [("sd2", 7, "upscaler"), ("sdxl", 8, "instruct-pix2pix")])
-def test_other_input_channels_are_refused(name: str, channels: int, kind: str, tmp_path: Path) -> None:
-    state = original_state(build_parts(name, small=True, in_channels=channels))
-    with pytest.raises(BadDataError, match=rf"{kind} \({channels} input channels\)"):
+def test_other_input_channels_are_refused(tmp_path: Path) -> None:
+    state = original_state(build_parts("sd2", small=True, in_channels=7))
+    with pytest.raises(BadDataError, match=r"upscaler \(7 input channels\)"):
         open_model(write(state, tmp_path / "model.safetensors"))
 
 

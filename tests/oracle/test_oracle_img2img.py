@@ -12,11 +12,20 @@ import pytest
 import torch
 from conftest import load
 from graph_support import FakeRecorder, load_plainly, recording
-from oracle.comparing import diffusers_scheduler, draw_with_diffusers, fitted, pixels_apart, relative
+from oracle.comparing import (
+    as_pixels,
+    call_diffusers,
+    diffusers_scheduler,
+    draw_with_diffusers,
+    fitted,
+    pixels_apart,
+    relative,
+    scaled_as_ours,
+    their_arguments,
+)
 from oracle.family_models import FamilyModels
 from oracle.original_layout import original_state, write
-from oracle.random_families import RECIPES, random_family
-from oracle.random_model import random_pipeline, save
+from oracle.random_model import save, with_channels
 from PIL import Image
 from torch import Tensor
 
@@ -31,13 +40,13 @@ Pair = tuple[Pipeline, Any]
 
 def runs(*names: str) -> list[tuple[str, str, float]]:
     """Each model with each sampler; of DDIM only eta 1, which is the same and more, where a model is slow."""
-    slow = ("sdxl", "sdxl-9", "sd2-9")
+    slow = ("sdxl", "sdxl-9", "sdxl-8", "sd2-9", "sd2-5")
     return [(name, *sampler) for name in names for sampler in SAMPLERS[name in slow :]]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Four pictures, and of each a mask beside it: a blob that is on no latent's edge."""
+    """Four pictures, and of each a mask beside it, a blob that is on no latent's edge, and a depth map of 16 bits."""
     folder = tmp_path_factory.mktemp("pictures")
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
     for i in range(4):
@@ -46,6 +55,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         Image.fromarray(pixels).save(folder / f"{i}.png")
         inside = (x - 0.45 - 0.05 * i) ** 2 + (y - 0.55) ** 2 < 0.09
         Image.fromarray(inside.astype(np.uint8) * 255).save(folder / f"{i}-mask.png")
+        near = 3000 + 200 * i + 400 * np.sin(5 * x + i) * np.cos(9 * y)  # less than two of 256 greys
+        Image.fromarray(near[::2, ::2].astype(np.uint16)).save(folder / f"{i}-depth.png")
     return [folder / f"{i}.png" for i in range(4)]
 
 
@@ -53,32 +64,53 @@ def mask_of(picture: Path) -> Path:
     return picture.with_name(f"{picture.stem}-mask.png")
 
 
-@pytest.fixture(scope="module")
-def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stable Diffusion 1 with nine input channels."""
-    return save(random_pipeline(unet={"in_channels": 9}), tmp_path_factory.mktemp("inpainting") / "model")
+def depth_of(picture: Path) -> Path:
+    return picture.with_name(f"{picture.stem}-depth.png")
+
+
+class Models(dict[str, Pair]):
+    """This program and diffusers with the same weights, by the model's name, made once it is asked for. Those of more
+    than four channels are single files, but for version 1, which is a folder."""
+
+    def __init__(self, family_models: FamilyModels, pipeline: Pipeline, random_model: Any, folder: Path) -> None:
+        super().__init__({"sd1": (pipeline, random_model)})
+        self._families, self._folder = family_models, folder
+
+    def __missing__(self, name: str) -> Pair:
+        family, _, channels = name.partition("-")
+        if not channels.isdecimal():
+            self[name] = self._families.ours(name), self._families.diffusers(name)
+        else:
+            usual = self["sd1"][1] if family == "sd1" else self._families.diffusers(family)
+            reference = with_channels(usual, int(channels))
+            self[name] = load(self.path(name, reference, single=family != "sd1")), reference
+        return self[name]
+
+    def path(self, name: str, reference: Any, *, single: bool) -> Path:
+        """The model on disk."""
+        path = self._folder / f"{name}{'.safetensors' if single else ''}"
+        if not single:
+            return path if path.exists() else save(reference, path)
+        parts = {part: getattr(reference, part, None) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+        more = {"depth_model.model.pretrained.cls_token": torch.zeros(1)} if name == "sd2-5" else {}
+        return write(original_state({part: network for part, network in parts.items() if network}) | more, path)
 
 
 @pytest.fixture(scope="module")
 def models(
-    family_models: FamilyModels,
-    pipeline: Pipeline,
-    random_model: Any,
-    inpainting_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Pair]:
-    """This program and diffusers with the same weights, by the model's name; that of nine channels is a folder, or a
-    single file."""
-    found: dict[str, Pair] = {"sd1": (pipeline, random_model)}
-    for name in ("sd2-v", "sdxl"):
-        found[name] = family_models.ours(name), family_models.diffusers(name)
-    folder = tmp_path_factory.mktemp("nine")
-    found["sd1-9"] = load(inpainting_folder), random_pipeline(unet={"in_channels": 9})
-    for name in ("sd2", "sdxl"):
-        reference = random_family(name, in_channels=9)
-        parts = {part: getattr(reference, part) for part in ("unet", "vae", *RECIPES[name].texts)}
-        found[f"{name}-9"] = load(write(original_state(parts), folder / f"{name}.safetensors")), reference
-    return found
+    family_models: FamilyModels, pipeline: Pipeline, random_model: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Models:
+    return Models(family_models, pipeline, random_model, tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("name", ["sd1-8", "sd1-9", "sd2-5", "sdxl-8"])
+def test_the_other_layout_has_the_same_weights(models: Models, name: str) -> None:
+    ours, reference = models[name]
+    other = load(models.path(name, reference, single=name.startswith("sd1")))
+    assert other.config.unet.reads == ours.config.unet.reads == {"5": "depth", "8": "image", "9": "mask"}[name[-1]]
+    assert other.config.schedule.prediction_type == ours.config.schedule.prediction_type
+    found, wanted = other.model.unet.state_dict(), ours.model.unet.state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def requests_for(pictures: Sequence[Path], **settings: Any) -> list[GenerationRequest]:
@@ -99,51 +131,33 @@ def draw_theirs(
     import diffusers
 
     settings = requests[0]
-    kind = "Inpaint" if settings.mask else "Img2Img"
+    kinds = {5: "Depth2Img", 8: "InstructPix2Pix"}
+    kind = kinds.get(reference.unet.config.in_channels, "Inpaint" if settings.mask else "Img2Img")
     family = "StableDiffusionXL" if hasattr(reference, "text_encoder_2") else "StableDiffusion"
     cls = getattr(diffusers, f"{family}{kind}Pipeline")
     takes = inspect.signature(cls.__init__).parameters
     parts = {name: part for name, part in reference.components.items() if name in takes}
     off = {"add_watermarker": False, "requires_safety_checker": False, "force_zeros_for_empty_prompt": True}
-    other = cls(**parts, **{name: value for name, value in off.items() if name in takes})
+    off |= {"depth_estimator": None, "feature_extractor": None}
+    other = cls(**parts, **{name: value for name, value in off.items() if name in takes and name not in parts})
     other.set_progress_bar_config(disable=True)
     assert settings.sampler
-    assert settings.strength is not None
     other.scheduler = diffusers_scheduler(settings.sampler, reference.scheduler.config)
-    if settings.sampler == "plms":
+    if settings.sampler == "plms" and kind != "InstructPix2Pix":
         mend_plms(other)
-    latents: list[Tensor] = []
-
-    def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents.append(tensors["latents"].clone())
-        return tensors
-
     if given is None:
         given = [Image.open(str(request.image)).convert("RGB") for request in requests]
-    masks = {"mask_image": [Image.open(str(request.mask)) for request in requests]} if settings.mask else {}
+    arguments = their_arguments(requests) | {"image": given, "strength": settings.strength}
+    if settings.mask:
+        arguments["mask_image"] = [Image.open(str(request.mask)) for request in requests]
+    if settings.depth:
+        maps = [np.asarray(Image.open(str(request.depth)), np.float32) for request in requests]
+        arguments["depth_map"] = torch.tensor(np.stack(maps))
+    if settings.image_guidance_scale:
+        arguments["image_guidance_scale"] = settings.image_guidance_scale
     with mock.patch.object(other, "check_inputs"):
-        images = other(
-            [request.prompt for request in requests],
-            negative_prompt=[request.negative_prompt for request in requests],
-            image=given,
-            **masks,
-            **({"height": SIZE, "width": SIZE} if masks else {}),
-            strength=settings.strength,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            eta=settings.eta,
-            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-            output_type="np",
-            callback_on_step_end=keep,
-        ).images
-    if settings.sampler == "plms":
-        del latents[0]  # where its first, provisional step leads
-    if settings.sampler == "heun":
-        latents = [*latents[1::2], latents[-1]]
-    if settings.sampler in ("euler", "euler-a", "heun"):
-        levels = [(sigma**2 + 1) ** 0.5 for sigma in sorted(set(other.scheduler.sigmas.tolist()), reverse=True)[1:]]
-        latents = [each / level for each, level in zip(latents, levels[-len(latents) :], strict=True)]
-    return latents, (images * 255).round().astype(np.uint8)
+        latents, images = call_diffusers(other, arguments)
+    return scaled_as_ours(latents, settings.sampler, other.scheduler), as_pixels(images)
 
 
 def draw_ours(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> tuple[list[Tensor], np.ndarray]:
@@ -169,10 +183,9 @@ def mend_plms(other: Any) -> None:
 def assert_same(pair: Pair, requests: list[GenerationRequest]) -> None:
     ours, pixels = draw_ours(pair[0], requests)
     theirs, their_pixels = draw_theirs(pair[1], requests)
-    settings = requests[0]
-    assert settings.strength is not None
-    assert settings.steps is not None
-    assert len(ours) == len(theirs) == int(settings.steps * settings.strength)
+    steps, strength = requests[0].steps, requests[0].strength
+    assert steps is not None
+    assert len(ours) == len(theirs) == int(steps * (1 if strength is None else strength))
     errors = [relative(a, b) for a, b in zip(ours, theirs, strict=True)]
     assert max(errors) < TOLERANCE, f"worst after step {errors.index(max(errors)) + 1}: {errors}"
     assert pixels_apart(pixels, their_pixels) <= 1
@@ -182,7 +195,7 @@ def assert_same(pair: Pair, requests: list[GenerationRequest]) -> None:
 @pytest.mark.parametrize(("count", "strength"), [(1, 0.84), (4, 0.5)])
 @pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd1", "sd2-v", "sdxl"))
 def test_a_picture(
-    models: dict[str, Pair], pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+    models: Models, pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
 ) -> None:
     assert_same(models[name], requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength))
 
@@ -190,7 +203,7 @@ def test_a_picture(
 @pytest.mark.parametrize(("count", "strength"), [(1, 1.0), (4, 0.5)])
 @pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd1", "sd2-v", "sdxl", "sd1-9", "sd2-9", "sdxl-9"))
 def test_parts_of_a_picture(
-    models: dict[str, Pair], pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+    models: Models, pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
 ) -> None:
     requests = requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength)
     for request in requests:
@@ -198,16 +211,61 @@ def test_parts_of_a_picture(
     assert_same(models[name], requests)
 
 
+@pytest.mark.parametrize(
+    ("name", "sampler", "eta", "count", "scales"),
+    [
+        *[("sd1-8", sampler, eta, 1, (3.0, 1.5)) for sampler, eta in SAMPLERS],
+        ("sd1-8", "ddim", 1.0, 4, (5.0, 2.5)),
+        ("sd1-8", "ddim", 0.0, 2, (3.0, 1.0)),  # for which the prompts without pictures make no difference
+        ("sd1-8", "ddim", 0.0, 1, (1.0, 1.5)),  # unguided
+        ("sdxl-8", "ddim", 1.0, 1, (3.0, 1.5)),
+        ("sdxl-8", "euler-a", 0.0, 4, (5.0, 2.5)),
+    ],
+)
+def test_a_picture_edited_by_words(
+    models: Models,
+    pictures: list[Path],
+    name: str,
+    sampler: str,
+    eta: float,
+    count: int,
+    scales: tuple[float, float],
+) -> None:
+    guidance, image_guidance = scales
+    assert_same(
+        models[name],
+        requests_for(
+            pictures[:count],
+            sampler=sampler,
+            eta=eta,
+            guidance_scale=guidance,
+            image_guidance_scale=image_guidance,
+            guidance_rescale=0.4 if name == "sdxl-8" else 0.0,
+        ),
+    )
+
+
+@pytest.mark.parametrize(("count", "strength"), [(1, 0.84), (4, 0.5)])
+@pytest.mark.parametrize(("name", "sampler", "eta"), runs("sd2-5"))
+def test_a_picture_and_its_depth(
+    models: Models, pictures: list[Path], name: str, sampler: str, eta: float, count: int, strength: float
+) -> None:
+    requests = requests_for(pictures[:count], sampler=sampler, eta=eta, strength=strength)
+    for request in requests:
+        object.__setattr__(request, "depth", str(depth_of(Path(str(request.image)))))
+    assert_same(models[name], requests)
+
+
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp-2m-sde", "unipc"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_other_samplers(models: dict[str, Pair], pictures: list[Path], sampler: str, masked: bool) -> None:
+def test_other_samplers(models: Models, pictures: list[Path], sampler: str, masked: bool) -> None:
     mask = str(mask_of(pictures[0])) if masked else None
     assert_same(models["sd1"], requests_for(pictures[:1], sampler=sampler, strength=0.7, mask=mask))
 
 
-def test_recorded_steps_read_the_mask_of_each_picture(inpainting_folder: Path, pictures: list[Path]) -> None:
+def test_recorded_steps_read_the_mask_of_each_picture(models: Models, pictures: list[Path]) -> None:
     """As on a GPU, where a recording made for one picture is replayed for another."""
-    plain = load_plainly(inpainting_folder)
+    plain = load_plainly(models.path("sd1-9", models["sd1-9"][1], single=False))
     graphed = recording(plain, FakeRecorder())
     for picture in pictures[:2]:
         requests = requests_for([picture], strength=1.0, mask=str(mask_of(picture)), sampler="ddim")
@@ -256,9 +314,7 @@ def larger_requests(count: int = 1, **settings: Any) -> list[GenerationRequest]:
         ("sdxl", "ddim", 0.0, 1),
     ],
 )
-def test_a_second_pass_on_enlarged_latents(
-    models: dict[str, Pair], name: str, sampler: str, eta: float, count: int
-) -> None:
+def test_a_second_pass_on_enlarged_latents(models: Models, name: str, sampler: str, eta: float, count: int) -> None:
     ours, reference = models[name]
     requests = larger_requests(count, sampler=sampler, eta=eta)
     latents, pixels = draw_ours(ours, requests)
@@ -272,7 +328,7 @@ def test_a_second_pass_on_enlarged_latents(
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_a_second_pass_on_an_enlarged_picture(models: dict[str, Pair], name: str) -> None:
+def test_a_second_pass_on_an_enlarged_picture(models: Models, name: str) -> None:
     ours, reference = models[name]
     requests = larger_requests(2, sampler="euler-a", hires_upscaler="lanczos")
     latents, pixels = draw_ours(ours, requests)
@@ -284,7 +340,7 @@ def test_a_second_pass_on_an_enlarged_picture(models: dict[str, Pair], name: str
     assert pixels_apart(pixels, their_pixels) <= 1
 
 
-def test_a_second_pass_of_other_proportions_cuts_the_enlarged_latents(models: dict[str, Pair]) -> None:
+def test_a_second_pass_of_other_proportions_cuts_the_enlarged_latents(models: Models) -> None:
     """As AUTOMATIC1111 does: scaled to cover, and as much cut away on each side."""
     ours, reference = models["sd1"]
     requests = larger_requests(sampler="ddim", hires=f"{SIZE * 2}x{SIZE + 32}")
@@ -304,7 +360,7 @@ def test_a_refiner_takes_the_end_of_the_second_pass_alone(family_models: FamilyM
     assert same == [True, True, True, True, True, True, False]
 
 
-def test_a_model_for_inpainting_draws_a_second_pass_as_if_all_were_masked(models: dict[str, Pair]) -> None:
+def test_a_model_for_inpainting_draws_a_second_pass_as_if_all_were_masked(models: Models) -> None:
     ours, _ = models["sd1-9"]
     requests = larger_requests(sampler="ddim")
     latents, pixels = draw_ours(ours, requests)
@@ -313,7 +369,7 @@ def test_a_model_for_inpainting_draws_a_second_pass_as_if_all_were_masked(models
     assert [bool(each.isfinite().all()) for each in (*latents, *other)] == [True] * 14
 
 
-def test_strips_give_the_same_picture(models: dict[str, Pair], pictures: list[Path]) -> None:
+def test_strips_give_the_same_picture(models: Models, pictures: list[Path]) -> None:
     plain, _ = models["sd1"]
     requests = requests_for(pictures[:1], strength=0.4, sampler="ddim")
     (latents, _), (wanted, _) = (draw_ours(dataclasses.replace(plain, tile_vae=t), requests) for t in (True, False))
@@ -321,7 +377,7 @@ def test_strips_give_the_same_picture(models: dict[str, Pair], pictures: list[Pa
 
 
 def test_a_model_for_inpainting_draws_without_a_picture_as_if_all_were_masked(
-    models: dict[str, Pair], pictures: list[Path], tmp_path: Path
+    models: Models, pictures: list[Path], tmp_path: Path
 ) -> None:
     ours, reference = models["sd1-9"]
     settings: dict[str, Any] = {"steps": 3, "sampler": "ddim", "guidance_scale": 3.0, "width": SIZE, "height": SIZE}
