@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ldmcli.checks import MAX_PROMPT_BYTES
 from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import SPACINGS
 from ldmcli.sampling.names import sampler_of, schedule_of
-from ldmcli.spec import ALPHA, MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest, read_loras
+from ldmcli.spec import ALPHA, MAX_SEED, GenerationRequest, read_loras
 
 PROMPT = "prompt"
 TEXTS = (PROMPT, "negative_prompt")  # kept as they are written, spaces included

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ldmcli.cli.control_options import DrawingCommand, control_options
 from ldmcli.cli.options import (
-    DrawingCommand,
-    control_options,
     dynamic_options,
     dynamic_prompts,
     file_options,

@@ -4,7 +4,8 @@ from typing import Any
 
 import click
 
-from ldmcli.cli.options import DrawingCommand, image_options
+from ldmcli.cli.control_options import DrawingCommand
+from ldmcli.cli.options import image_options
 from ldmcli.cli.txt2img import draw, drawing_options
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ldmcli.cli.terminal import LogHandler
-from ldmcli.control import CANNY_USUAL, CONTROL_FIELDS, MODES, TYPES
+from ldmcli.control import CONTROL_FIELDS
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import STRENGTH as HIRES_STRENGTH
 from ldmcli.images.formats import FORMATS, QUALITY
@@ -130,19 +130,10 @@ class _Schedule(click.Choice[str]):
         return super().convert(schedule_of(value) or value, param, ctx)
 
 
-class _Name(click.types.StringParamType):
+class Name(click.types.StringParamType):
     """A text that may be given again; in the environment, with semicolons between."""
 
     envvar_list_splitter = ";"
-
-
-class DrawingCommand(click.Command):
-    """A command on which --canny may stand alone, before whatever comes next."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
-        usual = f"--canny={CANNY_USUAL}"
-        return super().parse_args(ctx, [usual if i < end and a == "--canny" else a for i, a in enumerate(args)])
 
 
 # What a picture is drawn with: these become a GenerationRequest's fields of the same names.
@@ -186,7 +177,7 @@ _REQUEST = (
     option("--lora", "loras", envvar="LDM_LORA", type=_LoRA(), multiple=True, metavar="LORA[:WEIGHT[:TEXT_WEIGHT]]",
            help="Merge a LoRA, or another adapter, into the model: a file, a name in --lora-dir or on the hub. May be "
            "given again; TEXT_WEIGHT is that of the text encoders.  [default weights: 1]"),
-    option("--embedding", "embeddings", type=_Name(), multiple=True, envvar="LDM_EMBEDDING", metavar="FILE[:WORD]",
+    option("--embedding", "embeddings", type=Name(), multiple=True, envvar="LDM_EMBEDDING", metavar="FILE[:WORD]",
            help="A textual-inversion embedding, a file or ORG/NAME of the hub, for prompts that hold WORD, in any "
            "letter case; may be given again.  [default word: the file's name]"),
 )  # fmt: skip
@@ -233,30 +224,6 @@ _HIRES = (
     option("--hires-upscaler", metavar="latent|lanczos|embedded|FILE",
            help="What enlarges: interpolation of the latents, which stay blurred below a strength of 0.5; of the "
            "picture; or a network, as `ldm upscale` takes.  [default: latent]"),
-)  # fmt: skip
-
-
-# Networks that have the picture follow others, each option once for all of them or once for each: CONTROL_FIELDS.
-_CONTROL = (
-    option("--control-net", type=_Name(), multiple=True, metavar="FILE",
-           help="Have the picture follow another: a ControlNet, Control-LoRA or T2I-Adapter, a file, a folder or "
-           "ORG/NAME of the hub; may be given again."),
-    option("--control-image", type=_Name(), multiple=True, metavar="FILE",
-           help="What it follows: edges, depths, poses … as the network was trained to read.  [default: --image]"),
-    option("--control-strength", type=_Name(), multiple=True, metavar="NUMBER",
-           help="How strongly; 0 is not at all.  [default: 1]"),
-    option("--control-start", type=_Name(), multiple=True, metavar="SHARE",
-           help="The share of the steps after which it begins.  [default: 0]"),
-    option("--control-end", type=_Name(), multiple=True, metavar="SHARE",
-           help="The share of the steps after which it ends.  [default: 1]"),
-    option("--control-mode", type=_Name(), multiple=True, metavar="|".join(MODES),
-           help="What counts more, the prompt or the network; guess is diffusers' mode for no prompt at all.  "
-           "[default: balanced]"),
-    option("--control-type", type=_Name(), multiple=True, metavar="TYPE",
-           help=f"What a Union network is given: {', '.join(TYPES)}; inpaint for others, too, which then see nothing "
-           "of what is masked."),
-    option("--canny", type=_Name(), multiple=True, metavar="[=LOW,HIGH]",
-           help=f"Give the network the edges of the picture.  [thresholds: {CANNY_USUAL}]"),
 )  # fmt: skip
 
 
@@ -368,7 +335,6 @@ dynamic_options = together(
 request_options = together(*_REQUEST)  # what to draw, and how: REQUEST_OPTIONS
 image_options = together(*_IMAGE)  # which picture to draw on: IMAGE_FIELDS
 hires_options = together(*_HIRES)  # how to draw again in a larger size: HIRES_FIELDS
-control_options = together(*_CONTROL)  # which networks steer: CONTROL_FIELDS
 model_options = together(*_MODEL)  # with which weights
 device_options = together(*_RUNTIME[:2])  # --dtype and --device alone
 runtime_options = together(*_RUNTIME)  # where and how to compute

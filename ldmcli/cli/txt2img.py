@@ -15,9 +15,8 @@ import click
 
 from ldmcli.cli.again import compare_networks, read_again, skips_otherwise, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
+from ldmcli.cli.control_options import DrawingCommand, control_options
 from ldmcli.cli.options import (
-    DrawingCommand,
-    control_options,
     dynamic_options,
     dynamic_prompts,
     file_options,
