@@ -43,6 +43,49 @@ class UNetConfig:
         kinds = {0: "", self.out_channels + 1: "mask", self.out_channels: "image", 1: "depth"}
         return kinds.get(self.in_channels - self.out_channels, "unknown")
 
+    @property
+    def skip_channels(self) -> tuple[int, ...]:
+        """The channels of what is kept for the way up, from the finest on."""
+        found = [self.block_channels[0]]
+        for level, width in enumerate(self.block_channels):
+            last = level == len(self.block_channels) - 1
+            found += [width] * (self.layers_per_block + (not last))
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlConfig:
+    """A control network for a U-Net whose skips and middle have `outputs` channels; its own `encoder` may be narrower.
+    It shrinks a picture's sides by 2 ** (len(hint_channels) - 1). `types` of pictures are told apart by a Union
+    network, 0 by others. `pooled` residuals are means over all pixels."""
+
+    encoder: UNetConfig
+    outputs: tuple[int, ...]
+    hint_planes: int = 3
+    hint_channels: tuple[int, ...] = (16, 32, 96, 256)
+    types: int = 0
+    type_dim: int = 0
+    union_layers: int = 0
+    pooled: bool = False
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.hint_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """A T2I-Adapter: `channels` of its maps, from the finest on, of pictures of so many `planes`, each `unshuffle`
+    pixels of a side in one; the levels in `halving` halve the size first."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    planes: int = 3
+    unshuffle: int = 8
+    resnets: int = 2
+    halving: tuple[int, ...] = (1, 2, 3)
+    light: bool = False
+
 
 class LatentScale:
     """How an autoencoder's own latents and those that are diffused belong together."""

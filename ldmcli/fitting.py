@@ -5,6 +5,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ldmcli import hires
+from ldmcli.config import ModelConfig
+from ldmcli.control import CONTROL_FIELDS, Control, controls_of
 from ldmcli.errors import UsageError
 from ldmcli.sampling.catalogue import check_fit, sampler_named
 from ldmcli.spec import HIRES_FIELDS, IMAGE_GUIDANCE, PICTURES, STRENGTH, GenerationRequest, LoRA
@@ -23,7 +25,8 @@ class FittedRequest:
     sampler, steps and guidance, where its LoRAs were found, and nothing else filled in. `steps_taken`
     is how many of the steps are taken: the last ones, which begin at the noise that `strength` asks for. `model_reads`
     is what the model reads beside the latents, as in UNetConfig, and `image_guidance_scale` 1 where that is no picture.
-    `inputs` are the SHA-256 of the pictures, and of the upscaler, that it names, by field.
+    `controls` are the networks that steer, those of strength 0 left out. `inputs` are the SHA-256 of the pictures, the
+    upscaler and the networks that it names, by field; by field:NUMBER where there may be several.
     """
 
     recorded: GenerationRequest
@@ -67,13 +70,14 @@ class FittedRequest:
     hires_upscaler: str
     steps_taken: int
     model_reads: str
+    controls: tuple[Control, ...] = ()
     inputs: tuple[tuple[str, str], ...] = ()
 
     @property
     def settings(self) -> tuple[object, ...]:
         """What pictures that are drawn together must agree in: all but prompts, seed and pictures."""
-        own = ("recorded", "prompt", "negative_prompt", "seed", "inputs", *PICTURES)
-        given = (self.image is None, self.mask is None)
+        own = ("recorded", "prompt", "negative_prompt", "seed", "inputs", "controls", *PICTURES)
+        given = (self.image is None, self.mask is None, tuple(control.settings for control in self.controls))
         return (*given, *(value for name, value in vars(self).items() if name not in own))
 
     @property
@@ -113,6 +117,16 @@ class FittedRequest:
     def encodes(self) -> bool:
         """Whether the autoencoder reads pictures for it, be they its own."""
         return self.reads_image or (self.hires is not None and self.hires_upscaler != hires.LATENT)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The SHA-256 of what it names, by path."""
+        found = {}
+        for name, sha256 in self.inputs:
+            field, _, number = name.partition(":")
+            value = getattr(self.recorded, field)
+            found[str(value[int(number)] if number else value)] = sha256
+        return found
 
     def with_seed(self, seed: int) -> "FittedRequest":
         """The same picture of another seed."""
@@ -182,8 +196,10 @@ def fit_to_model(
         "hires_strength": own.get("hires_strength", 0.0),
         "hires_steps": own.get("hires_steps", 0),
         "hires_upscaler": own.get("hires_upscaler", ""),
+        "controls": controls_of(vars(request)),
     }
-    return FittedRequest(recorded=recorded, **(vars(recorded) | filled))
+    said = {name: value for name, value in vars(recorded).items() if name not in CONTROL_FIELDS}
+    return FittedRequest(recorded=recorded, **(said | filled))
 
 
 def _check_size(what: str, width: int, height: int, multiple: int) -> None:

@@ -23,7 +23,15 @@ from ldmcli.networks.tiling import decode_tiled, encode_tiled
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL, DiagonalGaussian
 from ldmcli.sampling.denoiser import Denoiser, Model, predicting
-from ldmcli.sampling.guidance import guided, guided_on_image, in_interval, paired, with_channels, within
+from ldmcli.sampling.guidance import (
+    controlled,
+    guided,
+    guided_on_image,
+    in_interval,
+    paired,
+    with_channels,
+    within,
+)
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
@@ -32,11 +40,13 @@ from ldmcli.speed.cuda.graph import Graphs, recorded
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.starting import Earlier, Starter, as_image, canvases_of
+from ldmcli.steering import Networks
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
     from ldmcli.adapters.merging import Merger
+    from ldmcli.controlling import Steering
     from ldmcli.images.canvas import Canvas
 
 _log = logging.getLogger(__name__)
@@ -90,18 +100,23 @@ class DiffusionModel:
         steps: Sequence[Step],
         stage: Stage,
         channels: Tensor | None = None,
+        steering: "Steering | None" = None,
     ) -> Denoiser:
         """The denoiser of a batch of requests that agree in all but prompts, seed and pictures, for latents of this
-        batch, behind which it joins `channels` if it reads any; what does not depend on the latents is computed here,
-        once. `steps` are those of the whole run."""
+        batch, behind which it joins `channels` if it reads any, steered by `steering`; what does not depend on the
+        latents is computed here, once. `steps` are those of the whole run."""
         found = pairs(self.config, self.prompts, requests)
         if channels is not None and self.config.unet.reads:
             found = [
                 (dataclasses.replace(one, channels=own), dataclasses.replace(other, channels=own))
                 for (one, other), own in zip(found, channels.split(1), strict=True)
             ]
-        stage.bring(self.unet)
-        model = self._chain([pair[0] for pair in found], [pair[1] for pair in found], requests[0], steps)
+        networks = steering.networks if steering else []
+        stage.bring(self.unet, *networks)
+        if self.graphs:
+            self.graphs.watch(networks)
+        negative, positive = ([pair[i] for pair in found] for i in (0, 1))
+        model = self._chain(negative, positive, requests[0], steps, steering)
         return predicting(model, self.config.schedule.prediction_type)
 
     def _chain(
@@ -110,38 +125,55 @@ class DiffusionModel:
         positive: Sequence[Conditioning],
         settings: FittedRequest,
         steps: Sequence[Step],
+        steering: "Steering | None",
     ) -> Model:
         """The wrappers around the prepared network, the outermost last."""
         scale, rescale, interval = settings.guidance_scale, settings.guidance_rescale, settings.guidance_interval
         image_scale = settings.image_guidance_scale
         if self.graphs:
             self.graphs.begin(calls=len(steps))
-        prepared = functools.partial(self._prepared, steps=steps, scale=scale)
-        if not is_guided(self.config, settings):
-            model = prepared(positive)
-            return recorded(model, self.graphs) if self.graphs else model
-        edits = image_scale != 1 and self.config.unet.reads == "image"
+        prepared = functools.partial(self._prepared, steps=steps, scale=scale, steering=steering)
+        is_pair = is_guided(self.config, settings)
+        edits = is_pair and image_scale != 1 and self.config.unet.reads == "image"
         if edits:
             negative = [*map(without_channels, negative), *negative]
-        if negative[0].context.shape == positive[0].context.shape:
-            model = prepared([*negative, *positive])
+        if not is_pair:
+            model = prepared([], positive)
+        elif negative[0].context.shape == positive[0].context.shape:
+            model = prepared(negative, positive)
         else:
-            model = paired(prepared(negative), prepared(positive), len(positive))
-        model = guided_on_image(model, scale, image_scale, rescale) if edits else guided(model, scale, rescale)
-        if interval != _ALWAYS:
-            model = in_interval(interval, model, prepared(positive))
+            model = paired(prepared(negative, []), prepared([], positive), len(positive))
+        if is_pair:
+            model = guided_on_image(model, scale, image_scale, rescale) if edits else guided(model, scale, rescale)
+            if interval != _ALWAYS:
+                model = in_interval(interval, model, prepared([], positive))
         if self.graphs is None:
             return model
-        return recorded(model, self.graphs, key=(scale, rescale, image_scale), form=lambda step: within(interval, step))
 
-    def _prepared(self, conditions: Sequence[Conditioning], steps: Sequence[Step], scale: float) -> Model:
-        """The network prepared for these conditions, and what joins the latents put before it."""
-        condition = joined(conditions).to(self.runtime.device, self.runtime.dtype)
+        def form(step: Step) -> tuple[object, ...]:
+            return is_pair and within(interval, step), steering and steering.form(step)
+
+        return recorded(model, self.graphs, key=(scale, rescale, image_scale, steering and steering.key), form=form)
+
+    def _prepared(
+        self,
+        negative: Sequence[Conditioning],
+        positive: Sequence[Conditioning],
+        steps: Sequence[Step],
+        scale: float,
+        steering: "Steering | None",
+    ) -> Model:
+        """The network prepared for these conditions, and before it what joins the latents and what steers."""
+        placed = self.runtime.device, self.runtime.dtype
+        condition = joined([*negative, *positive]).to(*placed)
         hold = self.graphs.hold if self.graphs else _as_it_is
         model = self.unet.prepare(condition, steps, guidance_scale=scale, call=self.call, hold=hold)
-        if condition.channels is None:
+        if condition.channels is not None:
+            model = with_channels(model, hold(condition.channels))
+        if steering is None:
             return model
-        return with_channels(model, hold(condition.channels))
+        one, other = (joined(each).to(*placed) if each else None for each in (negative, positive))
+        return controlled(model, steering.residuals(one, other, condition, steps, hold))
 
     def free_graphs(self) -> None:
         """Give back the memory of recorded steps; where they are called again they are recorded again."""
@@ -158,6 +190,7 @@ class Pipeline:
     vae: AutoencoderKL | TinyVAE
     read_encoder: Callable[[], AutoencoderKL]
     read_upscaler: ReadUpscaler
+    networks: Networks
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
@@ -218,12 +251,19 @@ class Pipeline:
         scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
         starter = Starter(self._encoded, self._modes, self.runtime.device)
         start = starter.start(settings, canvases, noise, taken, scale, earlier)
+        steering = None
+        if settings.controls and taken:
+            from ldmcli.controlling import steering_of
+
+            with self.stopwatch.phase("weights"):
+                steering = steering_of(requests, canvases, taken, self.networks, self.stage)
         latents, done = start.latents, 0
         on_step(done, latents)
         for model, part in self._stages(taken, settings):
             # 2. Prompts and guidance make a denoiser of the model, once for all its steps.
             with self.stopwatch.phase("text"):
-                denoise = model.denoiser(requests, steps, self.stage, start.channels)
+                steers = steering if model is self.model else None
+                denoise = model.denoiser(requests, steps, self.stage, start.channels, steers)
                 if start.kept:
                     denoise = start.kept.beside(denoise, taken[0])
             # 3. The sampler walks from noise to latents.
@@ -364,6 +404,7 @@ class Pipeline:
         for model in self.models:
             model.runtime = runtime
             model.unet.to(runtime.dtype)
+        self.networks.convert(runtime.dtype)
 
 
 def _as_it_is(prepared: Any) -> Any:

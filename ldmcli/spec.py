@@ -10,6 +10,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ldmcli.checks import (
+    MAX_NAME_BYTES,
+    check_choice,
+    check_number,
+    check_text,
+    check_whole,
+    checked_interval,
+    checked_names,
+    checked_picture,
+)
+from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import check_spacing, sampler_named
@@ -17,12 +28,10 @@ from ldmcli.sampling.names import sampler_of, schedule_of
 
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 999
-MAX_PROMPT_BYTES = 1 << 20
 MAX_SIZE = 1 << 17
 MAX_GUIDANCE = 1000.0
 MAX_CLIP_SKIP = 128
 MAX_EMBEDDINGS = 256
-MAX_NAME_BYTES = 4096
 MAX_LORAS = 64
 MAX_LORA_WEIGHT = 1000.0
 REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' choice
@@ -62,11 +71,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         for text in (self.name, self.path, self.sha256):
-            _check_text("a LoRA's name", text)
+            check_text("a LoRA's name", text)
         if not self.name:
             raise UsageError("a LoRA has no name; give its file.")
-        _check_number("a LoRA's weight", self.weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
-        _check_number("a LoRA's text_weight", self.text_weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
+        check_number("a LoRA's weight", self.weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
+        check_number("a LoRA's text_weight", self.text_weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
 
     @property
     def what(self) -> tuple[object, ...]:
@@ -125,6 +134,10 @@ class GenerationRequest:
     `hires`, a scale or WIDTHxHEIGHT, enlarges what is drawn and draws `hires_strength` of it anew, in `hires_steps`.
     `hires_upscaler` is "latent", "lanczos", "embedded" or an upscaler's file.
 
+    `control_net` are networks, files or names of the hub, that have the picture follow those in `control_image`, paths
+    or bytes; without any, `image`. The fields after them, and `canny`, thresholds LOW,HIGH or "off", say how: one entry
+    for all networks, or one for each; see ldmcli/control.py.
+
     Raises UsageError when a field is out of range, naming field, value and range.
     """
 
@@ -166,34 +179,45 @@ class GenerationRequest:
     hires_strength: float | None = None
     hires_steps: int | None = None
     hires_upscaler: str | None = None
+    control_net: tuple[str, ...] = ()
+    control_image: tuple[str | bytes, ...] = ()
+    control_strength: tuple[float, ...] = ()
+    control_start: tuple[float, ...] = ()
+    control_end: tuple[float, ...] = ()
+    control_mode: tuple[str, ...] = ()
+    control_type: tuple[str, ...] = ()
+    canny: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_text("prompt", self.prompt)
-        _check_text("negative_prompt", self.negative_prompt)
-        _check_whole("seed", self.seed, 0, MAX_SEED)
-        _check_whole("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
-        _check_number("eta", self.eta, 0.0, 1.0)
-        _check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        check_text("prompt", self.prompt)
+        check_text("negative_prompt", self.negative_prompt)
+        check_whole("seed", self.seed, 0, MAX_SEED)
+        check_whole("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        check_number("eta", self.eta, 0.0, 1.0)
+        check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         for name in ("crop_left", "crop_top"):
-            _check_whole(name, getattr(self, name), 0, MAX_SIZE)
-        _check_choice("prompt_syntax", self.prompt_syntax, PROMPT_SYNTAXES)
-        _check_choice("on_long_prompt", self.on_long_prompt, LONG_PROMPTS)
+            check_whole(name, getattr(self, name), 0, MAX_SIZE)
+        check_choice("prompt_syntax", self.prompt_syntax, PROMPT_SYNTAXES)
+        check_choice("on_long_prompt", self.on_long_prompt, LONG_PROMPTS)
         if self.steps is not None:
-            _check_whole("steps", self.steps, 1, MAX_STEPS)
+            check_whole("steps", self.steps, 1, MAX_STEPS)
         for name in ("guidance_scale", "image_guidance_scale"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), 0.0, MAX_GUIDANCE)
+                check_number(name, getattr(self, name), 0.0, MAX_GUIDANCE)
         if self.refiner_start is not None:
-            _check_number("refiner_start", self.refiner_start, 0.0, 1.0)
+            check_number("refiner_start", self.refiner_start, 0.0, 1.0)
         for name in ("width", "height", "original_width", "original_height"):
             if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), 1, MAX_SIZE)
+                check_whole(name, getattr(self, name), 1, MAX_SIZE)
         if self.guidance_interval is not None:
-            object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))
+            object.__setattr__(self, "guidance_interval", checked_interval(self.guidance_interval))
         if self.loras != ():
             object.__setattr__(self, "loras", read_loras(self.loras))
         if self.embeddings != ():
-            object.__setattr__(self, "embeddings", _names("embeddings", self.embeddings, MAX_EMBEDDINGS))
+            object.__setattr__(self, "embeddings", checked_names("embeddings", self.embeddings, MAX_EMBEDDINGS))
+        for name in CONTROL_FIELDS:
+            if getattr(self, name) != ():
+                object.__setattr__(self, name, read_control(name, getattr(self, name)))
         self._check_sampler()
         self._check_inputs()
         self._check_hires()
@@ -217,14 +241,14 @@ class GenerationRequest:
     def _check_inputs(self) -> None:
         for name in PICTURES:
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _picture(name, getattr(self, name)))
+                object.__setattr__(self, name, checked_picture(name, getattr(self, name)))
         if self.strength is not None:
-            _check_number("strength", self.strength, 0.0, 1.0)
-        _check_number("mask_blur", self.mask_blur, 0.0, MAX_BLUR)
-        _check_whole("mask_padding", self.mask_padding, 0, MAX_PADDING)
-        _check_choice("resize", self.resize, RESIZES)
-        _check_choice("masked_content", self.masked_content, MASKED_CONTENTS)
-        _check_choice("inpaint_area", self.inpaint_area, INPAINT_AREAS)
+            check_number("strength", self.strength, 0.0, 1.0)
+        check_number("mask_blur", self.mask_blur, 0.0, MAX_BLUR)
+        check_whole("mask_padding", self.mask_padding, 0, MAX_PADDING)
+        check_choice("resize", self.resize, RESIZES)
+        check_choice("masked_content", self.masked_content, MASKED_CONTENTS)
+        check_choice("inpaint_area", self.inpaint_area, INPAINT_AREAS)
         for name in ("invert_mask", "paste_back"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} {printable(repr(getattr(self, name)))} is neither true nor false.")
@@ -233,23 +257,28 @@ class GenerationRequest:
         if self.hires is not None:
             object.__setattr__(self, "hires", read_hires(self.hires))
         if self.hires_strength is not None:
-            _check_number("hires_strength", self.hires_strength, 0.0, 1.0)
+            check_number("hires_strength", self.hires_strength, 0.0, 1.0)
         if self.hires_steps is not None:
-            _check_whole("hires_steps", self.hires_steps, 1, MAX_STEPS)
+            check_whole("hires_steps", self.hires_steps, 1, MAX_STEPS)
         if self.hires_upscaler is not None:
-            _check_text("hires_upscaler", self.hires_upscaler, MAX_NAME_BYTES)
+            check_text("hires_upscaler", self.hires_upscaler, MAX_NAME_BYTES)
             if not self.hires_upscaler:
                 raise UsageError(f"hires_upscaler is empty; choose from {', '.join(UPSCALERS)}, or name a file.")
             object.__setattr__(self, "hires_upscaler", read_upscaler(self.hires_upscaler))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, those about pictures where there is one, those about a second pass where
-        one is asked for, LoRAs and embeddings where there are any; - stands for a picture that was given as bytes."""
+        one is asked for, LoRAs, embeddings and what steers where there is any; - stands for a picture that was given as
+        bytes."""
         given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
         parts = ((self.image, IMAGE_FIELDS), (self.hires, HIRES_FIELDS))
-        left_out = [name for part, names in parts if part is None for name in names]
+        left_out = {name for part, names in parts if part is None for name in names}
+        if self.control_net:
+            left_out -= {"resize"}
         said = {name: value for name, value in vars(self).items() if name not in left_out}
         lists = {"loras": [dataclasses.asdict(lora) for lora in self.loras], "embeddings": list(self.embeddings)}
+        for name in CONTROL_FIELDS:
+            lists[name] = ["-" if isinstance(value, bytes) else value for value in getattr(self, name)]
         return {name: value for name, value in (said | given | lists).items() if value or name not in lists}
 
     @classmethod
@@ -319,72 +348,3 @@ def read_loras(value: Any) -> tuple[LoRA, ...]:
     if len(value) > MAX_LORAS:
         raise UsageError(f"loras has {len(value)} entries; at most {MAX_LORAS} are accepted.")
     return tuple(map(LoRA.read, value))
-
-
-def _picture(name: str, value: Any) -> str | bytes:
-    """A picture's path as text, or the bytes of its file."""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, bytes) and value:
-        return value
-    if not value:
-        raise UsageError(f"{name} is empty; name a picture file.")
-    if not isinstance(value, str):
-        raise UsageError(f"{name} must be a path or a picture file's bytes, not {type(value).__name__}.")
-    _check_text(name, value)
-    return value
-
-
-def _check_text(name: str, value: Any, most: int = MAX_PROMPT_BYTES) -> None:
-    if not isinstance(value, str):
-        raise UsageError(f"{name} must be text, not {type(value).__name__}.")
-    try:
-        size = len(value.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise UsageError(f"{name} is not valid Unicode text (it holds a lone surrogate).") from None
-    if size > most:
-        raise UsageError(f"{name} is {size} bytes long; at most {most} are accepted.")
-    if "\0" in value:
-        raise UsageError(f"{name} holds a NUL character; remove it.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} {printable(repr(value))} is not known; choose from {', '.join(choices)}.")
-
-
-def _names(name: str, value: Any, most: int) -> tuple[str, ...]:
-    """A list of names; or several in one text, with semicolons between, as tables have them."""
-    if isinstance(value, str):
-        value = [one.strip() for one in value.split(";") if one.strip()]
-    if not isinstance(value, list | tuple):
-        raise UsageError(f"{name} {printable(repr(value))} is not a list of names.")
-    if len(value) > most:
-        raise UsageError(f"{name} has {len(value)} entries; at most {most} are accepted.")
-    for one in value:
-        _check_text(name, one, MAX_NAME_BYTES)
-        if not one.strip():
-            raise UsageError(f"{name} has an empty name; leave it out.")
-    return tuple(value)
-
-
-def _interval(value: Any) -> tuple[float, float]:
-    """Two noise levels, the lower first; JSON has them as a list."""
-    pair = tuple(value) if isinstance(value, list | tuple) else ()
-    numbers = [v for v in pair if isinstance(v, int | float) and not isinstance(v, bool) and not math.isnan(v)]
-    if len(pair) != 2 or len(numbers) != 2 or not 0 <= pair[0] < pair[1]:
-        raise UsageError(
-            f"guidance_interval {printable(repr(value))} is not two noise levels, 0 or more, the lower one first."
-        )
-    return float(pair[0]), float(pair[1])
-
-
-def _check_whole(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name} {printable(repr(value))} is not a whole number from {low} to {high}.")
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise UsageError(f"{name} {printable(repr(value))} is not a number from {low:g} to {high:g}.")

@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+from ldmcli.checks import MAX_PROMPT_BYTES
 from ldmcli.errors import BadDataError, MissingInputError
 from ldmcli.images.encode import encode_pixels
 from ldmcli.images.metadata import infotext, read_parameters, read_record, text_chunks
 from ldmcli.images.png_text import MAX_TEXT_BYTES, iterate_text
-from ldmcli.spec import MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest
+from ldmcli.spec import MAX_SEED, GenerationRequest
 
 MODEL = {"name": "tiny-emoji", "path": "/models/tiny", "sha256": "6ce0161689b3853acaa03779ec93eafe" * 2}
 RUNTIME = {"dtype": "bfloat16", "device": "cpu", "attention": "sdpa", "torch": "2.14.1"}

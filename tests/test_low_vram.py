@@ -53,10 +53,10 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     bring = Stage.bring
 
-    def noting(self: Stage, part: nn.Module) -> None:
+    def noting(self: Stage, part: nn.Module, *beside: nn.Module) -> None:
         if self.narrow and part is not self.present:
             found.append(type(part).__name__)
-        bring(self, part)
+        bring(self, part, *beside)
 
     monkeypatch.setattr(Stage, "bring", noting)
     return found
@@ -104,7 +104,7 @@ def test_only_the_part_at_work_is_there(model_folder: Path) -> None:
         if there[-1:] != [found]:  # encoders are called once a prompt
             there.append(found)
         for part, home in stage._parts.items():
-            assert offload._holds(part, stage._away if part is stage.present else home)
+            assert offload._holds(part, stage._away.get(part, home))
 
     parts = [part.decoder if part is pipeline.vae else part for part in stage._parts]
     handles = [part.register_forward_pre_hook(note) for part in parts]  # type: ignore[union-attr]
@@ -230,7 +230,7 @@ def test_what_was_converted_meanwhile_is_not_lost(at_work: bool) -> None:
         assert equal(part, wanted)
         stage.bring(part)
         assert equal(part, wanted)
-    assert offload._holds(part, stage._away)
+    assert offload._holds(part, stage._away[part])
 
 
 def test_a_part_larger_than_the_device() -> None:
@@ -239,6 +239,22 @@ def test_a_part_larger_than_the_device() -> None:
     with pytest.raises(LdmError, match=r"Linear, a part of the model, needs 0.0 GiB .* has 0.0 GiB; use --dtype fp16"):
         Stage(HOST, narrow=True, room=79).add(part)
     Stage(HOST, room=1).add(part)
+
+
+def test_parts_that_compute_together_are_there_together() -> None:
+    parts = [nn.Linear(4, 4).requires_grad_(False) for _ in range(3)]
+    wanted = [state(part) for part in parts]
+    stage = Stage(HOST, narrow=True)
+    stage.bring(parts[0], parts[1])
+    assert set(stage._away) == {parts[0], parts[1]}
+    places = [part.weight.data_ptr() for part in parts]
+    stage.bring(parts[0], parts[1])
+    assert [part.weight.data_ptr() for part in parts] == places
+    stage.bring(parts[2])
+    assert set(stage._away) == {parts[2]}
+    stage.forget(parts[2])
+    assert stage.present is None
+    assert all(equal(part, before) for part, before in zip(parts, wanted, strict=True))
 
 
 def test_a_device_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,3 +95,10 @@ def test_the_embedded_upscaler_is_the_one_described_and_comes_with_its_licence()
     assert digest in (ROOT / "weights" / "README.md").read_text()
     assert "Xintao Wang" in (folder / "LICENSE").read_text()
     assert (ROOT / "ldmcli" / "weights" / folder.name).resolve() == folder
+
+
+def test_the_embedded_control_network_is_the_one_described() -> None:
+    file = ROOT / "weights" / "tiny-emoji-silhouette" / "model.safetensors"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in (ROOT / "weights" / "README.md").read_text()
+    assert file.stat().st_size <= 3_000_000
+    assert (ROOT / "ldmcli" / "weights" / file.parent.name).resolve() == file.parent

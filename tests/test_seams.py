@@ -17,7 +17,7 @@ from ldmcli.checkpoints.load import load_unet
 from ldmcli.checkpoints.source import open_model
 from ldmcli.config import ScheduleConfig, UNetConfig, VAEConfig
 from ldmcli.networks.inputs import Conditioning, joined
-from ldmcli.networks.unet import UNet
+from ldmcli.networks.unet import Residuals, UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.pipeline import Pipeline
 from ldmcli.sampling.denoiser import Denoiser, Prediction, predicting
@@ -108,10 +108,10 @@ def test_residuals_are_added_at_every_skip_and_the_middle(unet: UNet) -> None:
     plain = model(latents, STEPS[1])
     handle.remove()
     skips = [(2, 8, 8, 8), (2, 8, 8, 8), (2, 8, 4, 4), (2, 16, 4, 4)]
-    zeros = [torch.zeros(shape) for shape in skips], torch.zeros(shapes[0])
+    zeros = Residuals([torch.zeros(shape) for shape in skips], torch.zeros(shapes[0]))
     told: list[tuple[int | Tensor, int]] = []
 
-    def residuals(inputs: Tensor, step: Step) -> tuple[list[Tensor], Tensor]:
+    def residuals(inputs: Tensor, step: Step) -> Residuals:
         told.append((step.index, len(inputs)))
         return zeros
 
@@ -120,10 +120,11 @@ def test_residuals_are_added_at_every_skip_and_the_middle(unet: UNet) -> None:
     for place in range(len(skips) + 1):
         at_skips, at_middle = [skip.clone() for skip in zeros[0]], zeros[1].clone()
         [*at_skips, at_middle][place].add_(normal(*[*skips, shapes[0]][place]))
-        changed = controlled(model, lambda *_, r=(at_skips, at_middle): r)(latents, STEPS[1])  # type: ignore[misc]
+        more = Residuals(at_skips, at_middle)
+        changed = controlled(model, lambda *_, r=more: r)(latents, STEPS[1])  # type: ignore[misc]
         assert relative(changed, plain) > 1e-3
     with pytest.raises(ValueError, match="argument"):
-        controlled(model, lambda *_: (zeros[0][:-1], zeros[1]))(latents, STEPS[1])
+        controlled(model, lambda *_: Residuals(zeros[0][:-1], zeros[1]))(latents, STEPS[1])
     guided(controlled(model, residuals), 2.0)(latents[:1], STEPS[3])
     assert told[-1] == (3, 2)
 

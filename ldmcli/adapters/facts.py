@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmcli.adapters.adapter import Adapter, Change
-from ldmcli.checkpoints.families import REFINER, SD1, SD2, SDXL, with_article
+from ldmcli.checkpoints.families import CONTEXTS, REFINER, SD1, SD2, SDXL, with_article
 from ldmcli.checkpoints.header import HeaderError, parse_json_object
 from ldmcli.checkpoints.layout import ADAPTER_FILES
 from ldmcli.disk.opening import shown
 from ldmcli.errors import printable
 from ldmcli.spec import GenerationRequest
 
-# The width of the text that cross-attention reads.
-_CONTEXT = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
 # What is in modules' names of no other family; the likeliest first.
 _MARKS = (
     ("joint_blocks", "Stable Diffusion 3"),
@@ -111,7 +109,7 @@ def wish(adapter: Adapter, request: GenerationRequest) -> str:
 def base_family(adapter: Adapter) -> str | None:
     """The name of the family an adapter is for: by the width of the text that its layers read, else by its modules'
     names or its metadata; None where nothing tells."""
-    if family := _CONTEXT.get(adapter.context_width or 0):
+    if family := CONTEXTS.get(adapter.context_width or 0):
         return family
     for mark, family in _MARKS:
         if any(mark in name for name in adapter.changes):
@@ -121,7 +119,7 @@ def base_family(adapter: Adapter) -> str | None:
         if stated:
             return next((family for word, family in _WRITTEN if stated.startswith(word)), printable(stated, 60))
     widths = {change.inputs for name, change in adapter.changes.items() if name.endswith("q_proj")}
-    return next((family for width, family in _CONTEXT.items() if width in widths), None)
+    return next((family for width, family in CONTEXTS.items() if width in widths), None)
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:

@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ldmcli.checks import MAX_PROMPT_BYTES
+from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.sampling.catalogue import SPACINGS
 from ldmcli.sampling.names import sampler_of, schedule_of
-from ldmcli.spec import ALPHA, MAX_PROMPT_BYTES, MAX_SEED, GenerationRequest, read_loras
+from ldmcli.spec import ALPHA, MAX_SEED, GenerationRequest, read_loras
 
 PROMPT = "prompt"
 TEXTS = (PROMPT, "negative_prompt")  # kept as they are written, spaces included
@@ -52,12 +54,18 @@ _SYNONYMS = {
     "hires": "hires_upscale hires_resize hr_scale",
     "hires_steps": "hr_second_pass_steps",
     "hires_upscaler": "hr_upscaler",
+    "control_net": "controlnet controlnet_model control_model",
+    "control_image": "controlnet_image controlnet_conditioning_image conditioning_image hint hint_image",
+    "control_strength": "controlnet_conditioning_scale controlnet_weight control_weight control_scale",
+    "control_start": "control_guidance_start",
+    "control_end": "control_guidance_end",
+    "canny": "canny_thresholds",
     "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
     SIZE: "resolution image_size",
 }
 # Options here or elsewhere that a row has none of; a column of the name is probably meant as one.
 _OPTIONS = (
-    " scale model checkpoint vae refiner controlnet upscale upscaler "
+    " scale model checkpoint vae refiner upscale upscaler "
     "batchsize device dtype precision facerestoration restorefaces tiling subseed "
     "variationseed styles clipstopatlastlayers "
 )
@@ -138,6 +146,9 @@ def normal(name: str, value: Any) -> Any:
             return read_hires(value)
     if name == "embeddings" and isinstance(value, list) and all(type(one) is str for one in value):
         return tuple(value)
+    if name in CONTROL_FIELDS:
+        with contextlib.suppress(UsageError):
+            return read_control(name, value)
     if name == "loras":
         with contextlib.suppress(UsageError):  # the check of the field says what is wrong
             return read_loras(value)
@@ -183,11 +194,19 @@ def _sides(value: Any) -> tuple[int, ...]:
 
 
 def located(name: str, value: Any, folder: Path) -> Any:
-    """The value of a row's field; the path of a picture or an upscaler as one in the folder of the prompt file."""
+    """The value of a row's field; the path of a picture, an upscaler or a network as one in the folder of the prompt
+    file, a network's where it is there."""
+    if name in CONTROL_FIELDS[:2] and isinstance(value, tuple):
+        return tuple(_placed(one, folder, anyway=name == "control_image") for one in value)
     words: dict[str, tuple[str, ...]] = {"image": (), "mask": (ALPHA,), "depth": (), "hires_upscaler": UPSCALERS}
     if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)
     return value
+
+
+def _placed(path: Any, folder: Path, *, anyway: bool) -> Any:
+    inside = os.path.abspath(folder / path) if isinstance(path, str) and "://" not in path else path
+    return inside if anyway or os.path.lexists(inside) else path
 
 
 def problem_of(name: str, value: Any) -> str:

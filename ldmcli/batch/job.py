@@ -155,7 +155,7 @@ class Job:
 
     def _fit(self, request: GenerationRequest) -> GenerationRequest:
         fitted = self.session.fit(request)
-        self._pictures |= {str(getattr(request, name)): sha256 for name, sha256 in fitted.inputs}
+        self._pictures |= fitted.files
         self.spec.encoding.check_size(*fitted.final_size)
         if fitted.guidance_scale < 1:
             self._remark("unread", UNREAD_PROMPT)

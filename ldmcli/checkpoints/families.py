@@ -76,7 +76,12 @@ REFINER = dataclasses.replace(
 )
 SD2_NOISE = dataclasses.replace(SD2, prediction_type="epsilon")  # as those for inpainting and for depth were trained
 FAMILIES = (SD1, SD2, SDXL, REFINER)
+# By the width of the text that cross-attention reads.
+CONTEXTS = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
 EMBEDDING = "textual-inversion embedding"
+# What steers by pictures: named with --control-net.
+CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER = "ControlNet", "Control-LoRA", "ControlNet Union", "T2I-Adapter"
+STEERING = (CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER)
 READ = "Stable Diffusion 1.x, 2.x and XL"  # what can be drawn with, in errors
 
 
@@ -127,6 +132,7 @@ _FOLDER_XL = (*_FOLDER_UNET, "add_embedding.")
 _MERGE = "this version does not apply it; name the whole model it was made for"
 _APPLY = "name the model it was made for with --model, and this with --lora"
 _EMBED = "name the model it was made for with --model, and this with --embedding"
+_STEER = "name the model it was made for with --model, and this with --control-net"
 _NAME_VAE = "name a VAE for it with --vae"
 _LORA = (
     *(".lora_down.", ".lora_A.", ".lora_a.", ".lora.down.", "_lora.down.", ".lora_linear_layer."),
@@ -183,17 +189,25 @@ _TRANSFORMERS = _kinds(
 
 _ADAPTERS = (
     Kind("LoRA", parts=_LORA, cure=_APPLY),
-    Kind("ControlNet", ("control_model.",), without=(_VAE,), cure=_MERGE),
+    Kind("ControlNet-LLLite", ("lllite_",), cure=_MERGE),
+    Kind("Stable Diffusion 3 ControlNet", ("controlnet_blocks.", "transformer_blocks."), cure=_MERGE),
+    Kind("Flux ControlNet", ("controlnet_blocks.",), cure=_MERGE),
+    Kind("ControlNet-XS", ("ctrl_to_base.",), cure=_MERGE),
+    Kind("T2I-Adapter for styles", ("ln_post.", "transformer_layes."), cure=_MERGE),
+    Kind(CONTROL_LORA, keys=("lora_controlnet",), cure=_STEER),
+    Kind(CONTROL_UNION, ("task_embedding", "control_add_embedding."), cure=_STEER),
+    Kind(CONTROL_NET, ("control_model.",), without=(_VAE,), cure=_STEER),
     *_kinds(("LoRA", "lora_unet_"), ("LoRA", "lora_te"), ("LoRA", "unet:"), ("LoRA", "text_encoder:"), cure=_APPLY),
     *_kinds(
-        ("ControlNet", "input_hint_block.", "zero_convs."),
-        ("ControlNet", "controlnet_cond_embedding."),
-        ("ControlNet", "controlnet_down_blocks."),
-        ("IP-Adapter", "image_proj.", "ip_adapter."),
-        ("T2I-Adapter", "adapter.body."),
-        ("T2I-Adapter", "body.0.block1."),
-        cure=_MERGE,
+        (CONTROL_NET, "input_hint_block.", "zero_convs."),
+        (CONTROL_NET, "controlnet_cond_embedding."),
+        (CONTROL_NET, "controlnet_down_blocks."),
+        (T2I_ADAPTER, "adapter.body."),
+        (T2I_ADAPTER, "body.0.block1."),
+        (T2I_ADAPTER, "body.0.body.", "body.0.in_conv."),
+        cure=_STEER,
     ),
+    Kind("IP-Adapter", ("image_proj.", "ip_adapter."), cure=_MERGE),
     Kind("AnimateDiff motion module", parts=(".motion_modules.",), without=("conv_in.", _UNET), cure=_MERGE),
 )
 

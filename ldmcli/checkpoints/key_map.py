@@ -6,9 +6,9 @@ The tables are made for one configuration, since the original layout numbers blo
 import re
 from collections.abc import Callable, Iterable
 
-from ldmcli.config import TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from ldmcli.config import AdapterConfig, ControlConfig, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
 
-NetworkConfig = UNetConfig | VAEConfig | TinyVAEConfig | TextEncoderConfig
+NetworkConfig = UNetConfig | VAEConfig | TinyVAEConfig | TextEncoderConfig | ControlConfig | AdapterConfig
 DiskNames = dict[str, list[str]]
 
 # Inside a resnet: (canonical, original).
@@ -86,7 +86,9 @@ def _namer(config: NetworkConfig, original: bool) -> Callable[[str], list[str]]:
         return lambda key: [_rename(key, vae_blocks, _VAE_PARTS)]
     if not original:
         return lambda key: [key]
-    blocks = _unet_blocks(config)
+    if isinstance(config, AdapterConfig):
+        return lambda key: [_adapter_name(key, config)]
+    blocks = _control_blocks(config) if isinstance(config, ControlConfig) else _unet_blocks(config)
     # Transformer blocks have a norm1 and norm2 of their own, which both layouts call so.
     return lambda key: [_rename(key, blocks, _UNET_PARTS if ".resnets." in key else ())]
 
@@ -95,6 +97,22 @@ def _tiny_name(key: str, original: bool) -> str:
     """TAESD's layers are numbered; the original's layer 0 is the clamp, which diffusers does not count."""
     number, _, rest = key.removeprefix(TINY_PREFIX).partition(".")
     return f"{int(number) + original}.{rest}"
+
+
+def _adapter_name(key: str, config: AdapterConfig) -> str:
+    """Light adapters nest resnets in levels; full ones number all of them through."""
+    key = key.removeprefix("adapter.")
+    first, _, rest = key.partition(".")
+    if first != "body":
+        return key
+    if config.light:
+        return key.replace(".resnets.", ".body.")
+    level, _, rest = rest.partition(".")
+    if rest.startswith("resnets."):
+        number, _, rest = rest.removeprefix("resnets.").partition(".")
+    else:
+        number = "0"
+    return f"body.{int(level) * config.resnets + int(number)}.{rest}"
 
 
 def is_transposed(disk_key: str) -> bool:
@@ -133,6 +151,17 @@ def _unet_blocks(config: UNetConfig) -> dict[str, str]:
         last = level * (count + 1) + count
         table[f"up_blocks.{level}.upsamplers.0.conv."] = f"output_blocks.{last}.{place}.conv."
     return table
+
+
+def _control_blocks(config: ControlConfig) -> dict[str, str]:
+    hint, last = "controlnet_cond_embedding.", len(config.hint_channels)
+    table = _unet_blocks(config.encoder) | {f"{hint}conv_in.": "input_hint_block.0."}
+    for i in range(2 * (last - 1)):
+        table[f"{hint}blocks.{i}."] = f"input_hint_block.{2 * (i + 1)}."
+    table[f"{hint}conv_out."] = f"input_hint_block.{2 * (2 * last - 1)}."
+    for i in range(len(config.encoder.skip_channels)):
+        table[f"controlnet_down_blocks.{i}."] = f"zero_convs.{i}.0."
+    return table | {"controlnet_mid_block.": "middle_block_out.0."}
 
 
 def _vae_blocks(config: VAEConfig) -> dict[str, str]:

@@ -107,13 +107,13 @@ def fill(
         file = on_disk[disk_key]
         by_file.setdefault(id(file), (file, []))[1].append(disk_key)
     state: dict[str, Tensor] = {}
-    for disk_key, tensor in _read(list(by_file.values()), device, dtype):
+    for disk_key, tensor in read_all(list(by_file.values()), device, dtype):
         state |= _taken_apart(disk_key, tensor, {key: wanted[key] for key in canonical[disk_key]})
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 
 
-def _read(
+def read_all(
     wanted: list[tuple[WeightFile, list[str]]], device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Each of the tensors with its name, in no order; read and converted by several threads where there is much."""
@@ -163,7 +163,7 @@ def _match(
             lacking.append(names[key][0])
     for found, keys in canonical.items():
         info, right = on_disk[found].tensors[found], _stored_shape(found, (wanted[key] for key in keys))
-        if not _same_shape(info.shape, right):
+        if not same_shape(info.shape, right):
             difference = f"{found}: {list(info.shape)} for {list(right)}"
             faults.setdefault("has tensors of the wrong shape", []).append(difference)
         if info.dtype not in FLOATING:
@@ -207,6 +207,6 @@ def _taken_apart(disk_key: str, tensor: Tensor, shapes: Shapes) -> dict[str, Ten
     return dict(zip(shapes, rows, strict=True))
 
 
-def _same_shape(on_disk: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def same_shape(on_disk: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Equal, or a 1×1 convolution where the same matrix is a linear layer now."""
     return on_disk == wanted or (len(on_disk) == 4 and len(wanted) == 2 and on_disk == (*wanted, 1, 1))

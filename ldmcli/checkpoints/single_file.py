@@ -92,25 +92,38 @@ def _under(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers `pattern`'s one group takes, counting from 0 without a gap."""
+def count_of(shapes: Shapes, pattern: str, step: int = 1) -> int:
+    """How many different numbers `pattern`'s one group takes, counting from 0 by `step` without a gap."""
     found = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
     if len(found) > _MAX_BLOCKS:
         raise ValueError(f"{len(found)} blocks in one place")
-    return next(i for i in range(len(found) + 1) if i not in found)
+    return next(i for i in range(len(found) + 1) if step * i not in found)
 
 
 def _unet(shapes: Shapes, family: Family) -> UNetConfig:
+    found = unet_from_shapes(shapes, family.added_numbers)
+    return dataclasses.replace(
+        found,
+        out_channels=shapes["out.2.weight"][0],
+        sample_size=family.sample_size,
+        heads=tuple(family.heads or max(1, width // family.head_dim) for width in found.block_channels),
+        norm_groups=family.norm_groups,
+    )
+
+
+def unet_from_shapes(shapes: Shapes, added_numbers: int) -> UNetConfig:
+    """A U-Net's dimensions from the tensors of its way down and middle in the original layout, without prefix; what
+    they do not tell is as usual. Raises as `named_shape_errors` expects it."""
     channels: list[int] = []
     depths: list[int] = []
     context_dim, linear = 0, False
     level_done = True
-    blocks = _count(shapes, r"input_blocks\.(\d+)\.")
+    blocks = count_of(shapes, r"input_blocks\.(\d+)\.")
     for block in range(1, blocks):
         if f"input_blocks.{block}.0.op.weight" in shapes:
             level_done = True
             continue
-        depth = _count(_under(shapes, f"input_blocks.{block}.1."), r"transformer_blocks\.(\d+)\.")
+        depth = count_of(_under(shapes, f"input_blocks.{block}.1."), r"transformer_blocks\.(\d+)\.")
         if level_done:
             channels.append(shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0])
             depths.append(depth)
@@ -118,22 +131,18 @@ def _unet(shapes: Shapes, family: Family) -> UNetConfig:
         if depth:
             context_dim = shapes[f"input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight"][1]
             linear = len(shapes[f"input_blocks.{block}.1.proj_in.weight"]) == 2
-    added = shapes["label_emb.0.0.weight"][1] if family.added_numbers else 0
+    added = shapes["label_emb.0.0.weight"][1] if added_numbers else 0
     guidance = shapes.get("time_embed.cond_proj.weight")
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
-        out_channels=shapes["out.2.weight"][0],
-        sample_size=family.sample_size,
         block_channels=tuple(channels),
         layers_per_block=blocks // len(channels) - 1,
         attention=tuple(depths),
-        middle_attention=_count(_under(shapes, "middle_block.1."), r"transformer_blocks\.(\d+)\."),
-        heads=tuple(family.heads or max(1, width // family.head_dim) for width in channels),
+        middle_attention=count_of(_under(shapes, "middle_block.1."), r"transformer_blocks\.(\d+)\."),
         context_dim=context_dim,
-        norm_groups=family.norm_groups,
         linear_projection=linear,
-        pooled_dim=added - family.added_numbers * _NUMBER_DIM if added else 0,
-        added_numbers=family.added_numbers,
+        pooled_dim=added - added_numbers * _NUMBER_DIM if added else 0,
+        added_numbers=added_numbers,
         added_number_dim=_NUMBER_DIM,
         guidance_dim=guidance[1] if guidance else None,
     )
@@ -142,14 +151,14 @@ def _unet(shapes: Shapes, family: Family) -> UNetConfig:
 def vae_from_shapes(shapes: Shapes, usual: VAEConfig) -> VAEConfig:
     """An autoencoder's dimensions from its decoder's tensors in the original layout, without prefix; an encoder may be
     missing, and what shapes do not tell is as in `usual`. Raises as `named_shape_errors` expects it."""
-    levels = _count(shapes, r"decoder\.up\.(\d+)\.")
+    levels = count_of(shapes, r"decoder\.up\.(\d+)\.")
     return dataclasses.replace(
         usual,
         in_channels=shapes["encoder.conv_in.weight"][1] if "encoder.conv_in.weight" in shapes else 3,
         out_channels=shapes["decoder.conv_out.weight"][0],
         latent_channels=shapes["post_quant_conv.weight"][0],
         block_channels=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)),
-        layers_per_block=_count(shapes, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
+        layers_per_block=count_of(shapes, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
     )
 
 
@@ -158,7 +167,7 @@ def _text(shapes: Shapes, text: TextPart) -> TextEncoderConfig:
     openclip = text.layout == "openclip"
     embeddings, layer, up, positions = _OPENCLIP_NAMES if openclip else _CLIP_NAMES
     vocab_size, hidden = shapes[embeddings]
-    layers = _count(shapes, rf"{re.escape(layer)}(\d+)\.")
+    layers = count_of(shapes, rf"{re.escape(layer)}(\d+)\.")
     return TextEncoderConfig(
         part=text.part,
         layout=text.layout,

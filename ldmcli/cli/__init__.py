@@ -20,18 +20,9 @@ from ldmcli.speed.cpu.threads import yield_cores
 from ldmcli.speed.memory import is_out_of_memory
 
 _COMMANDS = (
-    "txt2img",
-    "img2img",
-    "batch",
-    "upscale",
-    "serve",
-    "info",
-    "gallery",
-    "pull",
-    "models",
-    "samplers",
+    "txt2img", "img2img", "batch", "upscale", "canny", "serve", "info", "gallery", "pull", "models", "samplers",
     "bench",
-)
+)  # fmt: skip
 _COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask
 _MAX_USAGE_ERROR = 500  # characters: click quotes whole arguments
 _UNHEARD_S = 2.0  # after which a signal that had no effect is raised again

@@ -4,15 +4,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from ldmcli.cli.arguments import STDIN
 from ldmcli.cli.options import REQUEST_OPTIONS, expanded
+from ldmcli.control import CONTROL_FIELDS
 from ldmcli.errors import BadDataError, MissingInputError, printable
 from ldmcli.spec import ALPHA, HIRES_FIELDS, IMAGE_FIELDS, PICTURES
+
+if TYPE_CHECKING:
+    from ldmcli.fitting import FittedRequest
 
 _log = logging.getLogger(__name__)
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
@@ -46,9 +50,10 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
         return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
     request, prompts = record["request"], context.params["prompts"]
-    found = {
-        name: request[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, "seed") if name in request
-    }
+    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *CONTROL_FIELDS, "seed")
+    found = {name: request[name] for name in names if name in request}
+    if given("control_net"):  # what is said of other networks is not for these
+        found = {name: value for name, value in found.items() if name not in CONTROL_FIELDS[2:]}
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
     if "made_by" in record:
         found |= _of_another_program(found, options, record, given)
@@ -68,6 +73,9 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     for name in PICTURES:
         if not given(name) and name in request and options[name] is not None:
             options[name] = _picture_again(name, options[name], record.get("inputs", {}).get(name))
+    for name in CONTROL_FIELDS[:2]:
+        if not given(name) and name in request:
+            options[name] = tuple(_steered_again(name, request[name], record.get("inputs", {})))
     if "hires_upscaler" in record.get("inputs", {}) and not given("hires_upscaler"):
         _compare_upscaler(options, record["inputs"]["hires_upscaler"])
 
@@ -122,12 +130,35 @@ def _picture_again(name: str, path: str, sha256: str | None) -> str:
     found = str(expanded(path))
     if path == STDIN or not os.path.exists(found):
         where = "standard input" if path == STDIN else f"{printable(path)}, which is not there"
-        raise MissingInputError(f"the picture's {name} came from {where}; give that with --{name}.")
+        said = name.replace("_", " ")
+        option = name.replace("_", "-")
+        raise MissingInputError(f"the picture's {said} came from {where}; give that with --{option}.")
     from ldmcli.images.pixels import facts_of
 
     if facts_of(found, depth=name == "depth").sha256 != sha256:
         _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
     return found
+
+
+def _steered_again(name: str, paths: Sequence[str], hashes: dict[str, str]) -> Iterator[str]:
+    """Where the networks are that steered a picture, or the pictures that they followed. Raises MissingInputError for a
+    picture that is not there any more; the hub may have a network."""
+    for i, path in enumerate(paths):
+        found, wanted = str(expanded(path)), hashes.get(f"{name}:{i}")
+        if name == "control_image":
+            yield _picture_again(name, path, wanted)
+        else:
+            yield found if os.path.exists(found) else path
+
+
+def compare_networks(record: dict[str, Any], fitted: "FittedRequest") -> None:
+    """Say so where a network of the same name is another than steered the picture."""
+    names = zip(record["request"].get("control_net", ()), fitted.recorded.control_net, strict=False)
+    before, now = record.get("inputs", {}), dict(fitted.inputs)
+    for i, (one, other) in enumerate(names):
+        key = f"control_net:{i}"
+        if str(expanded(one)) == str(expanded(other)) and key in before and before[key] != now.get(key):
+            _log.warning("the network %s is not the one the picture was made with; it will differ", printable(other))
 
 
 def _compare_upscaler(options: dict[str, Any], sha256: str) -> None:

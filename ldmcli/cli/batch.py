@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ldmcli.cli.control_options import DrawingCommand, control_options
 from ldmcli.cli.options import (
     Duration,
     dynamic_options,
@@ -73,7 +74,7 @@ class _RowFormat(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-@click.command(short_help="Draw every row of a prompt file into a folder.")
+@click.command(cls=DrawingCommand, short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
 @option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
@@ -110,6 +111,7 @@ class _RowFormat(click.Choice[str]):
 @model_options
 @request_options
 @hires_options
+@control_options
 @dynamic_options
 @image_options
 @runtime_options

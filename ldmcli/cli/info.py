@@ -21,12 +21,15 @@ _log = logging.getLogger(__name__)
 @click.pass_context
 def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
     """Tell what each FILE is: the request a picture holds; a model's family, parts and dimensions; a LoRA's kind, rank,
-    family and trigger words; an embedding's word, vectors and family; or an upscaler's architecture, size and scale.
+    family and trigger words; what a ControlNet or T2I-Adapter is for; an embedding's word, vectors and family; or an
+    upscaler's architecture, size and scale.
 
     Only headers are read, but for upscalers, so this is quick for files of any size. Where a file cannot be read, the
     others are shown all the same, and the exit code is that of the first that could not.
     """
     from ldmcli.adapters.adapter import is_adapter_folder
+    from ldmcli.checkpoints.control_source import control_facts, is_control_folder
+    from ldmcli.checkpoints.families import STEERING
     from ldmcli.checkpoints.inspection import inspect
     from ldmcli.hub.listing import find_here
 
@@ -36,11 +39,15 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
             path = find_here(file) or expanded(file)
             if is_adapter_folder(path):
                 facts = {"kind": "weights", "is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
+            elif is_control_folder(path):
+                facts = {"kind": "weights"} | control_facts(path)
             else:
                 facts = inspect(path, allow_pickle=allow_pickle)
                 if facts.get("is") in ("LoRA", "unknown"):  # of some kinds no key's ending tells
                     facts |= _tried_adapter_facts(path, facts["is"], allow_pickle=allow_pickle)
-                if facts["kind"] != "model":
+                if facts.get("is") in STEERING:
+                    facts |= control_facts(path, allow_pickle=allow_pickle)
+                elif facts["kind"] != "model":
                     facts |= _embedding_facts(path, facts.get("is", ""), allow_pickle=allow_pickle)
                 if facts.get("is") == "unknown":
                     facts |= _upscaler_facts(path, allow_pickle=allow_pickle)

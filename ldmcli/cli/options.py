@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ldmcli.cli.terminal import LogHandler
+from ldmcli.control import CONTROL_FIELDS
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import STRENGTH as HIRES_STRENGTH
 from ldmcli.images.formats import FORMATS, QUALITY
@@ -242,7 +243,8 @@ _HIRES = (
 
 def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that the options give."""
-    settings = {name: options[name] for name in (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS) if name in options}
+    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *CONTROL_FIELDS)
+    settings = {name: options[name] for name in names if name in options}
     if options["refiner"] and settings["refiner_start"] is None:
         settings["refiner_start"] = REFINER_START
     return settings

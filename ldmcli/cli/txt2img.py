@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from ldmcli.cli.again import read_again, skips_otherwise, take_over
+from ldmcli.cli.again import compare_networks, read_again, skips_otherwise, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
+from ldmcli.cli.control_options import DrawingCommand, control_options
 from ldmcli.cli.options import (
     dynamic_options,
     dynamic_prompts,
@@ -57,6 +58,7 @@ drawing_options = together(
     model_options,
     request_options,
     hires_options,
+    control_options,
     dynamic_options,
     option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]"),
     option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,
@@ -78,7 +80,7 @@ drawing_options = together(
 )  # fmt: skip
 
 
-@click.command(short_help="Draw prompts given as arguments.")
+@click.command(cls=DrawingCommand, short_help="Draw prompts given as arguments.")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @drawing_options
 @click.pass_context
@@ -129,6 +131,8 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     if first is None:
         _log.info("0 prompts on standard input, nothing to draw")
         return
+    if record:
+        compare_networks(record, first)
     output = open_output(
         options["output"],
         encoding,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
+from ldmcli.control import Control, controls_of
 from ldmcli.errors import BadDataError, LdmError, printable
 from ldmcli.hires import LATENT, is_scale, upscaler_title
 from ldmcli.images.exif import PARAMETERS_KEYWORD, RECORD_KEYWORD, iterate_exif_text
@@ -28,6 +29,13 @@ SCHEDULE_TITLES = {
     "ays": "Align Your Steps",
 }  # fmt: skip
 _CONTENT_TITLES = {"fill": "fill", "noise": "latent noise", "zero": "latent nothing"}
+_MODE_TITLES = {
+    "balanced": "Balanced",
+    "prompt": "My prompt is more important",
+    "control": "ControlNet is more important",
+    "guess": "ControlNet is more important",
+}
+_RESIZE_TITLES = {"stretch": "Just Resize", "crop": "Crop and Resize", "fill": "Resize and Fill"}
 _OWN_SCHEDULE = ("ddim", "plms", "unipc", "lcm")  # samplers that draw with the same steps there, whatever is set
 # How A1111 reads the last line of its text, and how many pairs it must have to be that.
 _PAIR, _FEWEST_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'), 3
@@ -42,12 +50,14 @@ def infotext(
     family: str = "",
     schedule: str | None = None,
     embeddings: Sequence[Mapping[str, Any]] = (),
+    inputs: Mapping[str, str] | None = None,
 ) -> str:
     """The `parameters` text: prompt, negative prompt if there is one, a last line of `Name: value` pairs.
 
     `model_hash` is the SHA-256 of the weights in hex, of which ten digits are shown; `family` the model's, as its
     configuration names it; `schedule` the one it was drawn with where the request leaves that to the model;
-    `embeddings` have a word and a sha256 each. Left out: what none of them says, Eta when 0, name and hash when empty.
+    `embeddings` have a word and a sha256 each; `inputs` are hashes of what steers. Left out: what none of them says,
+    Eta when 0, name and hash when empty.
     """
     # A1111's own schedule is another for some samplers, such as DPM++ 2M.
     schedule = request.schedule or (schedule if request.sampler not in _OWN_SCHEDULE else None)
@@ -73,6 +83,10 @@ def infotext(
         "RNG": "CPU",
         **(_mask_values(request) if request.mask is not None else {}),
         **(_hires_values(request) if request.hires is not None else {}),
+        **{
+            f"ControlNet {i}": _quoted(_control_values(control, request, (inputs or {}).get(f"control_net:{i}", "")))
+            for i, control in enumerate(controls_of(vars(request)) if request.control_net else ())
+        },
         "Lora hashes": _quoted(", ".join(f"{_bare(lora.name)}: {lora.sha256[:12]}" for lora in request.loras)),
         "TI hashes": _quoted(", ".join(f"{_bare(one['word'])}: {one['sha256'][:12]}" for one in embeddings)),
         "Version": f"ldmcli {__version__}",
@@ -106,6 +120,25 @@ def _hires_values(request: GenerationRequest) -> dict[str, str]:
     }
 
 
+def _control_values(control: Control, request: GenerationRequest, sha256: str) -> str:
+    """What A1111's extension for ControlNet says of one."""
+    low, high = control.canny or (0, 0)
+    name = Path(control.net).stem if control.net.endswith((".safetensors", ".pth")) else Path(control.net).name
+    values = {
+        "Module": "canny" if control.canny else "none",
+        "Model": _bare(name) + (f" [{sha256[:8]}]" if sha256 else ""),
+        "Weight": repr(control.strength),
+        "Resize Mode": _RESIZE_TITLES[request.resize],
+        **({"Threshold A": str(low), "Threshold B": str(high)} if control.canny else {}),
+        "Guidance Start": repr(control.start),
+        "Guidance End": repr(control.end),
+        "Pixel Perfect": "True",
+        "Control Mode": _MODE_TITLES[control.mode],
+        **({"Union Control Type": control.type} if control.type else {}),
+    }
+    return ", ".join(f"{key}: {value}" for key, value in values.items())
+
+
 def text_chunks(
     request: GenerationRequest,
     model: Mapping[str, Any],
@@ -134,6 +167,7 @@ def text_chunks(
             family=family,
             schedule=schedule,
             embeddings=model.get("embeddings", ()),
+            inputs=inputs,
         ),
         RECORD_KEYWORD: json.dumps(record),
     }

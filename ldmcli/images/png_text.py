@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ldmcli.checks import MAX_PROMPT_BYTES
 from ldmcli.disk.opening import PICTURES, open_regular
 from ldmcli.errors import BadDataError, printable
-from ldmcli.spec import MAX_PROMPT_BYTES
 
 MAX_TEXT_BYTES = 16 * MAX_PROMPT_BYTES  # of one picture: two full prompts, 6 bytes of JSON a byte, and room
 EMBEDDING_KEYWORD = "sd-ti-embedding"  # A1111's, of a picture that carries an embedding

@@ -1,7 +1,7 @@
 """The cross-attention U-Net that predicts the noise in a latent (Rombach et al. 2022). Keys are diffusers' names."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,19 @@ from ldmcli.sampling.schedule import Step, at
 BlockContext = list[list[KeysValues]]  # per attention of a block, per transformer layer
 UNetContext = list[BlockContext]  # per block: down blocks, the middle, up blocks
 Prepared = tuple[Tensor, UNetContext]  # time embeddings (steps, 1 or batch, width); keys and values of the prompts
-Residuals = tuple[Sequence[Tensor], Tensor]  # for every skip, from the finest on; for the middle
+
+
+class Residuals(NamedTuple):
+    """What is added inside a U-Net: to every skip, from the finest on, and to the middle (Zhang et al. 2023,
+    ControlNet); `inner`: to what leaves each level on the way down, and after those the middle (Mou et al. 2023,
+    T2I-Adapter)."""
+
+    skips: Sequence[Tensor] = ()
+    middle: Tensor | None = None
+    inner: Sequence[Tensor] = ()
+
+
+_NONE = Residuals()
 
 
 class TimeEmbedding(nn.Module):
@@ -71,15 +83,22 @@ class DownBlock(Block):
         last = level == len(config.block_channels) - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
 
-    def forward(self, x: Tensor, time: Tensor, context: BlockContext, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, context: BlockContext, skips: list[Tensor], inner: Tensor | None = None
+    ) -> Tensor:
+        """`inner` is added before the size is halved, or after that where the level does not attend: diffusers' way."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
                 x = self.attentions[i](x, context[i])
             skips.append(x)
+        if inner is not None and self.attentions:
+            x = skips[-1] = x + inner
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
+        if inner is not None and not self.attentions:
+            x = skips[-1] = x + inner
         return x
 
 
@@ -120,11 +139,11 @@ class UpBlock(Block):
         return x
 
 
-class UNet(nn.Module):
-    """Noise prediction from latents, time and text.
+class Encoder(nn.Module):
+    """The way down and the middle, which a U-Net and a control network have alike.
 
-    What does not depend on the latents is computed apart, once a run (`prepare`): the time embeddings of all steps, and
-    keys and values of the prompts.
+    What does not depend on the latents is computed apart, once a run: the time embeddings of all steps, and keys and
+    values of the prompts.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -138,6 +157,55 @@ class UNet(nn.Module):
         self.time_activation: nn.Module = nn.SiLU()  # every resnet starts with this: once is enough
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
         self.mid_block = MidBlock(config)
+
+    def prepared(self, conditioning: Conditioning, steps: Sequence[Step], guidance_scale: float = 1.0) -> Prepared:
+        """What a run computes once: time embeddings of all steps, and keys and values of the prompts."""
+        context = self.project_context(conditioning.context)
+        timesteps = torch.tensor([step.timestep for step in steps], dtype=torch.float32)
+        embeddings = self.embed_time(to_device(timesteps, self.conv_in.weight.device), guidance_scale)
+        embeddings = embeddings[:, None]  # (steps, 1, width)
+        if self.add_embedding is not None and conditioning.vector is not None:
+            embeddings = embeddings + self.add_embedding(conditioning.vector)  # (steps, batch, width)
+        return embeddings, context
+
+    def embed_time(self, timesteps: Tensor, guidance_scale: float = 1.0) -> Tensor:
+        """Embeddings (n, 4 · block_channels[0]) of time steps (n,). A model distilled from guided ones reads the
+        `guidance_scale` too (Luo et al. 2023, "Latent Consistency Models")."""
+        config, dtype = self.config, self.conv_in.weight.dtype
+        waves = sinusoids(timesteps, config.block_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        guidance = None
+        if config.guidance_dim:
+            # In thousandths and less 1, as such models are trained; sines first and spaced as Vaswani et al. do.
+            scale = torch.full((1,), 1000.0 * (guidance_scale - 1.0), device=timesteps.device)
+            guidance = sinusoids(scale, config.guidance_dim, False, 1.0).to(dtype)
+        return self.time_embedding(waves.to(dtype), guidance)
+
+    def project_context(self, context: Tensor) -> UNetContext:
+        """Cross-attention keys and values for a text context (batch, tokens, context_dim)."""
+        return [block.project_context(context) for block in self._blocks()]
+
+    def encode(
+        self, x: Tensor, time: Tensor, context: UNetContext, inner: Sequence[Tensor] = ()
+    ) -> tuple[list[Tensor], Tensor]:
+        """The outputs to keep for the way up, from the finest on, and that of the middle; x is what `conv_in` gave,
+        `time` the activated embedding. `inner`: see `Residuals`."""
+        levels, contexts = len(self.down_blocks), iter(context)
+        skips = [x]
+        for i, block in enumerate(self.down_blocks):
+            x = block(x, time, next(contexts), skips, inner[i] if i < len(inner) else None)
+        x = self.mid_block(x, time, next(contexts))
+        return skips, x + inner[levels] if len(inner) > levels else x
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], [*self.down_blocks, self.mid_block])
+
+
+class UNet(Encoder):
+    """Noise prediction from latents, time and text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        first, levels = config.block_channels[0], range(len(config.block_channels))
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, first, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
@@ -158,12 +226,7 @@ class UNet(nn.Module):
         (what a compiler made of it); `hold` keeps what was prepared where a recorded graph reads it.
         """
         weight = self.conv_in.weight
-        context = self.project_context(conditioning.context)
-        timesteps = to_device(torch.tensor([step.timestep for step in steps], dtype=torch.float32), weight.device)
-        embeddings = self.embed_time(timesteps, guidance_scale)[:, None]  # (steps, 1, width)
-        if self.add_embedding is not None and conditioning.vector is not None:
-            embeddings = embeddings + self.add_embedding(conditioning.vector)  # (steps, batch, width)
-        embeddings, context = hold((embeddings, context))
+        embeddings, context = hold(self.prepared(conditioning, steps, guidance_scale))
         compute = call or self
 
         def predict(latents: Tensor, step: Step, residuals: Residuals | None = None) -> Tensor:
@@ -173,42 +236,21 @@ class UNet(nn.Module):
 
         return predict
 
-    def embed_time(self, timesteps: Tensor, guidance_scale: float = 1.0) -> Tensor:
-        """Embeddings (n, 4 · block_channels[0]) of time steps (n,). A model distilled from guided ones reads the
-        `guidance_scale` too (Luo et al. 2023, "Latent Consistency Models")."""
-        config, dtype = self.config, self.conv_in.weight.dtype
-        waves = sinusoids(timesteps, config.block_channels[0], config.flip_sin_to_cos, config.freq_shift)
-        guidance = None
-        if config.guidance_dim:
-            # In thousandths and less 1, as such models are trained; sines first and spaced as Vaswani et al. do.
-            scale = torch.full((1,), 1000.0 * (guidance_scale - 1.0), device=timesteps.device)
-            guidance = sinusoids(scale, config.guidance_dim, False, 1.0).to(dtype)
-        return self.time_embedding(waves.to(dtype), guidance)
-
-    def project_context(self, context: Tensor) -> UNetContext:
-        """Cross-attention keys and values for a text context (batch, tokens, context_dim)."""
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return [block.project_context(context) for block in blocks]
-
     def forward(
-        self, latents: Tensor, time_embedding: Tensor, context: UNetContext, residuals: Residuals | None = None
+        self, latents: Tensor, time_embedding: Tensor, context: UNetContext, residuals: Residuals = _NONE
     ) -> Tensor:
         """Prediction (batch, out_channels, height, width) for latents (batch, in_channels, height, width).
 
-        `time_embedding` is (batch, …) or (1, …) from `embed_time`; `context` comes from `project_context`. `residuals`
-        are added to every skip, from the finest on, and to the middle (Zhang et al. 2023, ControlNet).
+        `time_embedding` is (batch, …) or (1, …) from `embed_time`; `context` comes from `project_context`.
         """
         time = self.time_activation(time_embedding)
-        contexts = iter(context)
-        x = self.conv_in(latents)
-        skips = [x]
-        for block in self.down_blocks:
-            x = block(x, time, next(contexts), skips)
-        x = self.mid_block(x, time, next(contexts))
-        if residuals is not None:
-            at_skips, at_middle = residuals
-            skips = [skip + more for skip, more in zip(skips, at_skips, strict=True)]
-            x = x + at_middle
-        for block in self.up_blocks:
-            x = block(x, time, next(contexts), skips)
+        skips, x = self.encode(self.conv_in(latents), time, context, residuals.inner)
+        if residuals.middle is not None:
+            skips = [skip + more for skip, more in zip(skips, residuals.skips, strict=True)]
+            x = x + residuals.middle
+        for block, own in zip(self.up_blocks, context[len(self.down_blocks) + 1 :], strict=True):
+            x = block(x, time, own, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+
+    def _blocks(self) -> list[Block]:
+        return [*super()._blocks(), *cast(list[Block], self.up_blocks)]

@@ -13,11 +13,12 @@ from ldmcli.sampling.denoiser import Model
 from ldmcli.sampling.schedule import Step
 
 
-def with_channels(model: Model, channels: Tensor) -> Model:
-    """`model` on latents with more input channels behind them, (batch, more, height, width), as inpainting reads."""
+def with_channels(model: Callable[..., Tensor], channels: Tensor) -> Model:
+    """`model` on latents with more input channels behind them, (batch, more, height, width), as inpainting reads; what
+    else it is given, it gets."""
 
-    def run(latents: Tensor, step: Step) -> Tensor:
-        return model(torch.cat([latents, channels.to(latents)], dim=1), step)
+    def run(latents: Tensor, step: Step, *more: Any) -> Tensor:
+        return model(torch.cat([latents, channels.to(latents)], dim=1), step, *more)
 
     return run
 

@@ -26,9 +26,11 @@ from ldmcli.speed.compiled import compiled
 from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
+from ldmcli.steering import Networks
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from ldmcli.controlling import Network
     from ldmcli.upscaling.upscaler import Upscaler
 
 
@@ -55,6 +57,8 @@ def load(
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
         encodes = any(request.encodes or request.model_reads == "mask" for request in first)
         vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
+        networks = Networks(functools.partial(_load_control, opened, runtime, stage), stage, runtime.dtype)
+        steering = in_background(lambda: _read_networks(networks, first), "read what steers")
         prompts = []
         for source, _ in reading:
             with stopwatch.phase("weights"):
@@ -72,6 +76,7 @@ def load(
             ]
             decoder = runtime.prepare(vae.result())
             stage.add(decoder)
+            steering.result()
     refiner = models[1] if opened.refiner else None
     read_upscaler = functools.lru_cache(1)(functools.partial(_load_upscaler, opened, runtime))
     pipeline = Pipeline(
@@ -80,6 +85,7 @@ def load(
         decoder,
         read_encoder,
         read_upscaler,
+        networks,
         refiner,
         stopwatch=stopwatch,
         stage=stage,
@@ -153,6 +159,21 @@ def _load_upscaler(opened: Opened, runtime: Runtime, name: str) -> "Upscaler":
     from ldmcli.upscaling.upscaler import Upscaler
 
     return Upscaler(opened.hires_upscaler(name), runtime)
+
+
+def _load_control(opened: Opened, runtime: Runtime, stage: Stage, name: str) -> "Network":
+    """A network that steers, which requests name so."""
+    from ldmcli.checkpoints.load_control import load_control
+
+    source = opened.control(name)
+    return runtime.prepare(load_control(source, opened.model.part("unet"), stage.home, runtime.dtype))
+
+
+def _read_networks(networks: Networks, first: Sequence[FittedRequest]) -> None:
+    torch.set_num_threads(1)
+    for name in dict.fromkeys(control.net for request in first for control in request.controls):
+        with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
+            networks.named(name)
 
 
 def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:

@@ -14,6 +14,7 @@ from ldmcli.checkpoints.source import (
     EMBEDDED_NAME,
     ModelSource,
     PartSource,
+    embedded_folder,
     embedded_model,
     open_model,
     with_prediction_type,
@@ -23,13 +24,14 @@ from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
 from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
-from ldmcli.config import TinyVAEConfig, VAEConfig
+from ldmcli.config import AdapterConfig, TinyVAEConfig, VAEConfig
+from ldmcli.control import CONTROL_FIELDS, EMBEDDED_CONTROL, INPAINT, TYPES, Control
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hires import EMBEDDED, LANCZOS, LATENT, UPSCALERS
-from ldmcli.hub.listing import find_adapter, find_model
+from ldmcli.hub.listing import find_adapter, find_here, find_model
 from ldmcli.remarks import warn_once
 from ldmcli.spec import ALPHA, MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory, large
@@ -38,12 +40,14 @@ if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Adapter, Use
     from ldmcli.adapters.embedding_words import EmbeddingWords
     from ldmcli.adapters.library import Library
+    from ldmcli.checkpoints.control_source import ControlSource
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
 _USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
 _SETTINGS = (".yaml", ".yml", ".json")  # endings of files beside weights
 _MAX_STAMPED = 1000  # files of a folder
+_SILHOUETTE, _SILHOUETTE_FILE = "tiny-emoji-silhouette", "model.safetensors"  # what EMBEDDED_CONTROL stands for
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler")  # beside the model, what a picture depends on
 
 
@@ -59,6 +63,7 @@ class Opened:
     paths: Mapping[str, Path] = dataclasses.field(default_factory=dict)  # where models are, by the names in `spec`
     stamps: tuple[object, ...] = ()  # of the files, as they were when they were opened
     _upscalers: "dict[str, UpscalerFile]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    _controls: "dict[str, ControlSource]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _library: "list[Library]" = dataclasses.field(default_factory=list, compare=False, repr=False)  # one, once needed
 
     @property
@@ -70,16 +75,18 @@ class Opened:
             self._library.append(Library(self.spec.lora_dir, find_adapter, allow_pickle=self.spec.allow_pickle))
         return self._library[0]
 
-    def fit(self, request: GenerationRequest, *, tiled: bool = False) -> FittedRequest:
-        """The request with the model's own settings filled in, and its LoRAs looked at. Raises UsageError where the
-        model, or this machine's memory, cannot draw it, and as `Library.found` does; `tiled` pictures are decoded in
-        little of that."""
+    def fit(self, request: GenerationRequest, hashes: FileHashes, *, tiled: bool = False) -> FittedRequest:
+        """The request with the model's own settings filled in, and what it names looked at. Raises UsageError where the
+        model, or this machine's memory, cannot draw it, and as `Library.found` and `open_control` do; `tiled` pictures
+        are decoded in little of that."""
         if self.refiner and request.refiner_start is None:
             request = dataclasses.replace(request, refiner_start=REFINER_START)
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
         prompt, request = self._with_loras(request)
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
+        if fitted.controls:
+            fitted = self._with_controls(fitted, hashes)
         if note := self.model.config.schedule.of(fitted.sampler).note:
             warn_once(_log, note)
         check_memory(self.model.config, *fitted.final_size, tiled=tiled)
@@ -219,6 +226,29 @@ class Opened:
         if request.image is not None or fitted.encodes:
             self.encoder  # noqa: B018  to know that there is one
         return dataclasses.replace(fitted, inputs=tuple(inputs.items()))
+
+    def _with_controls(self, fitted: FittedRequest, hashes: FileHashes) -> FittedRequest:
+        """The request with its networks looked at, and those of strength 0 left out."""
+        from ldmcli.images.pixels import facts_of
+
+        inputs, controls = dict(fitted.inputs), []
+        for i, control in enumerate(fitted.controls):
+            source = self.control(control.net)
+            inputs[f"control_net:{i}"] = source.sha256(hashes)
+            if i < len(fitted.recorded.control_image):
+                inputs[f"control_image:{i}"] = facts_of(fitted.recorded.control_image[i]).sha256
+            if control.strength:
+                controls.append(_checked_type(control, source, fitted))
+        return dataclasses.replace(fitted, controls=tuple(controls), inputs=tuple(inputs.items()))
+
+    def control(self, name: str) -> "ControlSource":
+        """The network that requests name so. Raises as `open_control` does."""
+        if name not in self._controls:
+            from ldmcli.checkpoints.control_source import open_control
+
+            allow = self.spec.allow_pickle
+            self._controls[name] = open_control(_control_path(name), self.model.config, allow_pickle=allow)
+        return self._controls[name]
 
     def hires_upscaler(self, name: str) -> "UpscalerFile":
         """The network that second passes name. Raises as `open_upscaler` does."""
@@ -362,6 +392,30 @@ def _stamps(opened: Opened) -> tuple[object, ...]:
     return tuple(found)
 
 
+def _control_path(name: str) -> Path:
+    """Where the network called `name` is: here, with this program, or on the hub."""
+    if name == EMBEDDED_CONTROL and find_here(name) is None:
+        return embedded_folder(_SILHOUETTE, _SILHOUETTE_FILE, "--control-net") / _SILHOUETTE_FILE
+    return find_model(name, half=False)
+
+
+def _checked_type(control: Control, source: "ControlSource", fitted: FittedRequest) -> Control:
+    """The control as its network is told of it. Raises UsageError where the type of its picture is missing or cannot be
+    meant."""
+    name = printable(source.name)
+    if source.types and not control.type:
+        raise UsageError(f"{name} follows pictures of several types; say which with --control-type.")
+    if control.type and not source.types and control.type != INPAINT:
+        raise UsageError(f"{name} follows one type of picture; leave --control-type {control.type} out.")
+    if source.types and TYPES[control.type] >= source.types:
+        raise UsageError(f"{name} knows {source.types} types of pictures, and {control.type} is none of them.")
+    if control.type and TYPES[control.type] == TYPES[INPAINT] and fitted.mask is None:
+        raise UsageError(f"--control-type {control.type} is for a picture with a mask; give --mask.")
+    if isinstance(source.config, AdapterConfig) and control.type:
+        raise UsageError(f"{name} is an adapter; leave --control-type {control.type} out.")
+    return dataclasses.replace(control, masked=0.0) if source.types else control
+
+
 def _opened_upscaler(name: str, spec: ModelSpec) -> "UpscalerFile":
     from ldmcli.upscaling.upscaler import open_upscaler
 
@@ -388,4 +442,7 @@ def shareable(request: GenerationRequest) -> GenerationRequest:
     """The request as it may stand in a picture that is given away."""
     paths = {name: getattr(request, name) for name in (*PICTURES, "hires_upscaler")}
     shown: dict[str, Any] = {name: without_home(path) for name, path in paths.items() if isinstance(path, str)}
+    for name in CONTROL_FIELDS[:2]:
+        if values := getattr(request, name):
+            shown[name] = tuple(without_home(value) if isinstance(value, str) else value for value in values)
     return dataclasses.replace(request, **shown) if shown else request

@@ -160,7 +160,8 @@ class Session:
         """The request with the model's own in place of what it leaves open, and its LoRAs found. Raises UsageError
         where the model, or this machine's memory, cannot draw it, MissingInputError or BadDataError where a LoRA is not
         there or not for the model."""
-        return self._settled().fit(request, tiled=self.runtime_spec.vae_tiling)
+        hashes = user_hashes(enabled=self.runtime_spec.cache)
+        return self._settled().fit(request, hashes, tiled=self.runtime_spec.vae_tiling)
 
     def find_lora(self, lora: LoRA) -> LoRA:
         """A LoRA with its path and hash; the model is not asked. Raises LdmError where it is not there, or none."""

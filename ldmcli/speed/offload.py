@@ -39,7 +39,7 @@ class Stage:
         self._parts: dict[
             nn.Module, list[Tensor]
         ] = {}  # with their tensors in host memory, none before they are packed
-        self._away: list[Tensor] = []  # the present part's, on the device
+        self._away: dict[nn.Module, list[Tensor]] = {}  # of the present part and those beside it, on the device
 
     @property
     def may_narrow(self) -> bool:
@@ -58,6 +58,12 @@ class Stage:
             raise self._too_large(part, size, f"has {gib(self._room)}")
         self._parts[part] = []
 
+    def forget(self, part: nn.Module) -> None:
+        """Know of the part no more."""
+        if part in self._away:
+            self.clear()
+        self._parts.pop(part, None)
+
     def make_narrow(self) -> None:
         """Send all parts to host memory; from now on only the one at work is on the device."""
         if not self.narrow:
@@ -65,34 +71,40 @@ class Stage:
             self._parts = {part: self._pack(part) for part in self._parts}
             self._release()
 
-    def bring(self, part: nn.Module) -> None:
-        """Have the part's weights on the device, and where that is narrow no other's. Raises LdmError where they do not
-        fit."""
-        if part is self.present or not self.narrow:
+    def bring(self, part: nn.Module, *beside: nn.Module) -> None:
+        """Have the part's weights on the device, and those of what computes `beside` it; where the device is narrow no
+        other's. Raises LdmError where they do not fit."""
+        if not self.narrow or (part is self.present and all(other in self._away for other in beside)):
             return
         self.clear()
+        for each in (part, *beside):
+            self._copy(each)
+        self.present = part
+
+    def _copy(self, part: nn.Module) -> None:
         home = self._parts.get(part, [])
         if not _holds(part, home):
             home = self._parts[part] = self._pack(part)
         with contextlib.suppress(torch.OutOfMemoryError):
-            self._away = _copies(home, self.device)
-            _place(part, self._away)
-            self.present = part
-        if self.present is None:  # out here the error is gone, with its frames and what they had brought
-            self._release()
-            raise self._too_large(part, sum(tensor.nbytes for tensor in home), "has too little free")
+            self._away[part] = _copies(home, self.device)
+            _place(part, self._away[part])
+            return
+        # Out here the error is gone, with its frames and what they had brought.
+        self.clear()
+        self._release()
+        raise self._too_large(part, sum(tensor.nbytes for tensor in home), "has too little free")
 
     def clear(self) -> None:
-        """Send home the part on a narrow device. Number types are to be changed there."""
-        part, self.present = self.present, None
-        if part is None:
-            return
-        if _holds(part, self._away):
-            _place(part, self._parts[part])
-        else:  # it was converted meanwhile
-            self._parts[part] = self._pack(part)
-        self._away = []
-        self._release()
+        """Send home what is on a narrow device. Number types are to be changed there."""
+        self.present = None
+        while self._away:
+            part, away = self._away.popitem()
+            if _holds(part, away):
+                _place(part, self._parts[part])
+            else:  # it was converted meanwhile
+                self._parts[part] = self._pack(part)
+            del away
+            self._release()
 
     def wait(self) -> None:
         """Until what was sent has left host memory: before weights there are written to."""

@@ -13,7 +13,7 @@ from torch import nn
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.errors import UsageError, printable
 from ldmcli.networks.attention import ATTENTIONS, NEED_CUDA, REMOVED, check_xformers, set_attention
-from ldmcli.networks.unet import UNet
+from ldmcli.networks.unet import Encoder, UNet
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.cpu.onednn import lay_out
 from ldmcli.speed.cuda.fused import fuse, in_planes
@@ -63,20 +63,20 @@ class Runtime:
         return torch.float32 if vae.force_upcast and self.dtype == torch.float16 else self.dtype
 
     def prepare(self, module: _Module) -> _Module:
-        """A U-Net or VAE laid out for speed: channels last in memory, this runtime's attention; on a GPU this program's
-        own kernels, on a CPU weights as oneDNN wants them. Raises UsageError."""
+        """A U-Net, control network or VAE laid out for speed: channels last in memory, this runtime's attention; on a
+        GPU this program's own kernels, on a CPU weights as oneDNN wants them. Raises UsageError."""
         module.to(memory_format=torch.channels_last)
         set_attention(module, ATTENTIONS[self.attention])
-        unet, made = isinstance(module, UNet), cast(nn.Module, module)
-        if self.compile and unet:
+        made, steps = cast(nn.Module, module), isinstance(module, Encoder)
+        if self.compile and isinstance(module, UNet):
             return module  # torch.compile lays out and fuses by itself, and does not see through what is below
         if self.device.type == "cpu":
             # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory. Its
             # layers are called at every step, a VAE's in most runs once.
-            made = lay_out(module, fold=not unet, fewer_products=self.kernels != "torch", at_once=unet)
+            made = lay_out(module, fold=not steps, fewer_products=self.kernels != "torch", at_once=steps)
         elif self._kernels_work(next(module.parameters()).dtype):
             made = fuse(module)
-        elif isinstance(module, UNet):
+        elif isinstance(module, Encoder):
             made = in_planes(module)
         return cast(_Module, made)
 

@@ -54,15 +54,25 @@ def load_glyphs(preset: Preset, font_path: Path = DEFAULT_FONT) -> tuple[tuple[E
     return tuple(emoji for emoji, _ in found), [glyph for _, glyph in found]
 
 
-def compose(glyph: Image.Image, colour: Colour, size: int, scale: float, place: tuple[float, float]) -> numpy.ndarray:
-    """The glyph on a flat background: uint8 (size, size, 3). `scale` is its share of the frame's side, `place` where it
-    lies in the room that is left: (0, 0) top left, (1, 1) bottom right."""
+def placed(glyph: Image.Image, size: int, scale: float, place: tuple[float, float]) -> Image.Image:
+    """The glyph in a transparent frame, RGBA. `scale` is its share of the frame's side, `place` where it lies in the
+    room that is left: (0, 0) top left, (1, 1) bottom right."""
     side = round(size * scale)
     # premultiplied alpha keeps the edges free of the colour that transparent pixels happen to have
     small = glyph.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
     layer = Image.new("RGBA", (size, size), (0, 0, 0, 0))
     layer.paste(small, (round((size - side) * place[0]), round((size - side) * place[1])))
-    image = Image.new("RGBA", (size, size), (*colour, 255))
+    return layer
+
+
+def compose(glyph: Image.Image, colour: Colour, size: int, scale: float, place: tuple[float, float]) -> numpy.ndarray:
+    """The glyph on a flat background: uint8 (size, size, 3); see `placed`."""
+    return on_colour(placed(glyph, size, scale, place), colour)
+
+
+def on_colour(layer: Image.Image, colour: Colour) -> numpy.ndarray:
+    """A frame on a flat background: uint8 (height, width, 3)."""
+    image = Image.new("RGBA", layer.size, (*colour, 255))
     image.alpha_composite(layer)
     return numpy.asarray(image.convert("RGB"))
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ldmcli.networks.attention import Attention, KeysValues
 from ldmcli.networks.layers import ResnetBlock
 from ldmcli.networks.transformer import GEGLU, SpatialTransformer, TransformerBlock
-from ldmcli.networks.unet import UNet
+from ldmcli.networks.unet import Encoder
 from ldmcli.speed.cuda.kernels import add_and_norm, add_bias_residual, geglu, group_norm_silu
 from ldmcli.speed.modules import recast, replaced
 
@@ -37,14 +37,14 @@ def fuse(module: nn.Module) -> nn.Module:
             block = recast(FusedTransformerBlock, part)
             block.attn1 = _joined(part.attn1)
             return block
-        if isinstance(part, UNet):
+        if isinstance(part, Encoder):
             _join_time(part)
         return recast(kinds[type(part)], part) if type(part) in kinds else None
 
     return replaced(module, make)
 
 
-def in_planes(unet: UNet) -> nn.Module:
+def in_planes(unet: Encoder) -> nn.Module:
     """`unet` as torch's own norms want it on a GPU, where they take no other layout: maps lie plane by plane."""
     unet.to(memory_format=torch.contiguous_format)
     first = unet.conv_in
@@ -135,7 +135,7 @@ class Rows(nn.Module):
         return x.narrow(-1, self.start, self.count)
 
 
-def _join_time(unet: UNet) -> None:
+def _join_time(unet: Encoder) -> None:
     """Compute the time projections of all resnets, their first biases included, by one product."""
     resnets = [part for part in unet.modules() if isinstance(part, FusedResnetBlock)]
     layers = [cast(nn.Linear, resnet.time_emb_proj) for resnet in resnets]

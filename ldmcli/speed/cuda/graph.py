@@ -58,7 +58,7 @@ class Graphs:
 
     def __init__(self, recorder: "CudaRecorder", modules: Sequence[nn.Module]) -> None:
         self._recorder = recorder
-        self._modules = modules
+        self._modules = list(modules)
         self._kinds: OrderedDict[tuple[Hashable, tuple[_Slot, ...]], _Kind] = OrderedDict()  # the last called last
         self._plain: set[Hashable] = set()  # shapes of calls that there was no memory to record
         self._slots: list[_Slot] = []
@@ -89,6 +89,10 @@ class Graphs:
             own.copy_(given)
         self._held += (slot,)
         return slot.buffers
+
+    def watch(self, modules: Iterable[nn.Module]) -> None:
+        """Know of further modules that what is recorded computes with."""
+        self._modules += [module for module in modules if module not in self._modules]
 
     def free(self) -> None:
         """Drop all recordings and give their memory back. Raises torch.AcceleratorError where the device works no

@@ -1,0 +1,196 @@
+"""What a request says of the networks that steer it by pictures: control networks and adapters."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ldmcli.errors import UsageError, printable
+
+CONTROL_FIELDS = (
+    "control_net", "control_image", "control_strength", "control_start", "control_end", "control_mode",
+    "control_type", "canny",
+)  # fmt: skip
+MODES = ("balanced", "prompt", "control", "guess")
+INPAINT = "inpaint"
+# What kinds of pictures Union networks are told by number, by their authors' names and those of what makes such.
+TYPES = {
+    "openpose": 0, "depth": 1, "scribble": 2, "hed": 2, "softedge": 2, "canny": 3, "lineart": 3, "mlsd": 3,
+    "normal": 4, "segment": 5, "tile": 6, INPAINT: 7, "repaint": 7,
+}  # fmt: skip
+EMBEDDED_CONTROL = "silhouette"  # what the network for the embedded model is called by
+MAX_CONTROLS = 16
+MAX_STRENGTH = 10.0
+CANNY_USUAL, CANNY_OFF = "100,200", "off"
+_MAX_THRESHOLD = 1 << 15
+_THRESHOLDS = re.compile(r"\s*([0-9]{1,5})\s*[,:]\s*([0-9]{1,5})\s*")
+_SOFT = 0.825  # what each coarser residual is weighted down by in soft modes, as in the authors' code
+_SOFT_MAPS = (0.25, 0.62, 0.825, 1.0)  # of T2I-Adapter, as AUTOMATIC1111 has them
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """One network with its picture, `image`, a path or a file's bytes. It steers from the share `start` of the steps to
+    the share `end`. `canny` are thresholds where the picture's edges are taken; `type` is a key of TYPES, or empty."""
+
+    net: str
+    image: str | bytes
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: str = "balanced"
+    type: str = ""
+    canny: tuple[int, int] | None = None
+    masked: float = -1.0  # what inpainting's pictures hold where they are masked
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What pictures that are drawn together must agree in."""
+        return tuple(value for name, value in vars(self).items() if name != "image")
+
+    @property
+    def positive_only(self) -> bool:
+        """Whether it does not steer what is computed for negative prompts."""
+        return self.mode in ("control", "guess")
+
+    def weights(self, count: int) -> list[float]:
+        """What the residuals are multiplied with, from the finest skip on, the middle last."""
+        if self.mode == "balanced":
+            return [self.strength] * count
+        if self.mode == "guess":  # as diffusers' guess mode: evenly in the logarithm
+            return [10 ** (i / max(count - 1, 1) - 1) * self.strength for i in range(count)]
+        return [_SOFT ** (count - 1 - i) * self.strength for i in range(count)]
+
+    def map_weights(self, count: int) -> list[float]:
+        """The same for an adapter's maps."""
+        soft = self.mode != "balanced"
+        return [(_SOFT_MAPS[i] if soft and i < len(_SOFT_MAPS) else 1.0) * self.strength for i in range(count)]
+
+
+def read_control(name: str, value: Any) -> tuple[Any, ...]:
+    """The entries of one of the CONTROL_FIELDS, one for each network or one for all: a list, one value alone, or
+    several in one text with semicolons between. Raises UsageError."""
+    if isinstance(value, str):
+        value = [one.strip() for one in value.split(";") if one.strip()] or [""]
+    elif not isinstance(value, list | tuple) or (name == "canny" and _is_pair(value)):
+        value = [value]
+    if len(value) > MAX_CONTROLS:
+        raise UsageError(f"{name} has {len(value)} entries; at most {MAX_CONTROLS} are accepted.")
+    return tuple(_READERS[name](name, one) for one in value)
+
+
+def controls_of(fields: Mapping[str, Any]) -> tuple[Control, ...]:
+    """The networks that a request's fields name, with their pictures: `control_image`, or the `image` drawn on. Raises
+    UsageError where there are fewer or more of something than networks."""
+    nets = fields["control_net"]
+    given = [name for name in CONTROL_FIELDS[1:] if fields[name]]
+    if not nets:
+        if given:
+            raise UsageError(f"{given[0]} is for a request with a control_net; give one, or leave it out.")
+        return ()
+    columns: dict[str, list[Any]] = {}
+    for name in given:
+        values = list(fields[name])
+        if len(values) not in (1, len(nets)):
+            raise UsageError(
+                f"{name} has {len(values)} entries and control_net {len(nets)}; give one for all, or one for each."
+            )
+        columns[name.removeprefix("control_")] = values * (len(nets) // len(values))
+    if "image" not in columns:
+        if fields["image"] is None:
+            raise UsageError("control_net has no control_image; give the picture that it is to follow.")
+        columns["image"] = [fields["image"]] * len(nets)
+    if "canny" in columns:
+        columns["canny"] = [thresholds(one) for one in columns["canny"]]
+    found = []
+    for i, net in enumerate(nets):
+        control = Control(net, **{name: values[i] for name, values in columns.items()})
+        if control.start >= control.end:
+            raise UsageError(
+                f"control_start {control.start:g} is not before control_end {control.end:g}; there is no step between."
+            )
+        found.append(control)
+    return tuple(found)
+
+
+def thresholds(text: str) -> tuple[int, int] | None:
+    """The two of Canny's edge detector; None where it is off. Raises UsageError."""
+    if text == CANNY_OFF:
+        return None
+    found = _THRESHOLDS.fullmatch(text)
+    low, high = (int(found[1]), int(found[2])) if found else (1, 0)
+    if not low <= high <= _MAX_THRESHOLD:
+        raise UsageError(
+            f"canny {printable(repr(text))} is not LOW,HIGH, two whole numbers up to {_MAX_THRESHOLD}, such as "
+            f"{CANNY_USUAL}, nor {CANNY_OFF}."
+        )
+    return low, high
+
+
+def _is_pair(value: Any) -> bool:
+    return len(value) == 2 and all(type(one) is int for one in value)
+
+
+def _text(name: str, value: Any) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or not value or "\0" in value or len(value) > 4096:
+        raise UsageError(f"{name} {printable(repr(value))} is no name of a file.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} is not valid Unicode text (it holds a lone surrogate).") from None
+    return value
+
+
+def _image(name: str, value: Any) -> str | bytes:
+    if isinstance(value, bytes) and value:
+        return value
+    return _text(name, value)
+
+
+def _number(most: float) -> Callable[[str, Any], float]:
+    def read(name: str, value: Any) -> float:
+        number = value
+        if isinstance(value, str):
+            try:
+                number = float(value)
+            except ValueError:
+                number = None
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= most:
+            raise UsageError(f"{name} {printable(repr(value))} is not a number from 0 to {most:g}.")
+        return float(number)
+
+    return read
+
+
+def _choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def read(name: str, value: Any) -> str:
+        if value not in choices:
+            raise UsageError(f"{name} {printable(repr(value))} is not known; choose from {', '.join(choices)}.")
+        return str(value)
+
+    return read
+
+
+def _canny(name: str, value: Any) -> str:
+    if value is True or value is False:
+        return CANNY_USUAL if value else CANNY_OFF
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+    if not isinstance(text, str):
+        text = repr(text)
+    text = {"true": CANNY_USUAL, "yes": CANNY_USUAL, "false": CANNY_OFF, "no": CANNY_OFF}.get(text.lower(), text)
+    found = thresholds(text)
+    return CANNY_OFF if found is None else f"{found[0]},{found[1]}"
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "control_net": _text,
+    "control_image": _image,
+    "control_strength": _number(MAX_STRENGTH),
+    "control_start": _number(1.0),
+    "control_end": _number(1.0),
+    "control_mode": _choice(MODES),
+    "control_type": _choice(tuple(TYPES)),
+    "canny": _canny,
+}
