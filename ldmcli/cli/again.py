@@ -68,8 +68,11 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     for name in PICTURES:
         if not given(name) and name in request and options[name] is not None:
             options[name] = _picture_again(name, options[name], record.get("inputs", {}).get(name))
-    if "hires_upscaler" in record.get("inputs", {}) and not given("hires_upscaler"):
-        _compare_upscaler(options, record["inputs"]["hires_upscaler"])
+    # Which network an upscaler's name means, the model's files tell: they are compared once it is open.
+    if given("hires_upscaler"):
+        record.get("inputs", {}).pop("hires_upscaler", None)
+    if given("upscaler"):
+        record["model"].pop("upscaler_sha256", None)
 
 
 def skips_otherwise(context: click.Context, record: dict[str, Any] | None, family: str) -> bool:
@@ -128,15 +131,6 @@ def _picture_again(name: str, path: str, sha256: str | None) -> str:
     if facts_of(found, depth=name == "depth").sha256 != sha256:
         _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
     return found
-
-
-def _compare_upscaler(options: dict[str, Any], sha256: str) -> None:
-    """Say so where the upscaler of a second pass has changed. Raises LdmError where it is not there any more."""
-    from ldmcli.upscaling.upscaler import open_upscaler
-
-    name = options["hires_upscaler"]
-    if open_upscaler(name, allow_pickle=options["allow_pickle"]).sha256 != sha256:
-        _log.warning("the upscaler %s is not the one the picture was made with; it will differ", printable(name))
 
 
 def _embeddings_again(options: dict[str, Any], record: dict[str, Any], prompts: Sequence[str]) -> Iterator[str]:

@@ -15,6 +15,8 @@ from presets import RUNS
 from safetensors.torch import save_file
 from training import load
 
+from ldmcli.checkpoints.layout import WORD_LIST
+
 VERSION = "0.42.1"  # the diffusers release whose vocabulary the configurations use
 LIMIT_BYTES = 20_000_000
 
@@ -169,6 +171,7 @@ def main() -> None:
     (args.folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     for source in sorted((args.run / "tokenizer").iterdir()):
         shutil.copyfile(source, args.folder / "tokenizer" / source.name)
+    shutil.copyfile(args.run / WORD_LIST, args.folder / WORD_LIST)
     size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
     print(f"step {model['step']}: {size / 1e6:.2f} MB -> {args.folder}")
 
