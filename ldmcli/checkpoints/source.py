@@ -102,7 +102,7 @@ class ModelSource:
     def upscaler(self) -> Path | None:
         """The network that comes in the model's folder to make its pictures larger."""
         path = self.path / UPSCALER
-        return path if not self.single_file and path.is_file() else None
+        return path if not self.single_file and os.path.lexists(path) else None
 
     @functools.cached_property
     def word_list(self) -> WordList:

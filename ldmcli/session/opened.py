@@ -377,7 +377,7 @@ def _opened_upscaler(name: str, spec: ModelSpec, model: ModelSource) -> "Upscale
     from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
 
     if name == EMBEDDED_UPSCALER and model.upscaler:
-        return dataclasses.replace(open_upscaler(str(model.upscaler)), name=f"{model.name} upscaler")
+        name = str(model.upscaler)
     return open_upscaler(name, allow_pickle=spec.allow_pickle)
 
 

@@ -130,7 +130,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+def write_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Half precision, sorted by name, contiguous; refuses what would not survive float16 or a repository's
     limits."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
         if not torch.isfinite(tensors[key]).all():
             raise ValueError(f"{key} is not finite in float16")
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})
+    save_file(tensors, part, metadata={"format": "pt"} | (metadata or {}))
     if part.stat().st_size > LIMIT_BYTES:
         raise ValueError(f"{path} would be over {LIMIT_BYTES} bytes")
     part.chmod(0o644)

@@ -1,9 +1,9 @@
-"""The embedded model's own upscaler: a Compact net that makes its 64×64 pictures 256×256, and mends what its VAE and
-U-Net leave of eyes, mouths and wings.
+"""The embedded model's own upscaler: a Compact net that makes its 64×64 pictures 256×256, and cleans what its VAE and
+U-Net leave of edges and backgrounds.
 
-It learns from the pairs of upscaler_pairs.py, both kinds alike, by L1 + MSE and the L1 of horizontal and vertical
-differences. Killed, the same command goes on from the last checkpoint. It ends with `upscaler/model.safetensors` in the
-run's folder, fp16, by the names that spandrel reads.
+It begins as realesr-animevideov3, which knows edges already, and learns from the pairs of upscaler_pairs.py, both kinds
+alike, by L1 + MSE and the L1 of horizontal and vertical differences. Killed, the same command goes on from the last
+checkpoint. It ends with `upscaler/model.safetensors` in the run's folder, fp16, by the names that spandrel reads.
 
     python weights/recipe/upscaler_pairs.py
     python weights/recipe/train_upscaler.py
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from data import save_grid, to_float
+from export import write_weights
 from muon import Descent
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from spandrel.architectures.Compact import Compact
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +24,8 @@ from training import Average, Clock, Team, half_precision, learning_rate, load, 
 from upscaler_pairs import FILE, KINDS, SCALE, Pairs, pairs_arguments
 from vae_losses import pixel_loss
 
-LICENCE = "OFL-1.1"
+START = Path("weights/realesr-animevideov3/model.safetensors")
+LICENCE = {"license": "OFL-1.1 AND BSD-3-Clause", "source": "began as Real-ESRGAN's realesr-animevideov3 x4"}
 SHOWN = 11  # pictures in a row of the progress sheet
 
 
@@ -112,31 +114,48 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=50.0)
     parser.add_argument("--steps", type=int, help="end after so many steps instead")
     parser.add_argument("--save-minutes", type=float, default=4.0)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--gradient", type=float, default=0.5, help="weight of the image gradients' L1")
     parser.add_argument("--average", type=float, default=0.995, help="how slowly the averaged weights follow")
-    parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--start", help="weights to begin with, such as those of another upscaler of this size")
+    parser.add_argument("--channels", type=int, default=64, help="of a net that begins from nothing")
+    parser.add_argument("--layers", type=int, default=16, help="of such a net")
+    parser.add_argument(
+        "--start", type=Path, default=START, help=f"what it begins as; none: nothing (default: {START})"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     found = load(args.out / FILE)
-    net = Compact(num_feat=args.channels, num_conv=args.layers, upscale=SCALE)
-    if args.start:
-        net.load_state_dict(load_file(args.start))
-    else:
-        nn.init.zeros_(net.body[-1].weight)  # begins as the small picture's pixels, repeated
-        nn.init.zeros_(net.body[-1].bias)
-    training = Training(net, args)
+    anew = str(args.start) == "none"
+    training = Training(new_net(args.channels, args.layers) if anew else net_of(args.start), args)
     train(training, Pairs(args), [found[kind] for kind in KINDS if len(found[kind])], args)
-    (args.out / "upscaler").mkdir(exist_ok=True)
-    tensors = {name: value.half().contiguous() for name, value in training.average.model.state_dict().items()}
     path = args.out / "upscaler" / "model.safetensors"
-    save_file(tensors, path, {"format": "pt", "license": LICENCE})
+    path.parent.mkdir(exist_ok=True)
+    metadata = {"license": "OFL-1.1"} if anew else LICENCE | {"notice": (START.parent / "LICENSE").read_text()}
+    write_weights(path, training.average.model.state_dict(), metadata)
     took = f"{training.step} steps, {training.seconds / 60:.1f} minutes"
     log(f"upscaler ended: {took} -> {path}", args.out / "upscaler.log")
+
+
+def new_net(channels: int, layers: int) -> nn.Module:
+    """A net that begins by repeating the small picture's pixels."""
+    net = Compact(num_feat=channels, num_conv=layers, upscale=SCALE)
+    nn.init.zeros_(net.body[-1].weight)
+    nn.init.zeros_(net.body[-1].bias)
+    return net
+
+
+def net_of(path: Path) -> nn.Module:
+    """The net in a file, of whatever size."""
+    state = load_file(path)
+    net = Compact(num_feat=len(state["body.0.bias"]), num_conv=(max(map(_number, state)) - 2) // 2, upscale=SCALE)
+    net.load_state_dict(state)
+    return net
+
+
+def _number(name: str) -> int:
+    return int(name.split(".")[1])
 
 
 if __name__ == "__main__":
