@@ -304,8 +304,8 @@ def _checked(
         fitted = session.fit(request)
         encoding.check_size(*fitted.final_size)
         say_once("syntax", syntax_hint(fitted.prompt, fitted.prompt_syntax))
-        if unknown := session.unknown_words(fitted):
-            say_once("words", session.word_list.hint(session.name, unknown))
+        if "words" not in hinted:
+            say_once("words", session.word_hint(fitted))
         for text in (fitted.prompt, *({fitted.negative_prompt} - read)):
             if cut := session.cut_text(text, fitted):
                 limit = session.token_limit

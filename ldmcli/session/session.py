@@ -180,6 +180,11 @@ class Session:
         """Words of the prompt that the model does not know, by the list in its folder; none without one."""
         return self._opened.unknown_words(request)
 
+    def word_hint(self, request: GenerationRequest | FittedRequest) -> str:
+        """A sentence on such words, with some that it does know; "" where there are none."""
+        unknown = self.unknown_words(request)
+        return self.word_list.hint(self.name, unknown) if unknown else ""
+
     @property
     def word_list(self) -> "WordList":
         """What the model knows, by the list in its folder. Raises BadDataError where that is damaged."""
