@@ -18,7 +18,7 @@ help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 demo: install ## install, draw a first picture with the embedded model and print its path
-	$(BIN)/ldm txt2img "$(DEMO_PROMPT)" --seed 7 --output $(DEMO_OUTPUT) --overwrite
+	$(BIN)/ldm txt2img "$(DEMO_PROMPT)" --seed 7 --upscale embedded --output $(DEMO_OUTPUT) --overwrite
 
 # More options of either script: make train TRAIN="--from unet", make evaluate EVALUATE="--help".
 train: install ## train the embedded model again, into RUN=runs/recipe; PRESET=cpu or gpu, DEVICE=cpu or cuda

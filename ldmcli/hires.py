@@ -10,7 +10,7 @@ MAX_SCALE = 16.0
 STRENGTH = 0.7  # how much of the enlarged first pass is drawn anew unless asked, as AUTOMATIC1111's web page has it
 LATENT, LANCZOS, EMBEDDED = "latent", "lanczos", "embedded"
 UPSCALERS = (LATENT, LANCZOS, EMBEDDED)  # any other is a file
-_TITLES = {LATENT: "Latent", LANCZOS: "Lanczos", EMBEDDED: "realesr-animevideov3"}
+_TITLES = {LATENT: "Latent", LANCZOS: "Lanczos"}
 _SIZE = re.compile(r"\s*([1-9][0-9]{0,5})\s*[x×*]\s*([1-9][0-9]{0,5})\s*", re.IGNORECASE)
 _SCALE = re.compile(r"\s*([0-9]{1,4}(?:\.[0-9]{1,12})?)\s*")
 

@@ -300,8 +300,9 @@ class ModelSpec:
     """Which weights: a diffusers folder, a .safetensors file or a name of the hub each; `model` None is the embedded
     one. `vae` stands in place of the model's own. `prediction_type` overrides what the files say. `allow_pickle` lets
     torch's restricted unpickler read .ckpt and .bin files. `lora_dir` is a folder in which LoRAs are found by name,
-    `embedding_dir` one of embeddings for all requests, each called by its file's name. `upscaler`, a file or
-    "embedded", is the network that makes pictures larger once they are drawn."""
+    `embedding_dir` one of embeddings for all requests, each called by its file's name. `upscaler` is the
+    network that makes pictures larger once they are drawn: a file, or "embedded", the model's own where its folder has
+    one, else the general one that comes along."""
 
     model: str | None = None
     vae: str | None = None

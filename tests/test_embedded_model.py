@@ -1,10 +1,16 @@
 """What the model that comes with the program can do, judged by colours alone: `weights/recipe/evaluate.py` does it by
 the shapes of every emoji, for which it needs their font."""
 
+import re
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import spandrel
+import torch
+from cli_support import ldm_here, pixels
 from oracle.comparing import pictures_of
 
 from ldmcli.pipeline import Pipeline
@@ -105,3 +111,21 @@ def test_red_heart_against_red(draw: Draw) -> None:
 
 def test_unknown_words_leave_the_rest(draw: Draw) -> None:
     assert grounds(draw("a gramophone on a blue background", "zxqv, blue background")) == ["blue"] * 2
+
+
+def test_make_demo_draws_256_pixels_a_side_by_the_models_own_network_as_spandrel_computes_it(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    makefile = (root / "Makefile").read_text()
+    (prompt,) = re.findall(r"^DEMO_PROMPT \?= (.*)$", makefile, re.M)
+    (command,) = re.findall(r"^\t\$\(BIN\)/ldm (txt2img .*) --output \$\(DEMO_OUTPUT\)", makefile, re.M)
+    words = [*shlex.split(command.replace("$(DEMO_PROMPT)", prompt)), "--dtype", "fp32", "--output"]
+    large = pixels(ldm_here(*words, tmp_path / "large").paths[0])
+    assert large.shape == (256, 256, 3)
+    assert abs(large.astype(int) - pixels(root / "weights" / "demo.png")).mean() < 2
+    words = [word for word in words if word not in ("--upscale", "embedded")]
+    small = pixels(ldm_here(*words, tmp_path / "small").paths[0])
+    net = spandrel.ModelLoader().load_from_file(root / "weights" / "tiny-emoji" / "upscaler" / "model.safetensors")
+    with torch.inference_mode():
+        values = net.float()(torch.tensor(small).permute(2, 0, 1)[None] / 255)
+    expected = (values[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    assert abs(large.astype(int) - expected).max() <= 1

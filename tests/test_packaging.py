@@ -76,6 +76,7 @@ def test_a_wheel_runs_elsewhere_with_its_model(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "ldm-7.png").read_bytes().startswith(b"\x89PNG")
     assert (site / "ldmcli" / "weights" / "realesr-animevideov3" / "model.safetensors").is_file()
     assert (site / "ldmcli" / "weights" / "realesr-animevideov3" / "LICENSE").is_file()
+    assert (site / "ldmcli" / "weights" / "tiny-emoji" / "upscaler" / "model.safetensors").is_file()
 
 
 def test_the_embedded_model_is_the_one_described() -> None:

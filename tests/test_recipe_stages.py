@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from recipe_support import (
     call_main,
     copy_run,
     finish,
+    glyphs,
     recipe_module,
     take_team_step,
     write_dataset,
@@ -231,6 +233,47 @@ def test_the_ablation_makes_a_table_and_goes_on(run: Path, tmp_path: Path, monke
     call_main("ablate_vae", *options)
     assert done == ["without perceptual"]
     assert (folder / "ablation" / "table.md").read_text() == table
+
+
+def test_the_upscaler_learns_from_what_the_model_draws_of_pairs_that_are_not_held_out(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upscaler_pairs, train_upscaler = recipe_module("upscaler_pairs"), recipe_module("train_upscaler")
+    known = training.known_emoji(unet_arguments(run))
+    monkeypatch.setattr(upscaler_pairs, "load_glyphs", lambda preset, font: (known, glyphs()))
+    options = (*SMOKE, tmp_path, "--folder", run / "tiny-emoji", "--views", "1")
+    call_main("upscaler_pairs", *options)
+    found = training.load(tmp_path / "upscaler_pairs.pt")
+    assert {name: tuple(images.shape) for name, images in found.items()} == {
+        kind: (len(EMOJI) * 10, 3, 32, 32) for kind in ("reconstructed", "drawn")
+    }
+    view = upscaler_pairs.View(upscaler_pairs.Pair(1, 0), (0, 0, 0), side=20, left=4, top=7)
+    for scale in (1, 4):
+        filled = view.picture(glyphs(), 32, scale)[0].nonzero()  # the square
+        assert (filled.amin(0).tolist(), filled.amax(0).tolist()) == (
+            [7 * scale, 4 * scale], [27 * scale - 1, 24 * scale - 1]
+        )  # fmt: skip
+
+    pairs = upscaler_pairs.Pairs(upscaler_pairs.pairs_arguments("").parse_args(map(str, options)))
+    held_out = [image for images in found.values() for image in images[pairs.held_out]]
+    assert len(held_out) == 2 * len(EMOJI)
+    learn, steps = train_upscaler.Training.learn, []
+
+    def watched(stage: Any, small: Tensor, large: Tensor, rate: float) -> float:
+        assert large.shape == (len(small), 3, 128, 128)
+        assert not any(torch.equal(one, other) for one in small for other in held_out)
+        steps.append(rate)
+        return learn(stage, small, large, rate)
+
+    monkeypatch.setattr(train_upscaler.Training, "learn", watched)
+    sizes = ("--batch", "4", "--channels", "4", "--layers", "1", "--start", "none", "--save-minutes", "0")
+    for count, taken in ((2, 2), (3, 3)):  # the second goes on where the first ended
+        call_main("train_upscaler", *options, *sizes, "--steps", count)
+        assert len(steps) == taken
+    call_main("measure_upscaler", *options, "--net", tmp_path / "upscaler" / "model.safetensors", "--count", "1")
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["Lanczos", "realesr-animevideov3", "its own"]
+    assert all(len(re.findall(r"\d+\.\d\d dB \| -?\d\.\d{3}", line)) == 2 for line in table[2:])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

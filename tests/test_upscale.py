@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -509,6 +510,31 @@ def test_a_drawn_picture_is_made_larger_and_drawn_again_alike(tmp_path: Path, pl
     plainly = ldm_here("txt2img", "--from-image", tmp_path / "later.png", "-o", tmp_path / "plain.png")
     assert "made larger after it was drawn" in plainly.err
     assert pixels(tmp_path / "plain.png").shape == pixels(small[0]).shape
+
+
+def test_embedded_is_the_models_own_network_where_its_folder_has_one(tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "tiny")
+    draw = ("txt2img", "a cat", "-s", "3", "--upscale", "embedded", "-m", folder, *DRAW[2:])
+    general = ldm_here(*draw, "-o", tmp_path / "general").paths[0]
+    assert read_record(general)["upscaled"].endswith("upscaler: realesr-animevideov3")
+    small = pixels(ldm_here("txt2img", "a cat", "-s", "3", *DRAW, "-o", tmp_path / "small").paths[0])
+    (folder / "upscaler").mkdir()
+    save_file(compact(), folder / "upscaler" / "model.safetensors")
+    own = ldm_here(*draw, "-o", tmp_path / "own").paths[0]
+    assert np.array_equal(pixels(own), repeated(small))
+    assert read_record(own)["upscaled"].endswith("upscaler: tiny upscaler")
+    larger = ("--hires", "2", "--hires-strength", "0", "--hires-upscaler", "embedded")
+    second = ldm_here(*draw[:4], "-m", folder, *DRAW[2:], *larger, "-o", tmp_path / "second").paths[0]
+    again = ("txt2img", "-o", tmp_path / "again.png", "--overwrite", "--from-image")
+    for picture in (own, second):
+        assert "differ" not in ldm_here(*again, picture).err
+    save_file(compact(zero=False), folder / "upscaler" / "model.safetensors")
+    for picture in (own, second):
+        changed = ldm_here(*again, picture)
+        assert changed.err.count("the upscaler embedded is not the one the picture was made with") == 1
+    assert "differ" not in ldm_here(*again, own, "--upscale", "embedded").err
+    (folder / "upscaler" / "model.safetensors").write_bytes(b"nothing")
+    assert_refused(ldm_here(*draw, "-o", tmp_path), 65, "upscaler/model.safetensors")
 
 
 def test_a_wrong_upscaler_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ldmcli.batch.settings import parse_grid
 from ldmcli.batch.survey import Survey, items, shard, survey
 from ldmcli.conditioning.dynamic import DynamicPrompts
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
+from ldmcli.conditioning.known_words import SHOWN_UNKNOWN
 from ldmcli.conditioning.lora_tags import split_tags
 from ldmcli.errors import printable
 from ldmcli.images.formats import Encoding
@@ -70,6 +71,8 @@ class Job:
         self._digest: Digest | None = None  # of the input that was surveyed
         self._pictures: dict[str, str] = {}  # those that rows name, with their hashes, in the order of the rows
         self._remarks: collections.Counter[str] = collections.Counter()
+        self._unknown: dict[str, None] = {}  # the first words that the model does not know
+        self._not_understood = 0  # prompts with such words
         self._embeddings: dict[str, str] = {}  # hashes by word, of those that the command or a row so far uses
         varied = [{name: value} for name, values in self.grid for value in values if name in _OF_EMBEDDINGS]
         for fields in ({}, *varied):
@@ -102,6 +105,9 @@ class Job:
                 _log_bad(one)
             yield self._with_loras(one) if isinstance(one, Item) else one
         self._say_hints(hints)
+        if self._digest is None and self._unknown:
+            unknown, prompts = list(self._unknown), self._not_understood
+            _log.warning("%s", self.session.word_list.hint(self.session.name, unknown, prompts))
 
     def _say_hints(self, said: int) -> int:
         """Log what the reader remarks on beyond the first `said`; not where they were logged as rows were surveyed."""
@@ -184,6 +190,9 @@ class Job:
                 limit = f"the {self.session.token_limit} tokens the model reads"
                 self._remark("cut", f"a prompt is longer than {limit}; cut off: “{printable(cut)}”", _SHOWN_CUTS)
         self._note_embeddings(request)
+        if unknown := self.session.unknown_words(request):
+            self._not_understood += 1
+            self._unknown |= dict.fromkeys(unknown) if len(self._unknown) <= SHOWN_UNKNOWN else {}
 
     def _note_embeddings(self, request: GenerationRequest, *, named: bool = False) -> None:
         self._embeddings |= {one["word"]: one["sha256"] for one in self.session.embeddings(request, named=named)}

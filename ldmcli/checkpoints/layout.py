@@ -7,6 +7,8 @@ from ldmcli.errors import BadDataError, MissingInputError, printable
 
 INDEX = "model_index.json"
 GENERATION = "generation_config.json"  # how the model is best drawn with: transformers' name; diffusers ignores it
+WORD_LIST = "known_words.txt"  # what the model draws, a name a line; ours too, as is the next
+UPSCALER = "upscaler/model.safetensors"  # a network that makes this model's pictures larger
 LEARNED = ("learned_embeds.safetensors", "learned_embeds.bin")  # what diffusers calls an embedding, the better first
 PEFT_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of PEFT and diffusers
@@ -84,7 +86,7 @@ def needed_files(
     parts = [part for part in _NETWORKS if part in named]
     return [
         INDEX,
-        *([GENERATION] if GENERATION in files else []),
+        *(file for file in (GENERATION, WORD_LIST, UPSCALER) if file in files),
         *([require("scheduler/scheduler_config.json")] if "scheduler" in named else []),
         *(file for part in _TOKENIZERS if part in named for file in tokenizer(f"{part}/")),
         *(require(f"{part}/config.json") for part in parts),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -19,16 +20,18 @@ from ldmcli.checkpoints.families import FAMILIES, READ, family_of_unet, require_
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
-from ldmcli.checkpoints.layout import GENERATION, INDEX, stem_of, weight_names
+from ldmcli.checkpoints.layout import GENERATION, INDEX, UPSCALER, WORD_LIST, stem_of, weight_names
 from ldmcli.checkpoints.single_file import config_of_file
+from ldmcli.conditioning.known_words import WordList
 from ldmcli.conditioning.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 from ldmcli.config import ModelConfig, TextEncoderConfig
 from ldmcli.disk.hashes import FileHashes
-from ldmcli.disk.opening import listing, read_json, shown
+from ldmcli.disk.opening import listing, read_json, read_text, shown
 from ldmcli.errors import BadDataError, MissingInputError, printable
 
 _log = logging.getLogger(__name__)
 EMBEDDED_NAME = "tiny-emoji"
+_MAX_WORD_LIST = 1 << 20  # bytes
 # diffusers' pipelines that correct old configurations when they are made.
 _MENDING, _NOT_MENDING = "StableDiffusion", ("StableDiffusionXL", "StableDiffusionControlNet")
 _OPENCLIP_PAD = "!"  # whose id, 0, OpenCLIP fills short prompts up with
@@ -94,6 +97,20 @@ class ModelSource:
             opened = open_part(self.path / name, name, half=self.half, allow_pickle=self.allow_pickle)
             self._opened[key] = tuple(opened)
         return PartSource(name, self.path / name, config, self._opened[key])
+
+    @property
+    def upscaler(self) -> Path | None:
+        """The network that comes in the model's folder to make its pictures larger."""
+        path = self.path / UPSCALER
+        return path if not self.single_file and os.path.lexists(path) else None
+
+    @functools.cached_property
+    def word_list(self) -> WordList:
+        """What the model knows, by the list in its folder; empty without one. Raises BadDataError where it is no text,
+        StorageError."""
+        path = self.path / WORD_LIST
+        listed = not self.single_file and os.path.lexists(path)
+        return WordList(read_text(path, _MAX_WORD_LIST) if listed else "")
 
     @property
     def tokenizers(self) -> tuple[ClipTokenizer, ...]:

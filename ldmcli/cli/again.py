@@ -76,8 +76,11 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     for name in CONTROL_FIELDS[:2]:
         if not given(name) and name in request:
             options[name] = tuple(_steered_again(name, request[name], record.get("inputs", {})))
-    if "hires_upscaler" in record.get("inputs", {}) and not given("hires_upscaler"):
-        _compare_upscaler(options, record["inputs"]["hires_upscaler"])
+    # Which network an upscaler's name means, the model's files tell: they are compared once it is open.
+    if given("hires_upscaler"):
+        record.get("inputs", {}).pop("hires_upscaler", None)
+    if given("upscaler"):
+        record["model"].pop("upscaler_sha256", None)
 
 
 def skips_otherwise(context: click.Context, record: dict[str, Any] | None, family: str) -> bool:
@@ -159,15 +162,6 @@ def compare_networks(record: dict[str, Any], fitted: "FittedRequest") -> None:
         key = f"control_net:{i}"
         if str(expanded(one)) == str(expanded(other)) and key in before and before[key] != now.get(key):
             _log.warning("the network %s is not the one the picture was made with; it will differ", printable(other))
-
-
-def _compare_upscaler(options: dict[str, Any], sha256: str) -> None:
-    """Say so where the upscaler of a second pass has changed. Raises LdmError where it is not there any more."""
-    from ldmcli.upscaling.upscaler import open_upscaler
-
-    name = options["hires_upscaler"]
-    if open_upscaler(name, allow_pickle=options["allow_pickle"]).sha256 != sha256:
-        _log.warning("the upscaler %s is not the one the picture was made with; it will differ", printable(name))
 
 
 def _embeddings_again(options: dict[str, Any], record: dict[str, Any], prompts: Sequence[str]) -> Iterator[str]:

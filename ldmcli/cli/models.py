@@ -1,6 +1,8 @@
 """`ldm models`: what there is to name after --model."""
 
 import json
+import logging
+import textwrap
 
 import click
 
@@ -15,7 +17,7 @@ def models(as_json: bool) -> None:
 
     These are the embedded one, those in the folder weights/ (here, and beside the program), in the folder that
     LDM_MODELS names, and in the cache of the Hugging Face hub. What is there but cannot be run is listed with the
-    reason. Only headers are read.
+    reason. Only headers are read. With -v, what a model's own list says that it knows stands below it.
     """
     from ldmcli.errors import printable
     from ldmcli.hub.listing import models_at_hand
@@ -30,6 +32,9 @@ def models(as_json: bool) -> None:
         state = model.family or f"cannot be run: {model.error}"
         note = "  (embedded, the default)" if model.origin == "embedded" else ""
         click.echo(f"{printable(model.name, 4096):{width}}  {_size(model.bytes):>8}  {printable(state, 4096)}{note}")
+        if model.words and logging.getLogger("ldmcli").isEnabledFor(logging.DEBUG):
+            known = printable(f"knows: {', '.join(model.words)}", 1 << 20)
+            click.echo(textwrap.fill(known, 120, initial_indent="  ", subsequent_indent="  "))
 
 
 def _size(count: int) -> str:

@@ -237,7 +237,7 @@ _HIRES = (
     option("--hires-steps", type=int, help="Steps of this second pass.  [default: as many as of the first]"),
     option("--hires-upscaler", metavar="latent|lanczos|embedded|FILE",
            help="What enlarges: interpolation of the latents, which stay blurred below a strength of 0.5; of the "
-           "picture; or a network, as `ldm upscale` takes.  [default: latent]"),
+           "picture; or a network, as for --upscale.  [default: latent]"),
 )  # fmt: skip
 
 
@@ -282,7 +282,8 @@ _MODEL = (
     option("--embedding-dir", metavar="DIR",
            help="A folder of embeddings, each for prompts that hold its file's name; only those are opened."),
     option("--upscale", "upscaler", envvar="LDM_UPSCALE", metavar="FILE|embedded",
-           help="Make each picture larger by this network, as `ldm upscale` does."),
+           help="Make each picture larger by this network, as `ldm upscale` does; embedded: by the model's own, where "
+           "its folder has one, else by a general one that comes along."),
     option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),
            help="What the U-Net was trained to predict, where the files do not tell it right."),
     option("--allow-pickle", is_flag=True,

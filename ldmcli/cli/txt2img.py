@@ -220,7 +220,7 @@ class _Written:
     def _write(self, picture: "Picture") -> None:
         picture.pixels()  # waits for the device, which is no time of the encoder's
         identity = self._session.identity()
-        self._compare(identity)
+        self._compare(identity, picture.request)
         started = time.perf_counter()
         data = self._session.encode(picture, self._encoding, metadata=self._metadata)
         self._session.stopwatch.add("png", time.perf_counter() - started)
@@ -229,14 +229,19 @@ class _Written:
         self._output.write(data, picture.request.seed, report | times)
         _log.debug("seed %d drawn in %.2f s: %s", picture.request.seed, picture.seconds, times["phases"])
 
-    def _compare(self, identity: dict[str, Any]) -> None:
+    def _compare(self, identity: dict[str, Any], request: "FittedRequest") -> None:
         """Say so, once, when a picture is run again with weights that have changed since."""
         if self._compared or self._record is None:
             return
         self._compared = True
-        if not identity["sha256"].startswith(self._record["model"]["sha256"]):  # others keep its beginning
-            name = identity["name"]
-            _log.warning("the model %s is not the one the picture was made with; it will differ", name)
+        before, inputs, key = self._record["model"], self._record.get("inputs", {}), "hires_upscaler"
+        for what, was, now in (
+            (f"model {identity['name']}", before["sha256"], identity["sha256"]),
+            (f"upscaler {before.get('upscaler')}", before.get("upscaler_sha256"), identity.get("upscaler_sha256")),
+            (f"upscaler {request.hires_upscaler}", inputs.get(key), dict(request.inputs).get(key)),
+        ):
+            if was and not (now or "").startswith(was):  # other programs keep the beginning of a hash
+                _log.warning("the %s is not the one the picture was made with; it will differ", printable(what))
 
 
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
@@ -292,15 +297,19 @@ def _checked(
     """The requests fitted to the model, prompts' lengths looked at. `eager` checks all before the first is drawn;
     requests from an endless standard input are checked as they come."""
     read: set[str] = set()  # negative prompts whose length was looked at: one, which all requests share
-    hinted = False
+    hinted: set[str] = set()
+
+    def say_once(kind: str, hint: str) -> None:
+        if hint and kind not in hinted:
+            hinted.add(kind)
+            _log.warning("%s", hint)
 
     def check(request: GenerationRequest) -> "FittedRequest":
-        nonlocal hinted
         fitted = session.fit(request)
         encoding.check_size(*fitted.final_size)
-        if not hinted and (hint := syntax_hint(fitted.prompt, fitted.prompt_syntax)):
-            hinted = True
-            _log.warning("%s", hint)
+        say_once("syntax", syntax_hint(fitted.prompt, fitted.prompt_syntax))
+        if "words" not in hinted:
+            say_once("words", session.word_hint(fitted))
         for text in (fitted.prompt, *({fitted.negative_prompt} - read)):
             if cut := session.cut_text(text, fitted):
                 limit = session.token_limit

@@ -27,6 +27,7 @@ class ListedModel:
     bytes: int
     family: str = ""
     error: str = ""
+    words: tuple[str, ...] = ()  # what it knows, where its folder has a list
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -100,7 +101,8 @@ def _in_cache() -> Iterator[ListedModel]:
 def _described(name: str, origin: str, path: Path, size: int | None = None) -> ListedModel:
     found = ListedModel(name, origin, path, _size(path) if size is None else size)
     try:
-        return dataclasses.replace(found, family=open_model(path).config.family)
+        model = open_model(path)
+        return dataclasses.replace(found, family=model.config.family, words=model.word_list.names)
     except LdmError as error:
         return dataclasses.replace(found, error=str(error))
 

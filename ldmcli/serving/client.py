@@ -145,6 +145,9 @@ class RemoteSession:
     def cut_text(self, text: str, request: FittedRequest) -> str:
         return self._ask("cut_text", lambda session: session.cut_text(text, request), text=text, request=request)
 
+    def word_hint(self, request: FittedRequest) -> str:
+        return self._ask("word_hint", lambda session: session.word_hint(request), request=request)
+
     def embeddings(self, request: FittedRequest, *, named: bool = False) -> list[dict[str, str]]:
         def here(session: "Session") -> list[dict[str, str]]:
             return session.embeddings(request, named=named)

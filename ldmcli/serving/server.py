@@ -233,6 +233,10 @@ class _Client:
         with in_folder(self._folder):
             return self._opened.cut_text(text, fitted_from_dict(request))
 
+    def word_hint(self, request: dict[str, Any]) -> str:
+        with in_folder(self._folder):
+            return self._opened.word_hint(fitted_from_dict(request))
+
     def embeddings(self, request: dict[str, Any], named: bool) -> list[dict[str, str]]:
         with in_folder(self._folder):
             return self._opened.embeddings(fitted_from_dict(request), named=named)
@@ -381,6 +385,7 @@ def _paths(request: FittedRequest) -> list[str]:
 
 _AT_ONCE: dict[str, Callable[..., Any]] = {
     "open": _Client.open, "fit": _Client.fit, "cut_text": _Client.cut_text, "embeddings": _Client.embeddings,
+    "word_hint": _Client.word_hint,
     "runtime": _Client.runtime, "open_upscaler": _Client.open_upscaler,
     "status": _Client.status, "stop": _Client.stop,
 }  # fmt: skip

@@ -22,6 +22,7 @@ from ldmcli.checkpoints.source import (
 from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
 from ldmcli.conditioning.lora_tags import check_negative, split_tags
+from ldmcli.conditioning.syntax import parse
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
 from ldmcli.config import AdapterConfig, TinyVAEConfig, VAEConfig
@@ -253,7 +254,7 @@ class Opened:
     def hires_upscaler(self, name: str) -> "UpscalerFile":
         """The network that second passes name. Raises as `open_upscaler` does."""
         if name not in self._upscalers:
-            self._upscalers[name] = _opened_upscaler(name, self.spec)
+            self._upscalers[name] = _opened_upscaler(name, self.spec, self.model)
         return self._upscalers[name]
 
     @property
@@ -304,6 +305,16 @@ class Opened:
                 f"a prompt is longer than the {self.token_limit} tokens the model reads; too much: “{printable(cut)}”."
             )
         return cut
+
+    def unknown_words(self, request: GenerationRequest | FittedRequest) -> list[str]:
+        """Words of the prompt that the model does not know, by the list in its folder; none without one, nor where
+        LoRAs may have taught it more."""
+        if not self.model.word_list.names or request.loras:
+            return []
+        text = request.prompt
+        if request.prompt_syntax == "weighted":
+            text = " ".join(piece.text for piece in parse(split_tags(text)[0]))
+        return self.model.word_list.unknown(text, (word.text for word in self.words(request).values()))
 
     def identity(self, sha256: str) -> dict[str, Any]:
         """What a picture says of the weights it was drawn with; `sha256` is the model's."""
@@ -370,7 +381,7 @@ def open_spec(spec: ModelSpec, *, half: bool, fetched: Mapping[str, str] | None 
     if spec.refiner is not None:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)
-    upscaler = None if spec.upscaler is None else _opened_upscaler(spec.upscaler, spec)
+    upscaler = None if spec.upscaler is None else _opened_upscaler(spec.upscaler, spec, model)
     opened = Opened(spec, model, vae, refiner, upscaler, paths)
     return dataclasses.replace(opened, stamps=_stamps(opened))
 
@@ -416,9 +427,11 @@ def _checked_type(control: Control, source: "ControlSource", fitted: FittedReque
     return dataclasses.replace(control, masked=0.0) if source.types else control
 
 
-def _opened_upscaler(name: str, spec: ModelSpec) -> "UpscalerFile":
-    from ldmcli.upscaling.upscaler import open_upscaler
+def _opened_upscaler(name: str, spec: ModelSpec, model: ModelSource) -> "UpscalerFile":
+    from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
 
+    if name == EMBEDDED_UPSCALER and model.upscaler:
+        name = str(model.upscaler)
     return open_upscaler(name, allow_pickle=spec.allow_pickle)
 
 

@@ -23,6 +23,7 @@ from ldmcli.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ldmcli.conditioning.known_words import WordList
     from ldmcli.networks.unet import UNet
     from ldmcli.session.drawing import Drawer
     from ldmcli.session.picture import Picture
@@ -175,6 +176,20 @@ class Session:
         """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
         cut off and the request says that this is an error."""
         return self._opened.cut_text(text, request)
+
+    def unknown_words(self, request: GenerationRequest | FittedRequest) -> list[str]:
+        """Words of the prompt that the model does not know, by the list in its folder; none without one."""
+        return self._opened.unknown_words(request)
+
+    def word_hint(self, request: GenerationRequest | FittedRequest) -> str:
+        """A sentence on such words, with some that it does know; "" where there are none."""
+        unknown = self.unknown_words(request)
+        return self.word_list.hint(self.name, unknown) if unknown else ""
+
+    @property
+    def word_list(self) -> "WordList":
+        """What the model knows, by the list in its folder. Raises BadDataError where that is damaged."""
+        return self._opened.model.word_list
 
     def identity(self) -> dict[str, Any]:
         """Name, path and SHA-256 of the weights, and what else a picture's record says of them. Waits for the hash."""

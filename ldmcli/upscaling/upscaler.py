@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ldmcli.checkpoints.families import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
 from ldmcli.checkpoints.header import FLOATING
+from ldmcli.checkpoints.layout import UPSCALER
 from ldmcli.checkpoints.source import embedded_folder
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file
@@ -57,17 +58,19 @@ class UpscalerFile:
 
 
 def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
-    """Look at the file called `name`; "embedded" is the network that comes with this program. Without torch.
+    """Look at the file called `name`; "embedded" is the general network that comes with this program. Without
+    torch.
 
     Raises UsageError for no name, MissingInputError where there is no file, BadDataError where it is something else,
     naming that.
     """
     if not name:
         raise UsageError(f"the upscaler has an empty name; {_CURE}.")
+    path, title = Path(os.path.expanduser(name)), ""
     if name == EMBEDDED_UPSCALER:
-        path = embedded_folder(_EMBEDDED, _FILE, "-m") / _FILE
-    else:
-        path = Path(os.path.expanduser(name))
+        path, title = embedded_folder(_EMBEDDED, _FILE, "-m") / _FILE, _EMBEDDED
+    elif path.as_posix().endswith(f"/{UPSCALER}"):
+        title = f"{path.parents[1].name} upscaler"  # of the model in whose folder it is
     weights = open_weights(path, allow_pickle=allow_pickle, cure=_CURE)
     kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
     if kind != "unknown":
@@ -75,7 +78,7 @@ def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
     for key, info in weights.tensors.items():
         if len(info.shape) == 4 and info.dtype not in FLOATING:  # others may be places in a window, and such
             raise bad_file(path, f"has a convolution that holds no floating numbers ({key}: {info.dtype})", _CURE)
-    return UpscalerFile(_EMBEDDED if name == EMBEDDED_UPSCALER else path.stem, weights)
+    return UpscalerFile(title or path.stem, weights)
 
 
 def upscaler_facts(weights: WeightFile) -> dict[str, Any]:

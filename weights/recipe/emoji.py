@@ -153,3 +153,11 @@ class Captions:
         """Every caption there is, sorted, held-out pairs included; the first is the empty one."""
         pairs = [(o, b) for o in range(len(self.emoji)) for b in range(len(BACKGROUNDS))]
         return ["", *sorted({text for pair in pairs for text, _ in self(*pair)})]
+
+    def word_list(self) -> str:
+        """What the captions name, a line each: the emoji, their other names, and what other words there are."""
+        names = [emoji.name for emoji in self.emoji]
+        others = {name for emoji in self.emoji for name in (emoji.unicode_name, emoji.kind) if name} - set(names)
+        said = set(" ".join([*names, *others]).split())
+        words = {word.strip(",") for caption in self.every() for word in caption.split()} - said
+        return "\n\n".join("\n".join(part) for part in (names, sorted(others), sorted(words))) + "\n"

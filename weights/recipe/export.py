@@ -15,6 +15,8 @@ from presets import RUNS
 from safetensors.torch import save_file
 from training import load
 
+from ldmcli.checkpoints.layout import WORD_LIST
+
 VERSION = "0.42.1"  # the diffusers release whose vocabulary the configurations use
 LIMIT_BYTES = 20_000_000
 
@@ -128,7 +130,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+def write_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Half precision, sorted by name, contiguous; refuses what would not survive float16 or a repository's
     limits."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +140,7 @@ def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
         if not torch.isfinite(tensors[key]).all():
             raise ValueError(f"{key} is not finite in float16")
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": "pt"})
+    save_file(tensors, part, metadata={"format": "pt"} | (metadata or {}))
     if part.stat().st_size > LIMIT_BYTES:
         raise ValueError(f"{path} would be over {LIMIT_BYTES} bytes")
     part.chmod(0o644)
@@ -169,6 +171,7 @@ def main() -> None:
     (args.folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     for source in sorted((args.run / "tokenizer").iterdir()):
         shutil.copyfile(source, args.folder / "tokenizer" / source.name)
+    shutil.copyfile(args.run / WORD_LIST, args.folder / WORD_LIST)
     size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
     print(f"step {model['step']}: {size / 1e6:.2f} MB -> {args.folder}")
 

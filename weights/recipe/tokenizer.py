@@ -19,6 +19,7 @@ from emoji import Captions
 from presets import recipe_arguments
 from training import known_emoji
 
+from ldmcli.checkpoints.layout import WORD_LIST
 from ldmcli.conditioning.chunks import tokenize
 from ldmcli.conditioning.tokenizer import ClipTokenizer, vocabulary_from_folder
 
@@ -104,7 +105,9 @@ def main() -> None:
     parser.add_argument("--merges", type=int, default=4000, help="at most so many merges")
     args = parser.parse_args()
 
-    captions = Captions(known_emoji(args)).every()
+    known = Captions(known_emoji(args))
+    (args.out / WORD_LIST).write_text(known.word_list(), encoding="utf-8")
+    captions = known.every()
     words = Counter(word for caption in captions for word in _WORD.findall(caption))
     size = write_tokenizer(args.out / "tokenizer", learn_merges(words, args.merges))
     longest = max(len(_WORD.findall(caption)) for caption in captions)

@@ -42,7 +42,7 @@ class Stage:
 
 STAGES = (
     Stage("data", "data.py", "dataset.pt"),
-    Stage("tokenizer", "tokenizer.py", "tokenizer/tokenizer_config.json", ("tokenizer",)),
+    Stage("tokenizer", "tokenizer.py", "tokenizer/tokenizer_config.json", ("tokenizer", "known_words.txt")),
     Stage("clip", "train_clip.py", "clip.pt"),
     Stage("vae", "train_vae.py", "vae.pt", ("vae_checkpoint.pt",), "vae_minutes"),
     Stage("decoder", "train_decoder.py", "decoder.pt", ("decoder_checkpoint.pt",), "decoder_minutes"),
