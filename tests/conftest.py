@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from ldmcli import Session
-    from ldmcli.pipeline import Pipeline
+    from ldmcli.pipeline.pipeline import Pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)

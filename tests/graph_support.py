@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ldmcli import ModelSpec, RuntimeSpec, Session
-from ldmcli.pipeline import DiffusionModel, Pipeline
+from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
 from ldmcli.speed import policy
 from ldmcli.speed.cuda.graph import Graphs
 

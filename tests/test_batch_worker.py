@@ -23,7 +23,7 @@ from ldmcli.batch.worker import Worker
 from ldmcli.errors import LdmError, StorageError
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.metadata import read_record
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.session.drawing import DeviceLostError
 
 

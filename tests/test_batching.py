@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.errors import UsageError
 from ldmcli.fitting import fit_to_model
-from ldmcli.pipeline import Pipeline, rounded
+from ldmcli.pipeline.pipeline import Pipeline, rounded
 from ldmcli.sampling.schedule import Schedule
 from ldmcli.spec import GenerationRequest
 

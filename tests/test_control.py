@@ -32,7 +32,7 @@ from ldmcli.errors import BadDataError, UsageError
 from ldmcli.images.edges import canny
 from ldmcli.images.metadata import read_parameters, read_record
 from ldmcli.networks.control_net import ControlNet
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.speed import policy
 
 SIZE = 64

@@ -13,7 +13,7 @@ import torch
 from cli_support import ldm_here, pixels
 from oracle.comparing import pictures_of
 
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.spec import GenerationRequest
 
 # weights/recipe/emoji.py

@@ -20,7 +20,7 @@ from ldmcli.checkpoints.source import open_model
 from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.sampling.schedule import Schedule
 from ldmcli.spec import GenerationRequest
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
 from ldmcli.errors import LdmError
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.speed import offload
 from ldmcli.speed.offload import HOST, Stage
 

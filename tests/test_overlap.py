@@ -15,7 +15,7 @@ from conftest import open_session
 
 from ldmcli.cli import run
 from ldmcli.fitting import FittedRequest
-from ldmcli.pipeline import Drawn, Pipeline
+from ldmcli.pipeline.pipeline import Drawn, Pipeline
 from ldmcli.session.picture import Arrival
 from ldmcli.spec import GenerationRequest
 from ldmcli.stopwatch import Stopwatch

@@ -19,7 +19,7 @@ from ldmcli.config import ScheduleConfig, UNetConfig, VAEConfig
 from ldmcli.networks.inputs import Conditioning, joined
 from ldmcli.networks.unet import Residuals, UNet
 from ldmcli.networks.vae import AutoencoderKL
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.sampling.denoiser import Denoiser, Prediction, predicting
 from ldmcli.sampling.guidance import controlled, guided, with_channels
 from ldmcli.sampling.registry import SAMPLERS
@@ -81,7 +81,7 @@ def test_more_input_channels_are_data_of_the_conditioning() -> None:
 def test_a_pipeline_joins_channels_that_its_conditioning_has(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ldmcli import pipeline as module
+    from ldmcli.pipeline import pipeline as module
 
     config = dataclasses.replace(pipeline.config.unet, in_channels=9)
     inpainting = dataclasses.replace(pipeline.model, unet=random_unet(config))

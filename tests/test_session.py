@@ -25,7 +25,7 @@ from ldmcli import GenerationRequest, Session
 from ldmcli.errors import LdmError, NotFiniteError, UsageError
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.metadata import read_record
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.session.drawing import DeviceLostError
 from ldmcli.session.picture import Picture
 from ldmcli.session.session import CancelledError, Progress

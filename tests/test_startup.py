@@ -251,7 +251,7 @@ def test_the_command_line_sets_the_threads(tmp_path: Path, monkeypatch: pytest.M
     """And the vocabulary is read once a run."""
     from ldmcli.checkpoints import source
     from ldmcli.cli import run
-    from ldmcli.pipeline import Pipeline
+    from ldmcli.pipeline.pipeline import Pipeline
 
     found, read, draw, vocabulary = [], [], Pipeline.draw, source.vocabulary_from_folder
     monkeypatch.setattr(Pipeline, "draw", lambda *given: (found.append(torch.get_num_threads()), draw(*given))[1])
@@ -383,7 +383,7 @@ def test_memory_is_given_back_between_the_steps_and_the_vae(monkeypatch: pytest.
     from conftest import load
     from oracle.comparing import fitted
 
-    from ldmcli import pipeline
+    from ldmcli.pipeline import pipeline
     from ldmcli.spec import GenerationRequest
 
     loaded = load(TINY)

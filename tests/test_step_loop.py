@@ -20,7 +20,7 @@ from ldmcli.networks.transformer import TransformerBlock
 from ldmcli.spec import GenerationRequest
 
 if TYPE_CHECKING:
-    from ldmcli.pipeline import Pipeline
+    from ldmcli.pipeline.pipeline import Pipeline
 
 STEPS = 6
 

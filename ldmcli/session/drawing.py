@@ -16,7 +16,7 @@ from ldmcli.conditioning.pairs import context_chunks
 from ldmcli.config import ModelConfig
 from ldmcli.errors import LdmError, NotFiniteError, TryAgainError, printable
 from ldmcli.fitting import FittedRequest
-from ldmcli.pipeline import Drawn, Pipeline
+from ldmcli.pipeline.pipeline import Drawn, Pipeline
 from ldmcli.session.picture import Arrival, Picture
 from ldmcli.session.session import Progress
 from ldmcli.spec import LoRA, RuntimeSpec

@@ -20,17 +20,17 @@ from ldmcli.fitting import FittedRequest
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
-from ldmcli.pipeline import DiffusionModel, Pipeline
+from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
+from ldmcli.pipeline.steering import Networks
 from ldmcli.session.opened import Opened
 from ldmcli.speed.compiled import compiled
 from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
-from ldmcli.steering import Networks
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from ldmcli.controlling import Network
+    from ldmcli.pipeline.controlling import Network
     from ldmcli.upscaling.upscaler import Upscaler
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldmcli.images.canvas import Canvas
-    from ldmcli.pipeline import Drawn
+    from ldmcli.pipeline.pipeline import Drawn
     from ldmcli.speed.policy import Runtime
 
 

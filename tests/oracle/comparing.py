@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.fitting import FittedRequest, fit_to_model
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.spec import REFINER_START, GenerationRequest
 

@@ -16,7 +16,7 @@ from oracle.random_families import RECIPES, random_family, same_networks, with_s
 from oracle.random_model import save
 from torch import Tensor
 
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.spec import GenerationRequest
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldmcli.control import CONTROL_FIELDS
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.spec import GenerationRequest
 
 TOLERANCE = 1e-4

@@ -23,7 +23,7 @@ from ldmcli.conditioning.pairs import pairs, size_vector
 from ldmcli.config import VAEConfig
 from ldmcli.errors import BadDataError
 from ldmcli.networks.inputs import Conditioning
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.session.loading import probed_prediction_type
 from ldmcli.spec import GenerationRequest
 

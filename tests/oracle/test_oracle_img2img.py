@@ -29,7 +29,7 @@ from oracle.random_model import save, with_channels
 from PIL import Image
 from torch import Tensor
 
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.spec import HIRES_FIELDS, GenerationRequest
 
 TOLERANCE = 1e-4

@@ -16,7 +16,7 @@ from oracle.random_model import random_pipeline, save
 
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import embedded_model, open_model
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.speed.cpu import winograd
 
 TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ import pytest
 from conftest import load
 from oracle.comparing import draw, draw_with_diffusers, pixels_apart, relative
 
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.spec import GenerationRequest
 
 TOLERANCE = 1e-4

@@ -19,7 +19,7 @@ from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.config import ModelConfig, TinyVAEConfig
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.tiling import decode_tiled
-from ldmcli.pipeline import Pipeline
+from ldmcli.pipeline.pipeline import Pipeline
 
 State = dict[str, Tensor]
 TOLERANCE = 1e-5

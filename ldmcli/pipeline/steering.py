@@ -8,7 +8,7 @@ import torch
 from ldmcli.speed.offload import Stage
 
 if TYPE_CHECKING:
-    from ldmcli.controlling import Network
+    from ldmcli.pipeline.controlling import Network
 
 _KEPT = 4  # networks, from batch to batch
 

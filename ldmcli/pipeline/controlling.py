@@ -19,10 +19,10 @@ from ldmcli.networks.control_net import ControlNet
 from ldmcli.networks.inputs import Conditioning
 from ldmcli.networks.t2i_adapter import T2IAdapter
 from ldmcli.networks.unet import Residuals
+from ldmcli.pipeline.steering import Networks
 from ldmcli.sampling.noise import to_device
 from ldmcli.sampling.schedule import Step
 from ldmcli.speed.offload import Stage
-from ldmcli.steering import Networks
 
 Network = ControlNet | T2IAdapter
 Hold = Callable[..., object]
