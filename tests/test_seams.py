@@ -81,7 +81,7 @@ def test_more_input_channels_are_data_of_the_conditioning() -> None:
 def test_a_pipeline_joins_channels_that_its_conditioning_has(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ldmcli.pipeline import pipeline as module
+    from ldmcli.pipeline import diffusion as module
 
     config = dataclasses.replace(pipeline.config.unet, in_channels=9)
     inpainting = dataclasses.replace(pipeline.model, unet=random_unet(config))
