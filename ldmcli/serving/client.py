@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
+from ldmcli.named_files import named_files
 from ldmcli.serving.connection import Connection, GoneError, RefusedError
-from ldmcli.serving.wire import error_from_dict, fitted_from_dict, with_bytes
-from ldmcli.spec import PICTURES, GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.serving.wire import error_from_dict, fitted_from_dict
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -132,15 +133,9 @@ class RemoteSession:
         self._facts = self._ask("open", lambda session: {}, cwd=where, model=model, runtime=runtime, fetched=fetched)
 
     def fit(self, request: GenerationRequest) -> FittedRequest:
-        paths = [*(getattr(request, name) for name in PICTURES), request.hires_upscaler, *request.embeddings]
-        if any(map(is_of_process, [*paths, *(lora.path or lora.name for lora in request.loras)])):
+        if any(map(is_of_process, named_files(request))):
             self._come_home(None)
-        return self._ask(
-            "fit",
-            lambda session: session.fit(request),
-            lambda fitted: fitted_from_dict(with_bytes(fitted, request)),
-            request=request,
-        )
+        return self._ask("fit", lambda session: session.fit(request), fitted_from_dict, request=request)
 
     def cut_text(self, text: str, request: FittedRequest) -> str:
         return self._ask("cut_text", lambda session: session.cut_text(text, request), text=text, request=request)

@@ -18,14 +18,14 @@ from ldmcli import __version__
 from ldmcli.errors import LdmError, printable
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
+from ldmcli.named_files import if_there, with_files
 from ldmcli.remarks import heard_by
 from ldmcli.serving.place import agreement, in_folder, peer_is_user
 from ldmcli.serving.upscalers import Upscalers, UpscalerSpec
-from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send, without_bytes
+from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send
 from ldmcli.serving.work import Busy, Job, Work
 from ldmcli.session import Picture, Session
-from ldmcli.session.opened import resolved_request
-from ldmcli.spec import PICTURES, GenerationRequest, ModelSpec, RuntimeSpec
+from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.upscaling.larger import Enlargement, larger_file, read_file
 from ldmcli.upscaling.target import Target
 from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
@@ -227,7 +227,7 @@ class _Client:
         with in_folder(self._folder):
             fitted = self._opened.fit(GenerationRequest(**request))
             self._opened.embeddings(fitted)  # whose files are found from here
-        return without_bytes(fitted)
+        return fitted
 
     def cut_text(self, text: str, request: dict[str, Any]) -> str:
         with in_folder(self._folder):
@@ -267,13 +267,15 @@ class _Client:
         return self._patiently(lambda: self._work.load(drawing, requests, on_warning=self._tell, on_done=self._done))
 
     def _resolved(self, requests: list[FittedRequest]) -> list[FittedRequest]:
+        """The same requests, with files named so that they are found from any folder."""
+
+        def there(path: str) -> str:
+            if (found := if_there(path)) != path:
+                self._typed[found] = path
+            return found
+
         with in_folder(self._folder):
-            resolved = list(map(resolved_request, requests))
-        for typed, found in zip(requests, resolved, strict=True):
-            self._typed |= {
-                there: here for here, there in zip(_paths(typed), _paths(found), strict=True) if here != there
-            }
-        return resolved
+            return [with_files(request, there) for request in requests]
 
     def draw(self, requests: list[dict[str, Any]], encoding: dict[str, Any], metadata: bool) -> Job:
         typed = [fitted_from_dict(each) for each in requests]
@@ -374,13 +376,6 @@ class _Client:
         for there, here in self._typed.items():
             text = text.replace(printable(there), printable(here))
         return text
-
-
-def _paths(request: FittedRequest) -> list[str]:
-    """The files that a request names."""
-    names = (*(getattr(request, name) for name in PICTURES), request.hires_upscaler)
-    paths = [name if isinstance(name, str) else "" for name in names]
-    return [*paths, *(lora.path or lora.name for lora in request.loras), *request.embeddings]
 
 
 _AT_ONCE: dict[str, Callable[..., Any]] = {

@@ -7,9 +7,10 @@ import struct
 from typing import Any
 
 from ldmcli import errors
+from ldmcli.control import Control
 from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
-from ldmcli.spec import PICTURES, GenerationRequest, LoRA
+from ldmcli.spec import GenerationRequest, LoRA
 
 MAX_TEXT = 1 << 26  # bytes of a message's JSON
 MAX_BYTES = 1 << 31  # … and of what comes with it
@@ -91,18 +92,10 @@ def fitted_from_dict(sent: dict[str, Any]) -> FittedRequest:
     lists = {name: tuple(sent[name]) for name in ("guidance_interval", "embeddings")}
     lists["loras"] = tuple(LoRA(**lora) for lora in sent["loras"])
     lists["inputs"] = tuple((name, sha256) for name, sha256 in sent["inputs"])
+    lists["controls"] = tuple(_control_from_dict(control) for control in sent["controls"])
     return FittedRequest(**(sent | lists | {"recorded": GenerationRequest(**sent["recorded"])}))
 
 
-def without_bytes(fitted: FittedRequest) -> FittedRequest:
-    """A fitted request less the data of pictures, which whoever gets it has."""
-    given: dict[str, Any] = {name: None for name in PICTURES if isinstance(getattr(fitted, name), bytes)}
-    if not given:
-        return fitted
-    return dataclasses.replace(fitted, recorded=dataclasses.replace(fitted.recorded, **given), **given)
-
-
-def with_bytes(fitted: dict[str, Any], request: GenerationRequest) -> dict[str, Any]:
-    """What `without_bytes` left out, put back from the request that was fitted."""
-    given = {name: data for name in PICTURES if isinstance(data := getattr(request, name), bytes)}
-    return fitted | given | {"recorded": fitted["recorded"] | given} if given else fitted
+def _control_from_dict(sent: dict[str, Any]) -> Control:
+    canny = sent["canny"]
+    return Control(**(sent | {"canny": canny and tuple(canny)}))

@@ -30,8 +30,9 @@ from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from ldmcli.checkpoints.control_source import ControlSource
     from ldmcli.pipeline.controlling import Network
-    from ldmcli.upscaling.upscaler import Upscaler
+    from ldmcli.upscaling.upscaler import Upscaler, UpscalerFile
 
 
 def load(
@@ -57,7 +58,9 @@ def load(
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
         encodes = any(request.encodes or request.model_reads == "mask" for request in first)
         vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
-        networks = Networks(functools.partial(_load_control, opened, runtime, stage), stage, runtime.dtype)
+        networks = Networks(
+            opened.control, functools.partial(_load_control, opened, runtime, stage), stage, runtime.dtype
+        )
         steering = in_background(lambda: _read_networks(networks, first), "read what steers")
         prompts = []
         for source, _ in reading:
@@ -78,13 +81,13 @@ def load(
             stage.add(decoder)
             steering.result()
     refiner = models[1] if opened.refiner else None
-    read_upscaler = functools.lru_cache(1)(functools.partial(_load_upscaler, opened, runtime))
+    kept = functools.lru_cache(1)(functools.partial(_load_upscaler, runtime))
     pipeline = Pipeline(
         runtime,
         models[0],
         decoder,
         read_encoder,
-        read_upscaler,
+        lambda name: kept(opened.hires_upscaler(name)),
         networks,
         refiner,
         stopwatch=stopwatch,
@@ -155,17 +158,16 @@ def _load_encoder(opened: Opened, runtime: Runtime, stage: Stage) -> Autoencoder
     return runtime.prepare(encoder)
 
 
-def _load_upscaler(opened: Opened, runtime: Runtime, name: str) -> "Upscaler":
+def _load_upscaler(runtime: Runtime, file: "UpscalerFile") -> "Upscaler":
     from ldmcli.upscaling.upscaler import Upscaler
 
-    return Upscaler(opened.hires_upscaler(name), runtime)
+    return Upscaler(file, runtime)
 
 
-def _load_control(opened: Opened, runtime: Runtime, stage: Stage, name: str) -> "Network":
-    """A network that steers, which requests name so."""
+def _load_control(opened: Opened, runtime: Runtime, stage: Stage, source: "ControlSource") -> "Network":
+    """A network that steers."""
     from ldmcli.checkpoints.load_control import load_control
 
-    source = opened.control(name)
     return runtime.prepare(load_control(source, opened.model.part("unet"), stage.home, runtime.dtype))
 
 

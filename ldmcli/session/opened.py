@@ -31,10 +31,11 @@ from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
-from ldmcli.hires import EMBEDDED, LANCZOS, LATENT, UPSCALERS
+from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
 from ldmcli.hub.listing import find_adapter, find_here, find_model
+from ldmcli.named_files import absolute
 from ldmcli.remarks import warn_once
-from ldmcli.spec import ALPHA, MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
+from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory, large
 
 if TYPE_CHECKING:
@@ -243,8 +244,9 @@ class Opened:
         return dataclasses.replace(fitted, controls=tuple(controls), inputs=tuple(inputs.items()))
 
     def control(self, name: str) -> "ControlSource":
-        """The network that requests name so. Raises as `open_control` does."""
-        if name not in self._controls:
+        """The network that requests name so; another once its file is. Raises as `open_control` does."""
+        known = self._controls.get(name)
+        if known is None or any(file.changed for file in known.part.files):
             from ldmcli.checkpoints.control_source import open_control
 
             allow = self.spec.allow_pickle
@@ -252,8 +254,8 @@ class Opened:
         return self._controls[name]
 
     def hires_upscaler(self, name: str) -> "UpscalerFile":
-        """The network that second passes name. Raises as `open_upscaler` does."""
-        if name not in self._upscalers:
+        """The network that second passes name; another once its file is. Raises as `open_upscaler` does."""
+        if name not in self._upscalers or self._upscalers[name].weights.changed:
             self._upscalers[name] = _opened_upscaler(name, self.spec, self.model)
         return self._upscalers[name]
 
@@ -324,38 +326,10 @@ class Opened:
         return named | ({"upscaler_sha256": self.upscaler.sha256} if self.upscaler else {})
 
 
-def absolute(path: str) -> str:
-    """A path as it is found from any folder."""
-    return os.path.abspath(os.path.expanduser(path))
-
-
 def _real(path: Path) -> str:
     """A path as it is found from any folder, the same one by whatever links; a file's own name stays, which tells its
     kind."""
     return os.path.realpath(path) if os.path.isdir(path) else os.path.join(os.path.realpath(path.parent), path.name)
-
-
-def resolved_request(request: FittedRequest) -> FittedRequest:
-    """The same request with its files named so that they are found from any folder; what is recorded of it stays."""
-
-    def there(path: str) -> str:
-        return absolute(path) if os.path.lexists(os.path.expanduser(path)) else path
-
-    given = [(name, getattr(request, name)) for name in PICTURES]
-    found: dict[str, Any] = {
-        name: there(path) for name, path in given if isinstance(path, str) and (name, path) != ("mask", ALPHA)
-    }
-    if request.loras:
-        loras = (dataclasses.replace(lora, path=there(lora.path or lora.name)) for lora in request.loras)
-        found["loras"] = tuple(loras)
-    if request.embeddings:
-        from ldmcli.adapters.embedding_words import split_name
-
-        names = map(split_name, request.embeddings)
-        found["embeddings"] = tuple(there(file) + ("" if word is None else f":{word}") for file, word in names)
-    if request.hires and request.hires_upscaler not in UPSCALERS:
-        found["hires_upscaler"] = there(request.hires_upscaler)
-    return dataclasses.replace(request, **found) if found else request
 
 
 def open_spec(spec: ModelSpec, *, half: bool, fetched: Mapping[str, str] | None = None) -> Opened:

@@ -44,9 +44,9 @@ _log = logging.getLogger(__name__)
 OnTile = Callable[[int, int], object]  # tiles done, and of how many
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class UpscalerFile:
-    """The weights of an upscaler, looked at and not read."""
+    """The weights of an upscaler, looked at once and not read."""
 
     name: str
     weights: WeightFile

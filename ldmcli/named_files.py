@@ -1,0 +1,59 @@
+"""The files that a request names, whichever of its fields do: one place to add to with each that does."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ldmcli.control import EMBEDDED_CONTROL
+from ldmcli.fitting import FittedRequest
+from ldmcli.hires import UPSCALERS
+from ldmcli.spec import ALPHA, PICTURES, GenerationRequest
+
+
+def named_files(request: GenerationRequest) -> list[str]:
+    """Every path that it names, or name of the hub, as it is typed."""
+    given = [*(getattr(request, name) for name in PICTURES), *request.control_net, *request.control_image]
+    words = (ALPHA, EMBEDDED_CONTROL)
+    found = [name for name in given if isinstance(name, str) and name not in words]
+    if request.hires_upscaler is not None and request.hires_upscaler not in UPSCALERS:
+        found.append(request.hires_upscaler)
+    return [*found, *(lora.path or lora.name for lora in request.loras), *request.embeddings]
+
+
+def with_files(request: FittedRequest, change: Callable[[str], str]) -> FittedRequest:
+    """The same request with each path that it names changed; what is recorded of it stays."""
+
+    def there(name: Any) -> Any:
+        return change(name) if isinstance(name, str) else name
+
+    found: dict[str, Any] = {name: there(getattr(request, name)) for name in PICTURES if name != "mask"}
+    found["mask"] = request.mask if request.mask == ALPHA else there(request.mask)
+    if request.hires and request.hires_upscaler not in UPSCALERS:
+        found["hires_upscaler"] = there(request.hires_upscaler)
+    found["loras"] = tuple(dataclasses.replace(lora, path=there(lora.path or lora.name)) for lora in request.loras)
+    found["controls"] = tuple(
+        dataclasses.replace(control, image=there(control.image), net=_network(control.net, change))
+        for control in request.controls
+    )
+    if request.embeddings:
+        from ldmcli.adapters.embedding_words import split_name
+
+        names = map(split_name, request.embeddings)
+        found["embeddings"] = tuple(there(file) + ("" if word is None else f":{word}") for file, word in names)
+    return dataclasses.replace(request, **found)
+
+
+def absolute(path: str) -> str:
+    """A path as it is found from any folder."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def if_there(path: str) -> str:
+    """The same, where there is something; else the name, which may be of the hub."""
+    return absolute(path) if os.path.lexists(os.path.expanduser(path)) else path
+
+
+def _network(name: str, change: Callable[[str], str]) -> str:
+    """A network's path; the word for this program's own is none, unless there is a file of that name."""
+    return name if name == EMBEDDED_CONTROL and not os.path.lexists(name) else change(name)
