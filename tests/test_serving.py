@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from adapter_support import noise, write
 from cli_support import Result, environment, ldm_here, start, tiny_model, until
+from control_support import random_control
+from control_support import write as write_network
 from PIL import Image
 from test_lora import lora_for
 
 from ldmcli import remarks
+from ldmcli.checkpoints.source import open_model
 from ldmcli.serving.connection import Connection, connect
 
 FAST = ("--dtype", "fp32", "--device", "cpu", "--steps", "3", "-s", "1")
@@ -87,6 +90,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, family_models: Any) -> Path:
     lora_for(tiny_model(), folder / "loras" / "toy.safetensors")
     lora_for(tiny_model(), folder / "one.safetensors", seed=2)
     write(folder / "words" / "glow.safetensors", {"emb_params": noise(3, 16, scale=1.0)})
+    write_network(folder / "net.safetensors", random_control(open_model(tiny_model()).config.unet).state_dict())
     (folder / "rows.jsonl").write_text('{"prompt": "a fox", "count": 3}\n{"prompt": "an owl", "steps": 2}\n')
     (folder / "bad.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "an owl", "steps": -2}\n')
     assert ldm_here(*COMMANDS["embedded"], "-o", "drawn.png", cwd=folder).code == 0
@@ -124,11 +128,28 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "img2img": ("img2img", "a fox", *TINY, "-i", "a.png", "--strength", "0.7"),
     "mask": ("img2img", "a fox", *TINY, "-i", "a.png", "--mask", "mask.png", "--mask-blur", "1", "--json"),
     "alpha": ("img2img", "a fox", *TINY, "-i", "clear.png", "--mask", "alpha"),
+    "control": ("txt2img", "a fox", *TINY, "--control-net", "net.safetensors", "--control-image", "a.png", "--canny"),
+    "control with picture": ("img2img", "a fox", *FAST, "-i", "a.png", "--control-net", "silhouette", "-c", "2"),
+    "piped control": ("img2img", "a fox", *TINY, "-i", "-", "--control-net", "net.safetensors", "--json"),
+    "any device": ("txt2img", "a fox", "-m", "model", "--steps", "3", "-s", "1", "--dtype", "fp32"),
     "probed": ("txt2img", "a fox", *FAST, "-m", "probed.safetensors", "-W", "64", "-H", "64"),
     "again": ("txt2img", "--from-image", "drawn.png", "--steps", "2", "-o", "new.png"),
     "piped picture": ("img2img", "a fox", *TINY, "-i", "-"),
     "idle option": ("img2img", "a fox", *TINY, "-i", "a.png", "--invert-mask"),
     "batch": ("batch", "rows.jsonl", "-o", "out", *FAST, "-b", "2"),
+    "controlled batch": (
+        "batch",
+        "rows.jsonl",
+        "-o",
+        "out",
+        *FAST,
+        "--control-net",
+        "silhouette",
+        "--control-image",
+        "a.png",
+        "-b",
+        "2",
+    ),
     "bad rows": ("batch", "bad.jsonl", "-o", "out", *TINY, "--json"),
     "upscale": ("upscale", "a.png", "-o", "large.png", "--device", "cpu", "--dtype", "fp32"),
     "upscale some": ("upscale", "a.png", "bad.png", "clear.png", "-o", "l/", "--size", "20x", "--format", "jpeg"),
@@ -144,6 +165,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bad picture": ("img2img", "a fox", *TINY, "-i", "bad.png"),
     "no lora": ("txt2img", "a fox", *TINY, "--lora", "nothing.safetensors"),
     "wrong lora": ("txt2img", "a fox", *FAST, "--lora", "one.safetensors"),
+    "no control": ("txt2img", "a fox", *TINY, "--control-net", "nothing.safetensors", "--control-image", "a.png"),
+    "wrong control": ("txt2img", "a fox", *FAST, "--control-net", "net.safetensors", "--control-image", "a.png"),
+    "no control picture": ("txt2img", "a fox", *FAST, "--control-net", "silhouette", "--control-image", "none.png"),
     "no place": ("txt2img", "a fox", *TINY, "-o", "a.png/b.png"),
     "taken": ("txt2img", "a fox", *TINY, "-o", "a.png"),
     "no upscaler": ("upscale", "a.png", "-o", "b.png", "-m", "nothing.safetensors"),

@@ -133,6 +133,7 @@ class RemoteSession:
 
     def fit(self, request: GenerationRequest) -> FittedRequest:
         paths = [*(getattr(request, name) for name in PICTURES), request.hires_upscaler, *request.embeddings]
+        paths += [*request.control_net, *request.control_image]
         if any(map(is_of_process, [*paths, *(lora.path or lora.name for lora in request.loras)])):
             self._come_home(None)
         return self._ask(

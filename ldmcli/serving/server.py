@@ -380,6 +380,7 @@ def _paths(request: FittedRequest) -> list[str]:
     """The files that a request names."""
     names = (*(getattr(request, name) for name in PICTURES), request.hires_upscaler)
     paths = [name if isinstance(name, str) else "" for name in names]
+    paths += [name for one in request.controls for name in (one.net, one.image) if isinstance(name, str)]
     return [*paths, *(lora.path or lora.name for lora in request.loras), *request.embeddings]
 
 

@@ -7,6 +7,7 @@ import struct
 from typing import Any
 
 from ldmcli import errors
+from ldmcli.control import Control
 from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
 from ldmcli.spec import PICTURES, GenerationRequest, LoRA
@@ -90,8 +91,14 @@ def fitted_from_dict(sent: dict[str, Any]) -> FittedRequest:
     """A fitted request that was sent. Raises UsageError, TypeError or KeyError where it is none."""
     lists = {name: tuple(sent[name]) for name in ("guidance_interval", "embeddings")}
     lists["loras"] = tuple(LoRA(**lora) for lora in sent["loras"])
+    lists["controls"] = tuple(map(_control, sent["controls"]))
     lists["inputs"] = tuple((name, sha256) for name, sha256 in sent["inputs"])
     return FittedRequest(**(sent | lists | {"recorded": GenerationRequest(**sent["recorded"])}))
+
+
+def _control(sent: dict[str, Any]) -> Control:
+    thresholds = sent["canny"]
+    return Control(**(sent | {"canny": None if thresholds is None else tuple(thresholds)}))
 
 
 def without_bytes(fitted: FittedRequest) -> FittedRequest:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,7 @@ class Opened:
     stamps: tuple[object, ...] = ()  # of the files, as they were when they were opened
     _upscalers: "dict[str, UpscalerFile]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _controls: "dict[str, ControlSource]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    _stamped: dict[Path, tuple[object, ...]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _library: "list[Library]" = dataclasses.field(default_factory=list, compare=False, repr=False)  # one, once needed
 
     @property
@@ -247,14 +248,17 @@ class Opened:
         if name not in self._controls:
             from ldmcli.checkpoints.control_source import open_control
 
-            allow = self.spec.allow_pickle
-            self._controls[name] = open_control(_control_path(name), self.model.config, allow_pickle=allow)
+            path, allow = _control_path(name), self.spec.allow_pickle
+            stamps = _stamps_of([path])
+            self._controls[name] = open_control(path, self.model.config, allow_pickle=allow)
+            self._stamped[path] = stamps
         return self._controls[name]
 
     def hires_upscaler(self, name: str) -> "UpscalerFile":
         """The network that second passes name. Raises as `open_upscaler` does."""
         if name not in self._upscalers:
-            self._upscalers[name] = _opened_upscaler(name, self.spec, self.model)
+            found = self._upscalers[name] = _opened_upscaler(name, self.spec, self.model)
+            self._stamped[found.weights.path] = _stamps_of([found.weights.path])
         return self._upscalers[name]
 
     @property
@@ -270,8 +274,10 @@ class Opened:
 
     @property
     def changed(self) -> bool:
-        """Whether a file of the weights or their settings is another now, or gone."""
-        return self.stamps != _stamps(self)
+        """Whether a file of the weights, of their settings or of the networks that requests name is another now, or
+        gone."""
+        named = self._stamped.items()
+        return self.stamps != _stamps(self) or any(stamps != _stamps_of([path]) for path, stamps in named)
 
     def forget_words(self) -> None:
         """Look at embeddings anew when they are next asked for."""
@@ -353,6 +359,8 @@ def resolved_request(request: FittedRequest) -> FittedRequest:
 
         names = map(split_name, request.embeddings)
         found["embeddings"] = tuple(there(file) + ("" if word is None else f":{word}") for file, word in names)
+    if request.controls:
+        found["controls"] = tuple(_control_there(one, there) for one in request.controls)
     if request.hires and request.hires_upscaler not in UPSCALERS:
         found["hires_upscaler"] = there(request.hires_upscaler)
     return dataclasses.replace(request, **found) if found else request
@@ -389,7 +397,10 @@ def open_spec(spec: ModelSpec, *, half: bool, fetched: Mapping[str, str] | None 
 def _stamps(opened: Opened) -> tuple[object, ...]:
     """What tells whether the files of the weights, and those beside them that say how to read them, have changed."""
     upscaler = opened.upscaler and opened.upscaler.weights
-    paths = [each.path for each in (opened.model, opened.vae, opened.refiner, upscaler) if each]
+    return _stamps_of([each.path for each in (opened.model, opened.vae, opened.refiner, upscaler) if each])
+
+
+def _stamps_of(paths: Sequence[Path]) -> tuple[object, ...]:
     found: list[object] = []
     for path in paths:
         files = [str(path), *(str(path.with_suffix(ending)) for ending in _SETTINGS)]
@@ -401,6 +412,11 @@ def _stamps(opened: Opened) -> tuple[object, ...]:
                 stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
                 found.append((file, *stamp))
     return tuple(found)
+
+
+def _control_there(control: Control, there: Callable[[str], str]) -> Control:
+    image = there(control.image) if isinstance(control.image, str) else control.image
+    return dataclasses.replace(control, net=there(control.net), image=image)
 
 
 def _control_path(name: str) -> Path:
