@@ -101,6 +101,23 @@ def test_two_servers_do_not_share_a_place(served: Served) -> None:
     assert served.status()["clients"] == 0
 
 
+def test_a_server_takes_the_place_of_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    (tmp_path / "link").symlink_to("a.png")
+    (tmp_path / "folder").mkdir()
+    for name in ("a.png", "link", "folder"):
+        env = {"LDM_SERVER": str(tmp_path / name)}
+        assert_refused(ldm_here("serve", "--idle", "1s", env=env), 73, "no socket")
+    assert (tmp_path / "link").read_bytes() == b"a picture"
+    assert len(list(tmp_path.iterdir())) == 3
+    with socket.socket(socket.AF_UNIX) as others:
+        others.bind(str(tmp_path / "s"))
+        others.listen()
+        refused = ldm_here("serve", "--idle", "1s", env={"LDM_SERVER": str(tmp_path / "s")})
+    assert_refused(refused, 73, "another program's")
+    assert (tmp_path / "s").is_socket()
+
+
 def test_a_server_is_told_of_and_stopped(path: Path) -> None:
     served = Served(path)
     told = ldm_here("serve", "--status", "--json", env=served.env)
