@@ -118,6 +118,15 @@ def test_a_server_takes_the_place_of_no_file(tmp_path: Path) -> None:
     assert (tmp_path / "s").is_socket()
 
 
+def test_a_server_that_is_held_keeps_nobody(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_GREETING_S", 0.5)
+    served.process.send_signal(signal.SIGSTOP)
+    done = served.run("txt2img", "a fox", "-m", tiny_model(), *FAST, "-o", tmp_path / "a.png")
+    served.process.send_signal(signal.SIGCONT)
+    assert done.code == 0
+    assert done.err.splitlines() == [f"ldm: warning: the server at {served.env['LDM_SERVER']} does not answer"]
+
+
 def test_a_server_is_told_of_and_stopped(path: Path) -> None:
     served = Served(path)
     told = ldm_here("serve", "--status", "--json", env=served.env)
