@@ -1,9 +1,7 @@
 """`ldm serve` and the commands that draw with it: the same files, words and exit codes as without it."""
 
 import contextlib
-import dataclasses
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,14 +12,15 @@ import numpy as np
 import pytest
 from adapter_support import noise, write
 from cli_support import Result, environment, ldm_here, start, tiny_model, until
+from control_support import random_control
+from control_support import write as write_network
 from PIL import Image
 from test_lora import lora_for
 
-from ldmcli import ModelSpec, RuntimeSpec, Session, remarks
+from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session, remarks
+from ldmcli.checkpoints.source import open_model
 from ldmcli.named_files import named_files, with_files
 from ldmcli.serving.connection import Connection, connect
-from ldmcli.serving.wire import fitted_from_dict, receive, send
-from ldmcli.spec import GenerationRequest, LoRA
 
 FAST = ("--dtype", "fp32", "--device", "cpu", "--steps", "3", "-s", "1")
 TINY = ("-m", "model", *FAST)
@@ -92,10 +91,11 @@ def files(tmp_path_factory: pytest.TempPathFactory, family_models: Any) -> Path:
     lora_for(tiny_model(), folder / "loras" / "toy.safetensors")
     lora_for(tiny_model(), folder / "one.safetensors", seed=2)
     write(folder / "words" / "glow.safetensors", {"emb_params": noise(3, 16, scale=1.0)})
+    write_network(folder / "net.safetensors", random_control(open_model(tiny_model()).config.unet).state_dict())
     (folder / "rows.jsonl").write_text('{"prompt": "a fox", "count": 3}\n{"prompt": "an owl", "steps": 2}\n')
-    net = Path(__file__).parent.parent / "weights" / "tiny-emoji-silhouette" / "model.safetensors"
-    (folder / "net.safetensors").symlink_to(net)
-    steered = '{"prompt": "a cat", "control_net": "net.safetensors", "control_image": "mask.png"}\n'
+    own = Path(__file__).parent.parent / "weights" / "tiny-emoji-silhouette" / "model.safetensors"
+    (folder / "own.safetensors").symlink_to(own)
+    steered = '{"prompt": "a cat", "control_net": "own.safetensors", "control_image": "mask.png"}\n'
     (folder / "steered.jsonl").write_text(steered)
     (folder / "bad.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "an owl", "steps": -2}\n')
     assert ldm_here(*COMMANDS["embedded"], "-o", "drawn.png", cwd=folder).code == 0
@@ -133,15 +133,20 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "img2img": ("img2img", "a fox", *TINY, "-i", "a.png", "--strength", "0.7"),
     "mask": ("img2img", "a fox", *TINY, "-i", "a.png", "--mask", "mask.png", "--mask-blur", "1", "--json"),
     "alpha": ("img2img", "a fox", *TINY, "-i", "clear.png", "--mask", "alpha"),
-    "depth and mask": ("img2img", "a fox", *TINY, "-i", "a.png", "--depth", "mask.png"),
-    "controlled": ("txt2img", "a cat", *FAST, "--control-net", "net.safetensors", "--control-image", "mask.png"),
-    "canny": ("img2img", "a cat", *FAST, "-i", "a.png", "--control-net", "silhouette", "--canny", "--json"),
+    "control": ("txt2img", "a fox", *TINY, "--control-net", "net.safetensors", "--control-image", "a.png", "--canny"),
+    "control with picture": ("img2img", "a fox", *FAST, "-i", "a.png", "--control-net", "silhouette", "-c", "2"),
+    "piped control": ("img2img", "a fox", *TINY, "-i", "-", "--control-net", "net.safetensors", "--json"),
+    "any device": ("txt2img", "a fox", "-m", "model", "--steps", "3", "-s", "1", "--dtype", "fp32"),
     "steered rows": ("batch", "steered.jsonl", "-o", "out", *FAST),
     "probed": ("txt2img", "a fox", *FAST, "-m", "probed.safetensors", "-W", "64", "-H", "64"),
     "again": ("txt2img", "--from-image", "drawn.png", "--steps", "2", "-o", "new.png"),
     "piped picture": ("img2img", "a fox", *TINY, "-i", "-"),
     "idle option": ("img2img", "a fox", *TINY, "-i", "a.png", "--invert-mask"),
     "batch": ("batch", "rows.jsonl", "-o", "out", *FAST, "-b", "2"),
+    "controlled batch": (
+        *("batch", "rows.jsonl", "-o", "out", *FAST, "-b", "2"),
+        *("--control-net", "silhouette", "--control-image", "a.png"),
+    ),
     "bad rows": ("batch", "bad.jsonl", "-o", "out", *TINY, "--json"),
     "upscale": ("upscale", "a.png", "-o", "large.png", "--device", "cpu", "--dtype", "fp32"),
     "upscale some": ("upscale", "a.png", "bad.png", "clear.png", "-o", "l/", "--size", "20x", "--format", "jpeg"),
@@ -157,6 +162,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bad picture": ("img2img", "a fox", *TINY, "-i", "bad.png"),
     "no lora": ("txt2img", "a fox", *TINY, "--lora", "nothing.safetensors"),
     "wrong lora": ("txt2img", "a fox", *FAST, "--lora", "one.safetensors"),
+    "no control": ("txt2img", "a fox", *TINY, "--control-net", "nothing.safetensors", "--control-image", "a.png"),
+    "wrong control": ("txt2img", "a fox", *FAST, "--control-net", "net.safetensors", "--control-image", "a.png"),
+    "no control picture": ("txt2img", "a fox", *FAST, "--control-net", "silhouette", "--control-image", "none.png"),
     "no place": ("txt2img", "a fox", *TINY, "-o", "a.png/b.png"),
     "taken": ("txt2img", "a fox", *TINY, "-o", "a.png"),
     "no upscaler": ("upscale", "a.png", "-o", "b.png", "-m", "nothing.safetensors"),
@@ -200,37 +208,18 @@ def test_a_client_imports_nothing_that_computes(command: str, served: Served, fi
     assert done.stdout.splitlines()[-1] == b"0 []", done
 
 
-def test_a_fitted_request_arrives_as_it_was_sent(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(files)
-    data = Path("mask.png").read_bytes()
-    steered = {"control_net": ("net.safetensors", "silhouette"), "control_image": (data, "a.png"), "canny": ("9,99",)}
-    request = GenerationRequest(
-        "a glow", image=data, loras=(LoRA("one.safetensors", 0.5),), embeddings=("words/glow.safetensors",),
-        prompt_syntax="weighted", hires="2", **steered,
-    )  # fmt: skip
-    session = Session(ModelSpec(), RuntimeSpec(dtype="fp32", device="cpu"))
-    fitted = session.fit(dataclasses.replace(request, loras=(), embeddings=()))
-    fitted = dataclasses.replace(
-        fitted, loras=request.loras, embeddings=request.embeddings, guidance_interval=(0.1, 0.9)
-    )
-    one, other = socket.socketpair()
-    with one, other:
-        send(one, {"fitted": fitted})
-        assert fitted_from_dict(receive(other)["fitted"]) == fitted
-
-
 def test_every_file_of_a_request_is_found_from_another_folder(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     session = Session(ModelSpec(), RuntimeSpec(dtype="fp32", device="cpu"))
     request = GenerationRequest(
         "a cat", image="a.png", mask="mask.png",
-        control_net=("net.safetensors", "silhouette"), control_image=("mask.png", "a.png"),
+        control_net=("own.safetensors", "silhouette"), control_image=("mask.png", "a.png"),
     )  # fmt: skip
     seen: list[str] = []
     fitted = with_files(session.fit(request), lambda path: seen.append(path) or f"/there/{path}")  # type: ignore[func-returns-value]
     assert {fitted.image, fitted.mask} == {"/there/a.png", "/there/mask.png"}
     assert [(each.net, each.image) for each in fitted.controls] == [
-        ("/there/net.safetensors", "/there/mask.png"), ("silhouette", "/there/a.png"),
+        ("/there/own.safetensors", "/there/mask.png"), ("silhouette", "/there/a.png"),
     ]  # fmt: skip
     assert set(named_files(request)) == set(seen)
     assert fitted.recorded.control_net == request.control_net

@@ -1,6 +1,7 @@
 """What goes wrong between commands and their server: ends and signals on both sides, other versions, other users."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -12,12 +13,20 @@ from pathlib import Path
 
 import pytest
 from cli_support import assert_refused, copy_model, ldm, ldm_here, start, status_of, tiny_model, until
+from control_support import random_control, write
+from PIL import Image
 from test_serving import FAST, Served
 
+from ldmcli import GenerationRequest
+from ldmcli.checkpoints.source import open_model
+from ldmcli.control import Control
 from ldmcli.errors import CannotCreateError, UsageError
+from ldmcli.fitting import fit_to_model
 from ldmcli.images.metadata import read_record
 from ldmcli.serving import connection, place
 from ldmcli.serving.place import is_private, is_safe, listening, peer_is_user, socket_path
+from ldmcli.serving.wire import fitted_from_dict, receive, send
+from ldmcli.spec import LoRA
 
 LONG = ("txt2img", "a red apple", "-m", str(tiny_model()), "--dtype", "fp32", "--device", "cpu", "-s", "1")
 GONE = "ldm: warning: the server is gone; going on without it"
@@ -92,6 +101,32 @@ def test_two_servers_do_not_share_a_place(served: Served) -> None:
     assert served.status()["clients"] == 0
 
 
+def test_a_server_takes_the_place_of_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    (tmp_path / "link").symlink_to("a.png")
+    (tmp_path / "folder").mkdir()
+    for name in ("a.png", "link", "folder"):
+        env = {"LDM_SERVER": str(tmp_path / name)}
+        assert_refused(ldm_here("serve", "--idle", "1s", env=env), 73, "no socket")
+    assert (tmp_path / "link").read_bytes() == b"a picture"
+    assert len(list(tmp_path.iterdir())) == 3
+    with socket.socket(socket.AF_UNIX) as others:
+        others.bind(str(tmp_path / "s"))
+        others.listen()
+        refused = ldm_here("serve", "--idle", "1s", env={"LDM_SERVER": str(tmp_path / "s")})
+    assert_refused(refused, 73, "another program's")
+    assert (tmp_path / "s").is_socket()
+
+
+def test_a_server_that_is_held_keeps_nobody(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_GREETING_S", 0.5)
+    served.process.send_signal(signal.SIGSTOP)
+    done = served.run("txt2img", "a fox", "-m", tiny_model(), *FAST, "-o", tmp_path / "a.png")
+    served.process.send_signal(signal.SIGCONT)
+    assert done.code == 0
+    assert done.err.splitlines() == [f"ldm: warning: the server at {served.env['LDM_SERVER']} does not answer"]
+
+
 def test_a_server_is_told_of_and_stopped(path: Path) -> None:
     served = Served(path)
     told = ldm_here("serve", "--status", "--json", env=served.env)
@@ -149,6 +184,32 @@ def test_a_model_whose_file_changes_is_read_anew(served: Served, tmp_path: Path)
         weights.write_bytes(data)
     assert served.status()["drawn"] == 2
     assert records[0] != records[1]
+
+
+def test_a_network_whose_file_changes_is_read_anew(served: Served, tmp_path: Path) -> None:
+    unet, net, hint, drawn = open_model(tiny_model()).config.unet, tmp_path / "net.safetensors", tmp_path / "h.png", []
+    Image.new("RGB", (16, 16), "white").save(hint)
+    for seed in (1, 2):
+        net.unlink(missing_ok=True)
+        write(net, random_control(unet, seed=seed).state_dict())
+        command = ("txt2img", "a fox", "-m", tiny_model(), *FAST, "--no-metadata", "-o", "-")
+        command = (*command, "--control-net", net, "--control-image", hint)
+        drawn.append(served.run(*command).out)
+        assert drawn[-1] == ldm_here(*command).out
+    assert served.status()["drawn"] == 2
+    assert drawn[0] != drawn[1]
+
+
+def test_a_request_arrives_as_it_was_sent() -> None:
+    control, lora, inputs = Control("net", "a.png", canny=(1, 2)), LoRA("a", 0.5), (("image", "0" * 64),)
+    asked = GenerationRequest("a fox", loras=(lora,), control_net=("net",), control_image=("a.png",), canny=("1,2",))
+    fitted = fit_to_model(asked, open_model(tiny_model()).config)
+    fitted = dataclasses.replace(fitted, controls=(control,), loras=(lora,), embeddings=("a",), inputs=inputs)
+    assert all(value for value in vars(fitted).values() if isinstance(value, tuple))  # none goes unlooked at
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send(ours, {"request": fitted})
+        assert fitted_from_dict(receive(theirs)["request"]) == fitted
 
 
 def test_many_clients_at_once_each_get_their_own(served: Served, tmp_path: Path) -> None:

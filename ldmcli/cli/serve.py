@@ -109,7 +109,7 @@ def _ask(what: str, *, as_json: bool) -> None:
 
     connection = connect(any_version=True)
     if connection is None:
-        raise MissingInputError("no server of yours is up; start one by ldm serve.")
+        raise MissingInputError("no server of yours answers; start one by ldm serve.")
     with contextlib.closing(connection):
         if what == "stop":
             with contextlib.suppress(GoneError):  # it may be gone before it answers

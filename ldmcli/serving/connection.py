@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ldmcli.errors import printable
 from ldmcli.serving.place import agreement, is_safe, peer_is_user, socket_path
 from ldmcli.serving.wire import receive, send
 
@@ -110,6 +111,8 @@ def connect(*, any_version: bool = False) -> Connection | None:
             if found.greeting.agreed or any_version:
                 return found
             _log.debug("the server (process %d) is of another version or environment", found.greeting.pid)
+    except TimeoutError:
+        _log.warning("the server at %s does not answer", printable(str(path)))
     except (OSError, KeyError, TypeError, ValueError) as error:
         _log.debug("no server answers at %s (%s)", path, error)
     connection.close()

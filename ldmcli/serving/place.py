@@ -75,11 +75,13 @@ def listening(path: Path) -> "Iterator[socket.socket]":
     import socket
 
     prepare_place(path)
+    _check_free(path)
     with contextlib.ExitStack() as stack:
         try:
             lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _check_free(path, of_servers=True)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -98,6 +100,22 @@ def listening(path: Path) -> "Iterator[socket.socket]":
         finally:
             with contextlib.suppress(OSError):  # gone already, with its folder
                 os.unlink(path)
+
+
+def _check_free(path: Path, *, of_servers: bool = False) -> None:
+    """Raises CannotCreateError where a file is, or `of_servers` another program's socket: none of them is to go."""
+    import socket
+
+    try:
+        kind = "" if stat.S_ISSOCK(os.lstat(path).st_mode) else "is no socket"
+    except OSError:  # nothing is there
+        return
+    if of_servers and not kind:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, contextlib.suppress(OSError):
+            client.connect(os.fspath(path))
+            kind = "is another program's"
+    if kind:
+        raise CannotCreateError(f"{printable(str(path))} {kind}; have LDM_SERVER name another place.")
 
 
 @contextlib.contextmanager

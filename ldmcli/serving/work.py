@@ -293,6 +293,7 @@ class Work:
         if not session.loaded:
             with heard_by(None, set()):
                 self._make_room(session)
+                session.runtime  # noqa: B018  a command's own session says what there is to say of it
             remarks = self._remarks[known] = list[logging.LogRecord]()
             with heard_by(remarks.append, set()):
                 session.load(first)
