@@ -1,7 +1,8 @@
 """Frozen descriptions of a model's parts: what config.json says, or what tensor shapes tell."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -9,6 +10,15 @@ if TYPE_CHECKING:
 # Schedules that place noise levels, and need no training step each.
 RESPACED = ("karras", "exponential", "beta", "normal", "sgm_uniform", "simple", "ays")
 UNDECIDED = "undecided"  # a prediction type that only the network itself can tell
+
+
+class CrossAttention(NamedTuple):
+    """One of a U-Net's: the transformer that it is in, on which level, 0 the finest, its channels and heads."""
+
+    transformer: str
+    level: int
+    channels: int
+    heads: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,60 @@ class UNetConfig:
             last = level == len(self.block_channels) - 1
             found += [width] * (self.layers_per_block + (not last))
         return tuple(found)
+
+    @property
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        """Every one, in the order of diffusers' attention processors: the way down, the way up, the middle."""
+        found: list[CrossAttention] = []
+        levels = range(len(self.block_channels))
+        for way, order, count in (
+            ("down", levels, self.layers_per_block),
+            ("up", levels[::-1], self.layers_per_block + 1),
+        ):
+            for block, level in enumerate(order):
+                width, heads = self.block_channels[level], self.heads[level]
+                for i, _ in itertools.product(range(count), range(self.attention[level])):
+                    found.append(CrossAttention(f"{way}_blocks.{block}.attentions.{i}", level, width, heads))
+        last = len(levels) - 1
+        middle = CrossAttention("mid_block.attentions.0", last, self.block_channels[last], self.heads[last])
+        return (*found, *[middle] * self.middle_attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class IPAdapterConfig:
+    """An IP-Adapter for the cross-attentions `places`. `reads` "embedding": a picture's, of which a layer makes
+    `tokens`; "patches": what an image encoder has of each of a picture's patches, `resampled` to so many tokens, or as
+    many as there are. `image_dim` is the width of either, `dim` and `layers` are of the resampler."""
+
+    reads: str
+    image_dim: int
+    context_dim: int
+    places: tuple[CrossAttention, ...]
+    tokens: int = 4
+    resampled: bool = False
+    dim: int = 0
+    layers: int = 0
+    heads: int = 0
+    inner: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageEncoderConfig:
+    """A CLIP vision tower for square pictures of `image_size` pixels, with its projection."""
+
+    hidden_size: int
+    intermediate_size: int
+    projection_dim: int
+    layers: int
+    heads: int
+    image_size: int = 224
+    patch_size: int = 14
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+
+    def width(self, reads: str) -> int:
+        """How wide what an IP-Adapter reads of it is."""
+        return self.projection_dim if reads == "embedding" else self.hidden_size
 
 
 @dataclasses.dataclass(frozen=True)

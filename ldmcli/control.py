@@ -1,11 +1,11 @@
 """What a request says of the networks that steer it by pictures: control networks and adapters."""
 
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ldmcli.entries import MAX_STRENGTH, Reader, choice, entries, for_each, number, picture, text
 from ldmcli.errors import UsageError, printable
 
 CONTROL_FIELDS = (
@@ -20,8 +20,6 @@ TYPES = {
     "normal": 4, "segment": 5, "tile": 6, INPAINT: 7, "repaint": 7,
 }  # fmt: skip
 EMBEDDED_CONTROL = "silhouette"  # what the network for the embedded model is called by
-MAX_CONTROLS = 16
-MAX_STRENGTH = 10.0
 CANNY_USUAL, CANNY_OFF = "100,200", "off"
 _MAX_THRESHOLD = 1 << 15
 _THRESHOLDS = re.compile(r"\s*([0-9]{1,5})\s*[,:]\s*([0-9]{1,5})\s*")
@@ -69,43 +67,19 @@ class Control:
 
 
 def read_control(name: str, value: Any) -> tuple[Any, ...]:
-    """The entries of one of the CONTROL_FIELDS, one for each network or one for all: a list, one value alone, or
-    several in one text with semicolons between. Raises UsageError."""
-    if isinstance(value, str):
-        value = [one.strip() for one in value.split(";") if one.strip()] or [""]
-    elif not isinstance(value, list | tuple) or (name == "canny" and _is_pair(value)):
-        value = [value]
-    if len(value) > MAX_CONTROLS:
-        raise UsageError(f"{name} has {len(value)} entries; at most {MAX_CONTROLS} are accepted.")
-    return tuple(_READERS[name](name, one) for one in value)
+    """The entries of one of the CONTROL_FIELDS. Raises UsageError."""
+    return entries(name, value, _READERS[name], alone=name == "canny" and _is_pair(value))
 
 
 def controls_of(fields: Mapping[str, Any]) -> tuple[Control, ...]:
     """The networks that a request's fields name, with their pictures: `control_image`, or the `image` drawn on. Raises
     UsageError where there are fewer or more of something than networks."""
-    nets = fields["control_net"]
-    given = [name for name in CONTROL_FIELDS[1:] if fields[name]]
-    if not nets:
-        if given:
-            raise UsageError(f"{given[0]} is for a request with a control_net; give one, or leave it out.")
-        return ()
-    columns: dict[str, list[Any]] = {}
-    for name in given:
-        values = list(fields[name])
-        if len(values) not in (1, len(nets)):
-            raise UsageError(
-                f"{name} has {len(values)} entries and control_net {len(nets)}; give one for all, or one for each."
-            )
-        columns[name.removeprefix("control_")] = values * (len(nets) // len(values))
-    if "image" not in columns:
-        if fields["image"] is None:
-            raise UsageError("control_net has no control_image; give the picture that it is to follow.")
-        columns["image"] = [fields["image"]] * len(nets)
-    if "canny" in columns:
-        columns["canny"] = [thresholds(one) for one in columns["canny"]]
     found = []
-    for i, net in enumerate(nets):
-        control = Control(net, **{name: values[i] for name, values in columns.items()})
+    for given in for_each(fields, CONTROL_FIELDS):
+        said = {name.removeprefix("control_"): value for name, value in given.items()}
+        if "canny" in said:
+            said["canny"] = thresholds(said["canny"])
+        control = Control(**said)
         if control.start >= control.end:
             raise UsageError(
                 f"control_start {control.start:g} is not before control_end {control.end:g}; there is no step between."
@@ -114,83 +88,44 @@ def controls_of(fields: Mapping[str, Any]) -> tuple[Control, ...]:
     return tuple(found)
 
 
-def thresholds(text: str) -> tuple[int, int] | None:
+def thresholds(written: str) -> tuple[int, int] | None:
     """The two of Canny's edge detector; None where it is off. Raises UsageError."""
-    if text == CANNY_OFF:
+    if written == CANNY_OFF:
         return None
-    found = _THRESHOLDS.fullmatch(text)
+    found = _THRESHOLDS.fullmatch(written)
     low, high = (int(found[1]), int(found[2])) if found else (1, 0)
     if not low <= high <= _MAX_THRESHOLD:
         raise UsageError(
-            f"canny {printable(repr(text))} is not LOW,HIGH, two whole numbers up to {_MAX_THRESHOLD}, such as "
+            f"canny {printable(repr(written))} is not LOW,HIGH, two whole numbers up to {_MAX_THRESHOLD}, such as "
             f"{CANNY_USUAL}, nor {CANNY_OFF}."
         )
     return low, high
 
 
 def _is_pair(value: Any) -> bool:
-    return len(value) == 2 and all(type(one) is int for one in value)
-
-
-def _text(name: str, value: Any) -> str:
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(value, str) or not value or "\0" in value or len(value) > 4096:
-        raise UsageError(f"{name} {printable(repr(value))} is no name of a file.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{name} is not valid Unicode text (it holds a lone surrogate).") from None
-    return value
-
-
-def _image(name: str, value: Any) -> str | bytes:
-    if isinstance(value, bytes) and value:
-        return value
-    return _text(name, value)
-
-
-def _number(most: float) -> Callable[[str, Any], float]:
-    def read(name: str, value: Any) -> float:
-        number = value
-        if isinstance(value, str):
-            try:
-                number = float(value)
-            except ValueError:
-                number = None
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= most:
-            raise UsageError(f"{name} {printable(repr(value))} is not a number from 0 to {most:g}.")
-        return float(number)
-
-    return read
-
-
-def _choice(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
-    def read(name: str, value: Any) -> str:
-        if value not in choices:
-            raise UsageError(f"{name} {printable(repr(value))} is not known; choose from {', '.join(choices)}.")
-        return str(value)
-
-    return read
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(one) is int for one in value)
 
 
 def _canny(name: str, value: Any) -> str:
     if value is True or value is False:
         return CANNY_USUAL if value else CANNY_OFF
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-    if not isinstance(text, str):
-        text = repr(text)
-    text = {"true": CANNY_USUAL, "yes": CANNY_USUAL, "false": CANNY_OFF, "no": CANNY_OFF}.get(text.lower(), text)
-    found = thresholds(text)
+    written = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+    if not isinstance(written, str):
+        written = repr(written)
+    written = {"true": CANNY_USUAL, "yes": CANNY_USUAL, "false": CANNY_OFF, "no": CANNY_OFF}.get(
+        written.lower(), written
+    )
+    found = thresholds(written)
     return CANNY_OFF if found is None else f"{found[0]},{found[1]}"
 
 
-_READERS: dict[str, Callable[[str, Any], Any]] = {
-    "control_net": _text,
-    "control_image": _image,
-    "control_strength": _number(MAX_STRENGTH),
-    "control_start": _number(1.0),
-    "control_end": _number(1.0),
-    "control_mode": _choice(MODES),
-    "control_type": _choice(tuple(TYPES)),
+_READERS: dict[str, Reader] = {
+    "control_net": text,
+    "control_image": picture,
+    "control_strength": number(MAX_STRENGTH),
+    "control_start": number(1.0),
+    "control_end": number(1.0),
+    "control_mode": choice(MODES),
+    "control_type": choice(tuple(TYPES)),
     "canny": _canny,
 }

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ldmcli import hires
 from ldmcli.config import ModelConfig
-from ldmcli.control import CONTROL_FIELDS, Control, controls_of
+from ldmcli.control import Control, controls_of
 from ldmcli.errors import UsageError
+from ldmcli.image_prompt import ImagePrompt, image_prompts_of
 from ldmcli.sampling.catalogue import check_fit, sampler_named
-from ldmcli.spec import HIRES_FIELDS, IMAGE_GUIDANCE, PICTURES, STRENGTH, GenerationRequest, LoRA
+from ldmcli.spec import HIRES_FIELDS, IMAGE_GUIDANCE, PICTURES, STEERING, STRENGTH, GenerationRequest, LoRA
 
 if TYPE_CHECKING:
     from ldmcli.config import ModelConfig
@@ -25,8 +26,9 @@ class FittedRequest:
     sampler, steps and guidance, where its LoRAs were found, and nothing else filled in. `steps_taken`
     is how many of the steps are taken: the last ones, which begin at the noise that `strength` asks for. `model_reads`
     is what the model reads beside the latents, as in UNetConfig, and `image_guidance_scale` 1 where that is no picture.
-    `controls` are the networks that steer, those of strength 0 left out. `inputs` are the SHA-256 of the pictures, the
-    upscaler and the networks that it names, by field; by field:NUMBER where there may be several.
+    `controls` are the networks that steer and `image_prompts` the pictures that are prompts, those of strength 0 left
+    out. `inputs` are the SHA-256 of the pictures, the upscaler and the networks that it names, by field; by
+    field:NUMBER where there may be several.
     """
 
     recorded: GenerationRequest
@@ -71,13 +73,15 @@ class FittedRequest:
     steps_taken: int
     model_reads: str
     controls: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
     inputs: tuple[tuple[str, str], ...] = ()
 
     @property
     def settings(self) -> tuple[object, ...]:
         """What pictures that are drawn together must agree in: all but prompts, seed and pictures."""
-        own = ("recorded", "prompt", "negative_prompt", "seed", "inputs", "controls", *PICTURES)
-        given = (self.image is None, self.mask is None, tuple(control.settings for control in self.controls))
+        own = ("recorded", "prompt", "negative_prompt", "seed", "inputs", "controls", "image_prompts", *PICTURES)
+        steered = [each.settings for each in self.controls] + [each.settings for each in self.image_prompts]
+        given = (self.image is None, self.mask is None, *steered)
         return (*given, *(value for name, value in vars(self).items() if name not in own))
 
     @property
@@ -119,13 +123,18 @@ class FittedRequest:
         return self.reads_image or (self.hires is not None and self.hires_upscaler != hires.LATENT)
 
     @property
+    def is_steered(self) -> bool:
+        """Whether networks are needed beside the model's own."""
+        return bool(self.controls or self.image_prompts)
+
+    @property
     def files(self) -> dict[str, str]:
         """The SHA-256 of what it names, by path."""
         found = {}
         for name, sha256 in self.inputs:
             field, _, number = name.partition(":")
-            value = getattr(self.recorded, field)
-            found[str(value[int(number)] if number else value)] = sha256
+            value = getattr(self.recorded, field, name)
+            found[str(value[int(number)] if number and value != name else value)] = sha256
         return found
 
     def with_seed(self, seed: int) -> "FittedRequest":
@@ -197,8 +206,9 @@ def fit_to_model(
         "hires_steps": own.get("hires_steps", 0),
         "hires_upscaler": own.get("hires_upscaler", ""),
         "controls": controls_of(vars(request)),
+        "image_prompts": image_prompts_of(vars(request)),
     }
-    said = {name: value for name, value in vars(recorded).items() if name not in CONTROL_FIELDS}
+    said = {name: value for name, value in vars(recorded).items() if name not in STEERING}
     return FittedRequest(recorded=recorded, **(said | filled))
 
 

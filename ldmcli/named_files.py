@@ -8,13 +8,15 @@ from typing import Any
 from ldmcli.control import EMBEDDED_CONTROL
 from ldmcli.fitting import FittedRequest
 from ldmcli.hires import UPSCALERS
-from ldmcli.spec import ALPHA, PICTURES, GenerationRequest
+from ldmcli.image_prompt import NO_MASK
+from ldmcli.spec import ALPHA, PICTURES, STEERING_FILES, GenerationRequest
 
 
 def named_files(request: GenerationRequest) -> list[str]:
     """Every path that it names, or name of the hub, as it is typed."""
-    given = [*(getattr(request, name) for name in PICTURES), *request.control_net, *request.control_image]
-    words = (ALPHA, EMBEDDED_CONTROL)
+    given = [*(getattr(request, name) for name in PICTURES)]
+    given += [one for name in STEERING_FILES for one in getattr(request, name)]
+    words = (ALPHA, EMBEDDED_CONTROL, NO_MASK)
     found = [name for name in given if isinstance(name, str) and name not in words]
     if request.hires_upscaler is not None and request.hires_upscaler not in UPSCALERS:
         found.append(request.hires_upscaler)
@@ -35,6 +37,10 @@ def with_files(request: FittedRequest, change: Callable[[str], str]) -> FittedRe
     found["controls"] = tuple(
         dataclasses.replace(control, image=there(control.image), net=_network(control.net, change))
         for control in request.controls
+    )
+    found["image_prompts"] = tuple(
+        dataclasses.replace(prompt, adapter=there(prompt.adapter), image=there(prompt.image), mask=there(prompt.mask))
+        for prompt in request.image_prompts
     )
     if request.embeddings:
         from ldmcli.adapters.embedding_words import split_name

@@ -23,9 +23,16 @@ from ldmcli.checks import (
 from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
+from ldmcli.image_prompt import IP_ADAPTER_FIELDS, read_ip_adapter
 from ldmcli.sampling.catalogue import check_spacing, sampler_named
 from ldmcli.sampling.names import sampler_of, schedule_of
 
+# Of networks that steer, and pictures that are prompts: what reads each field.
+STEERING = dict.fromkeys(CONTROL_FIELDS, read_control) | dict.fromkeys(IP_ADAPTER_FIELDS, read_ip_adapter)
+# Of these, those that name files: networks, then pictures.
+STEERING_NETWORKS = "control_net", "ip_adapter"
+STEERING_PICTURES = "control_image", "ip_adapter_image", "ip_adapter_mask"
+STEERING_FILES = STEERING_NETWORKS + STEERING_PICTURES
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 999
 MAX_SIZE = 1 << 17
@@ -136,7 +143,8 @@ class GenerationRequest:
 
     `control_net` are networks, files or names of the hub, that have the picture follow those in `control_image`, paths
     or bytes; without any, `image`. The fields after them, and `canny`, thresholds LOW,HIGH or "off", say how: one entry
-    for all networks, or one for each; see ldmcli/control.py.
+    for all networks, or one for each; see ldmcli/control.py. `ip_adapter` are such networks that read the pictures in
+    `ip_adapter_image` as prompts, and the fields after them say how; see ldmcli/image_prompt.py.
 
     Raises UsageError when a field is out of range, naming field, value and range.
     """
@@ -187,6 +195,11 @@ class GenerationRequest:
     control_mode: tuple[str, ...] = ()
     control_type: tuple[str, ...] = ()
     canny: tuple[str, ...] = ()
+    ip_adapter: tuple[str, ...] = ()
+    ip_adapter_image: tuple[str | bytes, ...] = ()
+    ip_adapter_strength: tuple[float, ...] = ()
+    ip_adapter_mask: tuple[str | bytes, ...] = ()
+    ip_adapter_blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
@@ -215,9 +228,9 @@ class GenerationRequest:
             object.__setattr__(self, "loras", read_loras(self.loras))
         if self.embeddings != ():
             object.__setattr__(self, "embeddings", checked_names("embeddings", self.embeddings, MAX_EMBEDDINGS))
-        for name in CONTROL_FIELDS:
+        for name, read in STEERING.items():
             if getattr(self, name) != ():
-                object.__setattr__(self, name, read_control(name, getattr(self, name)))
+                object.__setattr__(self, name, read(name, getattr(self, name)))
         self._check_sampler()
         self._check_inputs()
         self._check_hires()
@@ -273,11 +286,11 @@ class GenerationRequest:
         given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
         parts = ((self.image, IMAGE_FIELDS), (self.hires, HIRES_FIELDS))
         left_out = {name for part, names in parts if part is None for name in names}
-        if self.control_net:
+        if self.control_net or self.ip_adapter_mask:
             left_out -= {"resize"}
         said = {name: value for name, value in vars(self).items() if name not in left_out}
         lists = {"loras": [dataclasses.asdict(lora) for lora in self.loras], "embeddings": list(self.embeddings)}
-        for name in CONTROL_FIELDS:
+        for name in STEERING:
             lists[name] = ["-" if isinstance(value, bytes) else value for value in getattr(self, name)]
         return {name: value for name, value in (said | given | lists).items() if value or name not in lists}
 
@@ -302,7 +315,8 @@ class ModelSpec:
     torch's restricted unpickler read .ckpt and .bin files. `lora_dir` is a folder in which LoRAs are found by name,
     `embedding_dir` one of embeddings for all requests, each called by its file's name. `upscaler` is the
     network that makes pictures larger once they are drawn: a file, or "embedded", the model's own where its folder has
-    one, else the general one that comes along."""
+    one, else the general one that comes along. `image_encoder` reads pictures for IP-Adapters that have none beside
+    them."""
 
     model: str | None = None
     vae: str | None = None
@@ -312,6 +326,7 @@ class ModelSpec:
     lora_dir: str | None = None
     embedding_dir: str | None = None
     upscaler: str | None = None
+    image_encoder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,9 @@ def open_session(path: Path | None, **settings: Any) -> "Session":
     of a ModelSpec or a RuntimeSpec."""
     from ldmcli import ModelSpec, RuntimeSpec, Session
 
-    model = {name: settings.pop(name) for name in ("vae", "refiner", "prediction_type") if name in settings}
+    model = {
+        name: settings.pop(name) for name in ("vae", "refiner", "prediction_type", "image_encoder") if name in settings
+    }
     runtime: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "threads": 1, "cache": False}
     return Session(ModelSpec(path and str(path), **model), RuntimeSpec(**(runtime | settings)))
 

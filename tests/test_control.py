@@ -210,6 +210,7 @@ def test_strength_0_is_no_network_bit_for_bit(model_folder: Path, file: Path, pi
 
 def test_a_network_that_no_step_reaches_changes_nothing(pipeline: Pipeline, file: Path, picture: Path) -> None:
     request = request_for(file, picture, control_start=0.9)
+    latents_of(pipeline, request)  # the first after one of another size may differ in its last bits
     assert torch.equal(latents_of(pipeline, request), latents_of(pipeline, without_control(request)))
 
 

@@ -130,17 +130,17 @@ def test_residuals_are_added_at_every_skip_and_the_middle(unet: UNet) -> None:
 
 
 def test_cross_attention_takes_a_second_pair_of_keys_and_values(unet: UNet) -> None:
-    """IP-Adapter: what the second pair gives is added to what the first gives, in every cross-attention."""
+    """IP-Adapter: what the second pair gives, weighted, is added to what the first gives, in every cross-attention."""
     latents, text, image = normal(1, 4, 8, 8), unet.project_context(normal(1, 5, 6)), normal(1, 3, 6, seed=1)
     time = unet.embed_time(torch.tensor([500.0]))
     plain = unet(latents, time, text)
     values = unet.project_context(image)
 
     def beside(one: Any, other: Any, factor: float) -> Any:
-        """The pairs of one context, each with the other's behind it."""
+        """The pairs of one context, each with the other's and its weight behind it."""
         if isinstance(one, tuple):
             count.append(1)
-            return (*one, *(factor * tensor for tensor in other))
+            return (*one, *other, torch.tensor(factor))
         return [beside(*both, factor) for both in zip(one, other, strict=True)]
 
     count: list[int] = []

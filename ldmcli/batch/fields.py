@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.checks import MAX_PROMPT_BYTES
-from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
+from ldmcli.image_prompt import NO_MASK
 from ldmcli.sampling.catalogue import SPACINGS
 from ldmcli.sampling.names import sampler_of, schedule_of
-from ldmcli.spec import ALPHA, MAX_SEED, GenerationRequest, read_loras
+from ldmcli.spec import (
+    ALPHA,
+    MAX_SEED,
+    STEERING,
+    STEERING_FILES,
+    STEERING_PICTURES,
+    GenerationRequest,
+    read_loras,
+)
 
 PROMPT = "prompt"
 TEXTS = (PROMPT, "negative_prompt")  # kept as they are written, spaces included
@@ -60,6 +68,10 @@ _SYNONYMS = {
     "control_start": "control_guidance_start",
     "control_end": "control_guidance_end",
     "canny": "canny_thresholds",
+    "ip_adapter": "ipadapter ip_adapter_model",
+    "ip_adapter_image": "image_prompt",
+    "ip_adapter_strength": "ip_adapter_scale ip_adapter_weight",
+    "ip_adapter_mask": "ip_adapter_masks",
     "count": "n_iter n_samples num_samples num_images num_images_per_prompt num_outputs batch_count",
     SIZE: "resolution image_size",
 }
@@ -146,9 +158,9 @@ def normal(name: str, value: Any) -> Any:
             return read_hires(value)
     if name == "embeddings" and isinstance(value, list) and all(type(one) is str for one in value):
         return tuple(value)
-    if name in CONTROL_FIELDS:
+    if name in STEERING:
         with contextlib.suppress(UsageError):
-            return read_control(name, value)
+            return STEERING[name](name, value)
     if name == "loras":
         with contextlib.suppress(UsageError):  # the check of the field says what is wrong
             return read_loras(value)
@@ -196,8 +208,9 @@ def _sides(value: Any) -> tuple[int, ...]:
 def located(name: str, value: Any, folder: Path) -> Any:
     """The value of a row's field; the path of a picture, an upscaler or a network as one in the folder of the prompt
     file, a network's where it is there."""
-    if name in CONTROL_FIELDS[:2] and isinstance(value, tuple):
-        return tuple(_placed(one, folder, anyway=name == "control_image") for one in value)
+    if name in STEERING_FILES and isinstance(value, tuple):
+        anyway = name in STEERING_PICTURES
+        return tuple(one if one == NO_MASK else _placed(one, folder, anyway=anyway) for one in value)
     words: dict[str, tuple[str, ...]] = {"image": (), "mask": (ALPHA,), "depth": (), "hires_upscaler": UPSCALERS}
     if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)

@@ -2,7 +2,6 @@
 for the model."""
 
 import dataclasses
-import hashlib
 import math
 import os
 import re
@@ -17,7 +16,6 @@ from ldmcli.checkpoints.single_file import count_of, named_shape_errors, unet_fr
 from ldmcli.checkpoints.source import PartSource, list_keys, open_part
 from ldmcli.config import AdapterConfig, ControlConfig, ModelConfig, UNetConfig
 from ldmcli.control import TYPES
-from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file
 
 NAME = "control network"
@@ -70,11 +68,6 @@ class ControlSource:
         return {"lora": "Control-LoRA", "difference": "ControlNet (difference to its model)"}.get(
             self.base, "ControlNet Union" if self.types else "ControlNet"
         )
-
-    def sha256(self, hashes: FileHashes) -> str:
-        """The SHA-256 of its file; of several, that of the list of theirs."""
-        found = [hashes.sha256(file.path) for file in self.part.files]
-        return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 def is_control_folder(path: Path) -> bool:

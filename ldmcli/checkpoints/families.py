@@ -81,6 +81,7 @@ CONTEXTS = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
 EMBEDDING = "textual-inversion embedding"
 # What steers by pictures: named with --control-net.
 CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER = "ControlNet", "Control-LoRA", "ControlNet Union", "T2I-Adapter"
+IP_ADAPTER = "IP-Adapter"  # named with --ip-adapter
 STEERING = (CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER)
 READ = "Stable Diffusion 1.x, 2.x and XL"  # what can be drawn with, in errors
 
@@ -132,6 +133,7 @@ _FOLDER_XL = (*_FOLDER_UNET, "add_embedding.")
 _MERGE = "this version does not apply it; name the whole model it was made for"
 _APPLY = "name the model it was made for with --model, and this with --lora"
 _EMBED = "name the model it was made for with --model, and this with --embedding"
+_SHOW = "name the model it was made for with --model, and this with --ip-adapter"
 _STEER = "name the model it was made for with --model, and this with --control-net"
 _NAME_VAE = "name a VAE for it with --vae"
 _LORA = (
@@ -188,6 +190,8 @@ _TRANSFORMERS = _kinds(
 )
 
 _ADAPTERS = (
+    Kind("IP-Adapter FaceID", ("image_proj.", "ip_adapter."), parts=("_lora.",), cure=_MERGE),
+    Kind(IP_ADAPTER, ("image_proj.", "ip_adapter."), cure=_SHOW),
     Kind("LoRA", parts=_LORA, cure=_APPLY),
     Kind("ControlNet-LLLite", ("lllite_",), cure=_MERGE),
     Kind("Stable Diffusion 3 ControlNet", ("controlnet_blocks.", "transformer_blocks."), cure=_MERGE),
@@ -207,7 +211,6 @@ _ADAPTERS = (
         (T2I_ADAPTER, "body.0.body.", "body.0.in_conv."),
         cure=_STEER,
     ),
-    Kind("IP-Adapter", ("image_proj.", "ip_adapter."), cure=_MERGE),
     Kind("AnimateDiff motion module", parts=(".motion_modules.",), without=("conv_in.", _UNET), cure=_MERGE),
 )
 

@@ -6,9 +6,27 @@ The tables are made for one configuration, since the original layout numbers blo
 import re
 from collections.abc import Callable, Iterable
 
-from ldmcli.config import AdapterConfig, ControlConfig, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from ldmcli.config import (
+    AdapterConfig,
+    ControlConfig,
+    ImageEncoderConfig,
+    IPAdapterConfig,
+    TextEncoderConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 
-NetworkConfig = UNetConfig | VAEConfig | TinyVAEConfig | TextEncoderConfig | ControlConfig | AdapterConfig
+NetworkConfig = (
+    UNetConfig
+    | VAEConfig
+    | TinyVAEConfig
+    | TextEncoderConfig
+    | ControlConfig
+    | AdapterConfig
+    | IPAdapterConfig
+    | ImageEncoderConfig
+)
 DiskNames = dict[str, list[str]]
 
 # Inside a resnet: (canonical, original).
@@ -84,7 +102,7 @@ def _namer(config: NetworkConfig, original: bool) -> Callable[[str], list[str]]:
             return lambda key: [key, _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key]
         vae_blocks = _vae_blocks(config)
         return lambda key: [_rename(key, vae_blocks, _VAE_PARTS)]
-    if not original:
+    if not original or isinstance(config, IPAdapterConfig | ImageEncoderConfig):
         return lambda key: [key]
     if isinstance(config, AdapterConfig):
         return lambda key: [_adapter_name(key, config)]

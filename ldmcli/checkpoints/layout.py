@@ -22,7 +22,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 def stem_of(part: str) -> str:
     """How the weight files of one part of a model begin."""
-    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+    return "model" if part.startswith(("text_encoder", "image_encoder")) else "diffusion_pytorch_model"
 
 
 def weight_names(stem: str, *, half: bool) -> tuple[str, ...]:

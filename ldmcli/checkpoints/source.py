@@ -55,6 +55,11 @@ class PartSource(Generic[_Config]):
         """Every tensor key of the part, as it stands on disk, with the file it is in."""
         return {key: file for file in self.files for key in file.tensors if key.startswith(self.prefix)}
 
+    def sha256(self, hashes: FileHashes) -> str:
+        """The SHA-256 of its file; of several, that of the list of theirs."""
+        found = [hashes.sha256(file.path) for file in self.files]
+        return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:

@@ -13,7 +13,17 @@ from ldmcli.cli.arguments import STDIN
 from ldmcli.cli.options import REQUEST_OPTIONS, expanded
 from ldmcli.control import CONTROL_FIELDS
 from ldmcli.errors import BadDataError, MissingInputError, printable
-from ldmcli.spec import ALPHA, HIRES_FIELDS, IMAGE_FIELDS, PICTURES
+from ldmcli.image_prompt import IP_ADAPTER_FIELDS, NO_MASK
+from ldmcli.spec import (
+    ALPHA,
+    HIRES_FIELDS,
+    IMAGE_FIELDS,
+    PICTURES,
+    STEERING,
+    STEERING_FILES,
+    STEERING_NETWORKS,
+    STEERING_PICTURES,
+)
 
 if TYPE_CHECKING:
     from ldmcli.fitting import FittedRequest
@@ -21,7 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
 _SHOWN_LEFT = 20
-_WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler")
+_WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler", "image_encoder")
 
 
 def read_again(picture: str | None) -> dict[str, Any] | None:
@@ -50,10 +60,11 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
         return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
     request, prompts = record["request"], context.params["prompts"]
-    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *CONTROL_FIELDS, "seed")
+    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *STEERING, "seed")
     found = {name: request[name] for name in names if name in request}
-    if given("control_net"):  # what is said of other networks is not for these
-        found = {name: value for name, value in found.items() if name not in CONTROL_FIELDS[2:]}
+    for networks, _, *settings in (CONTROL_FIELDS, IP_ADAPTER_FIELDS):
+        if given(networks):  # what is said of other networks is not for these
+            found = {name: value for name, value in found.items() if name not in settings}
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
     if "made_by" in record:
         found |= _of_another_program(found, options, record, given)
@@ -73,7 +84,7 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     for name in PICTURES:
         if not given(name) and name in request and options[name] is not None:
             options[name] = _picture_again(name, options[name], record.get("inputs", {}).get(name))
-    for name in CONTROL_FIELDS[:2]:
+    for name in STEERING_FILES:
         if not given(name) and name in request:
             options[name] = tuple(_steered_again(name, request[name], record.get("inputs", {})))
     # Which network an upscaler's name means, the model's files tell: they are compared once it is open.
@@ -148,7 +159,9 @@ def _steered_again(name: str, paths: Sequence[str], hashes: dict[str, str]) -> I
     picture that is not there any more; the hub may have a network."""
     for i, path in enumerate(paths):
         found, wanted = str(expanded(path)), hashes.get(f"{name}:{i}")
-        if name == "control_image":
+        if path == NO_MASK:
+            yield path
+        elif name in STEERING_PICTURES:
             yield _picture_again(name, path, wanted)
         else:
             yield found if os.path.exists(found) else path
@@ -156,12 +169,16 @@ def _steered_again(name: str, paths: Sequence[str], hashes: dict[str, str]) -> I
 
 def compare_networks(record: dict[str, Any], fitted: "FittedRequest") -> None:
     """Say so where a network of the same name is another than steered the picture."""
-    names = zip(record["request"].get("control_net", ()), fitted.recorded.control_net, strict=False)
     before, now = record.get("inputs", {}), dict(fitted.inputs)
-    for i, (one, other) in enumerate(names):
-        key = f"control_net:{i}"
-        if str(expanded(one)) == str(expanded(other)) and key in before and before[key] != now.get(key):
-            _log.warning("the network %s is not the one the picture was made with; it will differ", printable(other))
+    for field in STEERING_NETWORKS:
+        names = zip(record["request"].get(field, ()), getattr(fitted.recorded, field), strict=False)
+        for i, (one, other) in enumerate(names):
+            keys = [f"{field}:{i}", *([f"image_encoder:{i}"] if field == "ip_adapter" else [])]
+            if str(expanded(one)) == str(expanded(other)) and any(
+                before.get(k, now.get(k)) != now.get(k) for k in keys
+            ):
+                what = f"the network {printable(other)}"
+                _log.warning("%s is not the one the picture was made with; it will differ", what)
 
 
 def _embeddings_again(options: dict[str, Any], record: dict[str, Any], prompts: Sequence[str]) -> Iterator[str]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldmcli.cli.control_options import DrawingCommand, control_options
 from ldmcli.cli.options import (
     Duration,
     dynamic_options,
@@ -35,6 +34,7 @@ from ldmcli.cli.options import (
     verbosity_options,
 )
 from ldmcli.cli.resident import open_session
+from ldmcli.cli.steering_options import DrawingCommand, steering_options
 from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
 from ldmcli.images.formats import FORMATS, Encoding
@@ -111,7 +111,7 @@ class _RowFormat(click.Choice[str]):
 @model_options
 @request_options
 @hires_options
-@control_options
+@steering_options
 @dynamic_options
 @image_options
 @runtime_options

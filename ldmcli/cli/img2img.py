@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from ldmcli.cli.control_options import DrawingCommand
 from ldmcli.cli.options import image_options
+from ldmcli.cli.steering_options import DrawingCommand
 from ldmcli.cli.txt2img import draw, drawing_options
 
 

@@ -21,16 +21,17 @@ _log = logging.getLogger(__name__)
 @click.pass_context
 def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
     """Tell what each FILE is: the request a picture holds; a model's family, parts and dimensions; a LoRA's kind, rank,
-    family and trigger words; what a ControlNet or T2I-Adapter is for; an embedding's word, vectors and family; or an
-    upscaler's architecture, size and scale.
+    family and trigger words; what a ControlNet, T2I-Adapter or IP-Adapter is for; an embedding's word, vectors and
+    family; or an upscaler's architecture, size and scale.
 
     Only headers are read, but for upscalers, so this is quick for files of any size. Where a file cannot be read, the
     others are shown all the same, and the exit code is that of the first that could not.
     """
     from ldmcli.adapters.adapter import is_adapter_folder
     from ldmcli.checkpoints.control_source import control_facts, is_control_folder
-    from ldmcli.checkpoints.families import STEERING
+    from ldmcli.checkpoints.families import IP_ADAPTER, STEERING
     from ldmcli.checkpoints.inspection import inspect
+    from ldmcli.checkpoints.ip_adapter_source import ip_adapter_facts
     from ldmcli.hub.listing import find_here
 
     codes = []
@@ -47,6 +48,8 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
                     facts |= _tried_adapter_facts(path, facts["is"], allow_pickle=allow_pickle)
                 if facts.get("is") in STEERING:
                     facts |= control_facts(path, allow_pickle=allow_pickle)
+                elif facts.get("is") == IP_ADAPTER:
+                    facts |= ip_adapter_facts(path, allow_pickle=allow_pickle)
                 elif facts["kind"] != "model":
                     facts |= _embedding_facts(path, facts.get("is", ""), allow_pickle=allow_pickle)
                 if facts.get("is") == "unknown":

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ldmcli.cli.terminal import LogHandler
-from ldmcli.control import CONTROL_FIELDS
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import STRENGTH as HIRES_STRENGTH
 from ldmcli.images.formats import FORMATS, QUALITY
@@ -27,6 +26,7 @@ from ldmcli.spec import (
     PROMPT_SYNTAXES,
     REFINER_START,
     RESIZES,
+    STEERING,
     LoRA,
     ModelSpec,
     RuntimeSpec,
@@ -243,7 +243,7 @@ _HIRES = (
 
 def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that the options give."""
-    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *CONTROL_FIELDS)
+    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *STEERING)
     settings = {name: options[name] for name in names if name in options}
     if options["refiner"] and settings["refiner_start"] is None:
         settings["refiner_start"] = REFINER_START
@@ -284,6 +284,8 @@ _MODEL = (
     option("--upscale", "upscaler", envvar="LDM_UPSCALE", metavar="FILE|embedded",
            help="Make each picture larger by this network, as `ldm upscale` does; embedded: by the model's own, where "
            "its folder has one, else by a general one that comes along."),
+    option("--image-encoder", metavar="MODEL",
+           help="The CLIP vision model, a folder or file, for IP-Adapters that have none beside them."),
     option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),
            help="What the U-Net was trained to predict, where the files do not tell it right."),
     option("--allow-pickle", is_flag=True,

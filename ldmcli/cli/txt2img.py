@@ -15,7 +15,6 @@ import click
 
 from ldmcli.cli.again import compare_networks, read_again, skips_otherwise, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
-from ldmcli.cli.control_options import DrawingCommand, control_options
 from ldmcli.cli.options import (
     dynamic_options,
     dynamic_prompts,
@@ -35,6 +34,7 @@ from ldmcli.cli.options import (
 )
 from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.resident import open_session
+from ldmcli.cli.steering_options import DrawingCommand, steering_options
 from ldmcli.cli.terminal import StepBar, loading
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
@@ -58,7 +58,7 @@ drawing_options = together(
     model_options,
     request_options,
     hires_options,
-    control_options,
+    steering_options,
     dynamic_options,
     option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]"),
     option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
-from ldmcli.control import Control, controls_of
+from ldmcli.control import controls_of
 from ldmcli.errors import BadDataError, LdmError, printable
 from ldmcli.hires import LATENT, is_scale, upscaler_title
+from ldmcli.image_prompt import image_prompts_of
 from ldmcli.images.exif import PARAMETERS_KEYWORD, RECORD_KEYWORD, iterate_exif_text
 from ldmcli.images.formats import format_of_file
 from ldmcli.images.png_text import iterate_text
@@ -83,10 +84,7 @@ def infotext(
         "RNG": "CPU",
         **(_mask_values(request) if request.mask is not None else {}),
         **(_hires_values(request) if request.hires is not None else {}),
-        **{
-            f"ControlNet {i}": _quoted(_control_values(control, request, (inputs or {}).get(f"control_net:{i}", "")))
-            for i, control in enumerate(controls_of(vars(request)) if request.control_net else ())
-        },
+        **_steering_values(request, inputs or {}),
         "Lora hashes": _quoted(", ".join(f"{_bare(lora.name)}: {lora.sha256[:12]}" for lora in request.loras)),
         "TI hashes": _quoted(", ".join(f"{_bare(one['word'])}: {one['sha256'][:12]}" for one in embeddings)),
         "Version": f"ldmcli {__version__}",
@@ -120,23 +118,35 @@ def _hires_values(request: GenerationRequest) -> dict[str, str]:
     }
 
 
-def _control_values(control: Control, request: GenerationRequest, sha256: str) -> str:
-    """What A1111's extension for ControlNet says of one."""
-    low, high = control.canny or (0, 0)
-    name = Path(control.net).stem if control.net.endswith((".safetensors", ".pth")) else Path(control.net).name
-    values = {
-        "Module": "canny" if control.canny else "none",
-        "Model": _bare(name) + (f" [{sha256[:8]}]" if sha256 else ""),
-        "Weight": repr(control.strength),
-        "Resize Mode": _RESIZE_TITLES[request.resize],
-        **({"Threshold A": str(low), "Threshold B": str(high)} if control.canny else {}),
-        "Guidance Start": repr(control.start),
-        "Guidance End": repr(control.end),
-        "Pixel Perfect": "True",
-        "Control Mode": _MODE_TITLES[control.mode],
-        **({"Union Control Type": control.type} if control.type else {}),
-    }
-    return ", ".join(f"{key}: {value}" for key, value in values.items())
+def _steering_values(request: GenerationRequest, inputs: Mapping[str, str]) -> dict[str, str]:
+    """What A1111's extension for ControlNet says of networks and pictures that steer, each of which it calls a unit."""
+    units = []
+    for i, control in enumerate(controls_of(vars(request)) if request.control_net else ()):
+        low, high = control.canny or (0, 0)
+        units.append(
+            {
+                "Module": "canny" if control.canny else "none",
+                "Model": _network_title(control.net, inputs.get(f"control_net:{i}", "")),
+                "Weight": repr(control.strength),
+                "Resize Mode": _RESIZE_TITLES[request.resize],
+                **({"Threshold A": str(low), "Threshold B": str(high)} if control.canny else {}),
+                "Guidance Start": repr(control.start),
+                "Guidance End": repr(control.end),
+                "Pixel Perfect": "True",
+                "Control Mode": _MODE_TITLES[control.mode],
+                **({"Union Control Type": control.type} if control.type else {}),
+            }
+        )
+    for i, prompt in enumerate(image_prompts_of(vars(request)) if request.ip_adapter else ()):
+        model = _network_title(prompt.adapter, inputs.get(f"ip_adapter:{i}", ""))
+        units.append({"Module": "ip-adapter-auto", "Model": model, "Weight": repr(prompt.strength)})
+    texts = (", ".join(f"{key}: {value}" for key, value in unit.items()) for unit in units)
+    return {f"ControlNet {i}": _quoted(text) for i, text in enumerate(texts)}
+
+
+def _network_title(path: str, sha256: str) -> str:
+    name = Path(path).stem if path.endswith((".safetensors", ".pth")) else Path(path).name
+    return _bare(name) + (f" [{sha256[:8]}]" if sha256 else "")
 
 
 def text_chunks(

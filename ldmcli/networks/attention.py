@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from ldmcli.errors import printable
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-KeysValues = tuple[Tensor, ...]  # a key and its value; then more such pairs, whose results are added
+# A key and its value; then, of each that is added to what those give, key, value and how much it counts for each query.
+KeysValues = tuple[Tensor, ...]
 
 CHUNK = 512  # queries of one head whose scores chunked_attention holds at a time
 SCORES = 1 << 22  # scores of all heads of an image up to which it computes them together
@@ -158,8 +159,9 @@ class Attention(nn.Module):
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """Attend from x (batch, tokens, channels) to what `project` gave; returns x's shape. What other pairs of keys
-        and values give is added to that (Ye et al. 2023, IP-Adapter)."""
+        """Attend from x (batch, tokens, channels) to what `project` gave; returns x's shape. What other keys
+        and values give is added to that, multiplied by what broadcasts to (batch, 1, tokens, 1) (Ye et al. 2023,
+        IP-Adapter)."""
         return self.to_out[0](self.attended(x, keys_values))
 
     def attended(self, x: Tensor, keys_values: KeysValues) -> Tensor:
@@ -167,8 +169,8 @@ class Attention(nn.Module):
         query = self._split(self.to_q(x))
         key, value, *more = keys_values
         out = self.attend(query, key, value)
-        for other_key, other_value in zip(more[::2], more[1::2], strict=True):
-            out = out + self.attend(query, other_key, other_value)
+        for other_key, other_value, weight in zip(more[::3], more[1::3], more[2::3], strict=True):
+            out = out + weight * self.attend(query, other_key, other_value)
         return out.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The cross-attention U-Net that predicts the noise in a latent (Rombach et al. 2022). Keys are diffusers' names."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -32,6 +33,16 @@ class Residuals(NamedTuple):
 
 
 _NONE = Residuals()
+
+
+def combined(
+    one: UNetContext, other: UNetContext, combine: Callable[[KeysValues, KeysValues], KeysValues]
+) -> UNetContext:
+    """What `combine` makes of what both have for each cross-attention."""
+    return [
+        [[combine(*each) for each in zip(*layers, strict=True)] for layers in zip(*block, strict=True)]
+        for block in zip(one, other, strict=True)
+    ]
 
 
 class TimeEmbedding(nn.Module):
@@ -158,9 +169,18 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
         self.mid_block = MidBlock(config)
 
-    def prepared(self, conditioning: Conditioning, steps: Sequence[Step], guidance_scale: float = 1.0) -> Prepared:
-        """What a run computes once: time embeddings of all steps, and keys and values of the prompts."""
+    def prepared(
+        self,
+        conditioning: Conditioning,
+        steps: Sequence[Step],
+        guidance_scale: float = 1.0,
+        beside: Sequence[UNetContext] = (),
+    ) -> Prepared:
+        """What a run computes once: time embeddings of all steps, and keys and values of the prompts, behind which are
+        those of `beside`."""
         context = self.project_context(conditioning.context)
+        for other in beside:
+            context = combined(context, other, operator.add)
         timesteps = torch.tensor([step.timestep for step in steps], dtype=torch.float32)
         embeddings = self.embed_time(to_device(timesteps, self.conv_in.weight.device), guidance_scale)
         embeddings = embeddings[:, None]  # (steps, 1, width)
@@ -218,15 +238,17 @@ class UNet(Encoder):
         guidance_scale: float = 1.0,
         call: Callable[..., Tensor] | None = None,
         hold: Callable[[Prepared], Prepared] = lambda prepared: prepared,
+        beside: Sequence[UNetContext] = (),
     ) -> Model:
         """The model of a run: a function of latents (batch, in_channels, height, width) and one of its `steps`, to
         float32. `steps` are all that the run has; `conditioning` is of the batch, in the weights' number type.
 
         `guidance_scale` is read by models distilled from guided ones alone. `call` computes in place of this module
-        (what a compiler made of it); `hold` keeps what was prepared where a recorded graph reads it.
+        (what a compiler made of it); `hold` keeps what was prepared where a recorded graph reads it. `beside` are keys
+        and values of pictures, for every cross-attention those that it attends to beside the prompts (`IPAdapter`).
         """
         weight = self.conv_in.weight
-        embeddings, context = hold(self.prepared(conditioning, steps, guidance_scale))
+        embeddings, context = hold(self.prepared(conditioning, steps, guidance_scale, beside))
         compute = call or self
 
         def predict(latents: Tensor, step: Step, residuals: Residuals | None = None) -> Tensor:

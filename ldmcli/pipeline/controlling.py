@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.config import AdapterConfig
+from ldmcli.config import AdapterConfig, ModelConfig
 from ldmcli.control import TYPES, Control
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.canvas import Canvas
@@ -18,8 +18,9 @@ from ldmcli.images.control_image import control_picture
 from ldmcli.networks.control_net import ControlNet
 from ldmcli.networks.inputs import Conditioning
 from ldmcli.networks.t2i_adapter import T2IAdapter
-from ldmcli.networks.unet import Residuals
-from ldmcli.pipeline.steering import Networks
+from ldmcli.networks.unet import Residuals, UNetContext
+from ldmcli.pipeline.image_prompting import ImagePrompts, image_prompts
+from ldmcli.pipeline.steering import Steerers
 from ldmcli.sampling.noise import to_device
 from ldmcli.sampling.schedule import Step
 from ldmcli.speed.offload import Stage
@@ -64,9 +65,10 @@ class Steered:
 
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """All that steers a batch."""
+    """All that steers a batch: networks, and pictures that are prompts."""
 
     parts: tuple[Steered, ...]
+    prompts: ImagePrompts | None = None
 
     @property
     def networks(self) -> list[Network]:
@@ -80,6 +82,10 @@ class Steering:
     def form(self, step: Step) -> tuple[bool, ...]:
         """Which parts are active in a step."""
         return tuple(part.active(step) for part in self.parts)
+
+    def beside(self, negatives: int, positives: int) -> list[UNetContext]:
+        """Keys and values of the pictures that are prompts, for a batch of so many negative prompts and prompts."""
+        return self.prompts.beside(negatives, positives) if self.prompts else []
 
     def residuals(
         self,
@@ -163,8 +169,9 @@ def steering_of(
     requests: Sequence[FittedRequest],
     canvases: Sequence[Canvas],
     taken: Sequence[Step],
-    networks: Networks,
+    networks: Steerers,
     stage: Stage,
+    model: ModelConfig,
 ) -> Steering | None:
     """What steers a batch whose steps to be taken are `taken`, its pictures read; None where nothing does. A part is
     active in step i of n where i/n is no less than its start and (i + 1)/n no more than its end, as in diffusers."""
@@ -174,7 +181,7 @@ def steering_of(
         inside = [at for start, end, at in shares if start >= control.start and end <= control.end]
         if not inside:
             continue
-        network = networks.named(control.net)
+        network = networks.controls.named(control.net)
         planes = network.config.planes if isinstance(network.config, AdapterConfig) else 3
         drawn_on = itertools.zip_longest(requests, canvases)
         found = [control_picture(request, request.controls[place], canvas, planes) for request, canvas in drawn_on]
@@ -183,4 +190,7 @@ def steering_of(
         stage.bring(network)
         part.features  # noqa: B018  now, while the network is alone there
         parts.append(part)
-    return Steering(tuple(parts)) if parts else None
+    prompts = None
+    if requests[0].image_prompts:
+        prompts = image_prompts(requests, canvases, networks, stage, model)
+    return Steering(tuple(parts), prompts) if parts or prompts else None

@@ -136,10 +136,11 @@ class DiffusionModel:
         placed = self.runtime.device, self.runtime.dtype
         condition = joined([*negative, *positive]).to(*placed)
         hold = self.graphs.hold if self.graphs else _as_it_is
-        model = self.unet.prepare(condition, steps, guidance_scale=scale, call=self.call, hold=hold)
+        beside = steering.beside(len(negative), len(positive)) if steering else ()
+        model = self.unet.prepare(condition, steps, guidance_scale=scale, call=self.call, hold=hold, beside=beside)
         if condition.channels is not None:
             model = with_channels(model, hold(condition.channels))
-        if steering is None:
+        if steering is None or not steering.parts:
             return model
         one, other = (joined(each).to(*placed) if each else None for each in (negative, positive))
         return controlled(model, steering.residuals(one, other, condition, steps, hold))

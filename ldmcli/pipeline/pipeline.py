@@ -20,7 +20,7 @@ from ldmcli.networks.vae import AutoencoderKL, DiagonalGaussian
 from ldmcli.pipeline.diffusion import DiffusionModel
 from ldmcli.pipeline.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels
 from ldmcli.pipeline.starting import Earlier, Starter, as_image, canvases_of
-from ldmcli.pipeline.steering import Networks
+from ldmcli.pipeline.steering import Steerers
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import Schedule, Step
@@ -59,7 +59,7 @@ class Pipeline:
     vae: AutoencoderKL | TinyVAE
     read_encoder: Callable[[], AutoencoderKL]
     read_upscaler: ReadUpscaler
-    networks: Networks
+    networks: Steerers
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
@@ -121,11 +121,11 @@ class Pipeline:
         starter = Starter(self._encoded, self._modes, self.runtime.device)
         start = starter.start(settings, canvases, noise, taken, scale, earlier)
         steering = None
-        if settings.controls and taken:
+        if settings.is_steered and taken:
             from ldmcli.pipeline.controlling import steering_of
 
             with self.stopwatch.phase("weights"):
-                steering = steering_of(requests, canvases, taken, self.networks, self.stage)
+                steering = steering_of(requests, canvases, taken, self.networks, self.stage, self.config)
         latents, done = start.latents, 0
         on_step(done, latents)
         for model, part in self._stages(taken, settings):
@@ -273,7 +273,7 @@ class Pipeline:
         for model in self.models:
             model.runtime = runtime
             model.unet.to(runtime.dtype)
-        self.networks.convert(runtime.dtype)
+        self.networks.convert(runtime)
 
 
 def rounded(image: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class RemoteSession:
     def open(self, model: ModelSpec) -> None:
         """Have the server look at the model. A name of the hub is looked up, and maybe fetched, here."""
         names = (model.model, model.vae, model.refiner, model.lora_dir, model.embedding_dir, model.upscaler)
-        if any(map(is_of_process, names)):
+        if any(map(is_of_process, (*names, model.image_encoder))):
             self._come_home(None)
             return
         fetched = {name: _fetched(name, self._runtime_spec) for name in names[:3] if name and _is_of_hub(name)}

@@ -10,6 +10,7 @@ from ldmcli import errors
 from ldmcli.control import Control
 from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
+from ldmcli.image_prompt import ImagePrompt
 from ldmcli.spec import GenerationRequest, LoRA
 
 MAX_TEXT = 1 << 26  # bytes of a message's JSON
@@ -91,6 +92,7 @@ def fitted_from_dict(sent: dict[str, Any]) -> FittedRequest:
     """A fitted request that was sent. Raises UsageError, TypeError or KeyError where it is none."""
     lists = {name: tuple(sent[name]) for name in ("guidance_interval", "embeddings")}
     lists["loras"] = tuple(LoRA(**lora) for lora in sent["loras"])
+    lists["image_prompts"] = tuple(ImagePrompt(**each) for each in sent["image_prompts"])
     lists["inputs"] = tuple((name, sha256) for name, sha256 in sent["inputs"])
     lists["controls"] = tuple(_control_from_dict(control) for control in sent["controls"])
     return FittedRequest(**(sent | lists | {"recorded": GenerationRequest(**sent["recorded"])}))

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
-from ldmcli.pipeline.steering import Networks
+from ldmcli.pipeline.steering import Networks, Steerers, encoder_dtype
 from ldmcli.session.opened import Opened
 from ldmcli.speed.compiled import compiled
 from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
@@ -31,6 +32,11 @@ from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from ldmcli.checkpoints.control_source import ControlSource
+    from ldmcli.checkpoints.ip_adapter_source import IPAdapterSource
+    from ldmcli.checkpoints.source import PartSource
+    from ldmcli.conditioning.image_encoder import ImageEncoder
+    from ldmcli.config import ImageEncoderConfig
+    from ldmcli.networks.ip_adapter import IPAdapter
     from ldmcli.pipeline.controlling import Network
     from ldmcli.upscaling.upscaler import Upscaler, UpscalerFile
 
@@ -58,9 +64,7 @@ def load(
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
         encodes = any(request.encodes or request.model_reads == "mask" for request in first)
         vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
-        networks = Networks(
-            opened.control, functools.partial(_load_control, opened, runtime, stage), stage, runtime.dtype
-        )
+        networks = _steerers(opened, runtime, stage)
         steering = in_background(lambda: _read_networks(networks, first), "read what steers")
         prompts = []
         for source, _ in reading:
@@ -164,18 +168,41 @@ def _load_upscaler(runtime: Runtime, file: "UpscalerFile") -> "Upscaler":
     return Upscaler(file, runtime)
 
 
-def _load_control(opened: Opened, runtime: Runtime, stage: Stage, source: "ControlSource") -> "Network":
-    """A network that steers."""
-    from ldmcli.checkpoints.load_control import load_control
+def _steerers(opened: Opened, runtime: Runtime, stage: Stage) -> Steerers:
+    """The networks that requests may name, none of them read yet."""
+    sources, home = opened.steering, stage.home
 
-    return runtime.prepare(load_control(source, opened.model.part("unet"), stage.home, runtime.dtype))
+    def control(source: "ControlSource") -> "Network":
+        from ldmcli.checkpoints.load_control import load_control
+
+        return runtime.prepare(load_control(source, opened.model.part("unet"), home, runtime.dtype))
+
+    def ip_adapter(source: "IPAdapterSource") -> "IPAdapter":
+        from ldmcli.checkpoints.load_ip_adapter import load_ip_adapter
+
+        return load_ip_adapter(source.part, home, runtime.dtype)
+
+    def image_encoder(source: "PartSource[ImageEncoderConfig]") -> "ImageEncoder":
+        from ldmcli.checkpoints.load_ip_adapter import load_image_encoder
+
+        return load_image_encoder(source, home, encoder_dtype(runtime))
+
+    return Steerers(
+        Networks(sources.control, control, stage, runtime.dtype),
+        Networks(sources.ip_adapter, ip_adapter, stage, runtime.dtype),
+        Networks(lambda path: sources.image_encoder(Path(path)), image_encoder, stage, encoder_dtype(runtime)),
+        lambda name: str(sources.ip_adapter(name).encoder.path),
+    )
 
 
-def _read_networks(networks: Networks, first: Sequence[FittedRequest]) -> None:
+def _read_networks(networks: Steerers, first: Sequence[FittedRequest]) -> None:
     torch.set_num_threads(1)
-    for name in dict.fromkeys(control.net for request in first for control in request.controls):
-        with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
-            networks.named(name)
+    with contextlib.suppress(LdmError):  # what is wrong with one shows when it is drawn
+        for name in dict.fromkeys(control.net for request in first for control in request.controls):
+            networks.controls.named(name)
+        for name in dict.fromkeys(prompt.adapter for request in first for prompt in request.image_prompts):
+            networks.adapters.named(name)
+            networks.encoders.named(networks.encoder_of(name))
 
 
 def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:

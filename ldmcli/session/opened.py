@@ -14,7 +14,6 @@ from ldmcli.checkpoints.source import (
     EMBEDDED_NAME,
     ModelSource,
     PartSource,
-    embedded_folder,
     embedded_model,
     open_model,
     with_prediction_type,
@@ -25,32 +24,39 @@ from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.syntax import parse
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
-from ldmcli.config import AdapterConfig, TinyVAEConfig, VAEConfig
-from ldmcli.control import CONTROL_FIELDS, EMBEDDED_CONTROL, INPAINT, TYPES, Control
+from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
-from ldmcli.hub.listing import find_adapter, find_here, find_model
+from ldmcli.hub.listing import find_adapter, find_model
 from ldmcli.named_files import absolute
 from ldmcli.remarks import warn_once
-from ldmcli.spec import MASK_FIELDS, PICTURES, REFINER_START, GenerationRequest, LoRA, ModelSpec
+from ldmcli.session.steering_sources import SteeringSources
+from ldmcli.spec import (
+    MASK_FIELDS,
+    PICTURES,
+    REFINER_START,
+    STEERING_FILES,
+    GenerationRequest,
+    LoRA,
+    ModelSpec,
+)
 from ldmcli.speed.memory import check_memory, large
 
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Adapter, Use
     from ldmcli.adapters.embedding_words import EmbeddingWords
     from ldmcli.adapters.library import Library
-    from ldmcli.checkpoints.control_source import ControlSource
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
 _USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
 _SETTINGS = (".yaml", ".yml", ".json")  # endings of files beside weights
 _MAX_STAMPED = 1000  # files of a folder
-_SILHOUETTE, _SILHOUETTE_FILE = "tiny-emoji-silhouette", "model.safetensors"  # what EMBEDDED_CONTROL stands for
-_OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler")  # beside the model, what a picture depends on
+# Beside the model, what a picture depends on.
+_OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler", "image_encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,6 @@ class Opened:
     paths: Mapping[str, Path] = dataclasses.field(default_factory=dict)  # where models are, by the names in `spec`
     stamps: tuple[object, ...] = ()  # of the files, as they were when they were opened
     _upscalers: "dict[str, UpscalerFile]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
-    _controls: "dict[str, ControlSource]" = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _library: "list[Library]" = dataclasses.field(default_factory=list, compare=False, repr=False)  # one, once needed
 
     @property
@@ -87,8 +92,8 @@ class Opened:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
         prompt, request = self._with_loras(request)
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
-        if fitted.controls:
-            fitted = self._with_controls(fitted, hashes)
+        if fitted.is_steered:
+            fitted = self.steering.checked(fitted, hashes)
         if note := self.model.config.schedule.of(fitted.sampler).note:
             warn_once(_log, note)
         check_memory(self.model.config, *fitted.final_size, tiled=tiled)
@@ -229,29 +234,10 @@ class Opened:
             self.encoder  # noqa: B018  to know that there is one
         return dataclasses.replace(fitted, inputs=tuple(inputs.items()))
 
-    def _with_controls(self, fitted: FittedRequest, hashes: FileHashes) -> FittedRequest:
-        """The request with its networks looked at, and those of strength 0 left out."""
-        from ldmcli.images.pixels import facts_of
-
-        inputs, controls = dict(fitted.inputs), []
-        for i, control in enumerate(fitted.controls):
-            source = self.control(control.net)
-            inputs[f"control_net:{i}"] = source.sha256(hashes)
-            if i < len(fitted.recorded.control_image):
-                inputs[f"control_image:{i}"] = facts_of(fitted.recorded.control_image[i]).sha256
-            if control.strength:
-                controls.append(_checked_type(control, source, fitted))
-        return dataclasses.replace(fitted, controls=tuple(controls), inputs=tuple(inputs.items()))
-
-    def control(self, name: str) -> "ControlSource":
-        """The network that requests name so; another once its file is. Raises as `open_control` does."""
-        known = self._controls.get(name)
-        if known is None or any(file.changed for file in known.part.files):
-            from ldmcli.checkpoints.control_source import open_control
-
-            allow = self.spec.allow_pickle
-            self._controls[name] = open_control(_control_path(name), self.model.config, allow_pickle=allow)
-        return self._controls[name]
+    @functools.cached_property
+    def steering(self) -> SteeringSources:
+        """The networks that requests name, and what those read."""
+        return SteeringSources(self.spec, self.model.config)
 
     def hires_upscaler(self, name: str) -> "UpscalerFile":
         """The network that second passes name; another once its file is. Raises as `open_upscaler` does."""
@@ -266,8 +252,12 @@ class Opened:
         found: dict[str, Any] = {name: _real(self.paths[typed]) for name, typed in names.items() if typed}
         if "model" in found and self.model.path.name == EMBEDDED_NAME and self.model.path == embedded_model():
             found["model"] = None
-        folders = {name: getattr(self.spec, name) for name in ("lora_dir", "embedding_dir", "upscaler")}
+        folders = {
+            name: getattr(self.spec, name) for name in ("lora_dir", "embedding_dir", "upscaler", "image_encoder")
+        }
         found |= {name: absolute(typed) for name, typed in folders.items() if typed and typed != EMBEDDED}
+        if (encoder := self.spec.image_encoder) and os.path.lexists(os.path.expanduser(encoder)):
+            found["image_encoder"] = absolute(encoder)
         return dataclasses.replace(self.spec, **found)
 
     @property
@@ -377,30 +367,6 @@ def _stamps(opened: Opened) -> tuple[object, ...]:
     return tuple(found)
 
 
-def _control_path(name: str) -> Path:
-    """Where the network called `name` is: here, with this program, or on the hub."""
-    if name == EMBEDDED_CONTROL and find_here(name) is None:
-        return embedded_folder(_SILHOUETTE, _SILHOUETTE_FILE, "--control-net") / _SILHOUETTE_FILE
-    return find_model(name, half=False)
-
-
-def _checked_type(control: Control, source: "ControlSource", fitted: FittedRequest) -> Control:
-    """The control as its network is told of it. Raises UsageError where the type of its picture is missing or cannot be
-    meant."""
-    name = printable(source.name)
-    if source.types and not control.type:
-        raise UsageError(f"{name} follows pictures of several types; say which with --control-type.")
-    if control.type and not source.types and control.type != INPAINT:
-        raise UsageError(f"{name} follows one type of picture; leave --control-type {control.type} out.")
-    if source.types and TYPES[control.type] >= source.types:
-        raise UsageError(f"{name} knows {source.types} types of pictures, and {control.type} is none of them.")
-    if control.type and TYPES[control.type] == TYPES[INPAINT] and fitted.mask is None:
-        raise UsageError(f"--control-type {control.type} is for a picture with a mask; give --mask.")
-    if isinstance(source.config, AdapterConfig) and control.type:
-        raise UsageError(f"{name} is an adapter; leave --control-type {control.type} out.")
-    return dataclasses.replace(control, masked=0.0) if source.types else control
-
-
 def _opened_upscaler(name: str, spec: ModelSpec, model: ModelSource) -> "UpscalerFile":
     from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
 
@@ -429,7 +395,7 @@ def shareable(request: GenerationRequest) -> GenerationRequest:
     """The request as it may stand in a picture that is given away."""
     paths = {name: getattr(request, name) for name in (*PICTURES, "hires_upscaler")}
     shown: dict[str, Any] = {name: without_home(path) for name, path in paths.items() if isinstance(path, str)}
-    for name in CONTROL_FIELDS[:2]:
+    for name in STEERING_FILES:
         if values := getattr(request, name):
             shown[name] = tuple(without_home(value) if isinstance(value, str) else value for value in values)
     return dataclasses.replace(request, **shown) if shown else request

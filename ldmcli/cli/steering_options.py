@@ -1,9 +1,10 @@
-"""Options for networks that steer by pictures."""
+"""Options for networks and pictures that steer."""
 
 import click
 
 from ldmcli.cli.options import Name, option, together
 from ldmcli.control import CANNY_USUAL, MODES, TYPES
+from ldmcli.image_prompt import BLOCKS, NO_MASK
 
 
 class DrawingCommand(click.Command):
@@ -38,5 +39,20 @@ _CONTROL = (
            help=f"Give the network the edges of the picture.  [thresholds: {CANNY_USUAL}]"),
 )  # fmt: skip
 
+# Pictures that are prompts, each option once for all of them or once for each: IP_ADAPTER_FIELDS.
+_IMAGE_PROMPTS = (
+    option("--ip-adapter", type=Name(), multiple=True, metavar="FILE",
+           help="Have a picture be a prompt: an IP-Adapter, a file, a folder or ORG/NAME/FILE of the hub; may be given "
+           "again."),
+    option("--ip-adapter-image", type=Name(), multiple=True, metavar="FILE",
+           help="The picture, of which the middle square is read.  [default: --image]"),
+    option("--ip-adapter-strength", type=Name(), multiple=True, metavar="NUMBER",
+           help="How much it counts; 0 is not at all.  [default: 1]"),
+    option("--ip-adapter-mask", type=Name(), multiple=True, metavar="FILE",
+           help=f"Where it counts: white; {NO_MASK} is everywhere."),
+    option("--ip-adapter-blocks", type=Name(), multiple=True, metavar="|".join(BLOCKS),
+           help="What of it counts: all, its style or its layout.  [default: all]"),
+)  # fmt: skip
 
-control_options = together(*_CONTROL)  # which networks steer: CONTROL_FIELDS
+
+steering_options = together(*_CONTROL, *_IMAGE_PROMPTS)  # which networks and pictures steer: STEERING
