@@ -1,6 +1,7 @@
 """`ldm serve` and the commands that draw with it: the same files, words and exit codes as without it."""
 
 import contextlib
+import dataclasses
 import re
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from adapter_support import noise, write
 from cli_support import Result, environment, ldm_here, start, tiny_model, until
 from control_support import random_control
 from control_support import write as write_network
+from image_prompt_support import random_encoder, write_ip_adapter
 from PIL import Image
 from test_lora import lora_for
 
 from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session, remarks
 from ldmcli.checkpoints.source import open_model
+from ldmcli.image_prompt import image_prompts_of
 from ldmcli.named_files import named_files, with_files
 from ldmcli.serving.connection import Connection, connect
 
@@ -92,6 +95,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, family_models: Any) -> Path:
     lora_for(tiny_model(), folder / "one.safetensors", seed=2)
     write(folder / "words" / "glow.safetensors", {"emb_params": noise(3, 16, scale=1.0)})
     write_network(folder / "net.safetensors", random_control(open_model(tiny_model()).config.unet).state_dict())
+    write_ip_adapter(folder, open_model(tiny_model()).config.unet, "base")
+    random_encoder().save_pretrained(folder / "image_encoder")
     (folder / "rows.jsonl").write_text('{"prompt": "a fox", "count": 3}\n{"prompt": "an owl", "steps": 2}\n')
     own = Path(__file__).parent.parent / "weights" / "tiny-emoji-silhouette" / "model.safetensors"
     (folder / "own.safetensors").symlink_to(own)
@@ -113,6 +118,7 @@ def comparable(result: Result, folder: Path) -> tuple[int, bytes, str, dict[str,
     return result.code, re.sub(times, b"", result.out), result.err, kept
 
 
+_SHOWN = ("--ip-adapter", "base.safetensors")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "embedded": ("txt2img", "a red apple", *FAST),
     "several": ("txt2img", "an apple", "a pear", "-c", "3", "-b", "2", *FAST),
@@ -140,6 +146,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "steered rows": ("batch", "steered.jsonl", "-o", "out", *FAST),
     "probed": ("txt2img", "a fox", *FAST, "-m", "probed.safetensors", "-W", "64", "-H", "64"),
     "again": ("txt2img", "--from-image", "drawn.png", "--steps", "2", "-o", "new.png"),
+    "image prompt": ("txt2img", "a", *TINY, *_SHOWN, "--ip-adapter-image", "a.png", "--ip-adapter-mask", "mask.png"),
+    "image encoder": ("img2img", "a fox", *TINY, *_SHOWN, "-i", "a.png", "--image-encoder", "image_encoder"),
     "piped picture": ("img2img", "a fox", *TINY, "-i", "-"),
     "idle option": ("img2img", "a fox", *TINY, "-i", "a.png", "--invert-mask"),
     "batch": ("batch", "rows.jsonl", "-o", "out", *FAST, "-b", "2"),
@@ -216,10 +224,18 @@ def test_every_file_of_a_request_is_found_from_another_folder(files: Path, monke
         control_net=("own.safetensors", "silhouette"), control_image=("mask.png", "a.png"),
     )  # fmt: skip
     seen: list[str] = []
-    fitted = with_files(session.fit(request), lambda path: seen.append(path) or f"/there/{path}")  # type: ignore[func-returns-value]
+    shown = {"ip_adapter": "base.safetensors", "ip_adapter_image": "b.png", "ip_adapter_mask": "none;m.png"}
+    request = dataclasses.replace(request, **shown)  # which is for another model
+    prompts = image_prompts_of(vars(dataclasses.replace(request, ip_adapter=["base.safetensors"] * 2)))
+    fitted = session.fit(dataclasses.replace(request, **dict.fromkeys(shown, ())))
+    fitted = dataclasses.replace(fitted, image_prompts=prompts)
+    fitted = with_files(fitted, lambda path: seen.append(path) or f"/there/{path}")  # type: ignore[func-returns-value]
     assert {fitted.image, fitted.mask} == {"/there/a.png", "/there/mask.png"}
     assert [(each.net, each.image) for each in fitted.controls] == [
         ("/there/own.safetensors", "/there/mask.png"), ("silhouette", "/there/a.png"),
+    ]  # fmt: skip
+    assert [(each.adapter, each.image, each.mask) for each in fitted.image_prompts] == [
+        ("/there/base.safetensors", "/there/b.png", None), ("/there/base.safetensors", "/there/b.png", "/there/m.png"),
     ]  # fmt: skip
     assert set(named_files(request)) == set(seen)
     assert fitted.recorded.control_net == request.control_net
