@@ -159,6 +159,12 @@ def test_a_command_may_leave_a_server_behind(path: Path, tmp_path: Path) -> None
     until(lambda: not path.exists(), "the server ends")
 
 
+def test_a_server_that_cannot_be_left_behind_is_missed(tmp_path: Path) -> None:
+    env = {"LDM_SERVER": str(tmp_path / "nowhere" / "deep" / "s"), "LDM_KEEP": "60s"}
+    done = ldm_here(*LONG, "--steps", "1", "-o", tmp_path / "a.png", env=env)
+    assert (done.code, done.err) == (0, "ldm: warning: no server could be left behind; ldm serve says why\n")
+
+
 def test_a_server_of_another_version_is_left_alone(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Whether a command draws by itself or with the server; where there is none, nothing of its client is imported."""
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from ldmcli.serving.connection import Connection
     from ldmcli.session import Session
 
+_log = logging.getLogger(__name__)
+
 
 def find_server(options: Mapping[str, Any]) -> "Connection | None":
     """A connection to the server that a command's options have it use, if there is one; with --keep one is started."""
@@ -20,7 +23,10 @@ def find_server(options: Mapping[str, Any]) -> "Connection | None":
         return None
     from ldmcli.serving.connection import connect, start_server
 
-    return connect() or (start_server(keep) if keep else None)
+    found = connect() or (start_server(keep) if keep else None)
+    if keep and not found:
+        _log.warning("no server could be left behind; ldm serve says why")
+    return found
 
 
 def open_session(
