@@ -24,6 +24,7 @@ from ldmcli.checkpoints.source import open_model
 from ldmcli.image_prompt import image_prompts_of
 from ldmcli.named_files import named_files, with_files
 from ldmcli.serving.connection import Connection, connect
+from ldmcli.upscaling.upscaler import open_upscaler
 
 FAST = ("--dtype", "fp32", "--device", "cpu", "--steps", "3", "-s", "1")
 TINY = ("-m", "model", *FAST)
@@ -89,6 +90,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, family_models: Any) -> Path:
     Image.fromarray(np.dstack([picture, picture[..., 0]])).save(folder / "clear.png")
     (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     (folder / "bad.safetensors").write_bytes(b"nothing")
+    (folder / "larger.safetensors").symlink_to(open_upscaler("embedded").weights.path)
     (folder / "loras").mkdir()
     (folder / "words").mkdir()
     lora_for(tiny_model(), folder / "loras" / "toy.safetensors")
@@ -131,6 +133,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "hint": ("txt2img", "a (fox:1.2)", *TINY, "-g", "0.5"),
     "hires": ("txt2img", "a fox", *TINY, "--hires", "2", "--hires-upscaler", "lanczos"),
     "upscaled": ("txt2img", "a fox", *TINY, "--upscale", "embedded"),
+    "upscaled by a file": ("txt2img", "a fox", *TINY, "--upscale", "larger.safetensors", "--json"),
     "lora": ("txt2img", "a fox", *TINY, "--lora", "one.safetensors:0.7"),
     "tag": ("txt2img", "a <lora:toy:0.8> fox", *TINY, "--lora-dir", "loras", "--prompt-syntax", "weighted"),
     "embedding": ("txt2img", "a glow", *TINY, "--embedding", "words/glow.safetensors"),

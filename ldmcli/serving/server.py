@@ -353,7 +353,8 @@ class _Client:
         try:
             pixels = picture.pixels()
             message |= {"of": "file", "seconds": picture.seconds}
-            message["identity"] = self._opened.identity()
+            with in_folder(self._folder):  # where the upscaler's file is found
+                message["identity"] = self._opened.identity()
             picture.request = typed  # which names files as the client does, for its record
             with heard_by(self._tell, self._said):
                 text = {}
