@@ -52,6 +52,11 @@ class Control:
         """Whether it does not steer what is computed for negative prompts."""
         return self.mode in ("control", "guess")
 
+    def active(self, count: int) -> list[int]:
+        """In which of `count` steps it steers: i where i/count is no less than its start, and (i + 1)/count no more
+        than its end, as in diffusers."""
+        return [i for i in range(count) if i / count >= self.start and (i + 1) / count <= self.end]
+
     def weights(self, count: int) -> list[float]:
         """What the residuals are multiplied with, from the finest skip on, the middle last."""
         if self.mode == "balanced":

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
+from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session, remarks
 from ldmcli.checkpoints.control_source import open_control
 from ldmcli.checkpoints.load_control import load_control
 from ldmcli.checkpoints.source import ModelSource, open_model
@@ -214,6 +214,18 @@ def test_a_network_that_no_step_reaches_changes_nothing(pipeline: Pipeline, file
     assert torch.equal(latents_of(pipeline, request), latents_of(pipeline, without_control(request)))
 
 
+def test_a_network_that_no_step_reaches_is_warned_of(
+    model_folder: Path, file: Path, picture: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = open_session(model_folder)
+    for start, steps, said in ((0.5, 2, 0), (0.9, 3, 1)):
+        remarks.sayings().clear()
+        session.fit(request_for(file, picture, control_start=start, steps=steps))
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{file.stem} changes nothing, for no step lies whole in 0.9 to 1 of 3 steps"
+        ] * said
+
+
 @pytest.mark.parametrize("mode", ["prompt", "control"])
 def test_soft_modes_weigh_coarse_residuals_more(pipeline: Pipeline, file: Path, picture: Path, mode: str) -> None:
     """0.825 to the power of the distance from the middle, as the authors' code has it."""
@@ -363,7 +375,7 @@ def test_entries(name: str, value: Any, entries: tuple[Any, ...]) -> None:
             "control_strength has 3 entries and control_net 2; give one for all, or one for each",
         ),
         ({"control_net": "n", "control_image": "i", "control_end": 0}, "control_start 0 is not before control_end 0"),
-        ({"control_net": "n", "control_image": "i", "control_type": "depth"}, "follows one type of picture"),
+        ({"control_net": "n", "control_image": "i", "control_type": "depth"}, "net follows one type of picture"),
         ({"control_net": "n", "control_image": "i", "control_type": "inpaint"}, "for a picture with a mask"),
     ],
 )
@@ -377,6 +389,16 @@ def test_what_cannot_be_meant(
     }
     with pytest.raises(UsageError, match=sentence):
         open_session(model_folder).fit(GenerationRequest("a", width=SIZE, height=SIZE, **given))
+
+
+def test_a_file_whose_name_says_nothing_is_called_as_its_folder(
+    source: ModelSource, file: Path, tmp_path: Path
+) -> None:
+    for name in ("model", "diffusion_pytorch_model", "depth"):
+        path = tmp_path / "edges" / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(file)
+        assert open_control(path, source.config).name == ("depth" if name == "depth" else "edges")
 
 
 @pytest.mark.parametrize("value", [-1, 11, "x", float("nan"), True, None, [0.5, "y"]])

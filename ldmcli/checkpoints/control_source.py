@@ -24,6 +24,7 @@ LORA, DIFFERENCE = "lora_controlnet", "difference"
 _CURE = "name a ControlNet or T2I-Adapter of Stable Diffusion 1.x, 2.x or XL"
 _OTHER = "use one that was made for it"
 _HINT = "input_hint_block."
+_NAMELESS = ("model", "diffusion_pytorch_model")  # what files are called whose folder tells
 _CLASSES = ("ControlNetModel", "ControlNetUnionModel", "T2IAdapter")
 _MAX_LEVELS = 16
 # Fields of config.json whose other values mean a network that is not built here.
@@ -53,8 +54,11 @@ class ControlSource:
 
     @property
     def name(self) -> str:
-        """What it is called: its file's name without the ending, or its folder's."""
-        return self.path.name if os.path.isdir(self.path) else self.path.stem
+        """What it is called: its file's name without the ending, or its folder's where that says nothing."""
+        if os.path.isdir(self.path):
+            return self.path.name
+        folder = self.path.parent.name if self.path.stem in _NAMELESS else ""
+        return folder or self.path.stem
 
     @property
     def types(self) -> int:

@@ -18,7 +18,7 @@ from ldmcli.errors import UsageError
 @click.command(short_help="Draw a picture's edges.")
 @click.argument("image")
 @option("-o", "--output", metavar="PATH", required=True,
-        help="A folder, a .png, .jpg or .webp file, or - for stdout.  [required]")  # fmt: skip
+        help="A folder, a .png, .jpg or .webp file, or - for stdout.")  # fmt: skip
 @option("--thresholds", metavar="LOW,HIGH", default=CANNY_USUAL, show_default=True,
         help="Edges begin where a gradient is over HIGH, and go on over LOW.")  # fmt: skip
 @file_options("--image-format", "--format")

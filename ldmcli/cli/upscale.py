@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
         help="The network: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, as .safetensors.")  # fmt: skip
 @option("--allow-pickle", is_flag=True, help="Read .pth files too, by torch's restricted unpickler alone.")
 @option("-o", "--output", metavar="PATH", required=True,
-        help="A folder, a .png, .jpg or .webp file, or - for stdout.  [required]")  # fmt: skip
+        help="A folder, a .png, .jpg or .webp file, or - for stdout.")  # fmt: skip
 @option("--scale", type=float, metavar="FACTOR", help="How many times as large.  [default: the network's own, often 4]")
 @option("--size", metavar="WxH", help="This size exactly, cut where the proportions differ; Wx or xH keep them.")
 @file_options("--image-format", "--format")

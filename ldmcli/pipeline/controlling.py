@@ -173,12 +173,10 @@ def steering_of(
     stage: Stage,
     model: ModelConfig,
 ) -> Steering | None:
-    """What steers a batch whose steps to be taken are `taken`, its pictures read; None where nothing does. A part is
-    active in step i of n where i/n is no less than its start and (i + 1)/n no more than its end, as in diffusers."""
-    parts, count = [], len(taken)
+    """What steers a batch whose steps to be taken are `taken`, its pictures read; None where nothing does."""
+    parts = []
     for place, control in enumerate(requests[0].controls):
-        shares = [(i / count, (i + 1) / count, step.timestep) for i, step in enumerate(taken)]
-        inside = [at for start, end, at in shares if start >= control.start and end <= control.end]
+        inside = [taken[i].timestep for i in control.active(len(taken))]
         if not inside:
             continue
         network = networks.controls.named(control.net)
