@@ -134,7 +134,7 @@ def test_refusals(arguments: list[str], code: int, words: list[str]) -> None:
     assert_refused(ldm_here("bench", "-q", *arguments), code, *words)
 
 
-@pytest.mark.parametrize("words", ["--against diffusers", "--random-weights sd15", "--profile", "--compile-cache kept"])
+@pytest.mark.parametrize("words", ["--against diffusers", "--random-weights sd15", "--compile-cache kept"])
 def test_what_has_left_says_where_it_is(words: str) -> None:
     assert_refused(ldm_here("bench", *words.split()), 2, words.split()[0], "make bench", f'BENCH="{words.split()[0]}')
     assert_refused(ldm_here("bench", "--markdown"), 2, "--markdown", "make bench", "Markdown")

@@ -20,7 +20,7 @@ from cli_support import tiny_single_file
 
 from ldmcli.checkpoints.source import open_model
 from ldmcli.disk import hashes
-from ldmcli.disk.cache import cache_folder
+from ldmcli.disk.cache import cache_folder, is_news
 from ldmcli.disk.hashes import FileHashes, user_hashes
 from ldmcli.errors import LdmError, MissingInputError
 
@@ -366,3 +366,36 @@ def test_what_fails_in_the_thread_is_told_by_the_future(copied_model: Path) -> N
     (copied_model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(MissingInputError):
         source.sha256(FileHashes()).result()
+
+
+# Facts about the machine
+
+
+def test_a_fact_about_the_machine_is_news_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [is_news(fact) for fact in ("no-cuda", "no-cuda", "cuda", "cuda", "no-cuda")] == [
+        True, False, True, False, True,
+    ]  # fmt: skip
+    assert is_news("no-cuda", remember=False)
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "another", "", "", "")))
+    assert is_news("no-cuda")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    assert [is_news("no-cuda"), is_news("no-cuda")] == [True, True]
+
+
+def test_that_there_is_no_gpu_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    from ldmcli.spec import RuntimeSpec
+    from ldmcli.speed.policy import choose_runtime
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.INFO, "ldmcli"):
+        for _ in range(3):
+            choose_runtime()
+        assert caplog.text.count("no CUDA device found") == 1
+        choose_runtime(RuntimeSpec(cache=False))
+    assert caplog.text.count("no CUDA device found") == 2

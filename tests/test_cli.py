@@ -427,7 +427,7 @@ def test_no_prompts_are_no_error(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["-s", "abc"], ["seed", "abc"]),
-        (["-s", "-1"], ["seed -1", str(MAX_SEED)]),
+        (["-s", "-2"], ["seed -2", str(MAX_SEED)]),
         (["-s", str(1 << 65)], [str(1 << 65), str(MAX_SEED)]),
         (["-s", str(MAX_SEED), "-c", "2"], ["--count 2", str(MAX_SEED)]),
         (["-c", "0"], ["--count", "0"]),

@@ -31,6 +31,7 @@ class Item:
     request: GenerationRequest  # fitted to the model: nothing is None that the model has its own of
     extra: Mapping[str, str] = dataclasses.field(default_factory=dict)  # columns that are no field of a request
     pictures: int = 1  # that its row has
+    name: str = ""  # of its file, without an ending; by row and seed where there is none
 
 
 @dataclasses.dataclass(frozen=True)

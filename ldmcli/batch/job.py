@@ -22,6 +22,7 @@ from ldmcli.conditioning.known_words import SHOWN_UNKNOWN
 from ldmcli.conditioning.lora_tags import split_tags
 from ldmcli.errors import printable
 from ldmcli.images.formats import Encoding
+from ldmcli.images.naming import NamePattern
 from ldmcli.session import Session
 from ldmcli.spec import HIRES_FIELDS, IMAGE_FIELDS, GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.startup import quicken
@@ -36,7 +37,7 @@ _OF_EMBEDDINGS = ("negative_prompt", "embeddings")  # fields of a grid that may 
 class JobSpec:
     """A batch run as it is asked for: an input (`path`, None for standard input) and how its rows are read and drawn.
     `common` holds what rows leave open; `seed` and `count` are for rows without their own. `shard` is (number from 1,
-    of how many). `dynamic` draws prompts by lot."""
+    of how many). `dynamic` draws prompts by lot. `name` names the pictures' files."""
 
     path: Path | None
     common: GenerationRequest
@@ -51,6 +52,7 @@ class JobSpec:
     metadata: bool = True
     dynamic: DynamicPrompts | None = None
     encoding: Encoding = Encoding()
+    name: NamePattern | None = None
 
 
 class Job:
@@ -97,6 +99,7 @@ class Job:
         found = items(
             self.reader, spec.common, seed=spec.seed, count=spec.count, grid=self.grid, fit=fit, check_prompt=check,
             folder=spec.path.parent if spec.path else Path(), dynamic=spec.dynamic,
+            name=spec.name,
         )  # fmt: skip
         hints = 0
         for one in shard(found, spec.shard):
@@ -132,6 +135,8 @@ class Job:
         settings |= {"seed": spec.seed, "count": spec.count, "prompt_column": spec.prompt_column}
         settings |= {"dtype": spec.runtime.dtype, "attention": spec.runtime.attention, "no_metadata": not spec.metadata}
         settings |= spec.encoding.settings
+        if spec.name:
+            settings["name"] = spec.name.text
         if spec.dynamic:
             settings |= {"dynamic_prompts": True, "wildcards": spec.dynamic.hashes}
         identity = RunIdentity(

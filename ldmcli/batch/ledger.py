@@ -6,22 +6,24 @@ never the pictures.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
-from ldmcli.batch.manifest import FAILED, STATES, bad_state, key_of, read_manifests, read_states
-from ldmcli.batch.pictures import numbers_there
+from ldmcli.batch.manifest import DONE, FAILED, STATES, bad_state, key_of, read_manifests, read_states
+from ldmcli.batch.pictures import is_there, numbers_there, picture_path
 from ldmcli.batch.runfile import read_run
 from ldmcli.batch.scratch import Scratch
-from ldmcli.errors import BadDataError, printable
+from ldmcli.errors import BadDataError, LdmError, printable
 
 _TABLES = (
     # The states are 1 done, 0 failed, -1 a row that cannot be drawn.
     "CREATE TABLE pictures (number INTEGER PRIMARY KEY, row INTEGER, state INTEGER, pictures INTEGER, key TEXT)",
     "CREATE TABLE there (number INTEGER PRIMARY KEY)",
+    "CREATE TABLE named (path TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID",
 )
 _INDEX = "CREATE INDEX by_row ON pictures (row)"
 _SET = (
@@ -64,7 +66,12 @@ class Ledger:
         self._database = Scratch(*_TABLES)
         self._database.change(_SET, read_states(folder))
         # After the manifests: a picture is there before its line, also while another process writes both.
-        self._database.change("INSERT OR IGNORE INTO there VALUES (?)", zip(numbers_there(folder), strict=True))
+        self._named = _is_named(folder)
+        if self._named:
+            self._database.change("INSERT OR IGNORE INTO named VALUES (?, ?)", _named_there(folder))
+            self._database("INSERT OR IGNORE INTO there SELECT number FROM named")
+        else:
+            self._database.change("INSERT OR IGNORE INTO there VALUES (?)", zip(numbers_there(folder), strict=True))
         if lost := self._database.change(_DROP_LOST, [()]):
             _log.warning("%d pictures that were done are gone or empty; they count as not done", lost)
         for command in ("DROP TABLE there", _DROP_MENDED, _INDEX):  # the index costs least when all is there
@@ -74,7 +81,8 @@ class Ledger:
     def wanted(self, item: Item, *, retry_failed: bool = False) -> bool:
         """Whether `item` is to be drawn: if it is neither done nor failed, or with `retry_failed` only if it failed.
 
-        Raises BadDataError where the row is not the one that was drawn, or failed, under this number.
+        Raises BadDataError where the row is not the one that was drawn, or failed, under this number, or another
+        picture has its name.
         """
         found = self._database("SELECT state, key FROM pictures WHERE number = ?", item.number)
         if found and found[1] != key_of(item):
@@ -82,6 +90,13 @@ class Ledger:
                 f"row {item.row} (line {item.line}, id '{printable(item.id)}') is not what it was when its picture was "
                 f"drawn; restore the input, or choose another folder."
             )
+        if self._named and not found:
+            other = self._database("SELECT number FROM named WHERE path = ?", picture_path(item, "").lower())
+            if other and other[0] != item.number:
+                raise BadDataError(
+                    f"row {item.row} (line {item.line}) would be drawn over another picture of the run, "
+                    f"'{printable(item.name)}'; put {{number}} into --name and choose another folder."
+                )
         if self._has_bad:
             self._database("DELETE FROM pictures WHERE number = ?", -item.row)  # an older version called it bad
         return retry_failed and found[0] == STATES[FAILED] if found else not retry_failed
@@ -107,6 +122,21 @@ class Ledger:
         """The account, for an input of so many rows."""
         images, failed_images, done, failed = map(int, self._database(_COUNT) or ())
         return Counts(rows, done, failed, None if rows is None else rows - done - failed, images, failed_images)
+
+
+def _named_there(folder: Path) -> Iterator[tuple[str, int]]:
+    """The pictures whose files are there by the names that the manifests have: path without ending, and number."""
+    for record in read_manifests(folder):
+        if record["status"] == DONE and is_there(folder, record["path"]):
+            yield os.path.splitext(record["path"])[0].lower(), record["number"]
+
+
+def _is_named(folder: Path) -> bool:
+    """Whether a pattern names the pictures of the run in `folder`."""
+    try:
+        return "name" in read_run(folder).settings
+    except LdmError:
+        return False
 
 
 def audit(counts: Counts) -> tuple[str, bool]:

@@ -62,6 +62,29 @@ class IdIndex:
         return f"line {found[0]}" if found else ""
 
 
+class NameIndex:
+    """The names of files so far, some 40 bytes each."""
+
+    def __init__(self) -> None:
+        self._names = Scratch("CREATE TABLE names (digest BLOB PRIMARY KEY, last INTEGER) WITHOUT ROWID")
+
+    def claim(self, name: str) -> str:
+        """The name where it is free, else the first of name-2, name-3 … that is. The same names in the same order come
+        out the same."""
+        found = self._names("SELECT last FROM names WHERE digest = ?", _digest(name))
+        number = found[0] if found else 0
+        while True:
+            number += 1
+            made = f"{name}-{number}" if number > 1 else name
+            if self._names.change("INSERT OR IGNORE INTO names VALUES (?, 1)", [(_digest(made),)]):
+                self._names("UPDATE names SET last = ? WHERE digest = ?", number, _digest(name))
+                return made
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.casefold().encode()).digest()[:16]
+
+
 def _no_room(error: sqlite3.Error) -> StorageError:
     return StorageError(
         f"the account of the rows cannot be kept in the temporary folder: {printable(str(error))}; make room, or set "

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ldmcli.batch.fields import OWN, PROMPT, REQUEST_FIELDS, field_named, from_text, near, normal, problem_of
+from ldmcli.batch.fields import OWN, PROMPT, REQUEST_FIELDS, SIZE, field_named, from_text, near, normal, problem_of
 from ldmcli.errors import LdmError, UsageError, printable
 from ldmcli.spec import GenerationRequest
 
 MAX_COMBINATIONS = 10_000
+# Options by their letters.
+_LETTERS = {"-n": "negative_prompt", "-g": "guidance_scale", "-W": "width", "-H": "height", "-s": "seed", "-i": "image"}
 
 Grid = Sequence[tuple[str, Sequence[Any]]]
 Fit = Callable[[GenerationRequest], GenerationRequest]
@@ -23,12 +25,14 @@ def parse_grid(text: str) -> tuple[str, tuple[Any, ...]]:
     """The field and its values. A value that holds a comma stands in double quotes. Raises UsageError where there is
     no such field or a value is not one of its."""
     title, equals, rest = text.partition("=")
-    name = field_named(title)
+    name = _LETTERS.get(title.strip(), field_named(title.strip().lstrip("-")))
     fields = [field for field in REQUEST_FIELDS if field != PROMPT]
     if not equals or not title.strip():
         raise UsageError(f"grid {printable(repr(text))} is not FIELD=VALUE,VALUE,…; an example is steps=20,50.")
     if name not in fields:
-        advice = near(title, fields) or f"choose from {', '.join(fields)}."
+        advice = near(title, fields) or f"choose from {', '.join(one.replace('_', '-') for one in fields)}."
+        if name == SIZE:
+            advice = "give one grid of width and one of height."
         raise UsageError(f"grid field {printable(repr(title))} is not known; {advice}")
     try:
         cells = next(csv.reader([rest], skipinitialspace=True, strict=True), [])

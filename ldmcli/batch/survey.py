@@ -12,11 +12,12 @@ from typing import Any
 from ldmcli.batch.fields import EXTRAS, IDS, OWN, PROMPT, REQUEST_FIELDS, located, own_problem, problem_of, unknown
 from ldmcli.batch.items import BadRow, Item
 from ldmcli.batch.reading import RawRow
-from ldmcli.batch.scratch import IdIndex
+from ldmcli.batch.scratch import IdIndex, NameIndex
 from ldmcli.batch.settings import Fit, Grid, Settings, Variants, checked_grid
 from ldmcli.conditioning.dynamic import DynamicPrompts
 from ldmcli.errors import LdmError, printable
 from ldmcli.hires import hires_size
+from ldmcli.images.naming import NamePattern
 from ldmcli.spec import MAX_SEED, GenerationRequest
 
 MAX_COUNT = 1_000_000
@@ -69,6 +70,7 @@ def items(
     fit: Fit = lambda request: request,
     check_prompt: Callable[[GenerationRequest], object] = lambda request: None,
     dynamic: DynamicPrompts | None = None,
+    name: NamePattern | None = None,
 ) -> Iterator[Item | BadRow]:
     """The pictures of each row in turn, or the row with all that is wrong with it.
 
@@ -90,10 +92,12 @@ def items(
 
     `dynamic` draws prompts by lot, for each picture by its seed; `check_prompt` then sees all of them, and an item's
     `extra` has the `template` that was drawn from.
+
+    `name` names files; of names that are taken already, letter case aside, the next free one with a number behind it.
     """
     grid = checked_grid(grid)
     settings = Settings(common, grid, fit)
-    ids = IdIndex()
+    ids, names = IdIndex(), NameIndex() if name else None
     number = 0
     for raw in reader:
         row = _Row(raw, count, folder, dynamic)
@@ -109,7 +113,10 @@ def items(
             number += pictures
             continue
         for request in row.requests(variants, seed):
-            yield Item(number, raw.row, raw.line, row.id, request, row.extra_of(request), pictures)
+            file = ""
+            if name and names:
+                file = names.claim(name.of(vars(request), row=raw.row, id=row.id, number=number + 1))
+            yield Item(number, raw.row, raw.line, row.id, request, row.extra_of(request), pictures, file)
             number += 1
 
 

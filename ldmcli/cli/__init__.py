@@ -3,17 +3,19 @@
 import contextlib
 import importlib
 import io
+import itertools
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TextIO
 
 import click
 
 from ldmcli import __version__
+from ldmcli.cli.configured import may_name_model
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.speed.cpu.heap import ask_for_large_pages
 from ldmcli.speed.cpu.threads import yield_cores
@@ -21,8 +23,9 @@ from ldmcli.speed.memory import is_out_of_memory
 
 _COMMANDS = (
     "txt2img", "img2img", "batch", "upscale", "canny", "serve", "info", "gallery", "pull", "models", "samplers",
-    "bench",
+    "config", "bench",
 )  # fmt: skip
+_OWN_OPTIONS = ("-h", "--help", "-V", "--version")
 _COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask
 _MAX_USAGE_ERROR = 500  # characters: click quotes whole arguments
 _UNHEARD_S = 2.0  # after which a signal that had no effect is raised again
@@ -47,9 +50,48 @@ class _Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's, with txt2img in front of what begins with a prompt. Raises UsageError where it may be none."""
+        if args and not ctx.resilient_parsing and args[0] not in (*_COMMANDS, *_OWN_OPTIONS):
+            args = [*self._missing_command(ctx, args), *args]
+        return super().parse_args(ctx, args)
+
+    def _missing_command(self, ctx: click.Context, args: Sequence[str]) -> list[str]:
+        """The command that was left out; none where that is not to be told, which click then says."""
+        if not args[0].startswith("-") or args[0] in ("-", "--"):
+            from ldmcli.cli.mistakes import asked_about
+
+            if question := asked_about(args[0], _COMMANDS):
+                raise click.UsageError(question, ctx)
+            return ["txt2img"]
+        name = args[0].partition("=")[0]
+        for command in ("txt2img", "img2img"):
+            options = self._options(ctx, command)
+            if name in options or (name[1:2] != "-" and name[:2] in options):
+                later = _first_command(args, options)
+                if later:
+                    raise click.UsageError(f"{name} is an option of a command; write it behind {later}.", ctx)
+                return [command]
+        return []
+
+    def _options(self, ctx: click.Context, command: str) -> dict[str, click.Option]:
+        found = self.get_command(ctx, command)
+        options = (one for one in (found.params if found else ()) if isinstance(one, click.Option))
+        return {name: one for one in options for name in one.opts}
+
+
+def _first_command(args: Sequence[str], options: Mapping[str, click.Option]) -> str:
+    """The first of the arguments that is a command and no option's value; "" where there is none."""
+    words = args[: args.index("--")] if "--" in args else args
+    for before, word in itertools.pairwise(words):
+        if word in _COMMANDS and not (before in options and not options[before].is_flag):
+            return word
+    return ""
+
 
 @click.group(
     cls=_Commands,
+    subcommand_metavar="PROMPT|COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 error, 2 usage, 3 some rows failed, 65 bad data or model, 66 no such input, "
     "73 cannot create output, 74 I/O, 75 try again, 130 interrupted, 143 terminated.",
@@ -59,8 +101,8 @@ def cli() -> None:
     """Draw pictures from text with latent diffusion models.
 
     \b
-    ldm txt2img "a red apple on a blue background"
-    ldm txt2img -m sd15.safetensors "a lighthouse at dawn" -o pictures
+    ldm "a red apple on a blue background"
+    ldm "a lighthouse at dawn" -m sd15.safetensors -o pictures
     ldm img2img "a green apple" -i apple.png
     ldm batch prompts.txt -o out
     ldm upscale picture.png -o large.png
@@ -77,7 +119,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of `ldm`: runs the command line and exits with its code."""
-    if "LDM_MODEL" in os.environ or any(word.startswith(("-m", "--model")) for word in sys.argv[2:]):
+    named = "LDM_MODEL" in os.environ or any(word.startswith(("-m", "--model")) for word in sys.argv[1:])
+    if named or may_name_model():
         ask_for_large_pages()  # the embedded model is too small to gain from them
     yield_cores()
     code = run(sys.argv[1:])
@@ -166,9 +209,13 @@ def _flush(stream: TextIO) -> None:
 
 def _usage_error(error: click.ClickException) -> str:
     """click's message as one sentence, safe to print, with the help to turn to."""
-    message = printable(error.format_message(), _MAX_USAGE_ERROR).rstrip(".")
+    from ldmcli.cli.mistakes import usage_sentence
+
+    message = printable(usage_sentence(error), _MAX_USAGE_ERROR)
+    if message.endswith("?"):
+        return message
     context = getattr(error, "ctx", None)
-    return f"{message[:1].lower()}{message[1:]}; see {context.command_path if context else 'ldm'} --help."
+    return f"{message}; see {context.command_path if context else 'ldm'} --help."
 
 
 @contextlib.contextmanager

@@ -5,9 +5,8 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ldmcli.cli.command import command
+from ldmcli.cli.option_types import Duration, RowFormat, Shard
 from ldmcli.cli.options import (
-    Duration,
     dynamic_options,
     dynamic_prompts,
     file_options,
@@ -25,6 +25,7 @@ from ldmcli.cli.options import (
     json_option,
     model_options,
     model_spec,
+    name_option,
     option,
     request_options,
     request_settings,
@@ -37,7 +38,8 @@ from ldmcli.cli.resident import open_session
 from ldmcli.cli.steering_options import DrawingCommand, steering_options
 from ldmcli.cli.terminal import bar, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
-from ldmcli.images.formats import FORMATS, Encoding
+from ldmcli.images.formats import Encoding
+from ldmcli.images.naming import NamePattern
 from ldmcli.spec import PICTURES, GenerationRequest
 from ldmcli.speed.cpu.threads import available_cores, is_small
 from ldmcli.speed.startup import may_have_gpu
@@ -57,27 +59,10 @@ _SMALL_BATCH = 8  # of a small model on a CPU: the fastest of 1 to 16, with a th
 _WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
 
 
-class _Shard(click.ParamType):
-    name = "i/n"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value), re.ASCII)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise click.BadParameter(f"{printable(repr(value))} is not I/N with I from 1 to N.", ctx, param)
-        return int(found[1]), int(found[2])
-
-
-class _RowFormat(click.Choice[str]):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value in (*FORMATS, "jpg"):
-            self.fail(f"{value!r} is no format of rows; --image-format is what pictures are written as.", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-@click.command(cls=DrawingCommand, short_help="Draw every row of a prompt file into a folder.")
+@command(cls=DrawingCommand, short_help="Draw every row of a prompt file into a folder.")
 @click.argument("file", metavar="[FILE]", required=False)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
-@option("--format", type=_RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
+@option("--format", type=RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
         help="What FILE is; kohya (a cat --n dog --s 20) and a1111 (--prompt \"a cat\" --steps 20) have options "
         "in each line.  [default: by its name's ending; needed for -]")  # fmt: skip
 @option("--prompt-column", metavar="NAME", help="The CSV or TSV column, or JSON field, to take prompts from.")
@@ -86,7 +71,15 @@ class _RowFormat(click.Choice[str]):
 )
 @option("-s", "--seed", type=int, default=0, show_default=True,
         help="Rows without a seed, or with -1, get one made of this and their id.")  # fmt: skip
-@option("-c", "--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures for each row.")
+@option(
+    "-c",
+    "--count",
+    aliases=["--num-images", "--batch-count"],
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Pictures for each row.",
+)
 @option("-b", "--batch-size", type=click.IntRange(1, 1024),
         help="Pictures computed at once; rows of equal settings share a batch.  [default: 8 of a small model's on a "
         "CPU, else 1]")  # fmt: skip
@@ -98,7 +91,7 @@ class _RowFormat(click.Choice[str]):
 @option("--failed", is_flag=True, help="With --status: list what failed, with its prompt and why.")
 @option("--max-images", type=click.IntRange(1), metavar="N", help="End after N pictures.")
 @option("--time-limit", type=Duration(), metavar="TIME", help="End after 90s, 55m, 1.5h …; the same command goes on.")
-@option("--shard", type=_Shard(), metavar="I/N", default="1/1", help="Only every N-th row, from the I-th on.")
+@option("--shard", type=Shard(), metavar="I/N", default="1/1", help="Only every N-th row, from the I-th on.")
 @option("--devices", metavar="LIST",
         help="A process on each: all, 0,1, cpu*2.  [default: --device, in this process; a small model's many pictures "
         "on a CPU in one a core]")  # fmt: skip
@@ -107,6 +100,7 @@ class _RowFormat(click.Choice[str]):
 @option("--ray-address", metavar="ADDRESS", help="The cluster to use.  [default: one of this machine's own]")
 @option("--sheet", metavar="PNG", help="Write a contact sheet of the run's pictures at the end.")
 @file_options("--image-format")
+@name_option
 @option("--no-metadata", is_flag=True, help="Write no prompt and settings into the pictures.")
 @model_options
 @request_options
@@ -155,6 +149,8 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
     if _STDIN in [options[name] for name in PICTURES]:
         raise click.UsageError("a picture of a batch is a file; standard input is for rows.", context)
+    if options["seed"] == -1:
+        _log.warning("--seed -1 is a seed like others here, for the same command draws the same")
     devices = parse_devices(options["devices"]) if options["devices"] else None
     if options["ray_address"] and options["engine"] != "ray":
         raise UsageError("--ray-address is for --engine ray.")
@@ -197,6 +193,7 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
         runtime_spec(options),
         metadata=not options["no_metadata"],
         dynamic=dynamic_prompts(options),
+        name=NamePattern(options["name"]) if options["name"] is not None else None,
         encoding=Encoding(options["image_format"] or "png", options["quality"], options["lossless"]),
         **{name: options[name] for name in own},
     )
@@ -229,7 +226,7 @@ def _run(job: "Job", found: "Survey | None", engine: "Engine", options: dict[str
         if run.rows is not None and not found:
             record_rows(folder, run.rows)
         if options["sheet"]:
-            _write_sheet(folder, Path(options["sheet"]))
+            _write_sheet(folder, Path(options["sheet"]), [name for name, _ in job.grid])
         return _account(run, stop, options)
 
 
@@ -369,17 +366,18 @@ def _print_totals(found: "Survey", *, as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' ')}: {value:,}")
 
 
-def _write_sheet(folder: Path, path: Path) -> None:
-    """The run's first pictures, in the order of its rows."""
+def _write_sheet(folder: Path, path: Path, varied: Sequence[str]) -> None:
+    """The run's first pictures, in the order of its rows; under each the fields that a grid varied, and its prompt."""
     import heapq
 
     from ldmcli.batch.manifest import read_manifests
     from ldmcli.gallery.sheet import MAX_PICTURES, SheetPicture, write_sheet
+    from ldmcli.gallery.varied import caption
 
     done = (record for record in read_manifests(folder) if record["status"] == "done")
     first = heapq.nsmallest(MAX_PICTURES + 1, done, key=lambda record: record["number"])
     distinct = {record["number"]: record for record in first}.values()
-    pictures = (SheetPicture(folder / r["path"], r["request"]["prompt"]) for r in distinct)
+    pictures = (SheetPicture(folder / r["path"], caption(r["request"], varied)) for r in distinct)
     if write_sheet(path, pictures, folder):
         _log.info("contact sheet: %s", printable(str(path), 4096))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ldmcli.cli.command import command
 from ldmcli.cli.options import (
     expanded,
     json_option,
@@ -26,7 +27,7 @@ _STEPS = 20
 _PROMPT = "a red apple on a blue background"
 # Options that make bench has now, by how its argument is typed.
 _MOVED = {
-    "--against": "--against diffusers", "--random-weights": "--random-weights sd15", "--profile": "--profile",
+    "--against": "--against diffusers", "--random-weights": "--random-weights sd15",
     "--compile-cache": "--compile-cache DIR", "--markdown": "",
 }  # fmt: skip
 
@@ -48,7 +49,7 @@ def _moved(_context: click.Context, parameter: click.Parameter, value: Any) -> N
 def _moved_options(command: click.Command) -> click.Command:
     """Refuse what the command had, naming where it is."""
     for name in _MOVED:
-        flag = name in ("--profile", "--markdown")
+        flag = name == "--markdown"
         option(name, is_flag=flag, hidden=True, expose_value=False, is_eager=True, callback=_moved)(command)
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.name == "steps":
@@ -57,9 +58,9 @@ def _moved_options(command: click.Command) -> click.Command:
 
 
 @_moved_options
-@click.command(short_help="Measure how long pictures take.")
+@command(short_help="Measure how long pictures take.")
 @model_options
-@option("--prompt", metavar="TEXT", default=_PROMPT, help="What to draw.  [default: an apple]")
+@option("-p", "--prompt", metavar="TEXT", default=_PROMPT, help="What to draw.  [default: an apple]")
 @request_options
 @option("-s", "--seed", type=int, default=0, show_default=True, help="Seed of the picture.")
 @option("--clock", "clocks", envvar="LDM_CLOCK", callback=_clocks, metavar="LIST", default="cold,image,step",
@@ -118,7 +119,7 @@ def bench(context: click.Context, **options: Any) -> None:
 
 def _words(context: click.Context) -> list[str]:
     """The words after `ldm txt2img` that ask for the same picture, computed in the same way."""
-    shared = {parameter.name for parameter in txt2img.params} - {"as_json", "batch_size", "no_cache"}
+    shared = {parameter.name for parameter in txt2img.params} - {"as_json", "batch_size", "no_cache", "prompt"}
     words = []
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
+from ldmcli.cli.command import command
 from ldmcli.cli.options import file_options, json_option, option, verbosity_options
 from ldmcli.cli.output import choose_encoding, open_output
 from ldmcli.control import CANNY_USUAL, thresholds
@@ -15,7 +16,7 @@ from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import UsageError
 
 
-@click.command(short_help="Draw a picture's edges.")
+@command(short_help="Draw a picture's edges.")
 @click.argument("image")
 @option("-o", "--output", metavar="PATH", required=True,
         help="A folder, a .png, .jpg or .webp file, or - for stdout.")  # fmt: skip

@@ -6,12 +6,13 @@ import os
 
 import click
 
+from ldmcli.cli.command import command
 from ldmcli.cli.options import expanded, json_option, option, verbosity_options
 
 _log = logging.getLogger(__name__)
 
 
-@click.command(short_help="Write HTML pages that show a folder of pictures.")
+@command(short_help="Write HTML pages that show a folder of pictures.")
 @click.argument("folder", metavar="DIR")
 @click.option(
     "-o", "--output", metavar="FILE", help="The first page; the others stand beside it.  [default: DIR/index.html]"

@@ -4,12 +4,13 @@ from typing import Any
 
 import click
 
+from ldmcli.cli.command import command
 from ldmcli.cli.options import image_options
 from ldmcli.cli.steering_options import DrawingCommand
 from ldmcli.cli.txt2img import draw, drawing_options
 
 
-@click.command(cls=DrawingCommand, short_help="Draw prompts on a picture, or on parts of it.")
+@command(cls=DrawingCommand, short_help="Draw prompts on a picture, or on parts of it.")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @image_options
 @drawing_options

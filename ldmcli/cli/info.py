@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
+from ldmcli.cli.command import command
 from ldmcli.cli.options import expanded, json_option, option, verbosity_options
 from ldmcli.errors import BadDataError, LdmError, printable
 
 _log = logging.getLogger(__name__)
 
 
-@click.command(short_help="Tell what pictures and model files are.")
+@command(short_help="Tell what pictures and model files are.")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @option("--allow-pickle", is_flag=True, help="Look into .ckpt, .pt and .bin files too, for plain tensors alone.")
 @json_option("Print one JSON object a file.")

@@ -6,10 +6,11 @@ import textwrap
 
 import click
 
+from ldmcli.cli.command import command
 from ldmcli.cli.options import json_option, verbosity_options
 
 
-@click.command(short_help="List the models at hand.")
+@command(short_help="List the models at hand.")
 @json_option("Print each model as a JSON line.")
 @verbosity_options
 def models(as_json: bool) -> None:

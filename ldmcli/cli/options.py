@@ -2,20 +2,31 @@
 
 import dataclasses
 import logging
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ldmcli.cli.configured import use_config
+from ldmcli.cli.option_types import (
+    Attention,
+    Device,
+    Duration,
+    ImageFormat,
+    Interval,
+    LoRAText,
+    Name,
+    Prediction,
+    Sampler,
+    Schedule,
+    Size,
+)  # fmt: skip
 from ldmcli.cli.terminal import LogHandler
-from ldmcli.errors import UsageError, printable
 from ldmcli.hires import STRENGTH as HIRES_STRENGTH
 from ldmcli.images.formats import FORMATS, QUALITY
 from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.sampling.names import sampler_of, schedule_of
 from ldmcli.spec import (
     HIRES_FIELDS,
     IMAGE_FIELDS,
@@ -27,7 +38,6 @@ from ldmcli.spec import (
     REFINER_START,
     RESIZES,
     STEERING,
-    LoRA,
     ModelSpec,
     RuntimeSpec,
 )
@@ -35,17 +45,27 @@ from ldmcli.spec import (
 if TYPE_CHECKING:
     from ldmcli.conditioning.dynamic import DynamicPrompts
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class EnvOption(click.Option):
-    """An option that is also read from LDM_NAME: --guidance-scale from LDM_GUIDANCE_SCALE."""
+    """An option that is also read from LDM_NAME: --guidance-scale from LDM_GUIDANCE_SCALE. `aliases` are names of other
+    programs, which no help shows."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, names: Sequence[str], *, aliases: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__([*names, *aliases], **kwargs)
+        self._aliases = aliases
         if self.envvar is None and self.name is not None:
             self.envvar = f"LDM_{self.name.upper()}"
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """click's, without the aliases."""
+        opts = self.opts
+        try:
+            self.opts = [name for name in opts if name not in self._aliases]
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = opts
 
 
 def option(*names: str, **settings: Any) -> Callable[[_Command], _Command]:
@@ -64,90 +84,21 @@ def together(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command
     return decorate
 
 
-class Duration(click.ParamType):
-    """A time such as 90s, 10m or 1.5h, in seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value), re.ASCII)
-        if found is None:
-            raise click.BadParameter(f"{printable(repr(value))} is not a time such as 90s, 55m or 1.5h.", ctx, param)
-        return float(found[1]) * _UNITS[found[2]]
-
-
 def verbosity_options(command: _Command) -> _Command:
-    """-q and -v, which take effect at once."""
+    """--profile, -q and -v, which take effect at once."""
     command = option(
         "-q", "--quiet", is_flag=True, expose_value=False, is_eager=True, callback=_quiet, help="Only errors on stderr."
     )(command)
-    return option("-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="More on stderr.")(
+    command = option("-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="More on stderr.")(
         command
     )
+    return option("--profile", metavar="NAME", expose_value=False, is_eager=True, callback=use_config,
+                  help="Start from these lines of the configuration file, see `ldm config`.")(command)  # fmt: skip
 
 
 def json_option(help_text: str) -> Callable[[_Command], _Command]:
     """--json, passed on as `as_json`."""
     return option("--json", "as_json", is_flag=True, envvar="LDM_JSON", help=help_text)
-
-
-class _Device(click.ParamType):
-    name = "auto|cpu|cuda[:N]"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        kind, colon, number = value.partition(":")
-        if value in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and number.isascii() and number.isdigit()):
-            return value
-        raise click.BadParameter(f"{printable(repr(value))} is not auto, cpu, cuda or cuda:N.", ctx, param)
-
-
-class _Interval(click.ParamType):
-    name = "low:high"
-
-    def convert(
-        self, value: str | tuple[float, float], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, float]:
-        if isinstance(value, tuple):
-            return value
-        low, colon, high = value.partition(":")
-        try:
-            if colon:
-                return float(low), float(high)
-        except ValueError:
-            pass
-        raise click.BadParameter(f"{printable(repr(value))} is not two numbers with a colon between.", ctx, param)
-
-
-class _LoRA(click.ParamType):
-    """A file, folder or name with one or two weights after colons."""
-
-    name = "lora"
-    envvar_list_splitter = ";"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> LoRA:
-        try:
-            return LoRA.read(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Sampler(click.Choice[str]):
-    """A sampler by any program's name, which may say the schedule too: `dpmpp-2m karras`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        named = sampler_of(value)
-        return " ".join(filter(None, named)) if named else super().convert(value, param, ctx)
-
-
-class _Schedule(click.Choice[str]):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(schedule_of(value) or value, param, ctx)
-
-
-class Name(click.types.StringParamType):
-    """A text that may be given again; in the environment, with semicolons between."""
-
-    envvar_list_splitter = ";"
 
 
 # What a picture is drawn with: these become a GenerationRequest's fields of the same names.
@@ -158,22 +109,25 @@ REQUEST_OPTIONS = (
 )  # fmt: skip
 _REQUEST = (
     option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show."),
-    option("-W", "--width", type=int, help="Pixels.  [default: the model's own]"),
-    option("-H", "--height", type=int, help="Pixels.  [default: the model's own]"),
+    option("--size", type=Size(), metavar="WxH",
+           help="Width and height in pixels.  [default: the model's own]"),
+    option("-W", "--width", type=int, help="Pixels, as in --size."),
+    option("-H", "--height", type=int, help="Pixels, as in --size."),
     option("--steps", type=int, help="Sampling steps.  [default: the model's own; 50, or 4 where it is distilled]"),
-    option("--sampler", type=_Sampler(list(SAMPLERS)),
+    option("--sampler", type=Sampler(list(SAMPLERS)),
            help="See `ldm samplers`; other programs' names go too.  [default: the model's own; ddim, euler for SDXL, "
            "what a distilled model wants]"),
-    option("--schedule", type=_Schedule(SPACINGS), help="Where the steps sit.  [default: the model's own]"),
+    option("--schedule", aliases=["--scheduler"], type=Schedule(SPACINGS),
+           help="Where the steps sit.  [default: the model's own]"),
     option("--eta", type=float, default=0.0, show_default=True, help="Fresh noise in DDIM: 0 none, 1 as in DDPM."),
     option(
-        "-g", "--guidance-scale", "--cfg-scale", type=float,
+        "-g", "--guidance-scale", "--cfg-scale", aliases=["--guidance", "--cfg"], type=float,
         help="How closely to follow the prompt; 1 is unguided, twice as fast.  [default: the model's own; 7.5, SDXL 5, "
         "Turbo 1]",
     ),
     option("--guidance-rescale", type=float, default=0.0, show_default=True,
            help="Take back what guidance adds to the contrast: 0 nothing, 1 all (Lin et al. use 0.7)."),
-    option("--guidance-interval", type=_Interval(), metavar="LOW:HIGH",
+    option("--guidance-interval", type=Interval(), metavar="LOW:HIGH",
            help="Guide only at noise levels sigma from LOW to HIGH (Kynkäänniemi et al.; for SDXL 0.28:5.42)."),
     option("--prompt-syntax", type=click.Choice(PROMPT_SYNTAXES), default="plain", show_default=True,
            help="weighted: (word:1.3), (word), [word], \\(, BREAK and <lora:NAME:WEIGHT> count; plain: what you type "
@@ -188,7 +142,7 @@ _REQUEST = (
     option("--crop-top", type=int, default=0, show_default=True, help="SDXL: as --crop-left."),
     option("--refiner-start", type=float,
            help="Share of the noise schedule after which the refiner takes over.  [default: 0.8 with --refiner]"),
-    option("--lora", "loras", envvar="LDM_LORA", type=_LoRA(), multiple=True, metavar="LORA[:WEIGHT[:TEXT_WEIGHT]]",
+    option("--lora", "loras", envvar="LDM_LORA", type=LoRAText(), multiple=True, metavar="LORA[:WEIGHT[:TEXT_WEIGHT]]",
            help="Merge a LoRA, or another adapter, into the model: a file, a name in --lora-dir or on the hub. May be "
            "given again; TEXT_WEIGHT is that of the text encoders.  [default weights: 1]"),
     option("--embedding", "embeddings", type=Name(), multiple=True, envvar="LDM_EMBEDDING", metavar="FILE[:WORD]",
@@ -286,8 +240,9 @@ _MODEL = (
            "its folder has one, else by a general one that comes along."),
     option("--image-encoder", metavar="MODEL",
            help="The CLIP vision model, a folder or file, for IP-Adapters that have none beside them."),
-    option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),
-           help="What the U-Net was trained to predict, where the files do not tell it right."),
+    option("--prediction-type", type=Prediction(),
+           help="What the U-Net was trained to predict (noise, v, or the picture), where the files do not tell it "
+           "right."),
     option("--allow-pickle", is_flag=True,
            help="Read .ckpt and .bin files too, by torch's restricted unpickler alone."),
 )  # fmt: skip
@@ -295,19 +250,13 @@ _MODEL = (
 _ATTENTIONS = ("auto", "sdpa", "chunked", "math", "flash", "cudnn", "efficient", "xformers")
 
 
-class _Attention(click.Choice[str]):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        # What there was once passes: whoever chooses the runtime says why it is gone.
-        return value if value == "measured" else super().convert(value, param, ctx)
-
-
 # Where and how to compute.
 _RUNTIME = (
     option("--dtype", type=click.Choice(["auto", "fp16", "bf16", "fp32"]), default="auto", show_default=True,
            help="Numbers to compute with; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32."),
-    option("--device", type=_Device(), metavar="[auto|cpu|cuda|cuda:N]", default="auto", show_default=True,
+    option("--device", type=Device(), metavar="[auto|cpu|cuda|cuda:N]", default="auto", show_default=True,
            help="Where to compute; auto: the GPU if there is one."),
-    option("--attention", type=_Attention(_ATTENTIONS), default="auto", show_default=True,
+    option("--attention", type=Attention(_ATTENTIONS), default="auto", show_default=True,
            help="How attention is computed: as suits device and shapes, by torch's choice (sdpa), by chunks (best for "
            "bf16 on a CPU), plainly (math), or by one kernel for GPUs."),
     option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True,
@@ -325,21 +274,23 @@ _RUNTIME = (
 )  # fmt: skip
 
 
-class _ImageFormat(click.Choice[str]):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert("jpeg" if value == "jpg" else value, param, ctx)
-
-
 def file_options(*names: str) -> Callable[[_Command], _Command]:
     """The options that say how pictures are written; `names` is what the format's is called."""
     return together(
-        option(*names, "image_format", type=_ImageFormat(list(FORMATS)),
+        option(*names, "image_format", type=ImageFormat(list(FORMATS)),
                help="What pictures are written as.  [default: by the output's ending; png]"),
         option("--quality", type=click.IntRange(1, 100),
                help=f"Of JPEG and WebP: 1 small, 100 best.  [default: {QUALITY}]"),
         option("--lossless", is_flag=True, help="Of WebP: keep every pixel as it is."),
     )  # fmt: skip
 
+
+name_option = option(
+    "--name",
+    metavar="PATTERN",
+    help="Names of files in a folder, such as {row:05d}-{id}-{seed}: row, number, id, prompt and other settings, in "
+    "safe characters.",
+)
 
 # How prompts are drawn by lot, where a command does so.
 dynamic_options = together(

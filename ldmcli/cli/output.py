@@ -12,6 +12,7 @@ from ldmcli.cli.terminal import write_result
 from ldmcli.disk.writing import check_replaceable, prepare_folder, write_exact, write_new
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import ENDINGS, FORMATS, Encoding, format_of_name
+from ldmcli.images.naming import NamePattern
 
 STDOUT = "-"
 _OTHER_FORMATS = {".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}
@@ -26,7 +27,9 @@ class Output:
     overwrite: bool
     as_json: bool
     ending: str = ".png"  # of files in a folder
-    _of_seed: Counter[int] = dataclasses.field(default_factory=Counter)  # pictures written by this run
+    name: NamePattern | None = None  # of them; ldm-SEED without
+    of_row: int = 1  # pictures of each prompt
+    _written: Counter[str] = dataclasses.field(default_factory=Counter)  # pictures by name that this run wrote
 
     def write(self, data: bytes, seed: int, record: dict[str, Any]) -> None:
         """Write one picture and report it on stdout; raises CannotCreateError or StorageError."""
@@ -36,16 +39,25 @@ class Output:
         if self.is_file:
             written = write_exact(self.path, data, overwrite=self.overwrite)
         else:
-            self._of_seed[seed] += 1
+            stem = self._stem(seed, record)
+            self._written[stem] += 1
             # what --overwrite may replace is not what this very run has drawn, of another prompt with the same seed
-            again = f"-{self._of_seed[seed]}" if self.overwrite and self._of_seed[seed] > 1 else ""
-            stem = f"ldm-{seed}{again}"
+            if self.overwrite and self._written[stem] > 1:
+                stem += f"-{self._written[stem]}"
             written = write_new(self.path, stem, data, overwrite=self.overwrite, ending=self.ending)
         if self.as_json:
             line = json.dumps({"path": str(written), **record}, ensure_ascii=True).encode("ascii")
         else:
             line = os.fsencode(written)
         write_result(line + b"\n")
+
+    def _stem(self, seed: int, record: dict[str, Any]) -> str:
+        """The name of the next picture in the folder."""
+        if self.name is None:
+            return f"ldm-{seed}"
+        number = self._written.total()
+        row = number // self.of_row + 1
+        return self.name.of(record, row=row, id=str(row), number=number + 1)
 
 
 def choose_encoding(where: str, *, image_format: str | None, quality: int | None, lossless: bool) -> Encoding:
@@ -57,13 +69,26 @@ def choose_encoding(where: str, *, image_format: str | None, quality: int | None
     return Encoding(image_format or named or "png", quality, lossless)
 
 
-def open_output(where: str, encoding: Encoding, *, overwrite: bool, as_json: bool, one_image: bool) -> Output:
+def open_output(
+    where: str,
+    encoding: Encoding,
+    *,
+    overwrite: bool,
+    as_json: bool,
+    one_image: bool,
+    name: str | None = None,
+    of_row: int = 1,
+) -> Output:
     """Check a place before anything is loaded: `-`, a path with the ending of a picture, or a folder, as anything
-    ending in / is, which is made if need be.
+    ending in / is, which is made if need be. `name` is the pattern of files in a folder, `of_row` how many pictures
+    each prompt has.
 
     Raises UsageError or CannotCreateError.
     """
     path = Path(where)
+    pattern = NamePattern(name) if name is not None else None
+    if pattern is not None and (where == STDOUT or (format_of_name(path) is not None and not _is_folder(where))):
+        raise UsageError("--name is for pictures in a folder; give a folder to -o, or leave it out.")
     if where == STDOUT:
         if as_json:
             raise UsageError("--json and -o - both want standard output; give a folder or a file to -o.")
@@ -81,7 +106,7 @@ def open_output(where: str, encoding: Encoding, *, overwrite: bool, as_json: boo
     is_file = format_of_name(path) is not None and not is_folder
     if not is_file:
         prepare_folder(path)
-        return Output(path, False, overwrite, as_json, encoding.ending)
+        return Output(path, False, overwrite, as_json, encoding.ending, pattern, of_row)
     if not one_image:
         raise UsageError(f"{printable(where)} is one file, and more than one picture may come; give a folder to -o.")
     prepare_folder(path.parent)

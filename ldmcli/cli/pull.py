@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from ldmcli.cli.command import command
 from ldmcli.cli.options import option, verbosity_options
 from ldmcli.errors import UsageError, printable
 
 _log = logging.getLogger(__name__)
 
 
-@click.command(short_help="Fetch a model from the Hugging Face hub.")
+@command(short_help="Fetch a model from the Hugging Face hub.")
 @click.argument("model", metavar="ORG/NAME[@REVISION]")
 @option("--fp16/--full", default=True, show_default=True,
         help="Which weights to fetch where the model has both: in 16 bits, or in full.")  # fmt: skip

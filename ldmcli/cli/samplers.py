@@ -4,12 +4,13 @@ import json
 
 import click
 
+from ldmcli.cli.command import command
 from ldmcli.cli.options import json_option, verbosity_options
 
 _FIELDS = ("name", "title", "summary", "spacings", "draws_noise", "takes_eta")
 
 
-@click.command(short_help="List the samplers.")
+@command(short_help="List the samplers.")
 @json_option("Print one JSON object a line.")
 @verbosity_options
 def samplers(as_json: bool) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from ldmcli.cli.command import command
+from ldmcli.cli.option_types import Duration, Name
 from ldmcli.cli.options import (
-    Duration,
-    Name,
     json_option,
     option,
     runtime_options,
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 _WAIT_S = 10.0  # for a server to stop
 
 
-@click.command(short_help="Keep models in memory, for all commands to draw with.")
+@command(short_help="Keep models in memory, for all commands to draw with.")
 @option("-m", "--model", "models", metavar="MODEL", multiple=True, type=Name(), envvar="LDM_MODEL",
         help="Read this model at once; may be given again. Others are read when a command names them.")  # fmt: skip
 @option("--idle", type=Duration(), metavar="TIME", help="End after 90s, 10m, 1h … without work.  [default: never]")

@@ -2,12 +2,13 @@
 
 import click
 
+from ldmcli.cli.command import Command
 from ldmcli.cli.options import Name, option, together
 from ldmcli.control import CANNY_USUAL, MODES, TYPES
 from ldmcli.image_prompt import BLOCKS, NO_MASK
 
 
-class DrawingCommand(click.Command):
+class DrawingCommand(Command):
     """A command on which --canny may stand alone, before whatever comes next."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -15,6 +15,8 @@ import click
 
 from ldmcli.cli.again import compare_networks, read_again, skips_otherwise, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
+from ldmcli.cli.command import command
+from ldmcli.cli.option_types import Seed, Whole
 from ldmcli.cli.options import (
     dynamic_options,
     dynamic_prompts,
@@ -23,6 +25,7 @@ from ldmcli.cli.options import (
     json_option,
     model_options,
     model_spec,
+    name_option,
     option,
     request_options,
     request_settings,
@@ -55,19 +58,23 @@ _WAITING = 2  # pictures that may wait for the writer
 
 # Of every command that draws prompts given as arguments.
 drawing_options = together(
+    option("-p", "--prompt", type=Whole(), multiple=True, metavar="TEXT",
+           help="A prompt, as an argument is one; may be given again."),
     model_options,
     request_options,
     hires_options,
     steering_options,
     dynamic_options,
-    option("-s", "--seed", type=int, help="Seed of the first picture.  [default: random, reported]"),
-    option("-c", "--count", type=click.IntRange(1), default=1, show_default=True,
-           help="Pictures per prompt, with seeds SEED, SEED+1, …"),
+    option("-s", "--seed", type=Seed(), metavar="INTEGER",
+           help="Seed of the first picture; -1 is random.  [default: random, reported]"),
+    option("-c", "--count", aliases=["--num-images", "--batch-count"], type=click.IntRange(1), default=1,
+           show_default=True, help="Pictures per prompt, with seeds SEED, SEED+1, …"),
     option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
            help="Pictures computed at once."),
     option("-o", "--output", metavar="PATH", default=".",
            help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]"),
     file_options("--image-format", "--format"),
+    name_option,
     option("--from-image", metavar="FILE",
            help="Run the request in this picture again, one of another program as far as it can be taken; options "
            "given win over it."),
@@ -80,7 +87,7 @@ drawing_options = together(
 )  # fmt: skip
 
 
-@click.command(cls=DrawingCommand, short_help="Draw prompts given as arguments.")
+@command(cls=DrawingCommand, short_help="Draw prompts given as arguments.")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @drawing_options
 @click.pass_context
@@ -106,7 +113,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     LdmError, and click's UsageError for what only a command line can get wrong."""
     # 1. The request: from the command line, over that of a picture.
     chosen = {name: options[name] for name in ("image_format", "quality", "lossless")}
-    encoding = choose_encoding(options["output"], **chosen)
+    encoding, of_row = choose_encoding(options["output"], **chosen), options["count"]
     record = read_again(options["from_image"])
     if record:
         take_over(context, options, record)
@@ -139,6 +146,8 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         overwrite=options["overwrite"],
         as_json=options["as_json"],
         one_image=len(prompts) * options["count"] == 1 and STDIN not in prompts,
+        name=options["name"],
+        of_row=of_row,
     )
     if options["seed"] is None:
         _log.info("seed %d", first.seed)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
+from ldmcli.cli.command import command
 from ldmcli.cli.options import (
     device_options,
     expanded,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-@click.command(short_help="Make pictures larger, by a network trained for it.")
+@command(short_help="Make pictures larger, by a network trained for it.")
 @click.argument("pictures", metavar="IMAGE...", nargs=-1, required=True)
 @option("-m", "--upscaler", metavar="FILE", default="embedded", show_default=True,
         help="The network: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, as .safetensors.")  # fmt: skip

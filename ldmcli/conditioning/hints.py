@@ -1,6 +1,7 @@
 """Remarks on what a prompt or its settings say that is not read as it may be meant. Imports nothing heavy."""
 
 import re
+from collections.abc import Iterator, Sequence
 
 from ldmcli.errors import printable
 
@@ -9,7 +10,18 @@ _WEIGHT = re.compile(r":\s*[+-]?[.\d]+\s*\)")
 _BREAK = re.compile(r"\bBREAK\b")
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{0,200}>?", re.IGNORECASE)
 _LOTS = re.compile(r"\{[^{}|\n]{0,200}\|[^{}\n]{0,200}\}|(?<![^\s{|(,])__[\w\-./]{1,60}__(?![^\s}|),.])")
+_BLANK = re.compile(r"\s")
 _SHOWN = 40
+
+
+def argument_hints(prompts: Sequence[str], negative_prompt: str) -> Iterator[str]:
+    """Sentences on prompts that seem to be one without quotes, and on a negative prompt that seems to be a count."""
+    words = all(word and not word.startswith("-") and not _BLANK.search(word) for word in prompts)
+    if words and (len(prompts) > 2 or (len(prompts) == 2 and prompts[0].lower() in ("a", "an", "the"))):
+        whole = printable(" ".join(prompts), 60)
+        yield f'{len(prompts)} prompts of one word each; with quotes, "{whole}" is one'
+    if negative_prompt.strip().isdecimal():
+        yield f"“{printable(negative_prompt.strip())}” is the negative prompt; --count says how many pictures"
 
 
 def syntax_hint(prompt: str, syntax: str = "plain") -> str:

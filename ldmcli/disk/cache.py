@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Mapping
@@ -16,6 +17,27 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
         home = environ.get("HOME") if "HOME" in environ else os.path.expanduser("~")
         base = os.path.join(home, ".cache") if home else ""
     return Path(base, "ldmcli") if os.path.isabs(base) else None
+
+
+def is_news(fact: str, *, remember: bool = True) -> bool:
+    """Whether a fact about this machine differs from what was last said of it, which the cache keeps in a small file;
+    True where it cannot. `remember` False leaves the cache alone."""
+    folder = cache_folder()
+    if not remember or folder is None:
+        return True
+    file = folder / "machine" / hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:16]
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if file.read_text("utf-8")[:100] == fact:
+                return False
+        make_private(folder)
+        make_private(file.parent)
+        temporary = file.with_suffix(f".{os.getpid()}.part")
+        temporary.write_text(fact)
+        temporary.replace(file)
+    except (OSError, ValueError):
+        pass  # a cache that cannot be written forgets
+    return True
 
 
 def make_private(folder: Path) -> None:

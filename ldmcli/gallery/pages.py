@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,7 @@ from ldmcli.disk.opening import shown
 from ldmcli.disk.writing import check_may_write, is_marked, prepare_folder, write_exact
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.gallery.html import MARK, Card, Page, render
+from ldmcli.gallery.varied import details, fields_of_grid
 from ldmcli.images.formats import ENDINGS
 from ldmcli.images.metadata import read_record
 
@@ -29,6 +30,7 @@ _SETTINGS = (
     ("seed", "seed {}"), ("steps", "{} steps"), ("sampler", "{}"), ("schedule", "{}"),
     ("guidance_scale", "guidance {}"), ("size", "{}"),
 )  # fmt: skip
+_SHOWN = (*(name for name, _ in _SETTINGS), "width", "height", "prompt", "negative_prompt")
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ def _from_manifests(folder: Path, base: str) -> Iterator[tuple[int, int, bool, C
     """Row, number (-1: the row could not be read and has no picture), whether it was drawn, and card of each line."""
     from ldmcli.batch.manifest import DONE, read_manifests
 
+    varied = fields_of_grid(folder)
     for line in read_manifests(folder):
         row = min(line["row"], _MAX_NUMBER)
         number = -1 if line["number"] is None else min(line["number"], _MAX_NUMBER)
@@ -115,7 +118,7 @@ def _from_manifests(folder: Path, base: str) -> Iterator[tuple[int, int, bool, C
         more = [f"{name}: {value}" for name, value in extra.items()] if isinstance(extra, dict) else []
         name = " · ".join([f"line {line.get('line')}", line["id"], *more])
         anchor = f"row{row}" if number < 0 else f"p{number}"
-        yield row, number, done, _card(anchor, line.get("request"), name, path, fault)
+        yield row, number, done, _card(anchor, line.get("request"), name, path, fault, varied)
 
 
 def _from_pictures(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Card]]:
@@ -147,8 +150,8 @@ def _warn_unreadable(error: OSError) -> None:
     _log.warning("%s cannot be read and is left out: %s", shown(Path(str(error.filename))), error.strerror)
 
 
-def _card(anchor: str, request: Any, name: str, path: str, fault: str = "") -> Card:
-    """The card of a picture with what its request says, and where it comes from."""
+def _card(anchor: str, request: Any, name: str, path: str, fault: str = "", varied: Sequence[str] = ()) -> Card:
+    """The card of a picture with what its request says, and where it comes from; `varied` are the fields of a grid."""
     request = request if isinstance(request, dict) else {}
     width, height = request.get("width"), request.get("height")
     size = (width, height) if all(isinstance(side, int) and side > 0 for side in (width, height)) else None
@@ -160,7 +163,7 @@ def _card(anchor: str, request: Any, name: str, path: str, fault: str = "") -> C
         path,
         size,
         negative_prompt=str(request.get("negative_prompt") or ""),
-        settings=" · ".join([*settings, name]),
+        settings=" · ".join([*settings, *details(request, varied, _SHOWN), name]),
         fault=fault,
     )
 

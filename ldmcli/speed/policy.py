@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ldmcli.config import TinyVAEConfig, VAEConfig
+from ldmcli.disk.cache import is_news
 from ldmcli.errors import UsageError, printable
 from ldmcli.networks.attention import ATTENTIONS, NEED_CUDA, REMOVED, check_xformers, set_attention
 from ldmcli.networks.unet import Encoder, UNet
@@ -98,7 +99,7 @@ class Runtime:
 
 def choose_runtime(spec: RuntimeSpec = USUAL) -> Runtime:
     """Resolve what was asked for. Raises UsageError where it cannot be met."""
-    device = _choose_device(spec.device)
+    device = _choose_device(spec.device, remember=spec.cache)
     cuda = device.type == "cuda"
     dtype = spec.dtype
     if dtype == "auto":
@@ -147,10 +148,11 @@ def wait_for(device: torch.device) -> Callable[[], object] | None:
     return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
 
 
-def _choose_device(name: str) -> torch.device:
+def _choose_device(name: str, *, remember: bool) -> torch.device:
+    """`remember`: that there is none is said once a machine."""
     available = torch.cuda.is_available()
     if name == "auto":
-        if not available:
+        if is_news("cuda" if available else "no-cuda", remember=remember) and not available:
             _log.info("no CUDA device found; running on the CPU")
         return torch.device("cuda", torch.cuda.current_device()) if available else torch.device("cpu")
     device = torch.device(name)
