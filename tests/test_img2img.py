@@ -340,7 +340,7 @@ def test_rows_name_pictures_beside_their_file(apple: Path, spot: Path, tmp_path:
         tmp_path / "in" / "rows.jsonl",
         {"prompt": "a pear", "init_image": "a.png", "denoising_strength": 0.5, "id": "x"},
         {"prompt": "a rose", "image": "a.png", "mask": "m.png"},
-        {"prompt": "a fig"},
+        {"prompt": "a fox"},
         {"prompt": "a plum", "image": "gone.png"},
         {"prompt": "a lime", "image": "m.png", "mask": "https://example.org/m.png"},
         {"prompt": "a kiwi", "strength": 0.5},
@@ -367,7 +367,7 @@ def test_a_run_is_not_gone_on_with_when_its_pictures_have_changed(apple: Path, t
     own.write_bytes(apple.read_bytes())
     file = rows(tmp_path / "rows.jsonl", {"prompt": "a pear", "image": "a.png"})
     assert batch(file, "-o", tmp_path / "out").code == 0
-    file.write_text(file.read_text() + '\n{"prompt": "a fig", "image": "a.png", "strength": 0.5}\n')
+    file.write_text(file.read_text() + '\n{"prompt": "a fox", "image": "a.png", "strength": 0.5}\n')
     assert batch(file, "-o", tmp_path / "out", "--extend").code == 0
     Image.new("RGB", (SIZE, SIZE)).save(own)
     assert_refused(batch(file, "-o", tmp_path / "out"), 65, "another run", "pictures_sha256")
