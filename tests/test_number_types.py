@@ -84,7 +84,7 @@ class Accepted(Exception):
 def test_any_type_and_shape_of_any_tensor_is_read_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """From headers alone, by its name; no other error comes of it."""
     file = open_weights(tiny_single_file())
-    monkeypatch.setattr(loading, "_read", mock.Mock(side_effect=Accepted))
+    monkeypatch.setattr(loading, "read_all", mock.Mock(side_effect=Accepted))
     modules = functools.cache(lambda make, config: loading.on_meta(lambda: make(config)))
     loaders = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextTransformer}
     dtypes = list(DTYPES)

@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import struct
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -281,7 +282,12 @@ def test_a_path_that_means_something_else_elsewhere_is_not_sent(served: Served, 
     assert served.status()["drawn"] == 0
 
 
-def test_a_socket_is_where_no_other_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_is_where_no_other_user_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="l") as folder:  # of a path that is short enough for sockets
+        check_places(Path(folder), monkeypatch)
+
+
+def check_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     private = tmp_path / "run"
     private.mkdir(mode=0o700)
     assert socket_path({"XDG_RUNTIME_DIR": str(private)}) == private / "ldm.sock"

@@ -292,9 +292,9 @@ def second_passes(requests: Sequence[GenerationRequest]) -> list[GenerationReque
     assert first.hires_steps
     assert first.hires_strength
     steps = int(first.hires_steps / first.hires_strength)
-    settings = {"hires": None, "hires_strength": None, "hires_steps": None, "hires_upscaler": None}
-    strength = (first.hires_steps + 0.5) / steps
-    return [dataclasses.replace(r, steps=steps, strength=strength, image="-", **settings) for r in requests]
+    settings: dict[str, Any] = {"hires": None, "hires_strength": None, "hires_steps": None, "hires_upscaler": None}
+    settings |= {"strength": (first.hires_steps + 0.5) / steps, "width": SIZE * 3 // 2, "height": SIZE * 3 // 2}
+    return [dataclasses.replace(r, steps=steps, image="-", **settings) for r in requests]
 
 
 def larger_requests(count: int = 1, **settings: Any) -> list[GenerationRequest]:
