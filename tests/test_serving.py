@@ -145,7 +145,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "control": ("txt2img", "a fox", *TINY, "--control-net", "net.safetensors", "--control-image", "a.png", "--canny"),
     "control with picture": ("img2img", "a fox", *FAST, "-i", "a.png", "--control-net", "silhouette", "-c", "2"),
     "piped control": ("img2img", "a fox", *TINY, "-i", "-", "--control-net", "net.safetensors", "--json"),
-    "any device": ("txt2img", "a fox", "-m", "model", "--steps", "3", "-s", "1", "--dtype", "fp32"),
     "steered rows": ("batch", "steered.jsonl", "-o", "out", *FAST),
     "probed": ("txt2img", "a fox", *FAST, "-m", "probed.safetensors", "-W", "64", "-H", "64"),
     "again": ("txt2img", "--from-image", "drawn.png", "--steps", "2", "-o", "new.png"),
@@ -160,7 +159,20 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "bad rows": ("batch", "bad.jsonl", "-o", "out", *TINY, "--json"),
     "upscale": ("upscale", "a.png", "-o", "large.png", "--device", "cpu", "--dtype", "fp32"),
-    "upscale some": ("upscale", "a.png", "bad.png", "clear.png", "-o", "l/", "--size", "20x", "--format", "jpeg"),
+    "upscale some": (
+        "upscale",
+        "a.png",
+        "bad.png",
+        "clear.png",
+        "-o",
+        "l/",
+        "--size",
+        "20x",
+        "--format",
+        "jpeg",
+        "--device",
+        "cpu",
+    ),
     "piped upscale": ("upscale", "-", "-o", "-", "--device", "cpu", "--dtype", "fp32", "--scale", "1.5"),
     "no model": ("txt2img", "a fox", "-m", "nothing.safetensors"),
     "bad model": ("txt2img", "a fox", "-m", "bad.safetensors"),
@@ -181,7 +193,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "no upscaler": ("upscale", "a.png", "-o", "b.png", "-m", "nothing.safetensors"),
     "bad upscaler": ("upscale", "a.png", "-o", "b.png", "-m", "bad.safetensors"),
     "bad upscaled": ("upscale", "bad.png", "-o", "b.png"),
-    "large": ("upscale", "a.png", "-o", "b.webp", "--size", "20000x20"),
+    "large": ("upscale", "a.png", "-o", "b.webp", "--size", "20000x20", "--device", "cpu"),
 }
 
 

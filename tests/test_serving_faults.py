@@ -23,6 +23,7 @@ from ldmcli.checkpoints.source import open_model
 from ldmcli.control import Control
 from ldmcli.errors import CannotCreateError, UsageError
 from ldmcli.fitting import fit_to_model
+from ldmcli.image_prompt import ImagePrompt
 from ldmcli.images.metadata import read_record
 from ldmcli.serving import connection, place
 from ldmcli.serving.place import is_private, is_safe, listening, peer_is_user, socket_path
@@ -211,7 +212,8 @@ def test_a_request_arrives_as_it_was_sent() -> None:
     control, lora, inputs = Control("net", "a.png", canny=(1, 2)), LoRA("a", 0.5), (("image", "0" * 64),)
     asked = GenerationRequest("a fox", loras=(lora,), control_net=("net",), control_image=("a.png",), canny=("1,2",))
     fitted = fit_to_model(asked, open_model(tiny_model()).config)
-    fitted = dataclasses.replace(fitted, controls=(control,), loras=(lora,), embeddings=("a",), inputs=inputs)
+    lists = {"controls": (control,), "image_prompts": (ImagePrompt("adapter", b"data"),), "loras": (lora,)}
+    fitted = dataclasses.replace(fitted, **lists, embeddings=("a",), inputs=inputs)
     assert all(value for value in vars(fitted).values() if isinstance(value, tuple))  # none goes unlooked at
     ours, theirs = socket.socketpair()
     with ours, theirs:

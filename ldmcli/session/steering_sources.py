@@ -1,6 +1,7 @@
 """The networks that requests name to steer by pictures, looked at, not read."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ from ldmcli.disk.hashes import FileHashes
 from ldmcli.errors import UsageError, printable
 from ldmcli.fitting import FittedRequest
 from ldmcli.hub.listing import find_here, find_model
+from ldmcli.remarks import warn_once
 from ldmcli.spec import ModelSpec
 
 if TYPE_CHECKING:
     from ldmcli.checkpoints.control_source import ControlSource
     from ldmcli.checkpoints.ip_adapter_source import IPAdapterSource
 
+_log = logging.getLogger(__name__)
 _SILHOUETTE, _SILHOUETTE_FILE = "tiny-emoji-silhouette", "model.safetensors"  # what EMBEDDED_CONTROL stands for
 
 
@@ -47,6 +50,9 @@ class SteeringSources:
             source = self.control(control.net)
             inputs[f"control_net:{i}"] = self._sha256(source.part, hashes)
             note("control_image", i, control.image)
+            if control.strength and not any(control.active(each.steps_taken) for each in fitted.passes):
+                between = f"{control.start:g} to {control.end:g} of {fitted.steps_taken} steps"
+                warn_once(_log, f"{printable(source.name)} changes nothing, for no step lies whole in {between}")
             if control.strength:
                 controls.append(_checked_type(control, source, fitted))
         for i, prompt in enumerate(fitted.image_prompts):
