@@ -217,7 +217,7 @@ def test_one_file_of_a_repository(hub: Hub, run: Any) -> None:
 
 def test_a_cut_is_mended_in_the_same_run(hub: Hub, run: Any) -> None:
     hub.add("lab/emoji", EMBEDDED.parent)
-    hub.cuts = [0, 0, 0, 11 << 20]  # of the large files, that of the U-Net comes among the first three
+    hub.cuts = [0, 0, *[11 << 20] * 4]  # of the large files, only that of the U-Net is longer
     folder = pulled(run("pull", "lab/emoji"))
     assert contents(folder) == contents(EMBEDDED.parent)
     assert any(request.begin for request in hub.requests)
