@@ -254,6 +254,18 @@ def test_image_encoders_are_found_beside_adapters_or_named(model_folder: Path, f
         open_session(model_folder, image_encoder=str(other)).fit(request)
 
 
+def test_an_encoder_without_an_adapter_is_remarked_on_and_stays_a_name(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").mkdir()
+    session = open_session(model_folder, image_encoder="lab/encoder")
+    session.fit(GenerationRequest("a fox"))
+    assert "image_encoder is for a request with an ip_adapter" in caplog.text
+    assert session.resolved.image_encoder == "lab/encoder"  # of the hub
+    assert open_session(model_folder, image_encoder="encoder").resolved.image_encoder == str(tmp_path / "encoder")
+
+
 def random_encoder_folder(path: Path, **settings: Any) -> Path:
     from image_prompt_support import ENCODER
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection

@@ -31,7 +31,7 @@ from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
 from ldmcli.hub.listing import find_adapter, find_model
-from ldmcli.named_files import absolute
+from ldmcli.named_files import if_there
 from ldmcli.remarks import warn_once
 from ldmcli.session.steering_sources import SteeringSources
 from ldmcli.spec import (
@@ -94,6 +94,8 @@ class Opened:
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
         if fitted.is_steered:
             fitted = self.steering.checked(fitted, hashes)
+        if self.spec.image_encoder and not request.ip_adapter:
+            warn_once(_log, "image_encoder is for a request with an ip_adapter, and changes nothing without one")
         if note := self.model.config.schedule.of(fitted.sampler).note:
             warn_once(_log, note)
         check_memory(self.model.config, *fitted.final_size, tiled=tiled)
@@ -255,9 +257,7 @@ class Opened:
         folders = {
             name: getattr(self.spec, name) for name in ("lora_dir", "embedding_dir", "upscaler", "image_encoder")
         }
-        found |= {name: absolute(typed) for name, typed in folders.items() if typed and typed != EMBEDDED}
-        if (encoder := self.spec.image_encoder) and os.path.lexists(os.path.expanduser(encoder)):
-            found["image_encoder"] = absolute(encoder)
+        found |= {name: if_there(typed) for name, typed in folders.items() if typed and typed != EMBEDDED}
         return dataclasses.replace(self.spec, **found)
 
     @property
