@@ -30,10 +30,8 @@ from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
 from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
-from ldmcli.hub.listing import find_adapter, find_model
 from ldmcli.named_files import if_there
 from ldmcli.remarks import warn_once
-from ldmcli.session.steering_sources import SteeringSources
 from ldmcli.spec import (
     MASK_FIELDS,
     PICTURES,
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Adapter, Use
     from ldmcli.adapters.embedding_words import EmbeddingWords
     from ldmcli.adapters.library import Library
+    from ldmcli.session.steering_sources import SteeringSources
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
@@ -78,6 +77,7 @@ class Opened:
         """The adapters that requests name."""
         if not self._library:
             from ldmcli.adapters.library import Library
+            from ldmcli.hub.listing import find_adapter
 
             self._library.append(Library(self.spec.lora_dir, find_adapter, allow_pickle=self.spec.allow_pickle))
         return self._library[0]
@@ -168,6 +168,7 @@ class Opened:
     def _embedding_words(self) -> "EmbeddingWords":
         from ldmcli.adapters.embedding_words import EmbeddingWords
         from ldmcli.adapters.embeddings import open_embedding
+        from ldmcli.hub.listing import find_model
 
         config, folder = self.model.config, self.spec.embedding_dir
         return EmbeddingWords(
@@ -237,8 +238,10 @@ class Opened:
         return dataclasses.replace(fitted, inputs=tuple(inputs.items()))
 
     @functools.cached_property
-    def steering(self) -> SteeringSources:
+    def steering(self) -> "SteeringSources":
         """The networks that requests name, and what those read."""
+        from ldmcli.session.steering_sources import SteeringSources
+
         return SteeringSources(self.spec, self.model.config)
 
     def hires_upscaler(self, name: str) -> "UpscalerFile":
@@ -329,6 +332,8 @@ def open_spec(spec: ModelSpec, *, half: bool, fetched: Mapping[str, str] | None 
 
     def located(name: str) -> Path:
         if name not in paths:
+            from ldmcli.hub.listing import find_model
+
             paths[name] = find_model(name, half=half)
         return paths[name]
 

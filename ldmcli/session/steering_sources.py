@@ -11,7 +11,6 @@ from ldmcli.control import EMBEDDED_CONTROL, INPAINT, TYPES, Control
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.errors import UsageError, printable
 from ldmcli.fitting import FittedRequest
-from ldmcli.hub.listing import find_here, find_model
 from ldmcli.remarks import warn_once
 from ldmcli.spec import ModelSpec
 
@@ -89,6 +88,7 @@ class SteeringSources:
         found = self._ip_adapters.get(name)
         if found is None or _changed(found.part, found.encoder):
             from ldmcli.checkpoints.ip_adapter_source import encoder_names, open_ip_adapter, with_encoder
+            from ldmcli.hub.listing import find_model
 
             spec = self._spec
             part = open_ip_adapter(find_model(name, half=False), self._model, allow_pickle=spec.allow_pickle)
@@ -114,6 +114,8 @@ def _changed(*parts: PartSource[Any]) -> bool:
 
 def _control_path(name: str) -> Path:
     """Where the network called `name` is: here, with this program, or on the hub."""
+    from ldmcli.hub.listing import find_here, find_model
+
     if name == EMBEDDED_CONTROL and find_here(name) is None:
         return embedded_folder(_SILHOUETTE, _SILHOUETTE_FILE, "--control-net") / _SILHOUETTE_FILE
     return find_model(name, half=False)
