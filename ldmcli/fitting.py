@@ -179,13 +179,7 @@ def fit_to_model(
     sampler = sampler_named(own["sampler"])
     check_fit(sampler, config.schedule, own["steps"], request.schedule)
     if request.hires:
-        _check_size(f"hires {request.hires}: size", *hires.hires_size(request.hires, width, height), multiple)
-        in_full = hires.run_in_full(own["hires_steps"], own["hires_strength"])
-        try:
-            check_fit(sampler, config.schedule, in_full, request.schedule)
-        except UsageError as error:
-            given = f"{own['hires_steps']} steps of strength {own['hires_strength']:g}"
-            raise UsageError(f"the second pass, {given}, is the end of {in_full} steps, and {error}") from None
+        _check_second_pass(request.hires, own, config, request.schedule)
     shallowest = min(text.layers - text.skipped_layers for text in config.text_encoders)
     if request.clip_skip > shallowest:
         raise UsageError(
@@ -210,6 +204,19 @@ def fit_to_model(
     }
     said = {name: value for name, value in vars(recorded).items() if name not in STEERING}
     return FittedRequest(recorded=recorded, **(said | filled))
+
+
+def _check_second_pass(asked: str, own: dict[str, Any], config: "ModelConfig", schedule: str | None) -> None:
+    """Raise UsageError where the model cannot draw the second pass that is `asked` for, `own` being what was filled
+    in."""
+    size, strength = hires.hires_size(asked, own["width"], own["height"]), own["hires_strength"]
+    _check_size(f"hires {asked}: size", *size, config.size_multiple)
+    in_full = hires.run_in_full(own["hires_steps"], strength)
+    try:
+        check_fit(sampler_named(own["sampler"]), config.schedule, in_full, schedule)
+    except UsageError as error:
+        given = f"{own['hires_steps']} steps of strength {strength:g}"
+        raise UsageError(f"the second pass, {given}, is the end of {in_full} steps, and {error}") from None
 
 
 def _check_size(what: str, width: int, height: int, multiple: int) -> None:

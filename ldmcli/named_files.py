@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ldmcli.control import EMBEDDED_CONTROL
+from ldmcli.disk.opening import without_home
 from ldmcli.fitting import FittedRequest
 from ldmcli.hires import UPSCALERS
 from ldmcli.image_prompt import NO_MASK
@@ -63,3 +64,13 @@ def if_there(path: str) -> str:
 def _network(name: str, change: Callable[[str], str]) -> str:
     """A network's path; the word for this program's own is none, unless there is a file of that name."""
     return name if name == EMBEDDED_CONTROL and not os.path.lexists(name) else change(name)
+
+
+def shareable(request: GenerationRequest) -> GenerationRequest:
+    """The request as it may stand in a picture that is given away."""
+    paths = {name: getattr(request, name) for name in (*PICTURES, "hires_upscaler")}
+    shown: dict[str, Any] = {name: without_home(path) for name, path in paths.items() if isinstance(path, str)}
+    for name in STEERING_FILES:
+        if values := getattr(request, name):
+            shown[name] = tuple(without_home(value) if isinstance(value, str) else value for value in values)
+    return dataclasses.replace(request, **shown) if shown else request

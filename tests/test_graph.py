@@ -4,6 +4,7 @@ replay writes over or reads where it no longer is."""
 import contextlib
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -482,3 +483,12 @@ def test_a_function_that_waits_cannot_be_recorded_on_a_gpu(caplog: pytest.LogCap
         fine = begun(lambda latents, _: layer(latents), Graphs(CudaRecorder(device), [layer]), 6)
         for step in steps:
             torch.testing.assert_close(fine(x, step), layer(x))
+
+
+def test_networks_that_are_watched_may_be_given_up(graphs: Graphs) -> None:
+    network = nn.Linear(2, 2)
+    graphs.watch([network])
+    graphs.watch([network])
+    gone = weakref.ref(network)
+    del network
+    assert gone() is None

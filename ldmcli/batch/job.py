@@ -15,7 +15,7 @@ from ldmcli.batch.lines import Digest, continues
 from ldmcli.batch.reading import RowReader, open_rows
 from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.batch.settings import parse_grid
-from ldmcli.batch.survey import Survey, items, shard, survey
+from ldmcli.batch.survey import Survey, items, named, shard, survey
 from ldmcli.conditioning.dynamic import DynamicPrompts
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.conditioning.known_words import SHOWN_UNKNOWN
@@ -99,8 +99,9 @@ class Job:
         found = items(
             self.reader, spec.common, seed=spec.seed, count=spec.count, grid=self.grid, fit=fit, check_prompt=check,
             folder=spec.path.parent if spec.path else Path(), dynamic=spec.dynamic,
-            name=spec.name,
         )  # fmt: skip
+        if spec.name:
+            found = named(found, spec.name)
         hints = 0
         for one in shard(found, spec.shard):
             hints += self._say_hints(hints)

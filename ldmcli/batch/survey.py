@@ -70,7 +70,6 @@ def items(
     fit: Fit = lambda request: request,
     check_prompt: Callable[[GenerationRequest], object] = lambda request: None,
     dynamic: DynamicPrompts | None = None,
-    name: NamePattern | None = None,
 ) -> Iterator[Item | BadRow]:
     """The pictures of each row in turn, or the row with all that is wrong with it.
 
@@ -92,13 +91,10 @@ def items(
 
     `dynamic` draws prompts by lot, for each picture by its seed; `check_prompt` then sees all of them, and an item's
     `extra` has the `template` that was drawn from.
-
-    `name` names files; of names that are taken already, letter case aside, the next free one with a number behind it.
     """
     grid = checked_grid(grid)
     settings = Settings(common, grid, fit)
-    ids, names = IdIndex(), NameIndex() if name else None
-    number = 0
+    ids, number = IdIndex(), 0
     for raw in reader:
         row = _Row(raw, count, folder, dynamic)
         if taken := ids.claim(raw.row, raw.line, row.given_id):
@@ -113,11 +109,19 @@ def items(
             number += pictures
             continue
         for request in row.requests(variants, seed):
-            file = ""
-            if name and names:
-                file = names.claim(name.of(vars(request), row=raw.row, id=row.id, number=number + 1))
-            yield Item(number, raw.row, raw.line, row.id, request, row.extra_of(request), pictures, file)
+            yield Item(number, raw.row, raw.line, row.id, request, row.extra_of(request), pictures)
             number += 1
+
+
+def named(found: Iterable[Item | BadRow], pattern: NamePattern) -> Iterator[Item | BadRow]:
+    """The same with names for their files; of one that is taken already, letter case aside, the next free one with a
+    number behind it."""
+    names = NameIndex()
+    for one in found:
+        if isinstance(one, Item):
+            name = pattern.of(vars(one.request), row=one.row, id=one.id, number=one.number + 1)
+            one = dataclasses.replace(one, name=names.claim(name))
+        yield one
 
 
 def shard(found: Iterable[Item | BadRow], part: tuple[int, int]) -> Iterator[Item | BadRow]:

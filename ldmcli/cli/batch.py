@@ -143,14 +143,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     if options["status"]:
         _print_status(Path(options["status"]), as_json=options["as_json"])
         return
-    if file is None:
-        raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
-    if options["output"] is None and not options["dry_run"]:
-        raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
-    if _STDIN in [options[name] for name in PICTURES]:
-        raise click.UsageError("a picture of a batch is a file; standard input is for rows.", context)
-    if options["seed"] == -1:
-        _log.warning("--seed -1 is a seed like others here, for the same command draws the same")
+    file = _checked(context, file, options)
     devices = parse_devices(options["devices"]) if options["devices"] else None
     if options["ray_address"] and options["engine"] != "ray":
         raise UsageError("--ray-address is for --engine ray.")
@@ -174,6 +167,19 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         steps = found.images * (job.spec.common.steps or job.session.config.defaults.steps)
         job.runtime = dataclasses.replace(job.spec.runtime, expected_steps=steps)
     context.exit(_run(job, found, _engine(job, devices, options), options))
+
+
+def _checked(context: click.Context, file: str | None, options: dict[str, Any]) -> str:
+    """The prompt file's name. Raises UsageError where what is typed says too little, or what no batch does."""
+    if file is None:
+        raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
+    if options["output"] is None and not options["dry_run"]:
+        raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
+    if _STDIN in [options[name] for name in PICTURES]:
+        raise click.UsageError("a picture of a batch is a file; standard input is for rows.", context)
+    if options["seed"] == -1:
+        _log.warning("--seed -1 is a seed like others here, for the same command draws the same")
+    return file
 
 
 def _small_on_cpu(job: "Job") -> bool:

@@ -119,10 +119,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         take_over(context, options, record)
         if not prompts:
             prompts, options["dynamic_prompts"] = (record["request"]["prompt"],), False  # it is drawn already
-    if not prompts:
-        raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
-    if STDIN in prompts and options.get("image") == STDIN:
-        raise click.UsageError("standard input is either the prompts or the picture.", context)
+    _check_sources(context, prompts, options)
     requests = _requests(prompts, options)
     # 2. What the model is, from its headers; then every check that needs no weights.
     pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
@@ -169,6 +166,14 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         drawn = written.checked(_counted(first, fitted, options))
         for picture in session.draw(drawn, batch_size=options["batch_size"], on_step=bar):
             written.put(picture)
+
+
+def _check_sources(context: click.Context, prompts: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Raise UsageError where nothing says what to draw, or two things are to come from standard input."""
+    if not prompts:
+        raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
+    if STDIN in prompts and options.get("image") == STDIN:
+        raise click.UsageError("standard input is either the prompts or the picture.", context)
 
 
 class _Written:

@@ -34,9 +34,7 @@ from ldmcli.named_files import if_there
 from ldmcli.remarks import warn_once
 from ldmcli.spec import (
     MASK_FIELDS,
-    PICTURES,
     REFINER_START,
-    STEERING_FILES,
     GenerationRequest,
     LoRA,
     ModelSpec,
@@ -394,13 +392,3 @@ def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
             f"{printable(str(refiner.path))} ({other.family}) cannot refine what {printable(str(model.path))} "
             f"({one.family}) begins: their latents differ."
         )
-
-
-def shareable(request: GenerationRequest) -> GenerationRequest:
-    """The request as it may stand in a picture that is given away."""
-    paths = {name: getattr(request, name) for name in (*PICTURES, "hires_upscaler")}
-    shown: dict[str, Any] = {name: without_home(path) for name, path in paths.items() if isinstance(path, str)}
-    for name in STEERING_FILES:
-        if values := getattr(request, name):
-            shown[name] = tuple(without_home(value) if isinstance(value, str) else value for value in values)
-    return dataclasses.replace(request, **shown) if shown else request

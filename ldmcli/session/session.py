@@ -16,7 +16,8 @@ from ldmcli.disk.hashes import user_hashes
 from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
-from ldmcli.session.opened import Opened, open_spec, shareable
+from ldmcli.named_files import shareable
+from ldmcli.session.opened import Opened, open_spec
 from ldmcli.spec import GenerationRequest, LoRA, ModelSpec, RuntimeSpec
 from ldmcli.stopwatch import Stopwatch
 

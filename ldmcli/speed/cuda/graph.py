@@ -58,7 +58,8 @@ class Graphs:
 
     def __init__(self, recorder: "CudaRecorder", modules: Sequence[nn.Module]) -> None:
         self._recorder = recorder
-        self._modules = list(modules)
+        self._modules = modules
+        self._watched: list[weakref.ref[nn.Module]] = []  # which others may give up
         self._kinds: OrderedDict[tuple[Hashable, tuple[_Slot, ...]], _Kind] = OrderedDict()  # the last called last
         self._plain: set[Hashable] = set()  # shapes of calls that there was no memory to record
         self._slots: list[_Slot] = []
@@ -92,7 +93,8 @@ class Graphs:
 
     def watch(self, modules: Iterable[nn.Module]) -> None:
         """Know of further modules that what is recorded computes with."""
-        self._modules += [module for module in modules if module not in self._modules]
+        known = {ref() for ref in self._watched}
+        self._watched += [weakref.ref(module) for module in modules if module not in known]
 
     def free(self) -> None:
         """Drop all recordings and give their memory back. Raises torch.AcceleratorError where the device works no
@@ -150,7 +152,8 @@ class Graphs:
         return None
 
     def _state_now(self) -> list[Any]:
-        return [state_of(module) for module in self._modules]
+        watched = [module for ref in self._watched if (module := ref()) is not None]
+        return [state_of(module) for module in (*self._modules, *watched)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
