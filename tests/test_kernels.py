@@ -84,7 +84,7 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     code: Any = kernels._code()
     pointers = ["x", "out", "weight", "bias", "shift", "h", "residual", "residual_bias", "norm_bias", "normed"]
-    norm = {"ROWS": 32, "GROUPS": 16, "COLUMNS": 256}
+    norm = {"ROWS": 16, "GROUPS": 2, "COLUMNS": 64, "WIDTH": 40}
     blocks = {
         "part_moments": norm,
         "norm_parts": norm | {"PARTS": 64},
@@ -97,14 +97,14 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path, monkeypatch: pyt
         types = dict.fromkeys(kernel.arg_names, "i32") | {"eps": "fp32"} | dict.fromkeys(pointers, "*fp16")
         types |= dict.fromkeys(("means", "squares"), "*fp32") | dict.fromkeys(constants, "constexpr")
         signature = {argument: types[argument] for argument in kernel.arg_names}
-        whole = ("channels", "block", "inner")  # multiples of 16 in real models
+        whole = ("channels", "inner")  # multiples of 16 in real models
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, (argument, kind) in enumerate(signature.items())
             if kind[0] == "*" or argument in whole
         }
         source = ASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": 8 if "GROUPS" in constants else 4}
+        options = {"num_warps": 4}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(compiled.asm["cubin"]) > 1000
         assert compiled.metadata.shared < 48 << 10

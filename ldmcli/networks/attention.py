@@ -67,6 +67,8 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def cudnn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """cuDNN's kernels, which torch prefers on Hopper; CUDA only, in 16 bits, heads of up to 128 numbers or 256. The
     first call with a shape plans it, which takes long."""
+    if query.dtype == torch.float32:
+        raise RuntimeError("it takes 16 bits alone")  # it takes float32 as well, and gives something else
     if key.shape[2] == 1 or (query.is_cuda and (torch.backends.cudnn.version() or 0) < _CUDNN_RIGHT):
         raise RuntimeError("before 9.15.1 it is wrong where 128 does not divide a length, and it takes no single key")
     return torch.ops.aten._scaled_dot_product_cudnn_attention.default(query, key, value, None, False)[0]

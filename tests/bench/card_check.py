@@ -10,12 +10,12 @@ import gc
 import json
 import statistics
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from bench.step_profile import rows, summed
@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from ldmcli.bench import StepClock, wait
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.config import UNetConfig
-from ldmcli.networks.attention import ATTENTIONS, set_attention
+from ldmcli.networks.attention import ATTENTIONS, Attention, set_attention
 from ldmcli.networks.unet import UNet
-from ldmcli.speed.cuda.fused import fuse
+from ldmcli.speed.cuda import fused as layers
+from ldmcli.speed.cuda import kernels
 from ldmcli.speed.cuda.graph import CudaRecorder
 from ldmcli.speed.cuda.kernels import group_norm_silu, kernels_work
+from ldmcli.speed.modules import recast
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 SECONDS = 0.8  # for which a step is repeated
-PARTS = ("env", "kernels", "steps", "profile", "gn", "batch", "compile")
+PARTS = ("env", "kernels", "steps", "techniques", "profile", "gn", "batch", "compile")
+KERNELS = {"group norm": "group_norm_silu", "gate": "geglu", "sum": "add_bias_residual", "layer norm": "add_and_norm"}
 _TOY = UNetConfig(block_channels=(32, 64), attention=(1, 1), heads=(2, 2), context_dim=16, norm_groups=8)
 _NORMS = (
     *((channels, 64) for channels in (320, 640, 960)), *((channels, 32) for channels in (640, 960, 1920)),
@@ -76,6 +79,31 @@ class Notes:
             traceback.print_exc(file=self._log)
 
 
+class Apart(Attention):
+    """Attention of a sequence to itself by three products."""
+
+    def to_itself(self, x: Tensor) -> Tensor:
+        """What `attended` gives, for the keys and values of x."""
+        return self.attended(x, self.project(x))
+
+
+def biases_to_time(unet: nn.Module) -> None:
+    """Each resnet projects the time by itself."""
+    for part in unet.modules():
+        if isinstance(part, layers.FusedResnetBlock):
+            part.time_emb_proj.bias.data += part.conv1.bias
+
+
+def by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What one of this program's kernels computes, by torch."""
+
+    def call(*values: Any, **settings: Any) -> Any:
+        with mock.patch.object(kernels, "DEVICES", set()):
+            return function(*values, **settings)
+
+    return call
+
+
 class Card:
     """The parts, each a method of its name."""
 
@@ -109,36 +137,38 @@ class Card:
         self.notes.note("kernels", works=kernels_work(self.device, self.half), seconds=time.monotonic() - began)
 
     def steps(self) -> None:
-        """A step with each technique. cuDNN's plans are kept by thread and shape, whatever `benchmark` was when they
-        were made: so this thread only ever convolves with it on, and another with it off."""
-
-        def untuned() -> None:
-            self.variant("nchw eager", layout=NCHW, fused=False, graph=False, benchmark=False)
-            self.variant("nchw graph", layout=NCHW, fused=False, benchmark=False)
-            self.variant("fused graph", benchmark=False)
-
-        thread = threading.Thread(target=untuned)
-        thread.start()
-        thread.join()
-        self.variant("fused graph bench")
-        self.variant("fused eager bench", graph=False)
+        """A step as torch has it, as it is drawn, and with each attention."""
+        self.variant("nchw eager", layout=NCHW, fused=False, graph=False)
+        self.variant("nchw graph", layout=NCHW, fused=False)
+        self.variant("nhwc graph", fused=False)
+        self.variant("fused eager", graph=False)
+        self.variant("fused graph")
         for name in ("flash", "cudnn", "efficient") if self.cuda else ("math",):
-            self.variant(f"fused graph bench {name}", attention=name)
-        self.variant("nhwc graph bench", fused=False)
+            self.variant(f"fused graph {name}", attention=name)
+
+    def techniques(self) -> None:
+        """A step without one technique each."""
+        for name, kernel in KERNELS.items():
+            with mock.patch.object(layers, kernel, by_torch(getattr(kernels, kernel))):
+                self.variant(f"without {name}")
+        with mock.patch.object(layers, "_joined", lambda attention: recast(Apart, attention)):
+            self.variant("without joined q, k, v")
+        with mock.patch.object(layers, "_join_time", biases_to_time):
+            self.variant("without joined time")
 
     def batch(self) -> None:
-        """Sixteen pictures at once."""
-        self.variant("fused graph bench 16", batch=16 if self.cuda else 2)
+        """Several pictures at once."""
+        for batch in (4, 16) if self.cuda else (2,):
+            self.variant(f"fused graph, {batch} at once", batch=batch)
 
     def compile(self) -> None:
         """torch.compile, as it comes and searching for the fastest kernels."""
         tuned = {"max_autotune": True, "coordinate_descent_tuning": True}
-        self.variant("compile default graph bench", fused=False, compiled={})
-        self.variant("compile max-autotune graph bench", fused=False, compiled=tuned)
+        self.variant("compile default graph", fused=False, compiled={})
+        self.variant("compile max-autotune graph", fused=False, compiled=tuned)
 
     def profile(self) -> None:
         """Kernels of an eager fused step, by name and by kind: those of the graph, without its gaps."""
-        torch.backends.cudnn.benchmark = True
         step = self.step_of(self.unet_of(self.half, NHWC, fused=True))
         for _ in range(3):
             step()
@@ -173,14 +203,13 @@ class Card:
 
     def variant(
         self, name: str, *, layout: torch.memory_format = NHWC, fused: bool = True, graph: bool = True,
-        benchmark: bool = True, attention: str = "sdpa", batch: int = 1, compiled: dict[str, Any] | None = None,
+        attention: str = "sdpa", batch: int = 1, compiled: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Note what a step takes in one way, and its error beside float32."""
         if self.notes.late:
             self.notes.say(f"{name}: no time")
             return
         with self.notes.tried(name), torch.inference_mode():
-            torch.backends.cudnn.benchmark = benchmark
             unet = self.unet_of(self.half, layout, fused)
             set_attention(unet, ATTENTIONS[attention])
             call = unet if compiled is None else torch.compile(unet, dynamic=False, options=compiled)
@@ -208,7 +237,7 @@ class Card:
                 if p.ndim == 1 and name.endswith("weight"):
                     p.add_(1)
         unet = unet.requires_grad_(False).eval().to(self.half).to(dtype).to(memory_format=layout)
-        return fuse(unet) if fused else unet
+        return layers.fuse(unet) if fused else unet
 
     def step_of(
         self, unet: Any, batch: int = 1, layout: torch.memory_format = NHWC, call: Any = None

@@ -12,18 +12,6 @@ from triton import language as tl
 
 
 @triton.jit
-def _to_groups(values: tl.tensor, members: tl.tensor) -> tl.tensor:
-    """Sums over a block's rows and over each group's columns, (groups,)."""
-    return tl.sum(tl.where(members, tl.sum(values, 0)[None, :], 0.0), 1)
-
-
-@triton.jit
-def _to_columns(values: tl.tensor, members: tl.tensor) -> tl.tensor:
-    """Each column's group's value, (columns,)."""
-    return tl.sum(tl.where(members, values[:, None], 0.0), 0)
-
-
-@triton.jit
 def _shift_of(
     shift: tl.tensor, shift_stride: tl.tensor, image: tl.tensor, channel: tl.tensor, inside: tl.tensor
 ) -> tl.tensor:
@@ -32,7 +20,7 @@ def _shift_of(
     return tl.load(shift + image * shift_stride + channel, mask=inside & (shift_stride >= 0), other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["shift_stride", "pixels", "width", "groups", "part_pixels"])
+@triton.jit(do_not_specialize=["shift_stride", "pixels", "groups", "part_pixels"])
 def part_moments(
     x: tl.tensor,
     shift: tl.tensor,
@@ -41,49 +29,46 @@ def part_moments(
     shift_stride: tl.tensor,
     pixels: tl.tensor,
     channels: tl.tensor,
-    width: tl.tensor,
-    block: tl.tensor,
     groups: tl.tensor,
     part_pixels: tl.tensor,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
     """Mean of each group in each part of an image's pixels, and the sum of squared distances from it, both (image,
-    part, group): programs (parts, blocks of GROUPS groups, images). A group is `width` channels, a block `block`."""
+    part, group): programs (parts, blocks of GROUPS groups, images). A group is WIDTH channels, COLUMNS at most."""
     part, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    row, column, group = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, GROUPS)
-    members = (column // width)[None, :] == group[:, None]
-    channel = tl.program_id(1) * block + column
-    inside = (column < block) & (channel < channels)
+    row, column = tl.arange(0, ROWS)[:, None, None], tl.arange(0, COLUMNS)[None, None, :]
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    channel = group[None, :, None] * WIDTH + column
+    inside = (column < WIDTH) & (group < groups)[None, :, None]
     added = _shift_of(shift, shift_stride, image, channel, inside)
     begin = part * part_pixels
     count = tl.minimum(part_pixels, pixels - begin)
     here = x + (image * pixels + begin) * channels
-    offsets = row[:, None] * channels + channel[None, :]
-    mean = tl.zeros((GROUPS,), tl.float32)
-    distances = tl.zeros((GROUPS,), tl.float32)
+    mean = tl.zeros((ROWS, GROUPS, COLUMNS), tl.float32)
+    distances = tl.zeros((ROWS, GROUPS, COLUMNS), tl.float32)
     met = 0.0
+    # Each place of the block has a mean of its own at first (Welford 1962), which no large mean can cancel.
     for first in range(0, count, ROWS):
-        mask = (first + row < count)[:, None] & inside[None, :]
-        value = tl.load(here + offsets, mask=mask, other=0.0).to(tl.float32)
-        value = tl.where(mask, value + added[None, :], 0.0)
-        size = (tl.minimum(ROWS, count - first) * width).to(tl.float32)
-        middle = _to_groups(value, members) / size
-        apart = tl.where(mask, value - _to_columns(middle, members)[None, :], 0.0)
-        # These rows with those before (Chan et al. 1983), which no large mean can cancel.
-        away = middle - mean
-        distances += _to_groups(apart * apart, members) + away * away * (met * size / (met + size))
-        met += size
-        mean += away * (size / met)
+        there = (first + row < count) & inside
+        value = tl.load(here + row * channels + channel, mask=there, other=0.0).to(tl.float32) + added
+        met += 1.0
+        away = value - mean
+        mean = tl.where(there, mean + away * (1.0 / met), mean)
+        distances = tl.where(there, distances + away * (value - mean), distances)
         here += ROWS * channels
-    group += tl.program_id(1) * GROUPS
+    # Then those of a group are joined (Chan et al. 1983).
+    number = ((count - row + ROWS - 1) // ROWS).to(tl.float32)
+    middle = tl.sum(tl.sum(mean * number, 2), 0) / (count * WIDTH).to(tl.float32)
+    apart = tl.where(inside, mean - middle[None, :, None], 0.0)
     to = (image * tl.num_programs(0) + part) * groups + group
-    tl.store(means + to, mean, mask=group < groups)
-    tl.store(squares + to, distances, mask=group < groups)
+    tl.store(means + to, middle, mask=group < groups)
+    tl.store(squares + to, tl.sum(tl.sum(distances + apart * apart * number, 2), 0), mask=group < groups)
 
 
-@triton.jit(do_not_specialize=["shift_stride", "activate", "pixels", "width", "groups", "part_pixels"])
+@triton.jit(do_not_specialize=["shift_stride", "activate", "pixels", "groups", "part_pixels"])
 def norm_parts(
     x: tl.tensor,
     out: tl.tensor,
@@ -96,8 +81,6 @@ def norm_parts(
     activate: tl.tensor,
     pixels: tl.tensor,
     channels: tl.tensor,
-    width: tl.tensor,
-    block: tl.tensor,
     groups: tl.tensor,
     part_pixels: tl.tensor,
     eps: tl.tensor,
@@ -105,41 +88,40 @@ def norm_parts(
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
     """The norm with what `part_moments` gave, and SiLU of it where `activate` is 1: programs as there, and no more than
     PARTS parts."""
     part, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    row, column, group = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, GROUPS)
-    members = (column // width)[None, :] == group[:, None]
-    channel = tl.program_id(1) * block + column
-    inside = (column < block) & (channel < channels)
+    row, column = tl.arange(0, ROWS)[:, None, None], tl.arange(0, COLUMNS)[None, None, :]
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    channel = group[None, :, None] * WIDTH + column
+    inside = (column < WIDTH) & (group < groups)[None, :, None]
     # The parts' moments to the group's.
-    group += tl.program_id(1) * GROUPS
-    each = tl.arange(0, PARTS)
-    there = (each < tl.num_programs(0))[:, None] & (group < groups)[None, :]
-    size = tl.where(there, (tl.minimum(part_pixels, pixels - each * part_pixels) * width).to(tl.float32)[:, None], 0.0)
-    moments = (image * tl.num_programs(0) + each)[:, None] * groups + group[None, :]
+    each = tl.arange(0, PARTS)[:, None]
+    there = (each < tl.num_programs(0)) & (group < groups)[None, :]
+    size = tl.where(there, (tl.minimum(part_pixels, pixels - each * part_pixels) * WIDTH).to(tl.float32), 0.0)
+    moments = (image * tl.num_programs(0) + each) * groups + group[None, :]
     mean = tl.load(means + moments, mask=there, other=0.0)
-    total = (pixels * width).to(tl.float32)
+    within = tl.load(squares + moments, mask=there, other=0.0)
+    total = (pixels * WIDTH).to(tl.float32)
     middle = tl.sum(mean * size, 0) / total
     apart = mean - middle[None, :]
-    within = tl.load(squares + moments, mask=there, other=0.0)
     inverse = tl.rsqrt(tl.sum(within + apart * apart * size, 0) / total + eps)
     # What each channel is moved by and multiplied with.
-    centre = _to_columns(middle, members) - _shift_of(shift, shift_stride, image, channel, inside)
-    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * _to_columns(inverse, members)
+    centre = middle[None, :, None] - _shift_of(shift, shift_stride, image, channel, inside)
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * inverse[None, :, None]
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     begin = part * part_pixels
     count = tl.minimum(part_pixels, pixels - begin)
     start = (image * pixels + begin) * channels
     read, write = x + start, out + start
-    offsets = row[:, None] * channels + channel[None, :]
     for first in range(0, count, ROWS):
-        mask = (first + row < count)[:, None] & inside[None, :]
-        value = tl.load(read + offsets, mask=mask, other=0.0).to(tl.float32)
-        value = (value - centre[None, :]) * scale[None, :] + offset[None, :]
+        mask = (first + row < count) & inside
+        value = tl.load(read + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
+        value = (value - centre) * scale + offset
         value = tl.where(activate > 0, value / (1.0 + tl.exp(-value)), value)
-        tl.store(write + offsets, value.to(out.dtype.element_ty), mask=mask)
+        tl.store(write + row * channels + channel, value.to(out.dtype.element_ty), mask=mask)
         read += ROWS * channels
         write += ROWS * channels
 
@@ -187,7 +169,7 @@ def add_rows(
     tl.store(here, value.to(h.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["residuals", "rows"])
 def add_and_norm_rows(
     h: tl.tensor,
     bias: tl.tensor,
@@ -195,13 +177,15 @@ def add_and_norm_rows(
     weight: tl.tensor,
     norm_bias: tl.tensor,
     normed: tl.tensor,
+    residuals: tl.tensor,
     rows: tl.tensor,
     channels: tl.tensor,
     eps: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """h + bias + residual in place of h, and its layer norm: programs (blocks of rows), COLUMNS channels at most."""
+    """h + bias in place of h, with 1 of `residuals` that too, and its layer norm: programs (blocks of rows), COLUMNS
+    channels at most."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, channel = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = channel < channels
@@ -209,7 +193,7 @@ def add_and_norm_rows(
     at = first * channels + row[:, None] * channels + channel[None, :]
     value = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(residual + at, mask=mask & (residuals > 0), other=0.0).to(tl.float32)
     tl.store(h + at, value.to(h.dtype.element_ty), mask=mask)
     apart = tl.where(mask, value - (tl.sum(value, 1) / channels)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(apart * apart, 1) / channels + eps)

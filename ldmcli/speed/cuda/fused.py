@@ -188,26 +188,34 @@ def _time_product(network: nn.Module) -> nn.Linear:
     return cast(nn.Linear, cast(nn.Sequential, network.time_activation)[1])
 
 
+Sum = tuple[Tensor, Tensor, Tensor | None]  # tokens (batch, tokens, channels), a bias, and tokens if there are any
+
+
 class FusedTransformerBlock(TransformerBlock):
-    """A transformer block whose sums are one kernel with the layer norms that follow."""
+    """A transformer block whose sums are one kernel with the layer norms that follow. Its input is a `Sum` that is
+    still to be added up, and so is its output."""
 
     attn1: JoinedAttention
 
-    def forward(self, x: Tensor, context: KeysValues) -> Tensor:
-        x, normed = _added(self.attn1, self.attn1.to_itself(self.norm1(x)), x, self.norm2)
-        x, normed = _added(self.attn2, self.attn2.attended(normed, context), x, self.norm3)
-        return x + self.ff(normed)
+    def forward(self, x: Sum, context: KeysValues) -> Sum:  # type: ignore[override]
+        h, normed = _normed(x, self.norm1)
+        h, normed = _normed(_attended(self.attn1, self.attn1.to_itself(normed), h), self.norm2)
+        h, normed = _normed(_attended(self.attn2, self.attn2.attended(normed, context), h), self.norm3)
+        last = cast(nn.Linear, self.ff.net[2])
+        return F.linear(self.ff.net[0](normed), last.weight), _bias(last), h
 
 
 class FusedSpatialTransformer(SpatialTransformer):
-    """A spatial transformer whose first and last layer are products, whatever they are stored as: those can add their
-    bias on the way, or leave it to the sum."""
+    """A spatial transformer whose first and last layer are products, whatever they are stored as, and leave their bias
+    to the sum that follows."""
 
     def forward(self, x: Tensor, context: list[KeysValues]) -> Tensor:
         h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (batch, height·width, channels)
-        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        tokens: Sum = F.linear(h, self.proj_in.weight.flatten(1)), _bias(self.proj_in), None
         for block, keys_values in zip(self.transformer_blocks, context, strict=True):
-            h = block(h, keys_values)
+            tokens = block(tokens, keys_values)
+        h, bias, residual = tokens
+        h = h + bias if residual is None else add_bias_residual(h, bias, residual)
         h = F.linear(h, self.proj_out.weight.flatten(1)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return add_bias_residual(h, _bias(self.proj_out), x)
 
@@ -217,10 +225,15 @@ def _activated(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Te
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift=shift)
 
 
-def _added(attention: Attention, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x with what attention's last layer makes of h, and its norm."""
+def _normed(x: Sum, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm."""
+    return add_and_norm(*x, norm.weight, norm.bias, norm.eps)
+
+
+def _attended(attention: Attention, h: Tensor, x: Tensor) -> Sum:
+    """x and what attention's last layer makes of h."""
     last = cast(nn.Linear, attention.to_out[0])
-    return add_and_norm(F.linear(h, last.weight), last.bias, x, norm.weight, norm.bias, norm.eps)
+    return F.linear(h, last.weight), _bias(last), x
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -229,6 +242,6 @@ def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    assert layer.bias is not None
+def _bias(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.bias, Tensor)
     return layer.bias

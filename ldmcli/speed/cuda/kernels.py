@@ -20,8 +20,8 @@ from ldmcli.errors import printable
 DEVICES = {"cuda"}  # the tests add "cpu", for Triton's interpreter, or take "cuda" away
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Sizes of blocks are fixed, not tuned at run time: no process pays for trying. Of the group norm, pixels that a program
-# works on at a time, and channels: whole groups, as many as fit.
-ROWS, CHANNELS, WARPS = 32, 256, 8
+# works on at a time, and channels: whole groups, as many as fit, each with room for a power of two.
+ROWS, CHANNELS, WARPS = 16, 128, 4
 PROGRAMS, PARTS = 1024, 64  # how many share a map, and how many parts of an image's pixels at most; a power of two
 _GATE = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}  # inner widths of real models are multiples of 256
 _SUM = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4}
@@ -54,12 +54,13 @@ def group_norm_silu(
     shifts, stride = (weight, -1) if shift is None else (shift, shift.stride(0) if shift.shape[0] > 1 else 0)
     batch, channels, height, width = x.shape
     pixels, each = height * width, channels // groups
-    together = groups_together(groups, each)
+    columns = _power_of_two(each)
+    together = min(max(1, CHANNELS // columns), _power_of_two(groups))
     blocks = -(-groups // together)
     part = part_pixels(pixels, batch * blocks)
     grid = -(-pixels // part), blocks, batch
-    sizes = {"ROWS": ROWS, "GROUPS": together, "COLUMNS": _power_of_two(together * each), "num_warps": WARPS}
-    numbers = pixels, channels, each, together * each, groups, part
+    sizes = {"ROWS": ROWS, "GROUPS": together, "COLUMNS": columns, "WIDTH": each, "num_warps": WARPS}
+    numbers = pixels, channels, groups, part
     out = torch.empty_like(x, memory_format=torch.channels_last)
     means, squares = torch.empty((2, batch, grid[0], groups), dtype=torch.float32, device=x.device)
     _launch("part_moments", grid, x, shifts, means, squares, stride, *numbers, **sizes)
@@ -82,15 +83,16 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def add_bias_residual(h: Tensor, bias: Tensor, residual: Tensor, residual_bias: Tensor | None = None) -> Tensor:
-    """h + bias + residual + residual_bias for maps (batch, channels, height, width) and biases (channels,), rounded
-    once. May be written in place of h, which must be the caller's own."""
-    fits = _is_map(h) and _is_map(residual) and h.shape == residual.shape and h.dtype == residual.dtype
+    """h + bias + residual + residual_bias, rounded once, for maps (batch, channels, height, width) or tokens (batch,
+    tokens, channels), and biases (channels,). May be written in place of h, which must be the caller's own."""
+    fits = _is_rows(h) and _is_rows(residual) and h.shape == residual.shape and h.dtype == residual.dtype
     biases = [bias] if residual_bias is None else [bias, residual_bias]
-    fits = fits and all(b.is_contiguous() and b.shape == h.shape[1:2] for b in biases)
+    fits = fits and all(b.is_contiguous() for b in biases)
     if not fits or not _takes(h, residual, *biases):
-        residual = residual if residual_bias is None else residual + residual_bias[:, None, None]
-        return h + bias[:, None, None] + residual
-    channels = h.shape[1]
+        for other in biases:
+            h = h + (other[:, None, None] if h.ndim == 4 else other)
+        return h + residual
+    channels = len(bias)
     rows = h.numel() // channels
     grid = -(-rows // _SUM["ROWS"]), -(-channels // _SUM["COLUMNS"])
     _launch("add_rows", grid, h, bias, residual, biases[-1], len(biases), rows, channels, **_SUM)
@@ -98,20 +100,20 @@ def add_bias_residual(h: Tensor, bias: Tensor, residual: Tensor, residual_bias: 
 
 
 def add_and_norm(
-    h: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    h: Tensor, bias: Tensor, residual: Tensor | None, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """h + bias + residual for tokens (batch, tokens, channels), and its layer norm; both rounded once. The first may be
-    written in place of h, which must be the caller's own."""
-    vectors = bias, weight, norm_bias
-    fits = h.shape == residual.shape and h.dtype == residual.dtype and h.is_contiguous() and residual.is_contiguous()
+    """h + bias, + residual if there is one, for tokens (batch, tokens, channels), and the layer norm of that; both
+    rounded once. The first may be written in place of h, which must be the caller's own."""
+    vectors, other = (bias, weight, norm_bias), h if residual is None else residual
+    fits = h.shape == other.shape and h.dtype == other.dtype and h.is_contiguous() and other.is_contiguous()
     fits = fits and h.shape[-1] <= _WIDEST and all(v.is_contiguous() and v.shape == h.shape[-1:] for v in vectors)
-    if not fits or not _takes(h, residual, *vectors):
-        h = h + bias + residual
+    if not fits or not _takes(h, other, *vectors):
+        h = h + bias if residual is None else h + bias + residual
         return h, F.layer_norm(h, h.shape[-1:], weight, norm_bias, eps)
     channels, normed = h.shape[-1], torch.empty_like(h)
     columns = _power_of_two(channels)
     each, rows = max(1, _NORMED // columns), h.numel() // channels
-    others = bias, residual, weight, norm_bias, normed
+    others = bias, other, weight, norm_bias, normed, int(residual is not None)
     sizes = {"ROWS": each, "COLUMNS": columns, "num_warps": 4}
     _launch("add_and_norm_rows", (-(-rows // each),), h, *others, rows, channels, eps, **sizes)
     return h, normed
@@ -164,11 +166,6 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def groups_together(groups: int, width: int) -> int:
-    """How many groups of so many channels a program works on, a power of two."""
-    return 1 << (max(1, min(groups, CHANNELS // width)).bit_length() - 1)
-
-
 def part_pixels(pixels: int, others: int) -> int:
     """How many pixels of an image a program works on, where `others` share out the same pixels by channels and images:
     blocks of them, few where there are other programs enough."""
@@ -184,6 +181,11 @@ def _power_of_two(number: int) -> int:
 def _is_map(x: Tensor) -> bool:
     """Whether x is a feature map (batch, channels, height, width) that lies channels last in memory."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _is_rows(x: Tensor) -> bool:
+    """Whether x is a feature map channels last, or tokens: in memory, rows of channels."""
+    return x.is_contiguous() if x.ndim == 3 else _is_map(x)
 
 
 def _takes(x: Tensor, *others: Tensor | None) -> bool:
