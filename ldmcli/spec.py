@@ -335,8 +335,7 @@ class RuntimeSpec:
     core at most; `cores` None may be all there are. `kernels`: this program's own (`triton` on a GPU; on a CPU
     convolutions in fewer multiplications), or torch's alone; `auto` takes the former where they work. `cuda_graph`:
     record a step once and replay it. `compile`: run the U-Net through torch.compile. `low_vram`: only the part at work
-    is on the GPU. `vae_tiling`: decode strip by strip. `cache`: keep hashes of weight files from run to run.
-    `expected_steps`: how many steps will be drawn in all, as far as is known, for what pays in long runs alone."""
+    is on the GPU. `vae_tiling`: decode strip by strip. `cache`: keep hashes of weight files from run to run."""
 
     device: str = "auto"
     dtype: str = "auto"
@@ -349,7 +348,6 @@ class RuntimeSpec:
     low_vram: bool = False
     vae_tiling: bool = False
     cache: bool = True
-    expected_steps: int = 0
 
 
 def read_loras(value: Any) -> tuple[LoRA, ...]:

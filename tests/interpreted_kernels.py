@@ -149,7 +149,7 @@ def test_parts_cover_a_map() -> None:
         for others in (1, 10, 160, 5000):
             part = kernels.part_pixels(pixels, others)
             assert part % kernels.ROWS == 0
-            assert 1 <= -(-pixels // part) <= kernels.PARTS
+            assert 1 <= -(-pixels // part) <= kernels.most_parts(pixels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,7 +21,7 @@ from ldmcli.spec import LoRA
 from ldmcli.speed.cpu.onednn import lay_out
 from ldmcli.speed.cuda.fused import fuse
 from ldmcli.speed.cuda.graph import state_of
-from ldmcli.speed.weights import names_with_weights, writing
+from ldmcli.speed.weights import names_with_weights, plain_parameters
 
 
 def everything(networks: Networks, path: Path, seed: int) -> Use:
@@ -41,7 +41,6 @@ def everything(networks: Networks, path: Path, seed: int) -> Use:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fused_network_is_what_fusing_the_merged_one_gives(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Queries, keys and values have become one layer, and so have all time projections, with their resnets' biases."""
     plain = small_networks(dtype)
     fused: Networks = {**plain, "unet": fuse(copy.deepcopy(plain["unet"]))}
     assert sorted(names_with_weights(fused["unet"])) == sorted(names_with_weights(plain["unet"]))
@@ -91,8 +90,7 @@ def test_what_is_folded_is_folded_anew() -> None:
     with torch.inference_mode():
         before = fast[0](x)  # type: ignore[index]
         for network in (whole, fast):
-            with writing(network, "0.conv") as parameters:
-                parameters["weight"].mul_(2)
+            plain_parameters(network, "0.conv")["weight"].mul_(2)
         after = fast[0](x)  # type: ignore[index]
         assert torch.allclose(after, layer(x), atol=1e-5)
     assert not torch.allclose(after, before)

@@ -16,7 +16,6 @@ from ldmcli.checkpoints.source import embedded_model
 from ldmcli.config import UNetConfig
 from ldmcli.speed import startup
 from ldmcli.speed.cpu import threads
-from ldmcli.speed.policy import TRYING_PAYS, computing
 from ldmcli.stopwatch import PHASES, Stopwatch
 
 TINY = embedded_model()
@@ -261,22 +260,6 @@ def test_the_command_line_sets_the_threads(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert run([*DRAW, "-o", str(tmp_path / "other.png")]) == 0
     assert found == [3, 1]
-
-
-@pytest.mark.parametrize(
-    ("device", "steps", "before", "tried"),
-    [("cuda", TRYING_PAYS, False, True), ("cuda", TRYING_PAYS - 1, False, False), ("cpu", TRYING_PAYS, False, False),
-     ("cpu", 1, True, True)],
-)  # fmt: skip
-def test_long_jobs_on_a_gpu_try_convolutions(
-    device: str, steps: int, before: bool, tried: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And what a caller chose stays."""
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
-    with computing(torch.device(device), 3, steps):
-        assert torch.backends.cudnn.benchmark == tried
-        assert torch.get_num_threads() == 3
-    assert torch.backends.cudnn.benchmark == before
 
 
 def test_freed_memory_is_kept_for_the_next_step() -> None:

@@ -61,9 +61,9 @@ class Merger:
             self._restore(place)
 
     def _restore(self, place: Place) -> None:
-        with self._modules.writing(place) as parameters:
-            for name, copy in self._base.pop(place).items():
-                parameters[name].copy_(copy)
+        parameters = self._modules.parameters(place)
+        for name, copy in self._base.pop(place).items():
+            parameters[name].copy_(copy)
 
     def _places(self, adapter: Adapter) -> dict[Place, Change]:
         if id(adapter) not in self._placed:
@@ -74,12 +74,7 @@ class Merger:
 
     def _write(self, place: Place, merges: Sequence[tuple[Use, str, Factors]]) -> None:
         """Change the parameters of one module."""
-        with self._modules.writing(place) as parameters:
-            self._change(place, parameters, merges)
-
-    def _change(
-        self, place: Place, parameters: Mapping[str, Tensor], merges: Sequence[tuple[Use, str, Factors]]
-    ) -> None:
+        parameters = self._modules.parameters(place)
         copies = self._base.setdefault(place, {})
         own = {name: copies.get(name, parameter) for name, parameter in parameters.items()}
         values = {name: tensor.to(torch.float32, copy=True) for name, tensor in own.items()}  # to be written into

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from ldmcli.adapters.kinds import SCALARS, split
 from ldmcli.adapters.spellings import Place, module_table
 from ldmcli.disk.opening import bad_file, shown
 from ldmcli.errors import BadDataError, printable
-from ldmcli.speed.weights import writing
+from ldmcli.speed.weights import plain_parameters
 
 _log = logging.getLogger(__name__)
 _MAX_NAME = 200  # letters of a module's name, in any spelling
@@ -29,9 +28,9 @@ class Modules:
         self._family = family
         self._table = module_table(networks)
 
-    def writing(self, place: Place) -> AbstractContextManager[dict[str, Tensor]]:
-        """A module's own weight, and its bias where it has one, to be written in place inside the block."""
-        return writing(self._networks[place.part], place.name)
+    def parameters(self, place: Place) -> dict[str, Tensor]:
+        """A module's own weight, and its bias where it has one, to be written in place."""
+        return plain_parameters(self._networks[place.part], place.name)
 
     def placed(self, adapter: Adapter) -> dict[Place, Change]:
         """The adapter's changes by module. What has no place in this model is a warning.

@@ -163,9 +163,6 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         options["batch_size"] = _SMALL_BATCH if small and found else 1
     if devices is None and small and found:
         devices = ("cpu",) * max(1, min(available_cores(), found.images // _WORTH_A_PROCESS))
-    if found:
-        steps = found.images * (job.spec.common.steps or job.session.config.defaults.steps)
-        job.runtime = dataclasses.replace(job.spec.runtime, expected_steps=steps)
     context.exit(_run(job, found, _engine(job, devices, options), options))
 
 

@@ -278,7 +278,7 @@ def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[Gener
 def _open(
     options: dict[str, Any], record: dict[str, Any] | None, pictures: int, encoding: Encoding
 ) -> "Session | RemoteSession":
-    runtime = dataclasses.replace(runtime_spec(options), expected_steps=pictures * (options["steps"] or 1))
+    runtime = runtime_spec(options)
     how = {"encoding": encoding, "metadata": not options["no_metadata"], "exact": options["as_json"]}
     session = open_session(options, model_spec(options), runtime, **how)
     if not session.undecided:

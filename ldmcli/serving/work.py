@@ -1,6 +1,5 @@
 """The resident models, and the one thread that draws with them: a bounded queue of jobs, some sharing batches."""
 
-import dataclasses
 import itertools
 import logging
 import threading
@@ -96,7 +95,7 @@ class Work:
     def session(self, model: ModelSpec, runtime: RuntimeSpec) -> Session:
         """The session that draws such requests, opened from headers; opened anew where a file of its weights has
         changed. Raises LdmError."""
-        key = model, dataclasses.replace(runtime, expected_steps=0)
+        key = model, runtime
         with self._opening:
             session = self._sessions.pop(key, None)
             if session is None or session.changed:

@@ -71,7 +71,7 @@ class Drawer:
         drawn: dict[int, Picture] = {}
         try:
             suitable = threads_for(self._spec, self.pipeline.config, len(requests))
-            with computing(self.pipeline.runtime.device, suitable, self._spec.expected_steps):
+            with computing(suitable):
                 for group in self._alike(requests):
                     some = self._group([requests[i] for i in group], on_step)
                     drawn |= zip(group, some, strict=True)
@@ -186,7 +186,7 @@ class Drawer:
     def _again(self, picture: Picture, latents_finite: bool) -> Picture:
         """A picture that came out with numbers which are not finite, once more in float32."""
         suitable = threads_for(self._spec, self.pipeline.config, 1)
-        with self._lock, computing(self.pipeline.runtime.device, suitable):
+        with self._lock, computing(suitable):
             found = self._tried(picture.request, functools.partial(self._in_float32, picture, latents_finite))
             if isinstance(found, Arrival):
                 wide = dataclasses.replace(self.pipeline.runtime, dtype=torch.float32)

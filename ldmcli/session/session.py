@@ -308,7 +308,7 @@ class Session:
             runtime, started = self.runtime, time.perf_counter()
             opened = self._settled()
             suitable = threads_for(self.runtime_spec, opened.model.config, len(first))
-            with computing(runtime.device, suitable, self.runtime_spec.expected_steps):
+            with computing(suitable):
                 pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
                 if opened.upscaler:
                     from ldmcli.upscaling.upscaler import Upscaler

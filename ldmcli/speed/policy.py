@@ -22,9 +22,6 @@ from ldmcli.speed.cuda.kernels import kernels_work
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 USUAL = RuntimeSpec()
-# Steps from which on trying convolutions pays. It takes about half a second in all for some forty shapes, and gains 0.2
-# to 0.45 ms in a step of SD1.5: estimates, not measured.
-TRYING_PAYS = 2000
 _Module = TypeVar("_Module", bound=nn.Module)
 _log = logging.getLogger(__name__)
 
@@ -125,20 +122,14 @@ def choose_runtime(spec: RuntimeSpec = USUAL) -> Runtime:
 
 
 @contextlib.contextmanager
-def computing(device: torch.device, threads: int, steps: int = 0) -> Iterator[None]:
-    """Inside the block a CPU computes with so many threads, and a GPU's convolutions are those that cuDNN finds
-    to be the fastest by trying, where a job of so many steps in all is worth that.
-
-    To be entered before the thread's first convolution: cuDNN's plans are kept for each thread, however they were made.
-    """
-    before, tried = torch.get_num_threads(), bool(torch.backends.cudnn.benchmark)
+def computing(threads: int) -> Iterator[None]:
+    """Inside the block a CPU computes with so many threads."""
+    before = torch.get_num_threads()
     if threads != before:
         torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = tried or (device.type == "cuda" and steps >= TRYING_PAYS)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = tried
         if threads != before:
             torch.set_num_threads(before)
 

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from ldmcli.bench import StepClock, wait
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.config import UNetConfig
-from ldmcli.networks.attention import ATTENTIONS, Attention, set_attention
+from ldmcli.networks.attention import ATTENTIONS, set_attention
 from ldmcli.networks.unet import UNet
 from ldmcli.speed.cuda import fused as layers
 from ldmcli.speed.cuda import kernels
 from ldmcli.speed.cuda.graph import CudaRecorder
 from ldmcli.speed.cuda.kernels import group_norm_silu, kernels_work
-from ldmcli.speed.modules import recast
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 SECONDS = 0.8  # for which a step is repeated
@@ -77,21 +76,6 @@ class Notes:
         except Exception as error:
             self.note(name, failed=repr(error)[:500])
             traceback.print_exc(file=self._log)
-
-
-class Apart(Attention):
-    """Attention of a sequence to itself by three products."""
-
-    def to_itself(self, x: Tensor) -> Tensor:
-        """What `attended` gives, for the keys and values of x."""
-        return self.attended(x, self.project(x))
-
-
-def biases_to_time(unet: nn.Module) -> None:
-    """Each resnet projects the time by itself."""
-    for part in unet.modules():
-        if isinstance(part, layers.FusedResnetBlock):
-            part.time_emb_proj.bias.data += part.conv1.bias
 
 
 def by_torch(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,10 +135,6 @@ class Card:
         for name, kernel in KERNELS.items():
             with mock.patch.object(layers, kernel, by_torch(getattr(kernels, kernel))):
                 self.variant(f"without {name}")
-        with mock.patch.object(layers, "_joined", lambda attention: recast(Apart, attention)):
-            self.variant("without joined q, k, v")
-        with mock.patch.object(layers, "_join_time", biases_to_time):
-            self.variant("without joined time")
 
     def batch(self) -> None:
         """Several pictures at once."""

@@ -12,6 +12,18 @@ from triton import language as tl
 
 
 @triton.jit
+def _to_groups(values: tl.tensor, members: tl.tensor) -> tl.tensor:
+    """Sums over a block's rows and over each group's columns, (groups,)."""
+    return tl.sum(tl.where(members, tl.sum(values, 0)[None, :], 0.0), 1)
+
+
+@triton.jit
+def _to_columns(values: tl.tensor, members: tl.tensor) -> tl.tensor:
+    """Each column's group's value, (columns,)."""
+    return tl.sum(tl.where(members, values[:, None], 0.0), 0)
+
+
+@triton.jit
 def _shift_of(
     shift: tl.tensor, shift_stride: tl.tensor, image: tl.tensor, channel: tl.tensor, inside: tl.tensor
 ) -> tl.tensor:
@@ -32,40 +44,45 @@ def part_moments(
     groups: tl.tensor,
     part_pixels: tl.tensor,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ) -> None:
     """Mean of each group in each part of an image's pixels, and the sum of squared distances from it, both (image,
-    part, group): programs (parts, blocks of GROUPS groups, images). A group is WIDTH channels, COLUMNS at most."""
+    part, group): programs (parts, blocks of TOGETHER groups, images). A group is WIDTH channels; COLUMNS and MEMBERS
+    are powers of two with room for a block's channels and groups."""
     part, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    row, column = tl.arange(0, ROWS)[:, None, None], tl.arange(0, COLUMNS)[None, None, :]
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    channel = group[None, :, None] * WIDTH + column
-    inside = (column < WIDTH) & (group < groups)[None, :, None]
+    row, column, group = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, MEMBERS)
+    members = (column // WIDTH)[None, :] == group[:, None]
+    channel = tl.program_id(1) * (TOGETHER * WIDTH) + column
+    inside = (column < TOGETHER * WIDTH) & (channel < channels)
     added = _shift_of(shift, shift_stride, image, channel, inside)
     begin = part * part_pixels
     count = tl.minimum(part_pixels, pixels - begin)
     here = x + (image * pixels + begin) * channels
-    mean = tl.zeros((ROWS, GROUPS, COLUMNS), tl.float32)
-    distances = tl.zeros((ROWS, GROUPS, COLUMNS), tl.float32)
+    offsets = row[:, None] * channels + channel[None, :]
+    mean = tl.zeros((ROWS, COLUMNS), tl.float32)
+    distances = tl.zeros((ROWS, COLUMNS), tl.float32)
     met = 0.0
     # Each place of the block has a mean of its own at first (Welford 1962), which no large mean can cancel.
     for first in range(0, count, ROWS):
-        there = (first + row < count) & inside
-        value = tl.load(here + row * channels + channel, mask=there, other=0.0).to(tl.float32) + added
+        there = (first + row < count)[:, None]
+        value = tl.load(here + offsets, mask=there & inside[None, :], other=0.0).to(tl.float32)
         met += 1.0
-        away = value - mean
-        mean = tl.where(there, mean + away * (1.0 / met), mean)
-        distances = tl.where(there, distances + away * (value - mean), distances)
+        away = tl.where(there, value + added[None, :] - mean, 0.0)
+        step = away * (1.0 / met)
+        mean += step
+        distances += away * (away - step)
         here += ROWS * channels
     # Then those of a group are joined (Chan et al. 1983).
-    number = ((count - row + ROWS - 1) // ROWS).to(tl.float32)
-    middle = tl.sum(tl.sum(mean * number, 2), 0) / (count * WIDTH).to(tl.float32)
-    apart = tl.where(inside, mean - middle[None, :, None], 0.0)
-    to = (image * tl.num_programs(0) + part) * groups + group
-    tl.store(means + to, middle, mask=group < groups)
-    tl.store(squares + to, tl.sum(tl.sum(distances + apart * apart * number, 2), 0), mask=group < groups)
+    number = ((count - row + ROWS - 1) // ROWS).to(tl.float32)[:, None]
+    middle = _to_groups(mean * number, members) / (count * WIDTH).to(tl.float32)
+    apart = tl.where(inside[None, :], mean - _to_columns(middle, members)[None, :], 0.0)
+    inner = (group < TOGETHER) & (tl.program_id(1) * TOGETHER + group < groups)
+    to = (image * tl.num_programs(0) + part) * groups + tl.program_id(1) * TOGETHER + group
+    tl.store(means + to, middle, mask=inner)
+    tl.store(squares + to, _to_groups(distances + apart * apart * number, members), mask=inner)
 
 
 @triton.jit(do_not_specialize=["shift_stride", "activate", "pixels", "groups", "part_pixels"])
@@ -86,22 +103,24 @@ def norm_parts(
     eps: tl.tensor,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
-    GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ) -> None:
     """The norm with what `part_moments` gave, and SiLU of it where `activate` is 1: programs as there, and no more than
     PARTS parts."""
     part, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    row, column = tl.arange(0, ROWS)[:, None, None], tl.arange(0, COLUMNS)[None, None, :]
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    channel = group[None, :, None] * WIDTH + column
-    inside = (column < WIDTH) & (group < groups)[None, :, None]
+    row, column, group = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, MEMBERS)
+    members = (column // WIDTH)[None, :] == group[:, None]
+    channel = tl.program_id(1) * (TOGETHER * WIDTH) + column
+    inside = (column < TOGETHER * WIDTH) & (channel < channels)
     # The parts' moments to the group's.
+    inner = (group < TOGETHER) & (tl.program_id(1) * TOGETHER + group < groups)
     each = tl.arange(0, PARTS)[:, None]
-    there = (each < tl.num_programs(0)) & (group < groups)[None, :]
+    there = (each < tl.num_programs(0)) & inner[None, :]
     size = tl.where(there, (tl.minimum(part_pixels, pixels - each * part_pixels) * WIDTH).to(tl.float32), 0.0)
-    moments = (image * tl.num_programs(0) + each) * groups + group[None, :]
+    moments = (image * tl.num_programs(0) + each) * groups + tl.program_id(1) * TOGETHER + group[None, :]
     mean = tl.load(means + moments, mask=there, other=0.0)
     within = tl.load(squares + moments, mask=there, other=0.0)
     total = (pixels * WIDTH).to(tl.float32)
@@ -109,19 +128,20 @@ def norm_parts(
     apart = mean - middle[None, :]
     inverse = tl.rsqrt(tl.sum(within + apart * apart * size, 0) / total + eps)
     # What each channel is moved by and multiplied with.
-    centre = middle[None, :, None] - _shift_of(shift, shift_stride, image, channel, inside)
-    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * inverse[None, :, None]
+    centre = _to_columns(middle, members) - _shift_of(shift, shift_stride, image, channel, inside)
+    scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32) * _to_columns(inverse, members)
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     begin = part * part_pixels
     count = tl.minimum(part_pixels, pixels - begin)
     start = (image * pixels + begin) * channels
     read, write = x + start, out + start
+    offsets = row[:, None] * channels + channel[None, :]
     for first in range(0, count, ROWS):
-        mask = (first + row < count) & inside
-        value = tl.load(read + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
-        value = (value - centre) * scale + offset
+        mask = (first + row < count)[:, None] & inside[None, :]
+        value = tl.load(read + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = (value - centre[None, :]) * scale[None, :] + offset[None, :]
         value = tl.where(activate > 0, value / (1.0 + tl.exp(-value)), value)
-        tl.store(write + row * channels + channel, value.to(out.dtype.element_ty), mask=mask)
+        tl.store(write + offsets, value.to(out.dtype.element_ty), mask=mask)
         read += ROWS * channels
         write += ROWS * channels
 

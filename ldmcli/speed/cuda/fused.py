@@ -2,13 +2,10 @@
 less: what is fused is rounded once.
 
 Group norms with SiLU, sums with their layer norm and gates are kernels of their own. The bias of a convolution goes
-into what follows it, since cuDNN adds it in a pass of its own. Queries, keys and values of self-attention are one
-product. What a kernel does not take (on a CPU, not channels last), torch computes by the same formula.
-
-Layers whose weights became part of another's are hidden: `hidden_parameters` gives them by the names they had.
+into what follows it, since cuDNN adds it in a pass of its own. What a kernel does not take (on a CPU, not channels
+last), torch computes by the same formula.
 """
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -29,16 +26,11 @@ def fuse(module: nn.Module) -> nn.Module:
         nn.GroupNorm: FusedGroupNorm,
         ResnetBlock: FusedResnetBlock,
         GEGLU: FusedGEGLU,
+        TransformerBlock: FusedTransformerBlock,
         SpatialTransformer: FusedSpatialTransformer,
     }
 
     def make(part: nn.Module) -> nn.Module | None:
-        if type(part) is TransformerBlock:
-            block = recast(FusedTransformerBlock, part)
-            block.attn1 = _joined(part.attn1)
-            return block
-        if isinstance(part, Encoder):
-            _join_time(part)
         return recast(kinds[type(part)], part) if type(part) in kinds else None
 
     return replaced(module, make)
@@ -70,8 +62,9 @@ class FusedResnetBlock(ResnetBlock):
     first one's bias too, goes into the second norm; the last one's bias goes into the sum."""
 
     def forward(self, x: Tensor, activated_time: Tensor | None = None) -> Tensor:
-        bias = _bias(self.conv1)[None]
-        shift = bias if self.time_emb_proj is None else self.time_emb_proj(activated_time)  # which has the bias in it
+        shift = _bias(self.conv1)[None]
+        if self.time_emb_proj is not None:
+            shift = shift + self.time_emb_proj(activated_time)
         h = _convolved(self.conv1, _activated(self.norm1, x))
         h = _convolved(self.conv2, _activated(self.norm2, h, shift))
         if self.conv_shortcut is None:
@@ -86,108 +79,6 @@ class FusedGEGLU(GEGLU):
         return geglu(self.proj(x))
 
 
-_JOINED = ("to_q", "to_k", "to_v")  # in the order of JoinedAttention's rows
-
-
-class JoinedAttention(Attention):
-    """Attention of a sequence to itself, whose queries, keys and values are one product."""
-
-    to_qkv: nn.Linear
-
-    def to_itself(self, x: Tensor) -> Tensor:
-        """What `attended` gives, for the keys and values of x."""
-        query, key, value = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.attend(query, key, value).transpose(1, 2).flatten(2)
-
-
-def _joined(attention: Attention) -> JoinedAttention:
-    """`attention` with its first three layers in one. Their weights are copied; they themselves are not kept."""
-    layers = [getattr(attention, name) for name in _JOINED]
-    joined = recast(JoinedAttention, attention)
-    del joined.to_q, joined.to_k, joined.to_v
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    joined.to_qkv = _product([layer.weight for layer in layers], biases)
-    return joined
-
-
-def _product(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> nn.Linear:
-    """One layer that gives what several give of one input, one after the other."""
-    with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside inference mode too
-        product = nn.Linear(weights[0].shape[1], sum(map(len, weights)), bias=bool(biases), device="meta")
-        product.weight = nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=False)
-        if biases:
-            product.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
-    return product
-
-
-class Rows(nn.Module):
-    """Some of the last axis, in place of the layer that gave them, which had this `bias`."""
-
-    bias: Tensor
-
-    def __init__(self, start: int, count: int, bias: Tensor) -> None:
-        super().__init__()
-        self.start, self.count = start, count
-        with torch.inference_mode(False), torch.no_grad():
-            self.register_buffer("bias", bias.detach().clone(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.narrow(-1, self.start, self.count)
-
-
-def _join_time(unet: Encoder) -> None:
-    """Compute the time projections of all resnets, their first biases included, by one product."""
-    resnets = [part for part in unet.modules() if isinstance(part, FusedResnetBlock)]
-    layers = [cast(nn.Linear, resnet.time_emb_proj) for resnet in resnets]
-    biases = [_bias(layer) + _bias(resnet.conv1) for layer, resnet in zip(layers, resnets, strict=True)]
-    unet.time_activation = nn.Sequential(unet.time_activation, _product([layer.weight for layer in layers], biases))
-    start = 0
-    for resnet, layer in zip(resnets, layers, strict=True):
-        resnet.time_emb_proj = Rows(start, layer.out_features, _bias(layer))
-        start += layer.out_features
-
-
-def hidden_layers(network: nn.Module) -> tuple[list[str], set[str]]:
-    """The names of a network's hidden layers, and of those that hold their weights."""
-    hidden: list[str] = []
-    made: set[str] = set()
-    for name, part in network.named_modules():
-        if isinstance(part, JoinedAttention):
-            hidden += [f"{name}.{layer}" for layer in _JOINED]
-            made.add(f"{name}.to_qkv")
-        elif isinstance(part, Rows):
-            hidden.append(name)
-            made.add("time_activation.1")
-    return hidden, made
-
-
-def hidden_parameters(network: nn.Module, holder: nn.Module, name: str) -> dict[str, Tensor] | None:
-    """The parameters of a hidden layer, which was part of `holder`, as views; None where it is not hidden."""
-    if isinstance(holder, JoinedAttention) and name in _JOINED:
-        whole, count = holder.to_qkv, holder.to_qkv.out_features // len(_JOINED)
-        start = count * _JOINED.index(name)
-        return {key: tensor.detach().narrow(0, start, count) for key, tensor in whole.named_parameters()}
-    rows = getattr(holder, name, None)
-    if isinstance(rows, Rows):
-        weight = _time_product(network).weight.detach()
-        return {"weight": weight.narrow(0, rows.start, rows.count), "bias": rows.bias}
-    return None
-
-
-def rejoin(network: nn.Module, holder: nn.Module, name: str) -> None:
-    """After a change to the layer of this name in `holder`: have the biases joined anew that it is part of."""
-    if isinstance(holder, FusedResnetBlock) and name in ("conv1", "time_emb_proj"):
-        rows = holder.time_emb_proj
-        if isinstance(rows, Rows):
-            joined = _bias(_time_product(network)).detach().narrow(0, rows.start, rows.count)
-            joined.copy_(rows.bias + _bias(holder.conv1))
-
-
-def _time_product(network: nn.Module) -> nn.Linear:
-    """The layer into which `_join_time` put the time projections of a U-Net."""
-    return cast(nn.Linear, cast(nn.Sequential, network.time_activation)[1])
-
-
 Sum = tuple[Tensor, Tensor, Tensor | None]  # tokens (batch, tokens, channels), a bias, and tokens if there are any
 
 
@@ -195,12 +86,10 @@ class FusedTransformerBlock(TransformerBlock):
     """A transformer block whose sums are one kernel with the layer norms that follow. Its input is a `Sum` that is
     still to be added up, and so is its output."""
 
-    attn1: JoinedAttention
-
     def forward(self, x: Sum, context: KeysValues) -> Sum:  # type: ignore[override]
         h, normed = _normed(x, self.norm1)
-        h, normed = _normed(_attended(self.attn1, self.attn1.to_itself(normed), h), self.norm2)
-        h, normed = _normed(_attended(self.attn2, self.attn2.attended(normed, context), h), self.norm3)
+        h, normed = _normed(_attended(self.attn1, normed, self.attn1.project(normed), h), self.norm2)
+        h, normed = _normed(_attended(self.attn2, normed, context, h), self.norm3)
         last = cast(nn.Linear, self.ff.net[2])
         return F.linear(self.ff.net[0](normed), last.weight), _bias(last), h
 
@@ -230,10 +119,10 @@ def _normed(x: Sum, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return add_and_norm(*x, norm.weight, norm.bias, norm.eps)
 
 
-def _attended(attention: Attention, h: Tensor, x: Tensor) -> Sum:
-    """x and what attention's last layer makes of h."""
+def _attended(attention: Attention, normed: Tensor, context: KeysValues, x: Tensor) -> Sum:
+    """x and what attention gives."""
     last = cast(nn.Linear, attention.to_out[0])
-    return F.linear(h, last.weight), _bias(last), x
+    return F.linear(attention.attended(normed, context), last.weight), _bias(last), x
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from ldmcli.errors import printable
 DEVICES = {"cuda"}  # the tests add "cpu", for Triton's interpreter, or take "cuda" away
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Sizes of blocks are fixed, not tuned at run time: no process pays for trying. Of the group norm, pixels that a program
-# works on at a time, and channels: whole groups, as many as fit, each with room for a power of two.
-ROWS, CHANNELS, WARPS = 16, 128, 4
+# works on at a time, and channels: whole groups, as many as fit.
+ROWS, CHANNELS, WARPS = 16, 64, 2
 PROGRAMS, PARTS = 1024, 64  # how many share a map, and how many parts of an image's pixels at most; a power of two
+_LARGE = 1 << 14  # pixels of a map from which on there may be 4 times as many parts, and twice as many programs
 _GATE = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}  # inner widths of real models are multiples of 256
 _SUM = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4}
 _NORMED, _WIDEST = 2048, 8192  # numbers of a block that a program norms, and the most in a row
@@ -54,18 +55,20 @@ def group_norm_silu(
     shifts, stride = (weight, -1) if shift is None else (shift, shift.stride(0) if shift.shape[0] > 1 else 0)
     batch, channels, height, width = x.shape
     pixels, each = height * width, channels // groups
-    columns = _power_of_two(each)
-    together = min(max(1, CHANNELS // columns), _power_of_two(groups))
+    together = max(1, min(groups, CHANNELS // each))
     blocks = -(-groups // together)
     part = part_pixels(pixels, batch * blocks)
     grid = -(-pixels // part), blocks, batch
-    sizes = {"ROWS": ROWS, "GROUPS": together, "COLUMNS": columns, "WIDTH": each, "num_warps": WARPS}
+    sizes = {
+        "ROWS": ROWS, "COLUMNS": _power_of_two(together * each), "WIDTH": each, "TOGETHER": together,
+        "MEMBERS": _power_of_two(together), "num_warps": WARPS,
+    }  # fmt: skip
     numbers = pixels, channels, groups, part
     out = torch.empty_like(x, memory_format=torch.channels_last)
     means, squares = torch.empty((2, batch, grid[0], groups), dtype=torch.float32, device=x.device)
     _launch("part_moments", grid, x, shifts, means, squares, stride, *numbers, **sizes)
     moments = weight, bias, shifts, means, squares, stride
-    _launch("norm_parts", grid, x, out, *moments, int(activate), *numbers, eps, PARTS=PARTS, **sizes)
+    _launch("norm_parts", grid, x, out, *moments, int(activate), *numbers, eps, PARTS=most_parts(pixels), **sizes)
     return out
 
 
@@ -166,10 +169,15 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+def most_parts(pixels: int) -> int:
+    """How many parts an image of so many pixels has at most."""
+    return PARTS * (4 if pixels >= _LARGE else 1)
+
+
 def part_pixels(pixels: int, others: int) -> int:
     """How many pixels of an image a program works on, where `others` share out the same pixels by channels and images:
     blocks of them, few where there are other programs enough."""
-    parts = min(max(PROGRAMS // others, 1), PARTS)
+    parts = min(max(PROGRAMS * (2 if pixels >= _LARGE else 1) // others, 1), most_parts(pixels))
     return -(-pixels // (parts * ROWS)) * ROWS
 
 
