@@ -287,7 +287,7 @@ def test_muon_steps_hidden_matrices_and_adamw_the_rest(stage: Any, kind: str) ->
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
-    muon.Descent(kind, stage.vae, 1e-2, training.Team()).step(1e-2)
+    muon.Descent(kind, stage.vae, 1e-2, training.Team()).step()
     for name, parameter in parameters.items():
         step = (before[name] - parameter.detach()) / 1e-2 - 0.01 * before[name]  # without the decay
         if kind == "muon" and name in names:

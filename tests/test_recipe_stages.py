@@ -50,6 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unet_arguments(folder: Path, **options: object) -> Any:
     """train_unet.py's arguments, for its parts."""
     usual = {"preset": "smoke", "out": folder, "device": "cpu", "seed": 0, "text_dropout": 0.12, "offset": 0.12}
+    usual |= {"posterior": 1.0, "start": None}
     return train.argparse.Namespace(**{**usual, "average": 0.99, "rate": 1e-3, "optimizer": "muon", **options})
 
 
@@ -259,7 +260,7 @@ def test_the_upscaler_learns_from_what_the_model_draws_of_pairs_that_are_not_hel
     assert len(held_out) == 2 * len(EMOJI)
     learn, steps = train_upscaler.Training.learn, []
 
-    def watched(stage: Any, small: Tensor, large: Tensor, rate: float) -> float:
+    def watched(stage: Any, small: Tensor, large: Tensor, rate: float) -> Tensor:
         assert large.shape == (len(small), 3, 128, 128)
         assert not any(torch.equal(one, other) for one in small for other in held_out)
         steps.append(rate)

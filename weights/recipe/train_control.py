@@ -83,9 +83,9 @@ class Pictures:
 
     def draw(self, count: int, seed: int) -> tuple[Tensor, ...]:
         """Noisy latents, time steps, tokens, silhouettes and the noise to predict."""
-        generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
         chosen = torch.randint(len(self.means), (count,), generator=generator)
-        captions = self.table.draw(*self.labels[chosen].unbind(1), rng)
+        captions = self.table.draw(*self.labels[chosen].unbind(1), generator)
         captions[torch.rand(count, generator=generator) < TEXT_DROPOUT] = 0
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         timesteps = (LOWEST + (1000 - LOWEST) * strata).long().clamp(max=999)
@@ -134,7 +134,7 @@ def losses_alone(steered: Steered, pictures: Pictures, at: range) -> Tensor:
     generator, found = torch.Generator().manual_seed(1), []
     for timestep in at:
         chosen = torch.randint(len(pictures.means), (128,), generator=generator)
-        captions = pictures.table.draw(*pictures.labels[chosen].unbind(1), random.Random(1))
+        captions = pictures.table.draw(*pictures.labels[chosen].unbind(1), generator)
         *inputs, noise = pictures.noised(chosen, torch.full((128,), timestep), captions, generator)
         found.append(F.mse_loss(steered(*inputs), noise))
     return torch.stack(found)
