@@ -43,14 +43,14 @@ class Muon(torch.optim.Optimizer):
             gradients = [matrix.grad for matrix in matrices]
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             own = [i for i, owner in enumerate(owners) if owner == self._team.rank]
-            ahead = [gradients[i].lerp(averages[i], group["momentum"]).flatten(1) for i in own]
+            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
             steps = [torch.empty(matrix.shape, device=matrix.device) for matrix in matrices]
-            for i, one in zip(own, _each_orthogonal(ahead), strict=True):
+            for i, one in zip(own, _directions([ahead[i].flatten(1) for i in own]), strict=True):
                 steps[i] = one.view(matrices[i].shape)
             self._team.hand_round(steps, owners)
+            torch._foreach_mul_(steps, group["lr"])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            for matrix, one in zip(matrices, steps, strict=True):
-                matrix.sub_(one * (group["lr"] * 0.2 * max(one.flatten(1).shape) ** 0.5))
+            torch._foreach_sub_(matrices, steps)
 
 
 class Descent:
@@ -113,22 +113,24 @@ def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     columns) each."""
     a, b, c = _NEWTON_SCHULZ
     wide = matrix.shape[-2] <= matrix.shape[-1]
-    x = matrix if wide else matrix.mT
+    x = (matrix if wide else matrix.mT).reshape(-1, *sorted(matrix.shape[-2:]))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(rounds):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).reshape(matrix.shape)
 
 
-def _each_orthogonal(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonal` of each; those of one shape together, which a GPU does in the time of one."""
+def _directions(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each, as large as AdamW's steps; those of one shape together, which a GPU does in the time of
+    one."""
     by_shape: dict[torch.Size, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault(matrix.shape, []).append(i)
     found = list(matrices)
     for places in by_shape.values():
-        for i, one in zip(places, orthogonal(torch.stack([matrices[i] for i in places])), strict=True):
+        together = orthogonal(torch.stack([matrices[i] for i in places]))
+        for i, one in zip(places, together * (0.2 * max(together.shape[1:]) ** 0.5), strict=True):
             found[i] = one
     return found
 
