@@ -167,7 +167,8 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+    if args.device != "cpu":
+        torch.set_float32_matmul_precision("high")
     source, device = open_model(args.model), torch.device(args.device)
     pictures = Pictures(source, args.font, args.views, args.seed, device)
     pictures.deviation *= args.posterior

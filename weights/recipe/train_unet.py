@@ -348,7 +348,8 @@ def main() -> None:
     preset, team = PRESETS[args.preset], Team()
     args.minutes, args.batch = args.minutes or preset.unet_minutes, args.batch or preset.unet_batch
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+    if args.device != "cpu":
+        torch.set_float32_matmul_precision("high")
     vae = load_vae(args.start or args.out / "vae.pt").to(args.device)
     batches = Batches(args, vae, team)
     torch.manual_seed(args.seed)

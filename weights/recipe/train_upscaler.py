@@ -147,7 +147,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+    if args.device != "cpu":
+        torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
     pairs = Pairs(args) if device.type == "cpu" else PairsOnDevice(args, device)
     found = load(args.out / FILE) if isinstance(pairs, Pairs) else pairs.drawn(args.folder)
