@@ -75,7 +75,7 @@ def take_team_step(folder: Path) -> None:
     gradients, weights, and what `Team` said in a file for each process."""
     train_unet, training = recipe_module("train_unet"), recipe_module("training")
     team = training.Team()
-    args = argparse.Namespace(out=folder, device="cpu", average=0.99, rate=1e-3, optimizer="muon")
+    args = argparse.Namespace(out=folder, start=None, device="cpu", average=0.99, rate=1e-3, optimizer="muon")
     torch.manual_seed(0)
     stage = train_unet.Stage2(recipe_module("presets").SMOKE, args, team)
     torch.nn.init.normal_(stage.denoiser.unet.conv_out.weight, std=0.1)  # so that layers before it learn, too

@@ -4,7 +4,6 @@ import argparse
 import ast
 import configparser
 import dataclasses
-import random
 import re
 import sys
 from collections import Counter
@@ -87,7 +86,7 @@ def test_each_word_has_a_token_and_captions_are_drawn_by_their_probabilities(
         assert ids.index(size - 1) == 1 + len(tokenizer._WORD.findall(text)), text
     table = recipe_module("caption_table").CaptionTable(tmp_path, emoji)
     objects, backgrounds = torch.zeros(5000, dtype=torch.long), torch.full((5000,), 4)
-    drawn = Counter(table.texts[i] for i in table.draw(objects, backgrounds, random.Random(0)).tolist())
+    drawn = Counter(table.texts[i] for i in table.draw(objects, backgrounds, torch.Generator().manual_seed(0)).tolist())
     weights = dict(captions(0, 4))
     assert set(drawn) == set(weights)
     for text in ("a red apple on a blue background", "red apple", "red"):
@@ -287,7 +286,7 @@ def test_muon_steps_hidden_matrices_and_adamw_the_rest(stage: Any, kind: str) ->
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
-    muon.Descent(kind, stage.vae, 1e-2, training.Team()).step(1e-2)
+    muon.Descent(kind, stage.vae, 1e-2, training.Team()).step()
     for name, parameter in parameters.items():
         step = (before[name] - parameter.detach()) / 1e-2 - 0.01 * before[name]  # without the decay
         if kind == "muon" and name in names:

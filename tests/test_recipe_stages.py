@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unet_arguments(folder: Path, **options: object) -> Any:
     """train_unet.py's arguments, for its parts."""
     usual = {"preset": "smoke", "out": folder, "device": "cpu", "seed": 0, "text_dropout": 0.12, "offset": 0.12}
+    usual |= {"posterior": 1.0, "start": None}
     return train.argparse.Namespace(**{**usual, "average": 0.99, "rate": 1e-3, "optimizer": "muon", **options})
 
 
@@ -112,9 +114,9 @@ def test_held_out_pairs_are_never_drawn(run: Path, tmp_path: Path, monkeypatch: 
 
         return call
 
-    def draw_captions(table: Any, objects: Tensor, backgrounds: Tensor, rng: Any) -> Tensor:
+    def draw_captions(table: Any, objects: Tensor, backgrounds: Tensor, generator: Any = None) -> Tensor:
         pairs.update(zip(objects.tolist(), backgrounds.tolist(), strict=True))
-        return original_draw(table, objects, backgrounds, rng)
+        return original_draw(table, objects, backgrounds, generator)
 
     table, clip, vae = (
         recipe_module("caption_table").CaptionTable,
@@ -259,7 +261,7 @@ def test_the_upscaler_learns_from_what_the_model_draws_of_pairs_that_are_not_hel
     assert len(held_out) == 2 * len(EMOJI)
     learn, steps = train_upscaler.Training.learn, []
 
-    def watched(stage: Any, small: Tensor, large: Tensor, rate: float) -> float:
+    def watched(stage: Any, small: Tensor, large: Tensor, rate: float) -> Tensor:
         assert large.shape == (len(small), 3, 128, 128)
         assert not any(torch.equal(one, other) for one in small for other in held_out)
         steps.append(rate)
@@ -274,6 +276,54 @@ def test_the_upscaler_learns_from_what_the_model_draws_of_pairs_that_are_not_hel
     table = capsys.readouterr().out.splitlines()[-5:]
     assert [line.split("|")[1].strip() for line in table[2:]] == ["Lanczos", "realesr-animevideov3", "its own"]
     assert all(len(re.findall(r"\d+\.\d\d dB \| -?\d\.\d{3}", line)) == 2 for line in table[2:])
+
+
+def test_an_exported_model_goes_on_learning_from_views_made_anew(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, drawn = training.known_emoji(unet_arguments(run)), []
+    monkeypatch.setattr(train_unet, "load_glyphs", lambda preset, font: (known, glyphs()))
+    original = train_unet.Batches.draw
+    monkeypatch.setattr(
+        train_unet.Batches, "draw", lambda batches, *given: drawn.append(batches) or original(batches, *given)
+    )
+    start = run / "tiny-emoji"
+    options = ("--start", start, "--views", "3", "--posterior", "0", "--steps", "2", "--save-minutes", "0")
+    call_main("train_unet", *SMOKE, tmp_path, *options)
+    held_out = recipe_module("emoji").held_out_background
+    pairs = zip(drawn[0].objects.tolist(), drawn[0].backgrounds.tolist(), strict=True)
+    assert Counter(pairs) == {(e, b): 3 for e in range(len(EMOJI)) for b in range(10) if b != held_out(e)}
+    assert drawn[0].deviation.count_nonzero() == 0
+    changed = {
+        path.relative_to(start).parts[0]
+        for path in start.rglob("*.*")
+        if path.is_file() and path.read_bytes() != (tmp_path / "model" / path.relative_to(start)).read_bytes()
+    }
+    assert changed == {"unet", "text_encoder"}
+    request = GenerationRequest("a red apple", seed=3, steps=2)
+    assert draw(load_pipeline(tmp_path / "model"), [request])[1].shape == (1, 32, 32, 3)
+
+
+def test_pairs_made_on_a_device_are_those_that_are_made_one_by_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upscaler_pairs = recipe_module("upscaler_pairs")
+    known = training.known_emoji(unet_arguments(run))
+    monkeypatch.setattr(upscaler_pairs, "load_glyphs", lambda preset, font: (known, glyphs()))
+    options = upscaler_pairs.pairs_arguments("").parse_args(["--preset", "smoke", "--views", "1"])
+    pairs = upscaler_pairs.PairsOnDevice(options, torch.device("cpu"))
+    found = pairs.drawn(run / "tiny-emoji", batch=16)
+    assert {name: tuple(images.shape) for name, images in found.items()} == {
+        kind: (len(EMOJI) * 10, 3, 32, 32) for kind in ("reconstructed", "drawn")
+    }
+    for number in range(0, len(pairs.views), 3):
+        view = pairs.views[torch.tensor([number])]
+        pair = upscaler_pairs.Pair(int(view.objects), int(view.backgrounds))
+        assert bool(pairs.held_out[number]) == pair.held_out
+        colour, (top, left) = tuple(map(int, view.colours[0].tolist())), view.corners[0].tolist()
+        one = upscaler_pairs.View(pair, colour, int(view.sides), left, top).picture(glyphs(), 32, 4)
+        made = pairs.large(torch.tensor([number]))[0]
+        assert (one.int() - made.int()).abs().max() <= 1
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -1,6 +1,5 @@
 """All captions as tokens, and of each pair of an emoji and a background which captions fit it and how often."""
 
-import random
 from pathlib import Path
 
 import torch
@@ -12,18 +11,25 @@ from torch import Tensor
 class CaptionTable:
     """Captions by number; number 0 is the empty one."""
 
-    def __init__(self, tokenizer: Path, emoji: tuple[Emoji, ...]) -> None:
+    def __init__(self, tokenizer: Path, emoji: tuple[Emoji, ...], device: str = "cpu") -> None:
         captions = Captions(emoji)
         self.texts = captions.every()
-        self.tokens = tokenise(tokenizer, self.texts)
+        self.tokens = tokenise(tokenizer, self.texts).to(device)
         self.number = {text: i for i, text in enumerate(self.texts)}
-        self.fitting: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
-        for o in range(len(emoji)):
-            for b in range(len(BACKGROUNDS)):
-                weighted = captions(o, b)
-                self.fitting[o, b] = [self.number[text] for text, _ in weighted], [weight for _, weight in weighted]
+        fitting = [captions(o, b) for o in range(len(emoji)) for b in range(len(BACKGROUNDS))]
+        numbers, weights = torch.zeros(2, len(fitting), max(map(len, fitting)))
+        for row, found in enumerate(fitting):
+            numbers[row, : len(found)] = torch.tensor([self.number[text] for text, _ in found])
+            weights[row, : len(found)] = torch.tensor([weight for _, weight in found])
+        self._numbers, self._weights = numbers.long().to(device), weights.to(device)
 
-    def draw(self, objects: Tensor, backgrounds: Tensor, rng: random.Random) -> Tensor:
+    def fitting(self, objects: Tensor, backgrounds: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers of the captions that fit each pair and their weights, which are 0 where there are no more."""
+        pairs = objects * len(BACKGROUNDS) + backgrounds
+        return self._numbers[pairs], self._weights[pairs]
+
+    def draw(self, objects: Tensor, backgrounds: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The number of one fitting caption for each pair."""
-        pairs = zip(objects.tolist(), backgrounds.tolist(), strict=True)
-        return torch.tensor([rng.choices(*self.fitting[pair])[0] for pair in pairs])
+        numbers, weights = self.fitting(objects, backgrounds)
+        chosen = weights.multinomial(1, generator=generator)
+        return numbers.gather(1, chosen)[:, 0]

@@ -27,9 +27,11 @@ def generate(
     seeds: list[int],
     guidance_scale: float,
     steps: int = 25,
+    begun: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
-    """Images (batch, 3, height, width) in [-1, 1] for contexts (batch, tokens, dim); `empty` is (1, tokens,
-    dim)."""
+    """Images (batch, 3, height, width) in [-1, 1] for contexts (batch, tokens, dim); `empty` is (1, tokens, dim).
+    Scaled latents `begun` are drawn anew by the last `strength` of the steps."""
     size = unet.config.sample_size
     latents = start_noise(seeds, (unet.config.in_channels, size, size)).to(context.device)
     conditioned = unet.project_context(context)
@@ -41,6 +43,9 @@ def generate(
 
     if guidance_scale != 1:
         model = guided(model, guidance_scale)
-    every_step = ddim(predicting(model, "epsilon"), latents, Schedule(ScheduleConfig()).steps(steps), lambda: latents)
+    taken = Schedule(ScheduleConfig()).steps(steps)[steps - int(steps * strength) :]
+    if begun is not None:
+        latents = taken[0].signal * begun + taken[0].spread * latents
+    every_step = ddim(predicting(model, "epsilon"), latents, taken, lambda: latents)
     *_, final = every_step
     return vae.decode(final / vae.config.scaling_factor).clamp(-1, 1)

@@ -59,7 +59,7 @@ def main() -> None:
     sheet = []
     for kind in KINDS:
         chosen = pairs.held_out[: len(found[kind])].nonzero().flatten()[: args.count]
-        small, large = found[kind][chosen], pairs.large(chosen.tolist())
+        small, large = found[kind][chosen], pairs.large(chosen)
         print(f"{len(chosen)} pictures {kind}", flush=True)
         sheet.append(enlarged(small[:SHOWN], lambda pixels: pixels.repeat(SCALE, 0).repeat(SCALE, 1)))
         for name, enlarge in ways.items():

@@ -36,20 +36,21 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             owners = _shared_out(matrices, self._team.size)
-            steps = []
-            for matrix, owner in zip(matrices, owners, strict=True):
+            for matrix in matrices:
                 if "average" not in self.state[matrix]:
                     self.state[matrix]["average"] = torch.zeros_like(matrix)
-                average = self.state[matrix]["average"].lerp_(matrix.grad, 1 - group["momentum"])
-                if owner == self._team.rank:
-                    ahead = matrix.grad.lerp(average, group["momentum"])
-                    steps.append(orthogonal(ahead.flatten(1)).view(matrix.shape))
-                else:
-                    steps.append(torch.empty(matrix.shape, device=matrix.device))
+            averages = [self.state[matrix]["average"] for matrix in matrices]
+            gradients = [matrix.grad for matrix in matrices]
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            own = [i for i, owner in enumerate(owners) if owner == self._team.rank]
+            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
+            steps = [torch.empty(matrix.shape, device=matrix.device) for matrix in matrices]
+            for i, one in zip(own, _directions([ahead[i].flatten(1) for i in own]), strict=True):
+                steps[i] = one.view(matrices[i].shape)
             self._team.hand_round(steps, owners)
-            for matrix, one in zip(matrices, steps, strict=True):
-                size = 0.2 * max(one.flatten(1).shape) ** 0.5
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(one, alpha=-group["lr"] * size)
+            torch._foreach_mul_(steps, group["lr"])
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(matrices, steps)
 
 
 class Descent:
@@ -59,22 +60,33 @@ class Descent:
         matrices = hidden_matrices(module) if name == "muon" else []
         chosen = {id(matrix) for matrix in matrices}
         others = [parameter for parameter in module.parameters() if id(parameter) not in chosen]
-        self._module = module
+        self._module, self._device = module, others[0].device
+        self._recorded = self._device.type == "cuda"
         self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+            torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=self._recorded)
         ]
         if matrices:
             self._optimizers.append(Muon(matrices, rate, team))
+        self._place_rates()
+        self.set_rate(rate)
+
+    def _place_rates(self) -> None:
+        """On a GPU rates are tensors, so that a recorded step reads what they are then."""
+        for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
+            group["lr"] = torch.as_tensor(group["lr"], device=self._device) if self._recorded else group["lr"]
+
+    def set_rate(self, rate: float) -> None:
+        for optimizer in self._optimizers:
+            set_learning_rate(optimizer, rate)
 
     def zero_grad(self) -> None:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def step(self, rate: float) -> None:
+    def step(self) -> None:
         """Go down the gradients, which are those of the whole team."""
         torch.nn.utils.clip_grad_norm_(self._module.parameters(), 1.0)
         for optimizer in self._optimizers:
-            set_learning_rate(optimizer, rate)
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,6 +95,7 @@ class Descent:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, optimizer in enumerate(self._optimizers):
             optimizer.load_state_dict(state[str(i)])
+        self._place_rates()
 
 
 def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
@@ -96,15 +109,30 @@ def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
 
 
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """About the nearest matrix whose singular values are 1, by an iteration of Newton–Schulz's kind."""
+    """About the nearest matrix whose singular values are 1, by an iteration of Newton–Schulz's kind; of (n, rows,
+    columns) each."""
     a, b, c = _NEWTON_SCHULZ
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
-    x = x / (x.norm() + 1e-7)
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = (matrix if wide else matrix.mT).reshape(-1, *sorted(matrix.shape[-2:]))
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(rounds):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.T
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).reshape(matrix.shape)
+
+
+def _directions(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each, as large as AdamW's steps; those of one shape together, which a GPU does in the time of
+    one."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        by_shape.setdefault(matrix.shape, []).append(i)
+    found = list(matrices)
+    for places in by_shape.values():
+        together = orthogonal(torch.stack([matrices[i] for i in places]))
+        for i, one in zip(places, together * (0.2 * max(together.shape[1:]) ** 0.5), strict=True):
+            found[i] = one
+    return found
 
 
 def _shared_out(matrices: list[nn.Parameter], size: int) -> list[int]:

@@ -11,7 +11,6 @@ single pixels.
 
 import dataclasses
 import itertools
-import random
 
 import torch
 from caption_table import CaptionTable
@@ -93,8 +92,8 @@ class ImageEncoder(nn.Module):
 
 def targets(objects: Tensor, backgrounds: Tensor, chosen: Tensor, table: CaptionTable) -> Tensor:
     """Which image (row) each caption (column) of the batch describes: 1 or 0."""
-    fits = [set(table.fitting[pair][0]) for pair in zip(objects.tolist(), backgrounds.tolist(), strict=True)]
-    return torch.tensor([[float(caption in fit) for caption in chosen.tolist()] for fit in fits])
+    numbers, weights = table.fitting(objects, backgrounds)
+    return ((numbers[:, :, None] == chosen) & (weights[:, :, None] > 0)).any(dim=1).float()
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, match: Tensor) -> Tensor:
@@ -113,7 +112,6 @@ def main() -> None:
     preset, device = PRESETS[args.preset], torch.device(args.device)
     steps, count = args.steps or preset.text_steps, preset.text_batch
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
     dataset = load(args.out / "dataset.pt")
     seen = ~dataset["held_out"]
     images, objects, backgrounds = (dataset[key][seen] for key in ("images", "objects", "backgrounds"))
@@ -129,7 +127,7 @@ def main() -> None:
 
     for step in range(steps):
         chosen = torch.randint(len(images), (count,))
-        picked = table.draw(objects[chosen], backgrounds[chosen], rng)
+        picked = table.draw(objects[chosen], backgrounds[chosen])
         set_learning_rate(optimizer, learning_rate(args.rate, step, step / steps, warm_up=30))
         with half_precision(device):
             image = image_encoder(to_float(images[chosen].to(device)))

@@ -14,27 +14,36 @@ What makes an hour or two of a CPU enough:
   network starts as the identity (Ho et al. 2020; Dhariwal & Nichol 2021);
 - an exponential average of the weights is what is kept; text is dropped 12 % of the time for classifier-free guidance.
 
+With `--start` an exported model goes on learning, from images that are drawn anew on the device; its VAE stays. That is
+for a GPU, where two minutes are some thousand large batches, which no fixed set of images would do for.
+
     python weights/recipe/train_unet.py
+    python weights/recipe/train_unet.py --start weights/tiny-emoji --device cuda --batch 512 --minutes 2 --posterior 0
     torchrun --nproc-per-node 4 weights/recipe/train_unet.py --resume    # one thread a process: see training.Team
 """
 
 import argparse
 import dataclasses
-import random
+import shutil
 from pathlib import Path
 
 import torch
 from caption_table import CaptionTable
-from data import save_grid, to_float
+from data import DEFAULT_FONT, load_glyphs, save_grid, to_float
 from emoji import BACKGROUNDS, Captions, held_out_background
+from export import write_weights
 from generate import generate
 from muon import Descent
+from PIL import Image
 from presets import PRESETS, Preset, recipe_arguments
+from sprites import Sprites, random_views
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from training import (
     Average,
     Clock,
+    Recorded,
     Team,
     half_precision,
     known_emoji,
@@ -45,6 +54,8 @@ from training import (
     seed_of_step,
 )
 
+from ldmcli.checkpoints import load as exported
+from ldmcli.checkpoints.source import open_model
 from ldmcli.config import ScheduleConfig, TextEncoderConfig, VAEConfig
 from ldmcli.networks.clip import TextTransformer
 from ldmcli.networks.layers import ResnetBlock
@@ -78,6 +89,9 @@ def start_as_identity(unet: UNet) -> None:
 
 
 def load_vae(path: Path) -> AutoencoderKL:
+    """Of stage 1's result, or of an exported model's folder."""
+    if path.is_dir():
+        return exported.load_vae(open_model(path), torch.device("cpu"), torch.float32).requires_grad_(False)
     state = load(path)
     vae = AutoencoderKL(VAEConfig(**state["config"]))
     vae.load_state_dict(state["model"])
@@ -91,8 +105,25 @@ def encode_images(vae: AutoencoderKL, images: Tensor, team: Team) -> tuple[Tenso
     scale, device = vae.config.scaling_factor, next(vae.parameters()).device
     posteriors = [vae.encode(to_float(batch).to(device)) for batch in images[team.rank :: team.size].split(64)]
     means = torch.cat([posterior.mean for posterior in posteriors]).cpu() * scale
-    deviation = (0.5 * posteriors[0].logvar[:1, :, :1, :1]).exp().cpu() * scale
-    return team.together(means, len(images)), deviation
+    return team.together(means, len(images)), _deviation(posteriors[0].logvar) * scale
+
+
+def _deviation(logvar: Tensor) -> Tensor:
+    return (0.5 * logvar[:1, :, :1, :1]).exp().cpu()
+
+
+@torch.no_grad()
+def encode_views(vae: AutoencoderKL, glyphs: list[Image.Image], args: argparse.Namespace) -> tuple[Tensor, ...]:
+    """Emoji, backgrounds, scaled means (N, channels, height, width) and deviation of views drawn on the device,
+    held-out pairs left out."""
+    generator, size = torch.Generator(args.device).manual_seed(args.seed), PRESETS[args.preset].size
+    views = random_views(len(glyphs), args.views or PRESETS[args.preset].views, size, generator)
+    views = views[~views.held_out]
+    sprites, found = Sprites(glyphs, size, generator.device), []
+    for start in range(0, len(views), 1024):
+        posterior = vae.encode(to_float(sprites.compose(views[slice(start, start + 1024)])))
+        found.append(posterior.mean * vae.config.scaling_factor)
+    return views.objects, views.backgrounds, torch.cat(found), _deviation(posterior.logvar) * vae.config.scaling_factor
 
 
 def timestep_density(alphas_cumprod: Tensor, floor: float, boost: float) -> Tensor:
@@ -105,33 +136,45 @@ def timestep_density(alphas_cumprod: Tensor, floor: float, boost: float) -> Tens
 
 def draw_timesteps(density: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` time steps, one from each of as many equal shares of the density, in random order."""
-    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    device = generator.device
+    uniform = (torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)) / count
     drawn = torch.searchsorted(density.cumsum(0), uniform).clamp(max=len(density) - 1)
-    return drawn[torch.randperm(count, generator=generator)]
+    return drawn[torch.randperm(count, generator=generator, device=device)]
 
 
 class Batches:
     """Latents of all training images and the captions that fit them, from which each step draws."""
 
     def __init__(self, args: argparse.Namespace, vae: AutoencoderKL, team: Team) -> None:
-        dataset = load(args.out / "dataset.pt")
-        seen = ~dataset["held_out"]
-        self.objects, self.backgrounds = dataset["objects"][seen], dataset["backgrounds"][seen]
-        self.means, self.deviation = _cached_latents(args.out, vae, dataset["images"][seen], team)
-        self.table = CaptionTable(args.out / "tokenizer", known_emoji(args))
-        self.alphas_cumprod = Schedule(ScheduleConfig()).alphas_cumprod
+        if args.start:
+            self.emoji, glyphs = load_glyphs(PRESETS[args.preset], args.font)
+            self.objects, self.backgrounds, *latents = encode_views(vae, glyphs, args)
+        else:
+            dataset = load(args.out / "dataset.pt")
+            seen, self.emoji = ~dataset["held_out"], known_emoji(args)
+            self.objects, self.backgrounds = (dataset[key][seen].to(args.device) for key in ("objects", "backgrounds"))
+            latents = _cached_latents(args.out, vae, dataset["images"][seen], team)
+        self.means, deviation = (part.to(args.device) for part in latents)
+        self.deviation = args.posterior * deviation
+        self.table = CaptionTable((args.start or args.out) / "tokenizer", self.emoji, args.device)
+        self.alphas_cumprod = Schedule(ScheduleConfig()).alphas_cumprod.to(args.device)
         self.text_dropout, self.offset = args.text_dropout, args.offset
 
     def draw(self, count: int, density: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noisy latents, time steps, tokens and the noise to predict."""
-        generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-        chosen = torch.randint(len(self.means), (count,), generator=generator)
+        device = self.means.device
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        chosen = torch.randint(len(self.means), (count,), generator=generator, device=device)
         means = self.means[chosen]
-        latents = means + self.deviation * torch.randn(means.shape, generator=generator)
-        captions = self.table.draw(self.objects[chosen], self.backgrounds[chosen], rng)
-        captions[torch.rand(count, generator=generator) < self.text_dropout] = 0
-        noise = torch.randn(means.shape, generator=generator)
-        noise = noise + self.offset * torch.randn((*means.shape[:2], 1, 1), generator=generator)
+        latents = means + self.deviation * normal(*means.shape)
+        captions = self.table.draw(self.objects[chosen], self.backgrounds[chosen], generator)
+        dropped = torch.rand(count, generator=generator, device=device) < self.text_dropout
+        captions = captions.masked_fill(dropped, 0)
+        noise = normal(*means.shape) + self.offset * normal(*means.shape[:2], 1, 1)
         timesteps = draw_timesteps(density, count, generator)
         level = self.alphas_cumprod[timesteps][:, None, None, None]
         noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
@@ -153,30 +196,58 @@ def _cached_latents(out: Path, vae: AutoencoderKL, images: Tensor, team: Team) -
 
 def show_progress(denoiser: Denoiser, vae: AutoencoderKL, batches: Batches, args: argparse.Namespace) -> None:
     """A grid of 22 prompts at guidance 3; the second row are held-out pairs."""
-    emoji = known_emoji(args)
+    emoji = batches.emoji
     captions, spread = Captions(emoji), [i * len(emoji) // 11 for i in range(11)]
     pairs = [(o, (3 * i + 4) % len(BACKGROUNDS)) for i, o in enumerate(spread)]
     pairs += [((o + 3) % len(emoji), held_out_background((o + 3) % len(emoji))) for o in spread]
     numbers = [0, *(batches.table.number[captions.fullest(o, b)] for o, b in pairs)]
     with torch.no_grad():
-        empty, context = denoiser.text(batches.table.tokens[numbers].to(args.device))[0].split([1, len(pairs)])
+        empty, context = denoiser.text(batches.table.tokens[numbers])[0].split([1, len(pairs)])
     images = generate(denoiser.unet, vae, context, empty, seeds=list(range(22)), guidance_scale=3.0, steps=20)
     save_grid(images, args.out / "unet_progress.png", columns=11, zoom=2)
+
+
+def _new(preset: Preset, path: Path) -> Denoiser:
+    """A U-Net that knows nothing, behind the text encoder of train_clip.py."""
+    clip = load(path)
+    denoiser = Denoiser(preset, TextEncoderConfig(**clip["config"]))
+    start_as_identity(denoiser.unet)
+    denoiser.text.load_state_dict(clip["text"])
+    return denoiser
+
+
+def _begun(folder: Path, preset: Preset) -> Denoiser:
+    """An exported model's."""
+    source, cpu = open_model(folder), torch.device("cpu")
+    text = exported.load_text_encoders(source, cpu, torch.float32)[0].model
+    denoiser = Denoiser(preset, text.config)
+    denoiser.text.load_state_dict(text.state_dict())
+    denoiser.unet.load_state_dict(exported.load_unet(source, cpu, torch.float32).state_dict())
+    return denoiser
+
+
+def export_beside(start: Path, denoiser: Denoiser, folder: Path) -> None:
+    """The model that was begun with, but for what has learnt since."""
+    shutil.copytree(start, folder, dirs_exist_ok=True)
+    write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", denoiser.unet.state_dict())
+    prefixed = {f"text_model.{key}": value for key, value in denoiser.text.state_dict().items()}
+    write_weights(folder / "text_encoder" / "model.safetensors", prefixed)
 
 
 class Stage2:
     """The denoiser, its average and optimizer: all that a checkpoint holds."""
 
     def __init__(self, preset: Preset, args: argparse.Namespace, team: Team) -> None:
-        clip = load(args.out / "clip.pt")
-        self.configs = {"unet_config": dataclasses.asdict(preset.unet), "text_config": clip["config"]}
-        self.denoiser = Denoiser(preset, TextEncoderConfig(**clip["config"]))
-        start_as_identity(self.denoiser.unet)
-        self.denoiser.text.load_state_dict(clip["text"])
+        self.denoiser = _begun(args.start, preset) if args.start else _new(preset, args.out / "clip.pt")
+        self.configs = {
+            "unet_config": dataclasses.asdict(preset.unet),
+            "text_config": dataclasses.asdict(self.denoiser.text.config),
+        }
         self.denoiser.to(args.device, memory_format=torch.channels_last)
         self.average = Average(self.denoiser, args.average)
         self.optimizer = Descent(args.optimizer, self.denoiser, args.rate, team)
         self.step, self.seconds = 0, 0.0
+        self._descend = Recorded(self._descent, torch.device(args.device))
 
     def state(self) -> dict:
         return {
@@ -197,18 +268,32 @@ class Stage2:
 
     def learn(self, batch: tuple[Tensor, ...], rate: float, progress: float, team: Team) -> tuple[float, float]:
         """One step on noisy latents, time steps, tokens and their noise; the team's loss and progress."""
-        device = next(self.denoiser.parameters()).device
-        noisy, timesteps, tokens, noise = (part.to(device) for part in batch)
-        with half_precision(device):
-            predicted = self.denoiser(noisy, timesteps, tokens)
-        loss = F.mse_loss(predicted.float(), noise)
-        self.optimizer.zero_grad()
-        loss.backward()
-        mean_loss, progress = team.average(self.denoiser, loss.item(), progress)
-        self.optimizer.step(rate)
+        self.optimizer.set_rate(rate)
+        if batch[0].is_cuda:
+            loss = self._descend(*batch)  # stays there: nobody waits for it
+        else:
+            loss, progress = team.average(self.denoiser, self._gradients(*batch).item(), progress)
+            self.optimizer.step()
         self.step += 1
         self.average.update(self.denoiser)
-        return mean_loss, progress
+        return loss, progress
+
+    def _gradients(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        if noisy.is_cuda:  # all in bfloat16: autocast would keep norms and what is between layers in float32
+            weights = {name: weight.bfloat16() for name, weight in self.denoiser.named_parameters()}
+            predicted = functional_call(self.denoiser, weights, (noisy.bfloat16(), timesteps, tokens))
+        else:
+            with half_precision(noisy.device):
+                predicted = self.denoiser(noisy, timesteps, tokens)
+        loss = F.mse_loss(predicted.float(), noise)
+        loss.backward()
+        return loss.detach()
+
+    def _descent(self, *batch: Tensor) -> Tensor:
+        loss = self._gradients(*batch)
+        self.optimizer.step()
+        return loss
 
 
 def train(stage: Stage2, vae: AutoencoderKL, batches: Batches, team: Team, args: argparse.Namespace) -> None:
@@ -232,6 +317,8 @@ def train(stage: Stage2, vae: AutoencoderKL, batches: Batches, team: Team, args:
             log(f"unet step {stage.step} minutes {stage.seconds / 60:.2f} loss {running:.4f}", log_file)
         if stage.seconds > next_save or progress >= 1 or stage.step == args.save_at:
             save_atomically(stage.state(), checkpoint)
+            if args.start:
+                export_beside(args.start, stage.average.model, args.out / "model")
             show_progress(stage.average.model, vae, batches, args)
             next_save = stage.seconds + 60 * args.save_minutes
     if team.rank == 0:
@@ -249,13 +336,21 @@ def main() -> None:
     parser.add_argument("--average", type=float, default=0.9985, help="decay of the averaged weights")
     parser.add_argument("--text-dropout", type=float, default=0.12)
     parser.add_argument("--offset", type=float, default=0.12, help="strength of offset noise")
+    parser.add_argument("--posterior", type=float, default=1.0, metavar="SHARE",
+                        help="how much of the VAE's noise latents have; 0: none (default: 1)")  # fmt: skip
+    parser.add_argument("--start", type=Path, metavar="FOLDER",
+                        help="go on with an exported model, which --out/model becomes")  # fmt: skip
+    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="with --start: of its images")
+    parser.add_argument("--views", type=int, help="with --start: of each emoji on each background")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
     args = parser.parse_args()
 
     preset, team = PRESETS[args.preset], Team()
     args.minutes, args.batch = args.minutes or preset.unet_minutes, args.batch or preset.unet_batch
     torch.manual_seed(args.seed)
-    vae = load_vae(args.out / "vae.pt").to(args.device)
+    if args.device != "cpu":
+        torch.set_float32_matmul_precision("high")
+    vae = load_vae(args.start or args.out / "vae.pt").to(args.device)
     batches = Batches(args, vae, team)
     torch.manual_seed(args.seed)
     stage = Stage2(preset, args, team)

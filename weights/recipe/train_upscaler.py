@@ -7,6 +7,7 @@ checkpoint. It ends with `upscaler/model.safetensors` in the run's folder, fp16,
 
     python weights/recipe/upscaler_pairs.py
     python weights/recipe/train_upscaler.py
+    python weights/recipe/train_upscaler.py --device cuda --batch 64 --minutes 1    # makes its pairs itself
 """
 
 import argparse
@@ -20,8 +21,19 @@ from safetensors.torch import load_file
 from spandrel.architectures.Compact import Compact
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Average, Clock, Team, half_precision, learning_rate, load, log, save_atomically, seed_of_step
-from upscaler_pairs import FILE, KINDS, SCALE, Pairs, pairs_arguments
+from training import (
+    Average,
+    Clock,
+    Recorded,
+    Team,
+    half_precision,
+    learning_rate,
+    load,
+    log,
+    save_atomically,
+    seed_of_step,
+)
+from upscaler_pairs import FILE, KINDS, SCALE, Pairs, PairsOnDevice, pairs_arguments
 from vae_losses import pixel_loss
 
 START = Path("weights/realesr-animevideov3/model.safetensors")
@@ -33,22 +45,28 @@ class Training:
     """The net with its optimizer and average, and where it stands."""
 
     def __init__(self, net: nn.Module, args: argparse.Namespace) -> None:
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = net.to(args.device, memory_format=torch.channels_last)
         self.optimizer = Descent(args.optimizer, self.net, args.rate, Team())
         self.average = Average(self.net, args.average)
         self.gradient, self.step, self.seconds = args.gradient, 0, 0.0
+        self._descend = Recorded(self._descent, torch.device(args.device))
 
-    def learn(self, small: Tensor, large: Tensor, rate: float) -> float:
+    def learn(self, small: Tensor, large: Tensor, rate: float) -> Tensor:
         """One step on uint8 pictures; the loss."""
+        self.optimizer.set_rate(rate)
+        loss = self._descend(small, large)
+        self.average.update(self.net)
+        self.step += 1
+        return loss
+
+    def _descent(self, small: Tensor, large: Tensor) -> Tensor:
         self.optimizer.zero_grad()
         with half_precision(small.device):
             found = self.net(_values(small)).float()
         loss = pixel_loss(to_float(large), found * 2 - 1, self.gradient)
         loss.backward()
-        self.optimizer.step(rate)
-        self.average.update(self.net)
-        self.step += 1
-        return loss.item()
+        self.optimizer.step()
+        return loss.detach()
 
     def state(self) -> dict:
         parts = {"net": self.net, "average": self.average.model, "optimizer": self.optimizer}
@@ -73,22 +91,24 @@ def enlarged(net: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([net(_values(batch)).clamp(0, 1) * 2 - 1 for batch in images.split(8)])
 
 
-def train(training: Training, pairs: Pairs, inputs: list[Tensor], args: argparse.Namespace) -> None:
+def train(training: Training, pairs: Pairs | PairsOnDevice, inputs: list[Tensor], args: argparse.Namespace) -> None:
     """Train for the budget; `inputs` are the small pictures of each kind."""
     checkpoint, log_file = args.out / "upscaler_checkpoint.pt", args.out / "upscaler.log"
     if checkpoint.exists():
         training.restore(load(checkpoint))
     seen = [(~pairs.held_out[: len(images)]).nonzero().flatten() for images in inputs]
     sample = pairs.held_out.nonzero().flatten()[:SHOWN]
-    generator, clock, running = torch.Generator(), Clock(args.minutes, args.steps, training.seconds), None
+    generator, clock, running = torch.Generator(args.device), Clock(args.minutes, args.steps, training.seconds), None
     next_save, progress = training.seconds + 60 * args.save_minutes, clock.progress(training.step)
     while progress < 1:
         generator.manual_seed(seed_of_step(args.seed, training.step, Team()))
-        kinds = [place % len(inputs) for place in range(args.batch)]
-        chosen = [seen[kind][torch.randint(len(seen[kind]), (), generator=generator)].item() for kind in kinds]
-        small = torch.stack([inputs[kind][index] for kind, index in zip(kinds, chosen, strict=True)])
+        chosen = [
+            views[torch.randint(len(views), (args.batch // len(seen),), generator=generator, device=views.device)]
+            for views in seen
+        ]
+        small = torch.cat([images[views] for images, views in zip(inputs, chosen, strict=True)])
         rate = learning_rate(args.rate, training.step, progress, warm_up=50)
-        loss = training.learn(small, pairs.large(chosen), rate)
+        loss = training.learn(small, pairs.large(torch.cat(chosen)), rate)
         running = loss if running is None else 0.98 * running + 0.02 * loss
         training.seconds, progress = clock.seconds, clock.progress(training.step)
         if training.step % 50 == 0:
@@ -100,9 +120,9 @@ def train(training: Training, pairs: Pairs, inputs: list[Tensor], args: argparse
             next_save = training.seconds + 60 * args.save_minutes
 
 
-def show(net: nn.Module, pairs: Pairs, inputs: list[Tensor], sample: Tensor, path: Path) -> None:
+def show(net: nn.Module, pairs: Pairs | PairsOnDevice, inputs: list[Tensor], sample: Tensor, path: Path) -> None:
     """Small pictures of each kind, below them what the net makes of them; last the emoji as they are."""
-    rows = [to_float(pairs.large(sample.tolist()))]
+    rows = [to_float(pairs.large(sample))]
     for images in inputs:
         small = to_float(images[sample])
         rows = [F.interpolate(small, scale_factor=SCALE), enlarged(net, images[sample]), *rows]
@@ -111,6 +131,7 @@ def show(net: nn.Module, pairs: Pairs, inputs: list[Tensor], sample: Tensor, pat
 
 def main() -> None:
     parser = pairs_arguments(__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda, which makes its pairs itself (default: cpu)")
     parser.add_argument("--minutes", type=float, default=50.0)
     parser.add_argument("--steps", type=int, help="end after so many steps instead")
     parser.add_argument("--save-minutes", type=float, default=4.0)
@@ -126,12 +147,16 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    found = load(args.out / FILE)
+    if args.device != "cpu":
+        torch.set_float32_matmul_precision("high")
+    device = torch.device(args.device)
+    pairs = Pairs(args) if device.type == "cpu" else PairsOnDevice(args, device)
+    found = load(args.out / FILE) if isinstance(pairs, Pairs) else pairs.drawn(args.folder)
     anew = str(args.start) == "none"
     training = Training(new_net(args.channels, args.layers) if anew else net_of(args.start), args)
-    train(training, Pairs(args), [found[kind] for kind in KINDS if len(found[kind])], args)
+    train(training, pairs, [found[kind] for kind in KINDS if len(found[kind])], args)
     path = args.out / "upscaler" / "model.safetensors"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"license": "OFL-1.1"} if anew else LICENCE | {"notice": (START.parent / "LICENSE").read_text()}
     write_weights(path, training.average.model.state_dict(), metadata)
     took = f"{training.step} steps, {training.seconds / 60:.1f} minutes"

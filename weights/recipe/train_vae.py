@@ -111,7 +111,8 @@ class Stage1:
         self.optimizer.zero_grad()
         loss, decoded = self.backward(images, adversarial, generator)
         loss, progress = team.average(self.vae, loss, progress)
-        self.optimizer.step(rate)
+        self.optimizer.set_rate(rate)
+        self.optimizer.step()
         if adversarial:
             self.critic_optimizer.zero_grad(set_to_none=True)
             self.critic.loss(images, decoded).backward()

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,7 +50,10 @@ def learning_rate(peak: float, step: int, progress: float, warm_up: int, floor: 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class Average:
@@ -67,6 +70,54 @@ class Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))  # forget the start quickly
         averaged = list(self.model.parameters())
         torch._foreach_lerp_(averaged, [p.detach() for p in model.parameters()], 1 - decay)
+
+
+class Recorded:
+    """A function of tensors to a tensor, which on a GPU is recorded at its fourth call and replayed from then on: small
+    networks are computed faster than their operations are launched. Inputs keep their shapes. Where it cannot be
+    recorded it is called as it is, and so on a CPU."""
+
+    EAGER_CALLS = 3
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self._function, self._calls = function, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._side is None:
+            return self._function(*inputs)
+        self._calls += 1
+        if self._calls <= self.EAGER_CALLS:
+            return self._aside(inputs)
+        if self._graph is None and not self._record(inputs):
+            self._side = None
+            return self._function(*inputs)
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._result.clone()
+
+    def _aside(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Called as it is, beside the stream of all else, as must be before a recording."""
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            result = self._function(*inputs)
+        current.wait_stream(self._side)
+        return result
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> bool:
+        self._inputs, graph = [given.clone() for given in inputs], torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._result = self._function(*self._inputs)
+        except RuntimeError as error:
+            print(f"not recorded, and so slower: {error}", flush=True)
+            return False
+        self._graph = graph
+        return True
 
 
 class Team:

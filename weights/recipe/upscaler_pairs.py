@@ -18,23 +18,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from data import DEFAULT_FONT, LARGEST, SMALLEST, Colour, compose, load_glyphs, shaded, stack
+from data import DEFAULT_FONT, LARGEST, SMALLEST, Colour, compose, load_glyphs, shaded, stack, to_float
 from drawing import Artist
 from emoji import BACKGROUNDS, Captions
+from generate import generate
 from PIL import Image
 from presets import PRESETS, RUNS
 from questions import Pair
+from sprites import Sprites, random_views
+from tokenizer import tokenise
 from torch import Tensor
 from train_vae import reconstruct
 from training import load, save_atomically
 
-from ldmcli.checkpoints.load import load_vae
+from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
 from ldmcli.checkpoints.source import open_model
 from ldmcli.spec import GenerationRequest
 
 SCALE = 4
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6)
 STEPS = 12  # of which the strength's share is taken
+GUIDANCE = 2.5
 BATCH = 16  # pictures drawn together, at one strength
 FILE = "upscaler_pairs.pt"  # in the run's folder
 KINDS = ("reconstructed", "drawn")
@@ -111,9 +115,53 @@ class Pairs:
         """The emoji as they are at the model's size."""
         return torch.stack([view.picture(self.glyphs, self.size) for view in self.views])
 
-    def large(self, chosen: Sequence[int]) -> Tensor:
+    def large(self, chosen: Tensor) -> Tensor:
         """Some of the emoji at the upscaler's size, uint8."""
-        return torch.stack([self.views[i].picture(self.glyphs, self.size, SCALE) for i in chosen])
+        return torch.stack([self.views[i].picture(self.glyphs, self.size, SCALE) for i in chosen.tolist()])
+
+
+class PairsOnDevice:
+    """Pairs of other views, all made on a device at once: on a GPU that takes seconds, and `Pairs` an hour."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        size = PRESETS[args.preset].size
+        self._emoji, glyphs = load_glyphs(PRESETS[args.preset], args.font)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        self.views = random_views(len(glyphs), args.views, size, generator)
+        self.held_out = self.views.held_out
+        self._small, self._large = (Sprites(glyphs, size, device, scale) for scale in (1, SCALE))
+
+    def large(self, chosen: Tensor) -> Tensor:
+        """Some of the emoji at the upscaler's size, uint8."""
+        return self._large.compose(self.views[chosen])
+
+    @torch.no_grad()
+    def drawn(self, folder: Path, batch: int = 512) -> dict[str, Tensor]:
+        """What `main` leaves in its file: uint8 pictures (N, 3, size, size) of each kind."""
+        source, device, found = open_model(folder), self.held_out.device, {kind: [] for kind in KINDS}
+        unet, vae = (one(source, device, torch.float32) for one in (load_unet, load_vae))
+        text = load_text_encoders(source, device, torch.float32)[0].model
+        captions = Captions(self._emoji)
+        for number, start in enumerate(range(0, len(self.views), batch)):
+            views = self.views[slice(start, start + batch)]
+            pairs = torch.stack([views.objects, views.backgrounds], 1).tolist()
+            tokens = tokenise(folder / "tokenizer", ["", *(captions.fullest(*pair) for pair in pairs)])
+            context, _ = text(tokens.to(device))
+            means = vae.encode(to_float(self._small.compose(views))).mean
+            images = generate(
+                unet,
+                vae,
+                context[1:],
+                context[:1],
+                seeds=list(range(start, start + len(views))),
+                guidance_scale=GUIDANCE,
+                steps=STEPS,
+                begun=means * vae.config.scaling_factor,
+                strength=STRENGTHS[number % len(STRENGTHS)],
+            )
+            for kind, made in zip(KINDS, (vae.decode(means), images), strict=True):
+                found[kind].append(to_bytes(made))
+        return {kind: torch.cat(batches) for kind, batches in found.items()}
 
 
 def main() -> None:
