@@ -13,7 +13,7 @@ from typing import Any
 
 from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
-from ldmcli.batch.manifest import DONE, FAILED, STATES, bad_state, key_of, read_manifests, read_states
+from ldmcli.batch.manifest import DONE, FAILED, STATES, bad_state, key_of, read_manifests, read_states, state_of
 from ldmcli.batch.pictures import is_there, numbers_there, picture_path
 from ldmcli.batch.runfile import read_run
 from ldmcli.batch.scratch import Scratch
@@ -113,6 +113,10 @@ class Ledger:
         self._has_bad = True
         self._database(_SET, *bad_state(bad.row))
         return True
+
+    def note_line(self, record: dict[str, Any]) -> None:
+        """Take in a line of a manifest."""
+        self._database(_SET, *state_of(record))
 
     def has_failed(self, number: int) -> bool:
         """Whether a picture has failed or, where the number is negative, the row is bad."""

@@ -17,7 +17,7 @@ _FIRST = (
 )  # fmt: skip
 _GROUPS = {
     "Rows": "format prompt_column grid strict sheet",
-    "Run": "dry_run extend retry_failed status failed max_images time_limit shard devices engine ray_address",
+    "Run": "dry_run extend retry_failed status watch failed max_images time_limit shard devices engine ray_address",
     "Picture": "width height schedule eta guidance_rescale guidance_interval original_width original_height crop_left "
     "crop_top hires*",
     "Model": "vae refiner refiner_start prediction_type allow_pickle",
