@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.option_types import Duration, RowFormat, Shard
 from ldmcli.cli.options import (
     dynamic_options,
@@ -61,7 +61,7 @@ _WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
 
 
 @command(cls=DrawingCommand, short_help="Draw every row of a prompt file into a folder.")
-@click.argument("file", metavar="[FILE]", required=False)
+@click.argument("file", metavar="[FILE]", required=False, shell_complete=values)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
 @option("--format", type=RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
         help="What FILE is; kohya (a cat --n dog --s 20) and a1111 (--prompt \"a cat\" --steps 20) have options "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.options import option, verbosity_options
 from ldmcli.errors import UsageError, printable
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 @command(short_help="Fetch a model from the Hugging Face hub.")
-@click.argument("model", metavar="ORG/NAME[@REVISION]")
+@click.argument("model", metavar="ORG/NAME[@REVISION]", shell_complete=values)
 @option("--fp16/--full", default=True, show_default=True,
         help="Which weights to fetch where the model has both: in 16 bits, or in full.")  # fmt: skip
 @verbosity_options
