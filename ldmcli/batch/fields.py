@@ -256,7 +256,7 @@ def near(name: str, names: Iterable[str]) -> str:
 def suspected(title: str) -> str:
     """What a column may have been meant as that is no field; "" where nothing speaks for it."""
     if f" {_bare(title[:100])} " in _OPTIONS:
-        return "rows cannot choose it, and the manifest keeps it as a remark."
+        return "rows cannot choose it, and the manifest keeps it as a remark"
     return near(title, COLUMNS)
 
 

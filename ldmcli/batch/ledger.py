@@ -87,15 +87,15 @@ class Ledger:
         found = self._database("SELECT state, key FROM pictures WHERE number = ?", item.number)
         if found and found[1] != key_of(item):
             raise BadDataError(
-                f"row {item.row} (line {item.line}, id '{printable(item.id)}') is not what it was when its picture was "
-                f"drawn; restore the input, or choose another folder."
+                f"row {item.row} (line {item.line}, id {printable(repr(item.id))}) is not what it was when its picture "
+                f"was drawn; restore the input, or choose another folder."
             )
         if self._named and not found:
             other = self._database("SELECT number FROM named WHERE path = ?", picture_path(item, "").lower())
             if other and other[0] != item.number:
                 raise BadDataError(
                     f"row {item.row} (line {item.line}) would be drawn over another picture of the run, "
-                    f"'{printable(item.name)}'; put {{number}} into --name and choose another folder."
+                    f"{printable(repr(item.name))}; put {{number}} into --name and choose another folder."
                 )
         if self._has_bad:
             self._database("DELETE FROM pictures WHERE number = ?", -item.row)  # an older version called it bad

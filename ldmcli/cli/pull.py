@@ -35,7 +35,9 @@ def pull(model: str, fp16: bool) -> None:
 
     wanted = parse(model)
     if wanted is None:
-        raise UsageError(f"'{printable(model)}' is no name of a model on the hub; they are ORG/NAME, as on its pages.")
+        raise UsageError(
+            f"{printable(repr(model))} is no name of a model on the hub; they are ORG/NAME, as on its pages."
+        )
     path = fetch(wanted, half=fp16)
     _log.info("%s: %s", wanted, _kind(path))
     if os.path.lexists(model):
