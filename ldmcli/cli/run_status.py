@@ -88,17 +88,16 @@ def watch_run(folder: Path, *, as_json: bool) -> "Counts":
     from ldmcli.batch.pace import summary
     from ldmcli.batch.watching import Watch
 
-    watch, shown = Watch(folder), dict[str, Any]()
+    watch, shown = Watch(folder), None
     with bar(total=1, unit="rows", bar_format=_OF_MANY) as progress:
         while True:
             view = watch.view()
             counts = view.counts
             for failure in view.failures:
                 _log.error("row %s: %s", failure["row"], printable(str(failure.get("error")), 1000))
-            facts = {"folder": str(folder), **view.to_dict()}
-            if as_json and facts != shown:
-                write_result(json.dumps(facts).encode("ascii") + b"\n")
-            shown = facts
+            if as_json and (counts, view.over) != shown:
+                write_result(json.dumps({"folder": str(folder), **view.to_dict()}).encode("ascii") + b"\n")
+            shown = counts, view.over
             if view.over:
                 break
             settled = counts.done + counts.failed
