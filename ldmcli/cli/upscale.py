@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.options import (
     device_options,
     expanded,
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 @command(short_help="Make pictures larger, by a network trained for it.")
-@click.argument("pictures", metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("pictures", metavar="IMAGE...", nargs=-1, required=True, shell_complete=values)
 @option("-m", "--upscaler", metavar="FILE", default="embedded", show_default=True,
         help="The network: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, as .safetensors.")  # fmt: skip
 @option("--allow-pickle", is_flag=True, help="Read .pth files too, by torch's restricted unpickler alone.")
