@@ -293,6 +293,15 @@ name_option = option(
     "safe characters.",
 )
 
+# Pictures as they grow.
+preview_options = together(
+    option("--preview", type=click.IntRange(1), metavar="N",
+           help="Show every N steps how the picture grows: in the terminal with --show, or in --preview-file."),
+    option("--preview-file", metavar="FILE.png", help="Where; replaced each time.  [default for N: 1]"),
+)  # fmt: skip
+
+show_option = option("--show", is_flag=True, help="Show each picture in the terminal too, see `ldm show`.")
+
 # How prompts are drawn by lot, where a command does so.
 dynamic_options = together(
     option("--dynamic-prompts", is_flag=True,
