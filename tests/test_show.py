@@ -112,6 +112,18 @@ def test_a_picture_is_shown_as_it_grows_and_then_itself(tmp_path: Path) -> None:
     assert np.array_equal(found, pixels(tmp_path / "ldm-1.png"))
 
 
+def test_a_batch_shows_its_pictures(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("a fox\nan owl\n")
+    rows = ("batch", tmp_path / "rows.txt", "-o", tmp_path / "run", "-m", tiny_model(), *FAST[:-3], "--no-server")
+    shown = in_terminal(*rows, "--show", "-q")
+    assert shown.count("▀") == 2 * 16 * 8
+    assert re.findall(r"images/\S+", shown) == [f"images/00000/{path.name}" for path in run_files(tmp_path / "run")]
+
+
+def run_files(run: Path) -> list[Path]:
+    return sorted((run / "images" / "00000").iterdir())
+
+
 def test_a_preview_file_holds_the_pictures_of_the_last_previewed_step(tmp_path: Path) -> None:
     command = ("txt2img", "a fox", "a cat", "-m", tiny_model(), *FAST, "-b", "2")
     plain = ldm_here(*command, "-o", tmp_path / "plain")

@@ -152,19 +152,23 @@ def cleared() -> Iterator[None]:
     """Inside the block neither a bar nor a picture as it grows is on the terminal, and no other thread writes there. It
     must not log."""
     with _Passing.lock, _without_bars():
-        pass_by("", 0)
+        _replace_passing("", 0)
         yield
 
 
 def pass_by(text: str, lines: int) -> None:
     """Put on the terminal what stays until something else is written, in place of what did so before."""
     with _Passing.lock, _without_bars():
-        if _Passing.lines:
-            text = f"\x1b[{_Passing.lines}A\x1b[J{text}"
-        if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        _Passing.lines = lines
+        _replace_passing(text, lines)
+
+
+def _replace_passing(text: str, lines: int) -> None:
+    if _Passing.lines:
+        text = f"\x1b[{_Passing.lines}A\x1b[J{text}"  # up, and all below taken away
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    _Passing.lines = lines
 
 
 @contextlib.contextmanager

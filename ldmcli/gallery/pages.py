@@ -30,14 +30,12 @@ BRIEF_PAGE_SIZE = 10_000  # prompts on a page of the list that searches all: ≈
 _MAX_NUMBER = (1 << 63) - 1  # of SQLite
 _FIRST = ("model", "size", "seed", "steps", "sampler", "schedule", "guidance_scale", "negative_prompt")  # in this order
 _ORIGIN = ("line", "id", "file")  # where pictures come from: what tells them apart anyway
-
 _DEFAULTS = {field.name: valued(field.default) for field in dataclasses.fields(GenerationRequest)}
-
-_log = logging.getLogger(__name__)
-
 
 # Row, number (-1: the row could not be read and has no picture), whether it was drawn, and card.
 _Found = tuple[int, int, bool, Card]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +121,8 @@ def _collect(rows: sqlite3.Connection, folder: Path, found: Iterable[_Found]) ->
             f"{shown(folder)} holds neither the manifest of a batch run nor a picture with an ldmcli record; name a "
             "folder that ldm batch or ldm txt2img wrote to."
         )
-    told = [name for name in {**first, **varied} if name in varied and name not in _ORIGIN]
-    return count, count - int(done), sorted(told, key="seed".__eq__)  # that last: it nearly always varies
+    names = [name for name in {**first, **varied} if name in varied and name not in _ORIGIN]
+    return count, count - int(done), sorted(names, key=lambda name: name == "seed")  # which nearly always varies
 
 
 def _from_manifests(folder: Path, base: str) -> Iterator[_Found]:
@@ -210,10 +208,10 @@ def _found(path: str, folder: Path, base: str) -> tuple[str, str]:
 
 def _cards(rows: sqlite3.Connection, pages: list[str], page_size: int, varied: Sequence[str]) -> Iterator[Card]:
     """The cards in order, each with the page that has it in full; without what is as usual in all of them."""
-    told = {*_FIRST, *varied}
+    always = {*_FIRST, *varied}
     for position, (text,) in enumerate(rows.execute("SELECT card FROM card ORDER BY row, number")):
         card = Card(*json.loads(text))
-        fields = {name: value for name, value in card.fields.items() if name in told or value != _DEFAULTS.get(name)}
+        fields = {name: value for name, value in card.fields.items() if name in always or value != _DEFAULTS.get(name)}
         yield card._replace(fields=fields, page=pages[position // page_size])
 
 
