@@ -24,7 +24,13 @@ PLAIN = "\x1b[?62c"
 RED, BLUE = "200;40;40", "30;60;220"
 
 
-def in_terminal(*arguments: str | Path, answers: str = PLAIN, stdin: bytes | None = None, code: int = 0) -> str:
+def in_terminal(
+    *arguments: str | Path,
+    answers: str = PLAIN,
+    stdin: bytes | None = None,
+    code: int = 0,
+    term: str = "xterm-256color",
+) -> str:
     """What `ldm ARGUMENTS` writes to a terminal of 80 columns and 24 lines which has typed `answers` before anything is
     asked; `stdin` is a pipe's."""
     controller, terminal = os.openpty()
@@ -39,7 +45,7 @@ def in_terminal(*arguments: str | Path, answers: str = PLAIN, stdin: bytes | Non
         stdin=terminal if stdin is None else subprocess.PIPE,
         stdout=terminal,
         stderr=terminal,
-        env=environment({"COLORTERM": "truecolor", "TERM": "xterm-256color", "NO_COLOR": "1"}),
+        env=environment({"COLORTERM": "truecolor", "TERM": term, "NO_COLOR": "1"}),
         start_new_session=True,
     )
     os.close(terminal)
@@ -88,7 +94,8 @@ def test_a_terminal_with_graphics_gets_every_pixel(picture: Path, answers: str, 
 
 
 def test_pictures_go_into_no_pipe(picture: Path, tmp_path: Path) -> None:
-    assert_refused(ldm_here("show", picture), 2, "terminal")
+    assert_refused(ldm_here("show", picture), 2, "standard output is no terminal")
+    assert "no colours" in in_terminal("show", picture, term="dumb", code=2)
     result = ldm_here("txt2img", "a fox", "-m", tiny_model(), *FAST, "--show", "-o", tmp_path)
     assert [path.name for path in result.paths] == ["ldm-1.png"]
     assert result.err == "ldm: warning: standard output is no terminal, so --show shows nothing\n"

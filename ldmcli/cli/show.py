@@ -1,13 +1,13 @@
 """`ldm show`: pictures in the terminal."""
 
 import logging
-import sys
 
 import click
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
 from ldmcli.cli.command import command
 from ldmcli.cli.options import expanded, verbosity_options
+from ldmcli.cli.terminal import hindrance
 from ldmcli.errors import LdmError, UsageError, printable
 
 _log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ def show(context: click.Context, files: tuple[str, ...]) -> None:
     ldm show ldm-7.png
     ldm txt2img "a rose" -o - | ldm show -
     """
-    if not sys.stdout.isatty():
-        raise UsageError("pictures are shown on a terminal, and standard output is none.")
+    if why := hindrance():
+        raise UsageError(f"{why}, and pictures are shown nowhere else.")
     from ldmcli.cli.terminal_pictures import ask_terminal, show_picture
 
     ask_terminal()

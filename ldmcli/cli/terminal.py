@@ -4,6 +4,7 @@ into another."""
 import contextlib
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -117,11 +118,18 @@ class StepBar:
             self._bar.close()
 
 
+def hindrance() -> str:
+    """Why standard output shows no pictures; "" where it does."""
+    if not sys.stdout.isatty():
+        return "standard output is no terminal"
+    return "TERM says that this terminal has no colours" if os.environ.get("TERM", "dumb") == "dumb" else ""
+
+
 def shows_pictures(asked: bool) -> bool:
-    """Whether pictures are shown on the terminal, as --show asks for; a warning says where there is none. The terminal
-    is asked here what it can, before anything else reads what is typed."""
-    if asked and not sys.stdout.isatty():
-        _log.warning("standard output is no terminal, so --show shows nothing")
+    """Whether pictures are shown on the terminal, as --show asks for; a warning says why not. The terminal is asked
+    here what it can, before anything else reads what is typed."""
+    if asked and (why := hindrance()):
+        _log.warning("%s, so --show shows nothing", why)
         return False
     if asked:
         from ldmcli.cli.terminal_pictures import ask_terminal
