@@ -129,8 +129,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     requests = _requests(prompts, options)
     preview = preview_steps(options)
     # 2. What the model is, from its headers; then every check that needs no weights.
-    pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
-    session = _open(options, record, pictures, encoding, preview)
+    session = _open(options, record, encoding, preview)
     if skips_otherwise(context, record, session.family):
         requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
     if not session.remote:
@@ -286,7 +285,7 @@ def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[Gener
 
 
 def _open(
-    options: dict[str, Any], record: dict[str, Any] | None, pictures: int, encoding: Encoding, preview: int
+    options: dict[str, Any], record: dict[str, Any] | None, encoding: Encoding, preview: int
 ) -> "Session | RemoteSession":
     runtime = runtime_spec(options)
     how: dict[str, Any] = {"encoding": encoding, "metadata": not options["no_metadata"], "exact": options["as_json"]}
