@@ -5,7 +5,7 @@ import logging
 import click
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.options import expanded, verbosity_options
 from ldmcli.cli.terminal import hindrance
 from ldmcli.errors import LdmError, UsageError, printable
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 @command(short_help="Show pictures in the terminal.")
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, shell_complete=values)
 @verbosity_options
 @click.pass_context
 def show(context: click.Context, files: tuple[str, ...]) -> None:
