@@ -20,6 +20,7 @@ from ldmcli.cli.option_types import Seed, Whole
 from ldmcli.cli.options import (
     dynamic_options,
     dynamic_prompts,
+    expanded,
     file_options,
     hires_options,
     json_option,
@@ -27,18 +28,21 @@ from ldmcli.cli.options import (
     model_spec,
     name_option,
     option,
+    preview_options,
     request_options,
     request_settings,
     runtime_options,
     runtime_spec,
     server_options,
+    show_option,
     together,
     verbosity_options,
 )
 from ldmcli.cli.output import Output, choose_encoding, open_output
+from ldmcli.cli.previews import Previews, preview_steps
 from ldmcli.cli.resident import open_session
 from ldmcli.cli.steering_options import DrawingCommand, steering_options
-from ldmcli.cli.terminal import StepBar, loading
+from ldmcli.cli.terminal import StepBar, loading, shows_pictures
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import Encoding
@@ -75,6 +79,8 @@ drawing_options = together(
            help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]"),
     file_options("--image-format", "--format"),
     name_option,
+    show_option,
+    preview_options,
     option("--from-image", metavar="FILE",
            help="Run the request in this picture again, one of another program as far as it can be taken; options "
            "given win over it."),
@@ -121,9 +127,9 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
             prompts, options["dynamic_prompts"] = (record["request"]["prompt"],), False  # it is drawn already
     _check_sources(context, prompts, options)
     requests = _requests(prompts, options)
+    preview = preview_steps(options)
     # 2. What the model is, from its headers; then every check that needs no weights.
-    pictures = 0 if STDIN in prompts else len(prompts) * options["count"]
-    session = _open(options, record, pictures, encoding)
+    session = _open(options, record, encoding, preview)
     if skips_otherwise(context, record, session.family):
         requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
     if not session.remote:
@@ -146,6 +152,9 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         name=options["name"],
         of_row=of_row,
     )
+    output = dataclasses.replace(output, show=shows_pictures(options["show"]))
+    file = expanded(options["preview_file"]) if options["preview_file"] else None
+    previews = Previews(preview, file, on_terminal=output.show)
     if options["seed"] is None:
         _log.info("seed %d", first.seed)
     # 3. The pictures.
@@ -162,7 +171,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
 
         settle_down()
     session.begin_hashing()
-    with contextlib.closing(StepBar()) as bar, _Written(session, output, encoding, options, record) as written:
+    with contextlib.closing(StepBar(previews)) as bar, _Written(session, output, encoding, options, record) as written:
         drawn = written.checked(_counted(first, fitted, options))
         for picture in session.draw(drawn, batch_size=options["batch_size"], on_step=bar):
             written.put(picture)
@@ -276,10 +285,11 @@ def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[Gener
 
 
 def _open(
-    options: dict[str, Any], record: dict[str, Any] | None, pictures: int, encoding: Encoding
+    options: dict[str, Any], record: dict[str, Any] | None, encoding: Encoding, preview: int
 ) -> "Session | RemoteSession":
     runtime = runtime_spec(options)
-    how = {"encoding": encoding, "metadata": not options["no_metadata"], "exact": options["as_json"]}
+    how: dict[str, Any] = {"encoding": encoding, "metadata": not options["no_metadata"], "exact": options["as_json"]}
+    how["preview"] = preview
     session = open_session(options, model_spec(options), runtime, **how)
     if not session.undecided:
         return session

@@ -22,11 +22,12 @@ from ldmcli.cli.options import (
     json_option,
     option,
     server_options,
+    show_option,
     verbosity_options,
 )
 from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.resident import find_server
-from ldmcli.cli.terminal import bar, loading
+from ldmcli.cli.terminal import bar, loading, shows_pictures
 from ldmcli.disk.opening import open_regular
 from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
@@ -58,6 +59,7 @@ _log = logging.getLogger(__name__)
         help="Compute so much of a picture's side at once; 0 all. Smaller takes less memory.")  # fmt: skip
 @device_options
 @server_options
+@show_option
 @option("--overwrite", is_flag=True, help="Replace files that are there already.")
 @option("--no-metadata", is_flag=True, help="Write nothing of what the picture says of itself.")
 @json_option("Report each picture as a JSON line.")
@@ -145,6 +147,7 @@ def _outputs(sources: Sequence[Path], encoding: Encoding, options: dict[str, Any
     output = open_output(
         options["output"], encoding, overwrite=overwrite, as_json=options["as_json"], one_image=len(sources) == 1
     )
+    output = dataclasses.replace(output, show=shows_pictures(options["show"]))
     if output.path is None and len(sources) > 1:
         raise UsageError("-o - takes one picture, and there are more; give a folder to -o.")
     if output.path is None or output.is_file:
