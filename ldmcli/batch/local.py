@@ -18,7 +18,8 @@ from ldmcli.batch.items import Item, Outcome, Setup
 from ldmcli.batch.pictures import clean_temporaries
 from ldmcli.errors import LdmError, UsageError, printable
 from ldmcli.speed.cpu.threads import available_cores
-from ldmcli.speed.startup import quicken, settle_down
+from ldmcli.speed.linking import settle_down
+from ldmcli.speed.startup import quicken
 
 if TYPE_CHECKING:
     from ldmcli.batch.worker import OpenSession, Worker

@@ -1,17 +1,15 @@
 """The configuration file: what options are where neither command line nor environment says otherwise."""
 
-import difflib
-import importlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import click
-
 from ldmcli.errors import BadDataError, UsageError, printable
 
 if TYPE_CHECKING:
+    import click
+
     from ldmcli.cli.options import EnvOption
 
 PROFILES = "profiles"
@@ -38,7 +36,7 @@ def config_path(environ: Mapping[str, str] = os.environ) -> Path | None:
     return Path(base, "ldmcli", "config.toml") if os.path.isabs(base) else None
 
 
-def use_config(context: click.Context, _parameter: click.Parameter, profile: str | None) -> None:
+def use_config(context: "click.Context", _parameter: "click.Parameter", profile: str | None) -> None:
     """The callback of --profile, which runs before other options are looked at: has them start from the file. Raises
     UsageError where there is no such profile, and as `read_settings` does."""
     path = config_path()
@@ -59,7 +57,7 @@ def may_name_model() -> bool:
         return False
 
 
-def read_settings(command: click.Command, path: Path, profile: str | None) -> dict[str, Setting]:
+def read_settings(command: "click.Command", path: Path, profile: str | None) -> dict[str, Setting]:
     """What the file says for this command, by the names of its parameters; a profile's lines before all others.
 
     Raises UsageError where there is no such profile, BadDataError where the file is no TOML, or has a key that is no
@@ -85,7 +83,7 @@ def read_settings(command: click.Command, path: Path, profile: str | None) -> di
     return found
 
 
-def keys_of(command: click.Command) -> "dict[str, EnvOption]":
+def keys_of(command: "click.Command") -> "dict[str, EnvOption]":
     """The options that the file may set, by their keys: long names with _ for -. Those that have no variable in the
     environment have no key either."""
     from ldmcli.cli.options import EnvOption
@@ -94,11 +92,14 @@ def keys_of(command: click.Command) -> "dict[str, EnvOption]":
     return {text[2:].replace("-", "_"): one for one in options for text in one.opts if text.startswith("--")}
 
 
-def all_commands() -> Iterator[click.Command]:
+def all_commands() -> "Iterator[click.Command]":
     """Every command of `ldm`, read for this."""
-    group = importlib.import_module("ldmcli.cli").cli
-    context = click.Context(group)
-    return filter(None, (group.get_command(context, name) for name in group.list_commands(context)))
+    import click
+
+    from ldmcli.cli.program import cli
+
+    context = click.Context(cli)
+    return filter(None, (cli.get_command(context, name) for name in cli.list_commands(context)))
 
 
 def _tables(path: Path, profile: str | None) -> dict[str, dict[str, Any]]:
@@ -119,7 +120,9 @@ def _tables(path: Path, profile: str | None) -> dict[str, dict[str, Any]]:
     if not (isinstance(profiles, dict) and all(isinstance(one, dict) for one in profiles.values())):
         raise bad_file(path, f"has {PROFILES} that are no tables", f"write [{PROFILES}.NAME]")
     if profile and profile not in profiles:
-        near = difflib.get_close_matches(profile, profiles, 1, 0.6) or list(profiles)
+        from difflib import get_close_matches
+
+        near = get_close_matches(profile, profiles, 1, 0.6) or list(profiles)
         there = f"did you mean {' or '.join(map(printable, near[:5]))}?" if near else "it has none."
         raise UsageError(f"{printable(str(path))} has no profile {printable(repr(profile))}; {there}")
     return {"": lines} | ({profile: profiles[profile]} if profile else {})
@@ -130,7 +133,9 @@ def _other_option(key: str, path: Path) -> "EnvOption":
     known = {name: option for command in all_commands() for name, option in keys_of(command).items()}
     if found := known.get(key.replace("-", "_")):
         return found
-    near = difflib.get_close_matches(key.replace("-", "_"), known, 1, 0.6)
+    from difflib import get_close_matches
+
+    near = get_close_matches(key.replace("-", "_"), known, 1, 0.6)
     advice = f"did you mean {near[0].replace('_', '-')}?" if near else "keys are the long names of options."
     raise BadDataError(f"{printable(str(path))} has a key {printable(repr(key))}, which is no option; {advice}")
 

@@ -65,7 +65,8 @@ def serve(context: click.Context, **options: Any) -> None:
     from ldmcli.serving.server import Server
     from ldmcli.serving.work import Work
     from ldmcli.session import Session
-    from ldmcli.speed.startup import quicken, settle_down
+    from ldmcli.speed.linking import settle_down
+    from ldmcli.speed.startup import quicken
 
     path = socket_path()
     _hear_everything()

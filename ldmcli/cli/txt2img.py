@@ -133,7 +133,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     if skips_otherwise(context, record, session.family):
         requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
     if not session.remote:
-        from ldmcli.speed.startup import link_ahead
+        from ldmcli.speed.linking import link_ahead
 
         link_ahead()
     fitted = _checked(requests, session, encoding, eager=STDIN not in prompts)
@@ -167,7 +167,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         session.stopwatch.add("imports", process_age())
         session.load([first])
     if not session.remote:
-        from ldmcli.speed.startup import settle_down
+        from ldmcli.speed.linking import settle_down
 
         settle_down()
     session.begin_hashing()

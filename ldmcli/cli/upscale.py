@@ -33,7 +33,8 @@ from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.spec import RuntimeSpec
-from ldmcli.speed.startup import quicken, settle_down
+from ldmcli.speed.linking import settle_down
+from ldmcli.speed.startup import quicken
 from ldmcli.upscaling.larger import Enlargement, larger_file, read_file
 from ldmcli.upscaling.target import Target, parse_size
 from ldmcli.upscaling.tiles import TILE

@@ -197,7 +197,7 @@ class RemoteSession:
                     self._come_home(error)
             yield from came
             if len(came) < len(batch):
-                from ldmcli.speed.startup import settle_down
+                from ldmcli.speed.linking import settle_down
 
                 # Drawn as it would have been, so that it is the same.
                 self._home().load(batch[:1])

@@ -1,20 +1,13 @@
 """A quick start: torch's import is most of a short run, and half of it is for what drawing never does.
 
 `quicken` is for the command line's own processes, before torch is imported; a program that uses ldmcli as a library
-gets torch as it is. Three things are done:
-
-- torch's shared libraries, half a gigabyte to link, are loaded by a thread while Python does other things
-  (`link_ahead`, for a command that is as good as sure to draw);
-- parts of torch that its own `__init__` imports only to have them there (exporters, decompositions, quantization, the
-  Python half of the meta device) are imported when something first asks for what is in them, as
-  `importlib.util.LazyLoader` would. Theirs is not used: any look at an attribute, which inspection of all modules
-  takes, would import them after all;
-- garbage is not looked for until the model is there (`settle_down`).
+gets torch as it is. Parts of torch that its own `__init__` imports only to have them there (exporters, decompositions,
+quantization, optimizers, data loaders, the Python half of the meta device) are imported when something first asks for
+what is in them, as `importlib.util.LazyLoader` would. Theirs is not used: any look at an attribute, which inspection of
+all modules takes, would import them after all.
 """
 
 import contextlib
-import ctypes
-import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -27,53 +20,41 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldmcli.speed.cpu.heap import keep_freed_memory
+from ldmcli.speed.linking import link_ahead, torch_folder
 
 _log = logging.getLogger(__name__)
-_linking = threading.Event()
 
 # The releases of torch for which it was checked that `import torch` needs nothing of these; others are imported whole.
 CHECKED_TORCH = ("2.14.",)
-DEFERRED = frozenset(
-    f"torch.{name}"
-    for name in (
-        "_meta_registrations",
-        "ao",
-        "distributed._meta_registrations",
-        "distributions",
-        "export",
-        "masked",
-        "nn.intrinsic",
-        "nn.qat",
-        "nn.quantizable",
-        "nn.quantized",
-        "quantization",
-    )
-)
-
-
-def link_ahead() -> None:
-    """Begin to load torch's libraries, and collect no garbage until `settle_down`: imports and what is read from files
-    make hundreds of thousands of objects, all to stay, and looking through them again and again is a tenth of the time.
-    Does nothing where torch is imported already or missing."""
-    folder = _torch_folder()
-    if folder is None or _linking.is_set():
-        return
-    _linking.set()
-    gc.disable()
-    with contextlib.suppress(ImportError):
-        import tokenizers  # noqa: F401  before: to load a library one waits for those on their way
-    threading.Thread(target=_link, args=(folder / "lib",), name="link torch", daemon=True).start()
+DEFERRED = frozenset((
+    "torch._meta_registrations",
+    "torch.ao",
+    "torch.distributed._meta_registrations",
+    "torch.distributions",
+    "torch.export",
+    "torch.fx.passes",
+    "torch.masked",
+    "torch.nn.intrinsic",
+    "torch.nn.qat",
+    "torch.nn.quantizable",
+    "torch.nn.quantized",
+    "torch.optim",
+    "torch.profiler",
+    "torch.quantization",
+    "torch.testing",
+    "torch.utils.data",
+    "torchgen.model",
+    "unittest.mock",  # with asyncio
+))  # fmt: skip
 
 
 def quicken() -> None:
     """Make the next `import torch` of this process quick. Does nothing where torch is imported already, missing, or of
     another release than those checked."""
-    folder = _torch_folder()
+    folder = torch_folder()
     if folder is None or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     link_ahead()
-    keep_freed_memory()
     with contextlib.suppress(ImportError):
         import numpy  # noqa: F401  meanwhile, for torch will
     if _version(folder).startswith(CHECKED_TORCH):
@@ -82,35 +63,12 @@ def quicken() -> None:
         _log.debug("torch is none of the releases that start quickly: %s", CHECKED_TORCH)
 
 
-def settle_down() -> None:
-    """What is there now stays; from now on garbage is collected, and not looked for among that."""
-    if _linking.is_set() and not gc.isenabled():
-        gc.freeze()
-        gc.enable()
-
-
 def whole_torch() -> None:
     """Import what was deferred: compilers and counters of operations need the meta device's Python half."""
     for name in sorted(DEFERRED & sys.modules.keys()):
         module = sys.modules[name]
         if isinstance(module, _Deferred):
             _load(module)
-
-
-def _torch_folder() -> Path | None:
-    """Where torch is installed; None where it is imported already, or missing."""
-    spec = None if "torch" in sys.modules else importlib.machinery.PathFinder.find_spec("torch")
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
-
-
-def _link(folder: Path) -> None:
-    """Load torch's libraries, which importing it would: torch finds them in place, and says what is wrong if not."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another system
-        dlopen = ctypes.CDLL(None).dlopen  # called so, it leaves Python to the other threads, as CDLL itself does not
-        dlopen.restype, dlopen.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
-        # The first has what the others expect to find among the process's global names.
-        dlopen(os.fsencode(folder / "libtorch_global_deps.so"), os.RTLD_NOW | os.RTLD_GLOBAL)
-        dlopen(os.fsencode(folder / "libtorch_python.so"), os.RTLD_NOW)
 
 
 def _version(folder: Path) -> str:
