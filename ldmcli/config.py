@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
+from ldmcli.spacings import RESPACED
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Schedules that place noise levels, and need no training step each.
-RESPACED = ("karras", "exponential", "beta", "normal", "sgm_uniform", "simple", "ays")
 UNDECIDED = "undecided"  # a prediction type that only the network itself can tell
 
 

@@ -5,7 +5,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ldmcli import hires
-from ldmcli.config import ModelConfig
 from ldmcli.control import Control, controls_of
 from ldmcli.errors import UsageError
 from ldmcli.image_prompt import ImagePrompt, image_prompts_of

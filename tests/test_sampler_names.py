@@ -8,8 +8,9 @@ from cli_support import assert_refused, ldm_here, tiny_model
 
 from ldmcli.batch.fields import as_fields
 from ldmcli.errors import UsageError
-from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
+from ldmcli.sampling.catalogue import SAMPLERS
 from ldmcli.sampling.names import sampler_of, schedule_of
+from ldmcli.spacings import SPACINGS
 from ldmcli.spec import GenerationRequest
 
 # As AUTOMATIC1111, ComfyUI, InvokeAI, NovelAI, k-diffusion and diffusers write them.

@@ -15,8 +15,8 @@ from ldmcli.checks import MAX_PROMPT_BYTES
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.image_prompt import NO_MASK
-from ldmcli.sampling.catalogue import SPACINGS
 from ldmcli.sampling.names import sampler_of, schedule_of
+from ldmcli.spacings import SPACINGS
 from ldmcli.spec import (
     ALPHA,
     MAX_SEED,

@@ -27,7 +27,8 @@ from ldmcli.cli.option_types import (
 from ldmcli.cli.terminal import LogHandler
 from ldmcli.hires import STRENGTH as HIRES_STRENGTH
 from ldmcli.images.formats import FORMATS, QUALITY
-from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
+from ldmcli.sampling.catalogue import SAMPLERS
+from ldmcli.spacings import SPACINGS
 from ldmcli.spec import (
     HIRES_FIELDS,
     IMAGE_FIELDS,

@@ -15,7 +15,8 @@ _FIELDS = ("name", "title", "summary", "spacings", "draws_noise", "takes_eta")
 @verbosity_options
 def samplers(as_json: bool) -> None:
     """List the samplers, a line each: the name for --sampler, what it is, and which --schedule it takes if not all."""
-    from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
+    from ldmcli.sampling.catalogue import SAMPLERS
+    from ldmcli.spacings import SPACINGS
 
     for row in SAMPLERS.values():
         if as_json:

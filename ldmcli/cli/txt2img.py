@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import random
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from ldmcli.session.picture import Picture
 
 _log = logging.getLogger(__name__)
-_RANDOM_SEEDS = 2**32  # short enough to type again
+_RANDOM_BYTES = 4  # of a seed that is short enough to type again
 _WAITING = 2  # pictures that may wait for the writer
 
 
@@ -270,7 +270,7 @@ class _Written:
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
     """The first request of each prompt; of each picture, where prompts are drawn by lot. Raises UsageError before any
     prompt is read where an option is out of range."""
-    seed = random.SystemRandom().randrange(_RANDOM_SEEDS) if options["seed"] is None else options["seed"]
+    seed = int.from_bytes(os.urandom(_RANDOM_BYTES)) if options["seed"] is None else options["seed"]
     if options.get("image") == STDIN:
         options["image"] = picture_from_stdin()
     common = GenerationRequest(prompt="", seed=seed, **request_settings(options))

@@ -1,7 +1,6 @@
 """Names of picture files, made by a pattern such as {row:05d}-{id}-{seed}: of safe characters only."""
 
 import dataclasses
-import difflib
 import re
 import string
 from collections.abc import Mapping
@@ -44,7 +43,9 @@ class NamePattern:
             if name is None:
                 continue
             if name.replace("-", "_") not in _FIELDS:
-                near = difflib.get_close_matches(name, _FIELDS, 1, 0.6)
+                from difflib import get_close_matches
+
+                near = get_close_matches(name, _FIELDS, 1, 0.6)
                 advice = f"did you mean {near[0]}?" if near else f"it may hold {', '.join(_FIELDS[:8])} and the like."
                 raise UsageError(f"name {shown} has a field {printable(repr(name))} that there is none of; {advice}")
             if conversion or not _SPEC.fullmatch(spec or ""):

@@ -1,12 +1,13 @@
 """The samplers there are, as data: what a user may ask of each. What they compute is in `ldmcli.sampling`."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from ldmcli.config import RESPACED, ScheduleConfig
 from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.spacings import SPACINGS, TRAINED
 
-_TRAINING_SPACINGS = ("leading", "trailing", "linspace")
-SPACINGS = (*_TRAINING_SPACINGS, *RESPACED)
+if TYPE_CHECKING:
+    from ldmcli.config import ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Sampler:
         """How often a run of so many steps calls the model."""
         return self.predictions_per_step * steps + self.more_predictions if steps > 1 else 1
 
-    def spacing(self, schedule: ScheduleConfig, asked: str | None) -> str:
+    def spacing(self, schedule: "ScheduleConfig", asked: str | None) -> str:
         """The spacing to use: what was asked for, or the model's own where this sampler takes it; with the name of
         respaced noise levels behind it where the model asks for them."""
         if asked is not None:
@@ -45,12 +46,12 @@ SAMPLERS = {
     row.name: row
     for row in (
         Sampler(
-            "ddim", "DDIM", "deterministic; --eta adds noise (Song, Meng & Ermon 2020)", "ddim", _TRAINING_SPACINGS,
+            "ddim", "DDIM", "deterministic; --eta adds noise (Song, Meng & Ermon 2020)", "ddim", TRAINED,
             takes_eta=True,
         ),
         Sampler(
             "plms", "PLMS", "fourth-order multistep on the noise prediction (Liu et al. 2022)", "ddim",
-            _TRAINING_SPACINGS, more_predictions=1,
+            TRAINED, more_predictions=1,
         ),
         Sampler("euler", "Euler", "first order, deterministic (Karras et al. 2022)", "euler"),
         Sampler(
@@ -97,7 +98,7 @@ def check_spacing(sampler: Sampler, spacing: str | None) -> None:
     )
 
 
-def check_fit(sampler: Sampler, schedule: ScheduleConfig, steps: int, spacing: str | None = None) -> None:
+def check_fit(sampler: Sampler, schedule: "ScheduleConfig", steps: int, spacing: str | None = None) -> None:
     """Raises UsageError where the sampler cannot walk the model's schedule in so many steps and this spacing, and
     BadDataError where it cannot at all."""
     own = sampler.spacing(schedule, None)

@@ -7,7 +7,8 @@ sampler's name, `Scheduler` and the schedule after it, which InvokeAI writes `_k
 import functools
 import re
 
-from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
+from ldmcli.sampling.catalogue import SAMPLERS
+from ldmcli.spacings import SPACINGS
 
 _SAMPLERS = {
     "euler-a": "eulerancestral",

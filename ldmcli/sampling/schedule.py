@@ -10,9 +10,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ldmcli.config import RESPACED, ScheduleConfig, Walk
+from ldmcli.config import ScheduleConfig, Walk
 from ldmcli.errors import BadDataError
 from ldmcli.sampling.catalogue import Sampler, check_fit, sampler_named
+from ldmcli.spacings import RESPACED
 
 # Samplers that divide by the signal level take this for 0, as diffusers does: float16's smallest positive number.
 SMALLEST_LEVEL = 2.0**-24

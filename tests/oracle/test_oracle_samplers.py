@@ -14,14 +14,14 @@ import torch
 from oracle.comparing import DIFFUSERS, relative
 from torch import Tensor
 
-from ldmcli.config import RESPACED, ScheduleConfig
+from ldmcli.config import ScheduleConfig
 from ldmcli.sampling import catalogue as samplers
-from ldmcli.sampling.catalogue import SPACINGS
 from ldmcli.sampling.denoiser import predicting
 from ldmcli.sampling.guidance import rescaled
 from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.registry import SAMPLERS
 from ldmcli.sampling.schedule import SMALLEST_LEVEL, Schedule, Step
+from ldmcli.spacings import RESPACED, SPACINGS
 
 TOLERANCE = 2e-5
 COUNTS = (1, 2, 5, 20)
