@@ -343,6 +343,11 @@ class ModelSpec:
     upscaler: str | None = None
     image_encoder: str | None = None
 
+    @property
+    def weights(self) -> "ModelSpec":
+        """The same, without what changes nothing of the networks that draw."""
+        return dataclasses.replace(self, lora_dir=None, embedding_dir=None, upscaler=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeSpec:

@@ -1,17 +1,20 @@
 """The queue of the resident models: batches that jobs share, what one job's end does to others, room for models."""
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from adapter_support import lora_for, noise, write
 from cli_support import tiny_model
 
 from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
 from ldmcli.errors import UsageError
 from ldmcli.serving.work import Busy, Job, Work
-from ldmcli.session import CancelledError
+from ldmcli.session import CancelledError, Picture, loading
 
 RUNTIME = RuntimeSpec(device="cpu", dtype="fp32", threads=1)
 
@@ -127,6 +130,43 @@ def test_the_model_used_last_stays(work: Work) -> None:
         last = work.models()[0]
         assert (last.model, last.loaded) == (model, True)
         assert sum(each.loaded for each in work.models()) == 1
+
+
+def test_models_that_differ_in_folders_and_upscaler_are_read_once(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each draws what it would alone."""
+    read, load = [], loading.load
+    monkeypatch.setattr(loading, "load", lambda *given, **settings: (read.append(given), load(*given, **settings))[1])
+    lora_for(tiny_model(), tmp_path / "style.safetensors")
+    write(tmp_path / "fox.safetensors", {"emb_params": noise(3, 16, scale=1.0)})
+    styled = {"prompt_syntax": "weighted", "prompt": "a fox <lora:style:1>"}
+    cases = [
+        (tiny(), request(1)),
+        (dataclasses.replace(tiny(), lora_dir=str(tmp_path)), dataclasses.replace(request(1), **styled)),
+        (dataclasses.replace(tiny(), embedding_dir=str(tmp_path)), request(1)),
+        (dataclasses.replace(tiny(), upscaler="embedded"), request(1)),
+        (dataclasses.replace(tiny(), upscaler="embedded", embedding_dir=str(tmp_path)), request(1)),
+    ]
+    found: dict[int, list[tuple[np.ndarray, object]]] = {i: [] for i in range(len(cases))}
+    for i in (*found, *reversed(found)):
+        model, asked = cases[i]
+
+        def keep(_place: int, picture: Picture, drawn: list[tuple[np.ndarray, object]] = found[i]) -> None:
+            drawn.append((picture.pixels(), picture.enlarged))
+
+        work.submit(model, RUNTIME, [asked], on_picture=keep).wait(60)
+        assert [each.model for each in work.models() if each.loaded] == [model]
+    assert len(read) == 1
+    alone = []
+    for i, (model, asked) in enumerate(cases):
+        with Session(model, RUNTIME) as session:
+            (picture,) = session.draw([asked])
+            alone.append(picture.pixels())
+        assert all(np.array_equal(pixels, alone[i]) for pixels, _ in found[i]), i
+        assert [enlarged for _, enlarged in found[i]] == [picture.enlarged] * 2
+    assert all(not np.array_equal(alone[0], other) for other in alone[1:])
+    assert not np.array_equal(alone[3], alone[4])
 
 
 def test_work_that_is_closed_ends_its_jobs() -> None:

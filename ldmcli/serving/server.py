@@ -194,7 +194,7 @@ class _Client:
             self._model = self._session.resolved
         if self._session.undecided:
             self._share()
-        session, loaded = self._session, self._work.session(self._model, self._runtime).loaded
+        session, loaded = self._session, self._work.holds(self._work.session(self._model, self._runtime))
         facts = {"name": session.name, "family": session.family, "token_limit": session.token_limit}
         return facts | {"loaded": loaded}
 

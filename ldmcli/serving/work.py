@@ -107,6 +107,10 @@ class Work:
                 del self._sessions[old]
         return session
 
+    def holds(self, session: Session) -> bool:
+        """Whether the weights that `session` draws with are in memory."""
+        return session.loaded or self._alike(session) is not None
+
     def load(
         self,
         session: Session,
@@ -211,7 +215,7 @@ class Work:
         if len(self._queue) < 2 or self._queue[0] is not head:
             return
         following = self._queue[1].session
-        if following is None or following.loaded or len(self._loaded()) < self._max_models:
+        if following is None or self.holds(following) or len(self._loaded()) < self._max_models:
             self._queue.rotate(-1)
 
     # ---- the thread ----
@@ -275,6 +279,10 @@ class Work:
                 job.arrived(place, picture)
         self._seconds += 0.2 * ((time.perf_counter() - started) / len(batch) - self._seconds)
 
+    def _alike(self, session: Session) -> Session | None:
+        """One whose weights in memory `session` could draw with."""
+        return next((each for each in self._loaded() if session.draws_as(each)), None)
+
     def _loaded(self) -> list[Session]:
         return [session for session in list(self._sessions.values()) if session.loaded]
 
@@ -290,10 +298,14 @@ class Work:
         """Have a model in memory, and say to each command once what was to be said of reading it."""
         known = f"read {id(session)}"
         if not session.loaded:
+            alike = self._alike(session)
             with heard_by(None, set()):
-                self._make_room(session)
+                if alike is None:
+                    self._make_room(session)
                 session.runtime  # noqa: B018  a command's own session says what there is to say of it
-            remarks = self._remarks[known] = list[logging.LogRecord]()
+                if alike is not None:
+                    session.take_over(alike)
+            remarks = self._remarks[known] = [] if alike is None else self._remarks.get(f"read {id(alike)}", [])[:]
             with heard_by(remarks.append, set()):
                 session.load(first)
                 session.begin_hashing()

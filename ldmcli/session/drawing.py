@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.conditioning.pairs import context_chunks
+from ldmcli.conditioning.words import Words
 from ldmcli.config import ModelConfig
 from ldmcli.errors import LdmError, NotFiniteError, TryAgainError, printable
 from ldmcli.fitting import FittedRequest
@@ -78,6 +79,16 @@ class Drawer:
         except _Ended as ended:
             raise ended.cause from None
         return [drawn[i] for i in range(len(requests))]
+
+    def serve(
+        self,
+        uses: "Callable[[Sequence[LoRA]], Sequence[Use]]",
+        words: Callable[[FittedRequest], Words],
+    ) -> None:
+        """Draw for another session, which says what is merged for LoRAs and which words stand for embeddings."""
+        self._uses = uses
+        for model in self.pipeline.models:
+            model.prompts.words = words
 
     def close(self) -> None:
         """Give the memory of recorded steps back."""

@@ -79,6 +79,7 @@ class Picture:
         self._source, self._place = source, place
         self._redraw = redraw
         self.finish: Callable[[np.ndarray], np.ndarray] | None = None  # what is done with the pixels, such as upscaling
+        self.enlarged: tuple[str, int] | None = None  # the upscaler's name, and how many times as large
         self._found: np.ndarray | None = None
         self._lock = threading.Lock()
 

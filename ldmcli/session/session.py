@@ -114,15 +114,30 @@ class Session:
         return self._opened.resolved
 
     def share(self, other: "Session") -> None:
-        """Take over what another session of the same weights knows of them: their hash, what they predict, and what
-        enlarges pictures. This one then encodes pictures that the other has drawn."""
+        """Take over what another session of the same weights knows of them: their hash, and what they predict. This one
+        then encodes pictures that the other has drawn."""
         if self.undecided:
             from ldmcli.checkpoints.source import with_prediction_type
 
             found = other.config.schedule.prediction_type
             self._opened = dataclasses.replace(self._opened, model=with_prediction_type(self._opened.model, found))
             _log.info(PROBED, self.name, found)
-        self._sha256, self._upscaler = other.begin_hashing(), other._upscaler
+        self._sha256 = other.begin_hashing()
+
+    def draws_as(self, other: "Session") -> bool:
+        """Whether the two draw with the same networks, but for what finds LoRAs and embeddings, and enlarges."""
+        specs = self._opened.spec.weights, other._opened.spec.weights
+        return specs[0] == specs[1] and self.runtime_spec == other.runtime_spec and not other.changed
+
+    def take_over(self, other: "Session") -> None:
+        """Have the weights that another session, which draws as this one, holds in memory. It then holds none."""
+        self.share(other)
+        with other._lock:
+            drawer, other._drawer, other._upscaler = other._drawer, None, None
+            self._lock, self.stopwatch, self._unet = other._lock, other.stopwatch, None
+            if drawer:
+                drawer.serve(self._opened.uses, self._opened.words)
+            self._drawer = drawer
 
     @property
     def family(self) -> str:
@@ -225,9 +240,9 @@ class Session:
         model = self.identity() | ({"embeddings": embeddings} if embeddings else {})
         recorded, inputs = shareable(request.recorded), dict(request.inputs)
         text = text_chunks(recorded, model, runtime, family=family, schedule=request.schedule, inputs=inputs)
-        if self._upscaler:
-            size = pixels.shape[1], pixels.shape[0]
-            text = with_upscaling(text, self._upscaler.name, by=self._upscaler.scale, size=size)
+        if picture.enlarged:
+            name, scale = picture.enlarged
+            text = with_upscaling(text, name, by=scale, size=(pixels.shape[1], pixels.shape[0]))
         return text
 
     def prepare_encoding(self) -> None:
@@ -301,31 +316,34 @@ class Session:
 
     def _loaded(self, first: Sequence[FittedRequest]) -> "Drawer":
         with self._lock:
-            if self._drawer is not None:
-                return self._drawer
-            from ldmcli.session.drawing import Drawer, threads_for
-            from ldmcli.session.loading import load
-            from ldmcli.speed.policy import computing
+            if self._drawer is None:
+                self._drawer = self._read(first)
+            if self._opened.upscaler and self._upscaler is None:
+                from ldmcli.upscaling.upscaler import Upscaler
 
-            runtime, started = self.runtime, time.perf_counter()
-            opened = self._settled()
-            suitable = threads_for(self.runtime_spec, opened.model.config, len(first))
-            with computing(suitable):
-                pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
-                if opened.upscaler:
-                    from ldmcli.upscaling.upscaler import Upscaler
-
-                    self._upscaler = Upscaler(opened.upscaler, runtime)
-            self._unet = None
-            self._drawer = Drawer(pipeline, self.runtime_spec, self._lock, opened.uses)
-            _log.debug("%s loaded in %.2f s: %s", self.name, time.perf_counter() - started, runtime.to_dict())
+                self._upscaler = Upscaler(self._opened.upscaler, self.runtime)
             return self._drawer
+
+    def _read(self, first: Sequence[FittedRequest]) -> "Drawer":
+        from ldmcli.session.drawing import Drawer, threads_for
+        from ldmcli.session.loading import load
+        from ldmcli.speed.policy import computing
+
+        runtime, started = self.runtime, time.perf_counter()
+        opened = self._settled()
+        suitable = threads_for(self.runtime_spec, opened.model.config, len(first))
+        with computing(suitable):
+            pipeline = load(opened, runtime, unet=self._unet, first=first, stopwatch=self.stopwatch)
+        self._unet = None
+        _log.debug("%s loaded in %.2f s: %s", self.name, time.perf_counter() - started, runtime.to_dict())
+        return Drawer(pipeline, self.runtime_spec, self._lock, opened.uses)
 
     def _draw(self, batch: Sequence[FittedRequest], on_step: Callable[[Progress], object]) -> "list[Picture]":
         with self._lock:
             pictures = self._loaded(batch).draw(batch, on_step)
-            for picture in pictures:
-                picture.finish = self._upscaler.enlarged if self._upscaler else None
+            if upscaler := self._upscaler:
+                for picture in pictures:
+                    picture.finish, picture.enlarged = upscaler.enlarged, (upscaler.name, upscaler.scale)
             return pictures
 
     def _settled(self) -> Opened:
