@@ -306,7 +306,7 @@ def test_png_data_on_stdout_and_every_option_from_the_environment(tmp_path: Path
 def test_every_option_has_its_variable() -> None:
     import click
 
-    from ldmcli.cli import cli
+    from ldmcli.cli.program import cli
 
     context = click.Context(cli)
     names = cli.list_commands(context)

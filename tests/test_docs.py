@@ -11,7 +11,7 @@ import click
 import pytest
 from readme_help import README, with_help
 
-from ldmcli.cli import cli
+from ldmcli.cli.program import cli
 from ldmcli.images.metadata import read_record
 
 ROOT = README.parent

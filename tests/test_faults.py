@@ -135,7 +135,7 @@ SWALLOWERS = {
 def test_a_signal_that_something_swallows_is_raised_again(number: signal.Signals, swallower: str) -> None:
     script = f"""
 import contextlib, os, sys, time
-import ldmcli.cli
+import ldmcli.cli, ldmcli.cli.program
 
 def hit():
     os.kill(os.getpid(), int(sys.argv[1]))
@@ -146,12 +146,29 @@ def swallow(arguments):
     time.sleep(20)
     return 0
 
-ldmcli.cli._invoke = swallow
+ldmcli.cli.program._invoke = swallow
 ldmcli.cli.main()
 """
     done = subprocess.run([sys.executable, "-c", script, str(int(number))], capture_output=True, text=True, timeout=60)
     assert done.returncode == -number, done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_the_command_line_is_imported_says_nothing() -> None:
+    script = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from ldmcli.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, "models"], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

@@ -7,8 +7,9 @@ import pytest
 from cli_support import assert_refused, ldm, ldm_here, pixels, tiny_model
 from PIL import Image
 
-from ldmcli.cli import _COMMANDS, cli
+from ldmcli.cli import COMMANDS
 from ldmcli.cli.command import Command, ungrouped
+from ldmcli.cli.program import cli
 from ldmcli.conditioning.hints import argument_hints
 
 DRAW = ("-m", tiny_model(), "--steps", "1", "-W", "8", "-H", "8")
@@ -204,7 +205,7 @@ def test_help_is_in_groups_with_what_everyone_needs_first() -> None:
     assert "--cfg " not in everything
 
 
-@pytest.mark.parametrize("name", _COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_the_help_of_its_command(name: str) -> None:
     """And those that several commands have are in a group."""
     command = cli.get_command(click.Context(cli), name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmcli.cli import _COMMANDS
+from ldmcli.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ def test_every_folder_with_code_is_a_package() -> None:
 
 def test_no_two_rooms_share_a_file_name() -> None:
     """But for the files of commands, which are named as the command."""
-    commands = {ROOT / "ldmcli" / "cli" / f"{name}.py" for name in _COMMANDS}
+    commands = {ROOT / "ldmcli" / "cli" / f"{name}.py" for name in COMMANDS}
     paths = set((ROOT / "ldmcli").rglob("*.py")) - commands
     names = Counter(path.name for path in paths if path.name != "__init__.py")
     assert not [name for name, count in names.items() if count > 1]

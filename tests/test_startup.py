@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -106,28 +107,29 @@ def test_garbage_is_not_looked_for_before_the_model_is_there(tmp_path: Path) -> 
     code = """
         import gc, json, sys
         from ldmcli.cli import run
-        from ldmcli.speed import startup as module
+        from ldmcli.speed import linking as module
 
         def settle_down(real=module.settle_down):
-            before = gc.isenabled(), "torch" in sys.modules
+            if not gc.isenabled():
+                told.append("torch" in sys.modules)
             real()
-            told.append([*before, gc.isenabled(), gc.get_freeze_count() > 100_000])
+            told.append([gc.isenabled(), gc.get_freeze_count() > 100_000])
 
         told, module.settle_down = [], settle_down
         assert run(sys.argv[1:]) == 0
         print(json.dumps([*told, gc.isenabled()]))
     """
-    assert python(code, *DRAW, "-o", str(tmp_path / "x.png")) == [[False, True, True, True], True]
+    assert python(code, *DRAW, "-o", str(tmp_path / "x.png")) == [[True, False], True, [True, True], True]
 
 
 def test_torch_is_linked_while_python_goes_on() -> None:
     """A library that takes long to link keeps a thread, and nobody else."""
     code = """
         import json, sys, threading, time
-        from ldmcli.speed import startup
+        from ldmcli.speed.linking import link_ahead
 
         started, turns, linking = time.monotonic(), 0, "link torch"
-        startup.link_ahead()
+        link_ahead()
         while any(thread.name == linking for thread in threading.enumerate()):
             turns += 1
             time.sleep(0)
@@ -136,6 +138,34 @@ def test_torch_is_linked_while_python_goes_on() -> None:
     turns, seconds, imported = python(code)
     assert turns > 50 * seconds
     assert not imported
+
+
+@pytest.mark.parametrize(
+    ("words", "begun"),
+    [
+        (["txt2img", "a star"], True), (["a star"], True), (["-c", "2", "a star"], True), (["img2img", "x"], True),
+        ([], False), (["--version"], False), (["a star", "--help"], False), (["info", "x.png"], False),
+        (["batch", "x.txt"], False), (["a star", "--keep", "1m"], False),
+        (["a star", "--keep=1m", "--no-server"], True),
+    ],
+)  # fmt: skip
+def test_linking_begins_before_the_command_line_is_imported(words: list[str], begun: bool, tmp_path: Path) -> None:
+    code = """
+        import json, sys
+        import ldmcli.cli
+        from ldmcli.speed import linking
+
+        told = []
+        linking.link_ahead = lambda: told.append("click" in sys.modules)
+        ldmcli.cli.run = lambda arguments: 0
+        ldmcli.cli.os._exit = lambda code: print(json.dumps(told))
+        ldmcli.cli.main()
+    """
+    assert python(code, *words, LDM_SERVER=str(tmp_path / "none")) == ([False] if begun else [])
+    with socket.socket(socket.AF_UNIX) as served:
+        served.bind(str(tmp_path / "s"))
+        begun &= "--no-server" in words
+        assert python(code, *words, LDM_SERVER=str(tmp_path / "s")) == ([False] if begun else [])
 
 
 def test_the_torch_that_is_pinned_was_checked() -> None:
@@ -321,8 +351,9 @@ def test_a_large_models_commands_ask_for_large_pages(tmp_path: Path) -> None:
     code = """
         import json, sys
         import ldmcli.cli
+        from ldmcli.speed.cpu import heap
         asked = []
-        ldmcli.cli.ask_for_large_pages = lambda: asked.append(True)
+        heap.ask_for_large_pages = lambda: asked.append(True)
         ldmcli.cli.run = lambda arguments: 0
         ldmcli.cli.os._exit = lambda code: print(json.dumps(asked))
         ldmcli.cli.main()
