@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
+from ldmcli.frozen import frozen
 from ldmcli.spacings import RESPACED
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class CrossAttention(NamedTuple):
     heads: int
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class UNetConfig:
     """A cross-attention U-Net. Levels run from the finest to the coarsest; `attention[i]` is the number of transformer
     layers in each attention of level i (0: none), `heads[i]` the number of attention heads there; the middle, which has
@@ -80,7 +81,7 @@ class UNetConfig:
         return (*found, *[middle] * self.middle_attention)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class IPAdapterConfig:
     """An IP-Adapter for the cross-attentions `places`. `reads` "embedding": a picture's, of which a layer makes
     `tokens`; "patches": what an image encoder has of each of a picture's patches, `resampled` to so many tokens, or as
@@ -98,7 +99,7 @@ class IPAdapterConfig:
     inner: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class ImageEncoderConfig:
     """A CLIP vision tower for square pictures of `image_size` pixels, with its projection."""
 
@@ -117,7 +118,7 @@ class ImageEncoderConfig:
         return self.projection_dim if reads == "embedding" else self.hidden_size
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class ControlConfig:
     """A control network for a U-Net whose skips and middle have `outputs` channels; its own `encoder` may be narrower.
     It shrinks a picture's sides by 2 ** (len(hint_channels) - 1). `types` of pictures are told apart by a Union
@@ -138,7 +139,7 @@ class ControlConfig:
         return 2 ** (len(self.hint_channels) - 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class AdapterConfig:
     """A T2I-Adapter: `channels` of its maps, from the finest on, of pictures of so many `planes`, each `unshuffle`
     pixels of a side in one; the levels in `halving` halve the size first."""
@@ -167,7 +168,7 @@ class LatentScale:
         return latents + self.shift_factor if self.shift_factor else latents
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class VAEConfig(LatentScale):
     """A KL autoencoder; it shrinks each side by 2 ** (len(block_channels) - 1)."""
 
@@ -187,7 +188,7 @@ class VAEConfig(LatentScale):
         return 2 ** (len(self.block_channels) - 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class TinyVAEConfig(LatentScale):
     """TAESD's decoder: `blocks[i]` blocks at each resolution, from the latents' to the pixels', all of one width.
 
@@ -207,7 +208,7 @@ class TinyVAEConfig(LatentScale):
         return 2 ** (len(self.blocks) - 1)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class TextEncoderConfig:
     """A CLIP text transformer, and what of it the U-Net reads: the states `skipped_layers` before the last layer, with
     or without the final norm; and, where there is a `projection_dim`, the projected state of the end mark."""
@@ -229,7 +230,7 @@ class TextEncoderConfig:
     projection_dim: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Walk:
     """How a sampler computes on the steps it is given, where it can in more than one way; the usual is the default.
 
@@ -248,7 +249,7 @@ class Walk:
     timestep_scaling: float = 10.0
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class ScheduleConfig:
     """The training noise schedule and where sampling steps sit on it.
 
@@ -336,7 +337,7 @@ class ScheduleConfig:
         return [(distilled - i * distilled // steps) * stride - 1 for i in range(steps)]
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Defaults:
     """How a model is drawn with where the request does not say: its family's way, unless its folder says another."""
 
@@ -345,7 +346,7 @@ class Defaults:
     guidance_scale: float = 7.5
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class ModelConfig:
     """Everything needed to build a model before any weight is read."""
 

@@ -1,12 +1,12 @@
 """What a request says of the networks that steer it by pictures: control networks and adapters."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ldmcli.entries import MAX_STRENGTH, Reader, choice, entries, for_each, number, picture, text
 from ldmcli.errors import UsageError, printable
+from ldmcli.frozen import frozen
 
 CONTROL_FIELDS = (
     "control_net", "control_image", "control_strength", "control_start", "control_end", "control_mode",
@@ -27,7 +27,7 @@ _SOFT = 0.825  # what each coarser residual is weighted down by in soft modes, a
 _SOFT_MAPS = (0.25, 0.62, 0.825, 1.0)  # of T2I-Adapter, as AUTOMATIC1111 has them
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Control:
     """One network with its picture, `image`, a path or a file's bytes. It steers from the share `start` of the steps to
     the share `end`. `canny` are thresholds where the picture's edges are taken; `type` is a key of TYPES, or empty."""

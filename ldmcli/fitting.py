@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ldmcli import hires
 from ldmcli.control import Control, controls_of
 from ldmcli.errors import UsageError
+from ldmcli.frozen import frozen
 from ldmcli.image_prompt import ImagePrompt, image_prompts_of
 from ldmcli.sampling.catalogue import check_fit, sampler_named
 from ldmcli.spec import HIRES_FIELDS, IMAGE_GUIDANCE, PICTURES, STEERING, STRENGTH, GenerationRequest, LoRA
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ldmcli.config import ModelConfig
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class FittedRequest:
     """A request fitted to a model by `fit_to_model`: every field has a value, in the words of GenerationRequest.
 

@@ -1,11 +1,11 @@
 """What a request says of pictures that are prompts: IP-Adapters, each with its picture."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.entries import MAX_STRENGTH, Reader, choice, entries, for_each, number, picture, text
 from ldmcli.errors import UsageError
+from ldmcli.frozen import frozen
 
 if TYPE_CHECKING:
     from ldmcli.config import UNetConfig
@@ -24,7 +24,7 @@ _BLOCKS = {
 BLOCKS = ("all", "style", "layout")
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class ImagePrompt:
     """One IP-Adapter with its picture, a path or a file's bytes, and maybe a mask of where it counts; in which `blocks`
     of the U-Net is one of BLOCKS."""

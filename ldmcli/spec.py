@@ -22,6 +22,7 @@ from ldmcli.checks import (
 )
 from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.frozen import frozen
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.image_prompt import IP_ADAPTER_FIELDS, read_ip_adapter
 from ldmcli.sampling.catalogue import check_spacing, sampler_named
@@ -91,7 +92,7 @@ CHOICES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class LoRA:
     """A LoRA or another adapter: `name` is its file, its folder, ORG/NAME[/FILE] of the hub, or what it is called in
     the folder of LoRAs. `weight` scales its changes to the U-Net, `text_weight` those to the text encoders.
@@ -150,7 +151,7 @@ class LoRA:
         return cls(name, *((weights[0], weights[-1]) if weights else ()))
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class GenerationRequest:
     """What to draw, as asked; None means the model's own, which `fit_to_model` fills in. Sizes are in pixels.
 
@@ -323,7 +324,7 @@ class GenerationRequest:
         return cls(**fields)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class ModelSpec:
     """Which weights: a diffusers folder, a .safetensors file or a name of the hub each; `model` None is the embedded
     one. `vae` stands in place of the model's own. `prediction_type` overrides what the files say. `allow_pickle` lets
@@ -349,7 +350,7 @@ class ModelSpec:
         return dataclasses.replace(self, lora_dir=None, embedding_dir=None, upscaler=None)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class RuntimeSpec:
     """Where and how to compute, as asked for. `threads` None computes on a CPU with as many as suit the model, one a
     core at most; `cores` None may be all there are. `kernels`: this program's own (`triton` on a GPU; on a CPU

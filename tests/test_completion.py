@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cli_support import environment, ldm, ldm_here, until
 
-from ldmcli.cli import cli
+from ldmcli.cli.program import cli
 
 # Records what it is run with, unless a shell asks what there is.
 _LDM = f"""#!/bin/sh

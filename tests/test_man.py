@@ -7,7 +7,7 @@ import click
 import pytest
 from cli_support import ldm_here
 
-from ldmcli.cli import cli
+from ldmcli.cli.program import cli
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ldmcli.config import Defaults, UNetConfig
 from ldmcli.errors import BadDataError, printable
+from ldmcli.frozen import frozen
 
 Shapes = Mapping[str, tuple[int, ...]]
 _USUAL = Defaults()
@@ -18,7 +19,7 @@ _USUAL = Defaults()
 LCM_DEFAULTS = Defaults("lcm", steps=4, guidance_scale=8.0)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class TextPart:
     """One text encoder of a family: where a single file keeps it, in whose layout, and what of it the U-Net reads."""
 
@@ -30,7 +31,7 @@ class TextPart:
     layers: int | None = None  # of the full-size tower: with one less, converters have left out the one not read
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Family:
     """What a family's models share and shapes do not tell; sample sizes are in latents, that for v-prediction being
     another where given. A prediction type of None has to be found out from what the network computes."""
@@ -93,7 +94,7 @@ def family_of_unet(unet: UNetConfig) -> Family:
     return added.get(unet.added_numbers) or (SD2 if unet.linear_projection else SD1)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Kind:
     """One row: what a file is called, and what all has to hold of its tensors for it to be that."""
 

@@ -17,6 +17,7 @@ from ldmcli.checkpoints.folder_config import MAX_CONFIG_BYTES, Fields
 from ldmcli.config import Defaults, ScheduleConfig, Walk
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import BadDataError, printable
+from ldmcli.frozen import frozen
 from ldmcli.sampling.catalogue import SAMPLERS
 
 _log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ _CLIPS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class FolderSchedule:
     """What a folder's scheduler says: the noise schedule, how the model is drawn with, with a sentence where that is a
     guess, and what a user should know."""

@@ -28,6 +28,7 @@ from ldmcli.config import ModelConfig, TextEncoderConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import listing, read_json, read_text, shown
 from ldmcli.errors import BadDataError, MissingInputError, printable
+from ldmcli.frozen import frozen
 
 _log = logging.getLogger(__name__)
 EMBEDDED_NAME = "tiny-emoji"
@@ -40,7 +41,7 @@ _SNAPSHOT = re.compile(r"/models--(?:[^/]*--)?([^/]*)/snapshots/[^/]*")
 _Config = TypeVar("_Config", bound=NetworkConfig, covariant=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class PartSource(Generic[_Config]):
     """One network on disk: its keys begin with `prefix` and are, behind it, diffusers' or the `original` ones."""
 
@@ -61,7 +62,7 @@ class PartSource(Generic[_Config]):
         return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class ModelSource:
     """A model on disk: a diffusers folder, or one file in the original layout, whose `prefixes` tell a part's keys.
     Where a folder has its weights twice, `half` takes the fp16 variant of every part."""

@@ -11,6 +11,7 @@ from typing import Any
 from ldmcli.cli.terminal import show_file, write_result
 from ldmcli.disk.writing import check_replaceable, prepare_folder, write_exact, write_new
 from ldmcli.errors import UsageError, printable
+from ldmcli.frozen import frozen
 from ldmcli.images.formats import ENDINGS, FORMATS, Encoding, format_of_name
 from ldmcli.images.naming import NamePattern
 
@@ -18,7 +19,7 @@ STDOUT = "-"
 _OTHER_FORMATS = {".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Output:
     """A checked place for pictures. `path` None is standard output; `as_json` reports JSON lines instead of paths."""
 

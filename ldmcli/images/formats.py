@@ -1,12 +1,12 @@
 """The formats that pictures are written in and read from, by name, by a file's ending and by its first bytes."""
 
-import dataclasses
 import os
 import stat
 from pathlib import Path
 from typing import NamedTuple
 
 from ldmcli.errors import UsageError
+from ldmcli.frozen import frozen
 
 QUALITY = 90  # of JPEG, and of WebP with loss, unless asked
 _MAGIC_BYTES = 12  # of a file, by which its format is known
@@ -28,7 +28,7 @@ FORMATS = {
 ENDINGS = tuple(ending for known in FORMATS.values() for ending in known.endings)
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Encoding:
     """How a picture becomes a file: `format` is one of FORMATS; `quality` 1 to 100, for JPEG and WebP, None for the
     usual; `lossless` is for WebP. Raises UsageError for what the format has not."""

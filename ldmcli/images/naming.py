@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmcli.errors import UsageError, printable
+from ldmcli.frozen import frozen
 from ldmcli.spec import GenerationRequest
 
 OWN = ("row", "id", "number")  # what a pattern can hold beside the fields of a request
@@ -19,7 +20,7 @@ _UNSAFE = re.compile(r"[^\w.+=,@-]+", re.ASCII)
 SAFE_NAME = r"[\w+=,@][\w.+=,@-]{0,400}"
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class NamePattern:
     """How files are named: text and {FIELD} or {FIELD:FORMAT}, where FIELD is one of a request's, the `row` and the
     `number` of the picture, both from 1, or the row's `id`; FORMAT such as 05d, .1f, or .40 for so many characters.

@@ -1,16 +1,16 @@
 """The samplers there are, as data: what a user may ask of each. What they compute is in `ldmcli.sampling`."""
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.frozen import frozen
 from ldmcli.spacings import SPACINGS, TRAINED
 
 if TYPE_CHECKING:
     from ldmcli.config import ScheduleConfig
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Sampler:
     """One sampler: the name users type, the title that AUTOMATIC1111 gives it in a picture's metadata, one line.
 

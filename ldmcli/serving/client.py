@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldmcli.fitting import FittedRequest
+from ldmcli.frozen import frozen
 from ldmcli.images.formats import Encoding
 from ldmcli.named_files import named_files
 from ldmcli.serving.connection import Connection, GoneError, RefusedError
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class RemoteProgress:
     """How far pictures are that a server draws together, as `session.Progress` but for the latents."""
 

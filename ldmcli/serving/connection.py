@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import logging
 import os
 import socket
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ldmcli.errors import printable
+from ldmcli.frozen import frozen
 from ldmcli.serving.place import agreement, is_safe, peer_is_user, socket_path
 from ldmcli.serving.wire import receive, send
 
@@ -30,7 +30,7 @@ class RefusedError(Exception):
     """The server will not or cannot do it; why, its text says."""
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Greeting:
     """What a server says of itself: whether it draws what this program would, its version and its process."""
 

@@ -29,6 +29,7 @@ from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
 from ldmcli.fitting import FittedRequest, fit_to_model
+from ldmcli.frozen import frozen
 from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
 from ldmcli.named_files import if_there
 from ldmcli.remarks import warn_once
@@ -56,7 +57,7 @@ _MAX_STAMPED = 1000  # files of a folder
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler", "image_encoder")
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Opened:
     """What to draw with, as `spec` names it."""
 

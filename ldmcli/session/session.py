@@ -15,6 +15,7 @@ from ldmcli.config import UNDECIDED, ModelConfig
 from ldmcli.disk.hashes import user_hashes
 from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
+from ldmcli.frozen import frozen
 from ldmcli.images.formats import Encoding
 from ldmcli.named_files import shareable
 from ldmcli.session.opened import Opened, open_spec
@@ -39,7 +40,7 @@ class CancelledError(LdmError):
     """Drawing was cancelled by `Session.cancel`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@frozen
 class Progress:
     """How far pictures that are drawn together are: `done` of `steps`, from 0 on. What is written into `latents`
     (pictures, channels, height, width) is what the sampler goes on with. `preview` gives about what each picture is to
