@@ -26,7 +26,12 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run` has handlers: what an import prints helps nobody
     gc.disable()  # what imports make is there to stay
     _prepare(sys.argv[1:])
-    code = run(sys.argv[1:])
+    try:
+        code = run(sys.argv[1:])
+    except Exception:  # an error of ours; the interpreter's own way out would meet libraries that are half loaded
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(1)
     if code in (INTERRUPTED, TERMINATED):
         _die_of(code - 128)
     if "ray" in sys.modules and code != INTERRUPTED:
