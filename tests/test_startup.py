@@ -354,8 +354,7 @@ def test_a_large_models_commands_ask_for_large_pages(tmp_path: Path) -> None:
         from ldmcli.speed.cpu import heap
         asked = []
         heap.ask_for_large_pages = lambda: asked.append(True)
-        ldmcli.cli.run = lambda arguments: 0
-        ldmcli.cli.os._exit = lambda code: print(json.dumps(asked))
+        ldmcli.cli.run = lambda arguments: bool(print(json.dumps(asked), flush=True))
         ldmcli.cli.main()
     """
     for words, asked in ((("-m", "sd15"), True), (("--model=sd15",), True), ((), False)):
