@@ -28,7 +28,7 @@ def link_ahead() -> None:
     _linking.set()
     gc.disable()
     # To load a library, or look one up, is to wait for those on their way.
-    for name in (*_MEANWHILE, "tokenizers", "ldmcli.speed.cpu.heap"):
+    for name in _MEANWHILE:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     from ldmcli.speed.cpu.heap import keep_freed_memory
