@@ -69,6 +69,8 @@ def _seems_to_draw(words: Sequence[str]) -> bool:
     """Whether a command line that nobody has parsed yet is one that draws, and asks for no help."""
     if not words or COMPLETION in os.environ or not {*OWN_OPTIONS, "--help-all"}.isdisjoint(words):
         return False
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        return False  # `run` first fills these places, or a library's file could be in one of them
     return words[0] in _DRAWING or words[0] not in COMMANDS
 
 
@@ -81,7 +83,7 @@ def _seems_served(words: Sequence[str]) -> bool:
         return False
     try:
         return "LDM_KEEP" in os.environ or any(word.startswith("--keep") for word in words) or is_safe(socket_path())
-    except UsageError:
+    except (UsageError, OSError):  # of which the command line speaks
         return True
 
 
