@@ -21,8 +21,8 @@ from cli_support import assert_refused, ldm_here, pixels, tiny_model, until
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import ManifestWriter
 from ldmcli.batch.pictures import picture_path
-from ldmcli.cli import cli
 from ldmcli.cli.options import request_settings
+from ldmcli.cli.program import cli
 from ldmcli.gallery.html import visible
 from ldmcli.gallery.redraw import command
 from ldmcli.images.encode import encode_pixels

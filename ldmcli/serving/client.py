@@ -1,6 +1,5 @@
 """The client: a session whose model a server holds. Imports neither torch nor Pillow, nor what opens models."""
 
-import dataclasses
 import itertools
 import logging
 import os
