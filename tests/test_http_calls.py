@@ -177,6 +177,8 @@ def test_openais_fields_and_those_beyond() -> None:
     found, stream = read_generation(given)
     first = found.requests[0]
     assert stream
+    assert found.views == 2
+    assert read_generation(given | {"stream": False})[0].views == 0
     assert [request.seed for request in found.requests] == [3, 4]
     assert (first.width, first.height, first.steps, first.guidance_scale, first.sampler) == (512, 768, 4, 2.0, "ddim")
     assert (found.encoding.format, found.encoding.quality) == ("jpeg", 50)

@@ -152,6 +152,30 @@ def test_openais_client_streams(openai_client: Any) -> None:
     assert sorted(base64.b64decode(event.b64_json) for event in events) == sorted(wanted)
 
 
+def test_openais_client_sees_pictures_grow(openai_client: Any) -> None:
+    stream = openai_client.images.generate(
+        prompt=APPLE, model="tiny-emoji", n=2, stream=True, partial_images=3, extra_body={"seed": 3, "steps": 12}
+    )
+    events = list(stream)
+    assert {event.size for event in events} == {"64x64"}
+    done = [event for event in events if event.type == "image_generation.completed"]
+    views = [event for event in events if event.type == "image_generation.partial_image"]
+    assert len(done) == 2
+    for picture in done:
+        own = [event for event in views if event.seed == picture.seed]
+        assert [event.partial_image_index for event in own] == [0, 1, 2]
+        assert events.index(own[-1]) < events.index(picture)
+        off = [np.abs(opened(event).astype(int) - opened(picture)).mean() for event in own]
+        assert off[0] > off[2]
+
+
+def opened(event: Any) -> np.ndarray:
+    """The pixels that an event of a stream brings."""
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(event.b64_json))))
+
+
 def test_openais_client_edits(openai_client: Any) -> None:
     picture = drawn(APPLE, 7, steps=4)
     mask = masked((16, 16, 48, 48))

@@ -15,7 +15,7 @@ from ldmcli.spec import MAX_SEED, GenerationRequest
 class Asked:
     """Pictures to draw: `model` as the client calls it, None for the usual one; `keeps_model`: it is the usual one from
     then on; `warnings` say what changes nothing, a sentence each; `adapted` gives a request as it is meant for a
-    model."""
+    model; `views` is how often each picture is shown as it grows."""
 
     requests: Sequence[GenerationRequest]
     model: str | None = None
@@ -23,6 +23,7 @@ class Asked:
     warnings: Sequence[str] = ()
     keeps_model: bool = False
     adapted: Callable[[GenerationRequest, ModelConfig], GenerationRequest] = lambda request, config: request
+    views: int = 0
 
 
 def requests_of(settings: Mapping[str, Any], seed: int, count: int) -> list[GenerationRequest]:

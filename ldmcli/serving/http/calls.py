@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -26,16 +26,19 @@ from ldmcli.spec import ModelSpec, RuntimeSpec
 
 _READERS, _ENCODERS = 4, 2  # threads that unpack what is sent, and that make pictures files
 _T = TypeVar("_T")
+View = tuple[int, int, bytes]  # width, height and RGB of what a picture is to become
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A picture as a file, and its size in pixels; `place` is where it stands among those asked for."""
+    """A picture as a file, and its size in pixels; `place` is where it stands among those asked for. `view` None is the
+    picture itself; 0, 1, … what it was to become when it was looked at before."""
 
     place: int
     request: FittedRequest
     data: bytes
     size: tuple[int, int]
+    view: int | None = None
 
     @property
     def base64(self) -> str:
@@ -50,6 +53,7 @@ class Call:
         self.asked, self.model, self.session, self._worked = asked, model, session, worked
         self.warnings = list(asked.warnings)
         self.count = len(asked.requests)
+        self.requests: Sequence[FittedRequest] = ()
         self.drawn: list[Drawn] = []
         self.step = self.steps = 0
         self.started = time.time()
@@ -63,15 +67,18 @@ class Call:
             self.job.cancel()
 
     async def pictures(self) -> AsyncGenerator[Drawn]:
-        """The pictures as they come. Raises LdmError, CancelledError of a session after `cancel`; whoever ends it early
-        cancels the job."""
+        """The pictures as they come, each after its views. Raises LdmError, CancelledError of a session after `cancel`;
+        whoever ends it early cancels the job."""
         assert self.job is not None
         try:
             while len(self.drawn) < self.count:
                 arrived = await self._arrived.get()
                 if isinstance(arrived, Exception):
                     raise arrived
-                self.drawn.append(arrived)
+                if arrived.view is None:
+                    self.drawn.append(arrived)
+                elif any(arrived.place == each.place for each in self.drawn):
+                    continue  # it comes too late
                 yield arrived
         finally:
             self.job.cancel()  # which means nothing to one that is done
@@ -80,6 +87,15 @@ class Call:
 
     def on_step(self, progress: Progress) -> None:
         self.step, self.steps = progress.done, progress.steps
+
+    def views(self, progress: Progress) -> Iterator[tuple[int, int, View]]:
+        """What is to be shown after this step, evenly spread over all: number, picture's place, and how it looks."""
+        count = self.asked.views
+        for number in range(count):
+            if progress.done == round(progress.steps * (number + 1) / (count + 1)) < progress.steps:
+                for request, view in zip(progress.requests, progress.preview(), strict=False):
+                    for place in [i for i, own in enumerate(self.requests) if own is request]:
+                        yield number, place, view
 
     def on_warning(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING and len(self.warnings) < 100:
@@ -100,6 +116,22 @@ class Call:
             self._put(error)
         else:
             self._put(Drawn(place, picture.request, data, (width, height)))
+
+    def encode_view(self, number: int, place: int, view: View) -> None:
+        """Make a file of a view, as large as the picture will be."""
+        from PIL import Image
+
+        from ldmcli.images.encode import encode_image
+
+        width, height, pixels = view
+        request = self.requests[place]
+        try:
+            image = Image.frombytes("RGB", (width, height), pixels).resize(request.final_size, Image.Resampling.BICUBIC)
+            data = encode_image(image, {}, self.asked.encoding)
+        except Exception as error:
+            self._put(error)
+        else:
+            self._put(Drawn(place, request, data, request.final_size, number))
 
     def _put(self, arrived: Drawn | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the server has closed
@@ -161,13 +193,20 @@ class Calls:
             first = call.session.fit(call.asked.adapted(requests[0], call.session.config))
             check_size(*first.final_size, len(requests))
             call.asked.encoding.check_size(*first.final_size)
+            call.requests = [first.with_seed(request.seed) for request in requests]
+
+            def on_step(progress: Progress) -> None:
+                call.on_step(progress)
+                for view in call.views(progress):
+                    self._encoders.submit(call.encode_view, *view)
+
             try:
                 call.job = self.work.submit(
                     self.models[call.model],
                     self.runtime,
-                    [first.with_seed(request.seed) for request in requests],
+                    call.requests,
                     on_picture=lambda place, picture: self._encoders.submit(call.encode, place, picture),
-                    on_step=call.on_step,
+                    on_step=on_step,
                     on_warning=call.on_warning,
                     on_done=call.on_done,
                 )

@@ -74,13 +74,16 @@ def worded(refused: Refused) -> Response:
 
 
 async def _events(call: Call, kind: str) -> AsyncIterator[str]:
-    """Each picture as it is done; none before, which OpenAI's own leave out too when they are fast."""
+    """Each picture as it is done, and as often before as was asked for, unless it was faster than that."""
     try:
         async with contextlib.aclosing(call.pictures()) as pictures:
             async for drawn in pictures:
-                said = {"type": f"{kind}.completed", "created_at": int(time.time()), "quality": "auto"}
+                said = _picture(drawn) | _facts(call, drawn) | {"created_at": int(time.time()), "quality": "auto"}
+                if drawn.view is not None:
+                    yield _event(said | {"type": f"{kind}.partial_image", "partial_image_index": drawn.view})
+                    continue
                 warnings = {"warnings": call.warnings} if call.warnings else {}
-                yield _event(said | _picture(drawn) | _facts(call, drawn) | {"usage": _NO_TOKENS} | warnings)
+                yield _event(said | {"type": f"{kind}.completed", "usage": _NO_TOKENS} | warnings)
     except LdmError as error:
         yield _event({"type": "error", "error": {"message": str(error), "type": "server_error", "param": None}})
 

@@ -17,7 +17,8 @@ _MAX_N = 10
 _FORMATS = {"png": "png", "jpeg": "jpeg", "webp": "webp"}
 _QUALITIES = ("low", "medium", "high", "xhigh", "max", "hd", "standard", "auto")
 _USUAL = ("auto", "standard", "medium")
-_NO_MATTER = ("user", "safety_identifier", "moderation", "partial_images")  # of whom, and how much is shown before
+_NO_MATTER = ("user", "safety_identifier", "moderation")  # of whom
+_MAX_VIEWS = 3
 
 
 def read_generation(given: Mapping[str, Any]) -> tuple[Asked, bool]:
@@ -88,13 +89,16 @@ def _asked(values: Values, settings: Mapping[str, Any]) -> Asked:
     for name in ("style", "input_fidelity"):
         if name in values:
             warnings.append(f"{name} {printable(values.text(name, most=20))} changes nothing")
-    for name in (*_NO_MATTER, "stream"):
+    for name in _NO_MATTER:
         values.raw(name)
+    views = values.whole("partial_images", 0, _MAX_VIEWS) or 0
+    views = views if values.flag("stream") else 0
     model = values.text("model", most=500) or None
     seed, count = values.seed(), values.whole("n", 1, _MAX_N) or 1
     if unread := values.unread():
         raise _unknown(unread[0])
-    return Asked(requests_of(settings, seed, count), model, encoding, warnings)
+    requests = requests_of(settings, seed, count)
+    return Asked(requests, model, encoding, warnings, views=views)
 
 
 def _encoding(values: Values) -> Encoding:
