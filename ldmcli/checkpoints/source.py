@@ -21,7 +21,6 @@ from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
 from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
 from ldmcli.checkpoints.layout import GENERATION, INDEX, UPSCALER, WORD_LIST, stem_of, weight_names
-from ldmcli.checkpoints.single_file import config_of_file
 from ldmcli.conditioning.known_words import WordList
 from ldmcli.conditioning.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 from ldmcli.config import ModelConfig, TextEncoderConfig
@@ -192,6 +191,8 @@ def model_of_file(file: WeightFile, *, own_vae: bool = True) -> ModelSource:
     if ignored:
         said = list_keys("has tensors of no known part, which are ignored", ignored)
         _log.warning("%s %s", shown(file.path), said)
+    from ldmcli.checkpoints.single_file import config_of_file
+
     config = config_of_file(file, shapes, family)
     check_buildable(config, shown(file.path))
     return with_prediction_type(ModelSource(file.path, config, file, prefixes), config.schedule.prediction_type)

@@ -34,11 +34,8 @@ _SHOWN_LEFT = 20
 _WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler", "image_encoder")
 
 
-def read_again(picture: str | None) -> dict[str, Any] | None:
-    """A picture's record, or what takes its place in another program's picture; None without a picture. Raises as
-    `read_record` does."""
-    if picture is None:
-        return None
+def read_again(picture: str) -> dict[str, Any]:
+    """A picture's record, or what takes its place in another program's picture. Raises as `read_record` does."""
     from ldmcli.images.metadata import read_record
 
     try:
@@ -94,10 +91,10 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
         record["model"].pop("upscaler_sha256", None)
 
 
-def skips_otherwise(context: click.Context, record: dict[str, Any] | None, family: str) -> bool:
+def skips_otherwise(context: click.Context, record: dict[str, Any], family: str) -> bool:
     """Whether clip_skip comes from a picture of another program, and is one more there than here: SDXL never reads the
     last layer, which others count."""
-    if record is None or "made_by" not in record or not family.startswith("Stable Diffusion XL"):
+    if "made_by" not in record or not family.startswith("Stable Diffusion XL"):
         return False
     return context.get_parameter_source("clip_skip") is not ParameterSource.COMMANDLINE
 

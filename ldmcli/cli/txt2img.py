@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from ldmcli.cli.again import compare_networks, read_again, skips_otherwise, take_over
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
 from ldmcli.cli.command import command
 from ldmcli.cli.option_types import Seed, Whole
@@ -47,6 +46,7 @@ from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
+from ldmcli.speed.linking import link_ahead, settle_down
 from ldmcli.stopwatch import process_age
 
 if TYPE_CHECKING:
@@ -120,8 +120,11 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     # 1. The request: from the command line, over that of a picture.
     chosen = {name: options[name] for name in ("image_format", "quality", "lossless")}
     encoding, of_row = choose_encoding(options["output"], **chosen), options["count"]
-    record = read_again(options["from_image"])
-    if record:
+    record = None
+    if options["from_image"] is not None:
+        from ldmcli.cli.again import compare_networks, read_again, skips_otherwise, take_over
+
+        record = read_again(options["from_image"])
         take_over(context, options, record)
         if not prompts:
             prompts, options["dynamic_prompts"] = (record["request"]["prompt"],), False  # it is drawn already
@@ -130,11 +133,9 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     preview = preview_steps(options)
     # 2. What the model is, from its headers; then every check that needs no weights.
     session = _open(options, record, encoding, preview)
-    if skips_otherwise(context, record, session.family):
+    if record and skips_otherwise(context, record, session.family):
         requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
     if not session.remote:
-        from ldmcli.speed.linking import link_ahead
-
         link_ahead()
     fitted = _checked(requests, session, encoding, eager=STDIN not in prompts)
     first = next(fitted, None)
@@ -166,10 +167,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         session = _with_runtime(session, record)
         session.stopwatch.add("imports", process_age())
         session.load([first])
-    if not session.remote:
-        from ldmcli.speed.linking import settle_down
-
-        settle_down()
+    settle_down()
     session.begin_hashing()
     with contextlib.closing(StepBar(previews)) as bar, _Written(session, output, encoding, options, record) as written:
         drawn = written.checked(_counted(first, fitted, options))

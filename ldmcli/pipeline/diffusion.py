@@ -24,7 +24,6 @@ from ldmcli.sampling.guidance import (
     within,
 )
 from ldmcli.sampling.schedule import Step
-from ldmcli.speed.cuda.graph import Graphs, recorded
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
     from ldmcli.adapters.merging import Merger
     from ldmcli.pipeline.controlling import Steering
+    from ldmcli.speed.cuda.graph import Graphs
 
 _ALWAYS = (0.0, float("inf"))  # the guidance interval that leaves out no step
 
@@ -46,7 +46,7 @@ class DiffusionModel:
     unet: UNet
     prompts: PromptEncoder
     call: Callable[..., Tensor] | None = None
-    graphs: Graphs | None = None
+    graphs: "Graphs | None" = None
     merger: "Merger | None" = None  # where adapters were merged
 
     def adapt(self, uses: "Sequence[Use]", stage: Stage) -> None:
@@ -118,6 +118,7 @@ class DiffusionModel:
                 model = in_interval(interval, model, prepared([], positive))
         if self.graphs is None:
             return model
+        from ldmcli.speed.cuda.graph import recorded
 
         def form(step: Step) -> tuple[object, ...]:
             return is_pair and within(interval, step), steering and steering.form(step)

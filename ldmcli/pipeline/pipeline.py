@@ -15,7 +15,6 @@ from ldmcli.errors import NotFiniteError
 from ldmcli.fitting import FittedRequest
 from ldmcli.hires import LATENT
 from ldmcli.networks.taesd import TinyVAE
-from ldmcli.networks.tiling import decode_tiled, encode_tiled
 from ldmcli.networks.vae import AutoencoderKL, DiagonalGaussian
 from ldmcli.pipeline.diffusion import DiffusionModel
 from ldmcli.pipeline.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels
@@ -192,7 +191,11 @@ class Pipeline:
         assert encoder is not None
         self.stage.bring(encoder)
         dtype = next(encoder.parameters()).dtype
-        encode = functools.partial(encode_tiled, encoder) if self.tile_vae else encoder.encode
+        encode = encoder.encode
+        if self.tile_vae:
+            from ldmcli.networks.tiling import encode_tiled
+
+            encode = functools.partial(encode_tiled, encoder)
         with self.stopwatch.phase("vae"):
             return [encode(one.to(dtype, memory_format=torch.channels_last)) for one in pictures.split(1)]
 
@@ -257,7 +260,11 @@ class Pipeline:
         """Images (1, 3, height, width) in about -1…1."""
         self.stage.bring(self.vae)
         latents = self.vae.config.unscaled(latents).to(dtype, memory_format=torch.channels_last)
-        return (decode_tiled(self.vae, latents) if self.tile_vae else self.vae.decode(latents)).float()
+        if not self.tile_vae:
+            return self.vae.decode(latents).float()
+        from ldmcli.networks.tiling import decode_tiled
+
+        return decode_tiled(self.vae, latents).float()
 
     def offload(self) -> None:
         """From now on hold only the part at work on the device, the others in host memory. Adapters are to be merged

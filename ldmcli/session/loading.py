@@ -25,8 +25,6 @@ from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
 from ldmcli.pipeline.steering import Networks, Steerers, encoder_dtype
 from ldmcli.session.opened import Opened
-from ldmcli.speed.compiled import compiled
-from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
@@ -232,6 +230,13 @@ def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage:
 def _model(source: ModelSource, runtime: Runtime, stage: Stage, unet: UNet, prompts: PromptEncoder) -> DiffusionModel:
     unet = runtime.prepare(unet)
     stage.add(unet)
-    call = compiled(unet, runtime.device) if runtime.compile else None
-    graphs = Graphs(CudaRecorder(runtime.device), [unet]) if runtime.cuda_graph else None
+    call = graphs = None
+    if runtime.compile:
+        from ldmcli.speed.compiled import compiled
+
+        call = compiled(unet, runtime.device)
+    if runtime.cuda_graph:
+        from ldmcli.speed.cuda.graph import CudaRecorder, Graphs
+
+        graphs = Graphs(CudaRecorder(runtime.device), [unet])
     return DiffusionModel(source.config, runtime, unet, prompts, call, graphs)

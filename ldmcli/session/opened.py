@@ -18,7 +18,6 @@ from ldmcli.checkpoints.source import (
     open_model,
     with_prediction_type,
 )
-from ldmcli.checkpoints.vae_source import open_vae
 from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
 from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.syntax import parse
@@ -344,8 +343,11 @@ def open_spec(spec: ModelSpec, *, half: bool, fetched: Mapping[str, str] | None 
     _log.debug("%s: %s, prediction type %s", model.name, config.family, config.schedule.prediction_type)
     for note in config.notes:
         warn_once(_log, note)
-    vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle) if spec.vae is not None else None
-    refiner = None
+    vae = refiner = None
+    if spec.vae is not None:
+        from ldmcli.checkpoints.vae_source import open_vae
+
+        vae = open_vae(located(spec.vae), config, allow_pickle=spec.allow_pickle)
     if spec.refiner is not None:
         refiner = open_model(located(spec.refiner), allow_pickle=spec.allow_pickle, own_vae=False)
         _check_refiner(model, refiner)

@@ -18,8 +18,6 @@ from ldmcli.networks.attention import ATTENTIONS, NEED_CUDA, REMOVED, check_xfor
 from ldmcli.networks.unet import Encoder, UNet
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.cpu.onednn import lay_out
-from ldmcli.speed.cuda.fused import compile_ahead, fuse, in_planes
-from ldmcli.speed.cuda.kernels import kernels_work
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 USUAL = RuntimeSpec()
@@ -73,7 +71,10 @@ class Runtime:
             # A U-Net's upsamplers are a twentieth of its work, and their folded weights a sixteenth more memory. Its
             # layers are called at every step, a VAE's in most runs once.
             made = lay_out(module, fold=not steps, fewer_products=self.kernels != "torch", at_once=steps)
-        elif self._kernels_work(next(module.parameters()).dtype):
+            return cast(_Module, made)
+        from ldmcli.speed.cuda.fused import fuse, in_planes
+
+        if self._kernels_work(next(module.parameters()).dtype):
             made = fuse(module)
         elif isinstance(module, Encoder):
             made = in_planes(module)
@@ -83,6 +84,9 @@ class Runtime:
         """Try this program's own GPU kernels, where they are to compute, and compile them for `parts` of the model, on
         meta, with their number types and the pixels of their maps: beside the reading of weights."""
         if self.device.type == "cuda" and self.kernels != "torch" and not self.compile:
+            from ldmcli.speed.cuda.fused import compile_ahead
+            from ldmcli.speed.cuda.kernels import kernels_work
+
             ahead = [
                 in_background(functools.partial(compile_ahead, part, self.device, dtype, pixels), "compile")
                 for part, dtype, pixels in parts()
@@ -96,6 +100,8 @@ class Runtime:
         work."""
         if self.kernels == "torch":
             return False
+        from ldmcli.speed.cuda.kernels import kernels_work
+
         works = kernels_work(self.device, dtype)
         if not works and self.kernels == "triton":
             raise UsageError("--kernels triton cannot be used here (see above); use --kernels auto or torch.")
