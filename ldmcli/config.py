@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,11 @@ class CrossAttention(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """A cross-attention U-Net. Levels run from the finest to the coarsest; `attention[i]` is the number of transformer
-    layers in each attention of level i (0: none), `heads[i]` the number of attention heads there; the middle, which has
-    the coarsest level's width and heads, always attends, with `middle_attention` layers."""
+    """A U-Net. Levels run from the finest to the coarsest; `attention[i]` is the number of transformer layers in each
+    attention of level i (0: none), `heads[i]` the number of attention heads there; the middle, which has the coarsest
+    level's width and heads, always attends, with `middle_attention` layers. With a `context_dim` of 0 there is nothing
+    to attend to but the map itself: each attention is then one plain layer. Where `only_cross_attention`, both
+    attentions of a level's transformer layers are to the context."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -45,13 +47,19 @@ class UNetConfig:
     added_numbers: int = 0  # sizes and the like that are added with it, each as `added_number_dim` sinusoids
     added_number_dim: int = 256
     guidance_dim: int | None = None  # sinusoids of the guidance scale, for models distilled to read it (LCM)
+    only_cross_attention: tuple[bool, ...] = ()  # of each level; (): of none
+    scale_shift: bool = False  # the time step scales and shifts the second norm of a resnet, instead of being added
+    resnet_resampling: bool = False  # resnets halve and double the size, instead of a convolution each
+    classes: int = 0  # how many class labels have an embedding that is added to the time embedding
+    joins: str | None = None  # what it reads behind the latents, where numbers of channels do not tell
 
     @property
     def reads(self) -> str:
         """What it reads in input channels behind the latents: "" nothing; "mask" a mask and the latents of the rest, to
-        inpaint; "image" the latents of a picture, to edit it; "depth" a depth map; "unknown" something else."""
+        inpaint; "image" the latents of a picture, to edit it; "depth" a depth map; "map" a semantic map; "unknown"
+        something else."""
         kinds = {0: "", self.out_channels + 1: "mask", self.out_channels: "image", 1: "depth"}
-        return kinds.get(self.in_channels - self.out_channels, "unknown")
+        return kinds.get(self.in_channels - self.out_channels, "unknown") if self.joins is None else self.joins
 
     @property
     def skip_channels(self) -> tuple[int, ...]:
@@ -65,6 +73,8 @@ class UNetConfig:
     @property
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         """Every one, in the order of diffusers' attention processors: the way down, the way up, the middle."""
+        if not self.context_dim:
+            return ()
         found: list[CrossAttention] = []
         levels = range(len(self.block_channels))
         for way, order, count in (
@@ -227,6 +237,41 @@ class TextEncoderConfig:
     skipped_layers: int = 0
     final_norm: bool = True
     projection_dim: int | None = None
+    head_dim: int | None = None  # where it is not the width's share of each head
+    causal: bool = True  # tokens attend to none behind them
+    attention_bias: bool = True  # of queries, keys and values
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutConfig(TextEncoderConfig):
+    """A transformer over the tokens of a layout, of which there are `max_length`: objects and their corners."""
+
+    kind: ClassVar[str] = "layout"
+    part: str = "layout_encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassesConfig:
+    """A table of class embeddings, of `hidden_size` each. `null` is the one that stands for no class, which guidance
+    needs."""
+
+    kind: ClassVar[str] = "label"
+    classes: int
+    hidden_size: int
+    null: int | None = None
+    part: str = "class_embedder"
+
+
+@dataclasses.dataclass(frozen=True)
+class MapConfig:
+    """Semantic maps of so many `classes` as `channels` that join the latents: halved as often as the autoencoder
+    does."""
+
+    kind: ClassVar[str] = "map"
+    classes: int
+    channels: int
+    halvings: int
+    part: str = "map_encoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,6 +402,12 @@ class ModelConfig:
     zero_empty_negative: bool = False  # an empty negative prompt is zeros, not the encoded empty text
     defaults: Defaults = Defaults()
     notes: tuple[str, ...] = ()  # what whoever draws with it should hear once
+    conditioner: LayoutConfig | ClassesConfig | MapConfig | None = None  # of what it is conditioned on beside prompts
+
+    @property
+    def condition(self) -> str:
+        """What a request has to say for it: "text", "label", "layout", "map", or "" nothing."""
+        return "text" if self.text_encoders else self.conditioner.kind if self.conditioner else ""
 
     def pools(self, text: TextEncoderConfig) -> bool:
         """Whether `text`, one of the text encoders, gives the pooled prompts that the U-Net reads: the last does."""

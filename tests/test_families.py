@@ -112,7 +112,7 @@ OTHERS: list[tuple[str, Shapes]] = [
     ("SDXL checkpoint without its VAE", SDXL_UNET | SDXL_TEXT),
     ("SDXL checkpoint without its text encoders", SDXL_UNET | VAE),
     ("SDXL U-Net only (original keys)", SDXL_UNET),
-    ("latent diffusion model with a BERT text encoder",
+    ("unknown",
      SD1_UNET | VAE | keys("cond_stage_model.transformer.attn_layers.layers.0.0.weight")),
     ("Stable Diffusion image-variations model", SD1_UNET | VAE | keys("cond_stage_model.model.visual.conv1.weight")),
     ("Stable Diffusion 1.x checkpoint without its text encoder", SD1_UNET | VAE),
@@ -181,7 +181,7 @@ def test_messages_read_as_sentences() -> None:
     )
     assert message(original_unet(7, linear=True) | VAE | OPEN_CLIP) == (
         "model.safetensors looks like Stable Diffusion 2.x upscaler (7 input channels); this version reads Stable "
-        "Diffusion 1.x, 2.x and XL with 4, 5, 8 or 9 input channels."
+        "Diffusion 1.x, 2.x and XL and the latent diffusion paper's models."
     )
     assert "an IP-Adapter" in message(keys("image_proj.a", "ip_adapter.b"))
 

@@ -8,7 +8,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.config import (
+    ClassesConfig,
+    LayoutConfig,
+    MapConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from ldmcli.errors import BadDataError
 from ldmcli.spec import MAX_SIZE
 
@@ -44,6 +53,8 @@ def betas_of(schedule: ScheduleConfig) -> Sequence[float]:
 
 def _faults(config: ModelConfig) -> Iterator[str]:
     unet, vae, texts = config.unet, config.vae, config.text_encoders
+    if isinstance(config.conditioner, TextEncoderConfig):
+        texts = (*texts, config.conditioner)
     parts: list[tuple[str, Any]] = [("U-Net", unet), ("VAE", vae), *(("text encoder", text) for text in texts)]
     for name, part in parts:
         # Shapes with a 0 among them may say anything else without a byte of data; torch's sizes have 64 bits.
@@ -73,7 +84,7 @@ def _faults(config: ModelConfig) -> Iterator[str]:
 def _unet_faults(unet: UNetConfig) -> Iterator[str]:
     if unet.reads == "unknown":
         yield f"the U-Net takes {unet.in_channels} latent channels and gives {unet.out_channels}"
-    if not any(unet.attention):
+    if unet.context_dim and not any(unet.attention):
         yield "no level of the U-Net attends to the text"
     deepest = max(*unet.attention, unet.middle_attention)
     if deepest > _MAX_LAYERS:
@@ -99,7 +110,7 @@ def _vae_faults(vae: VAEConfig) -> Iterator[str]:
 
 
 def _text_faults(text: TextEncoderConfig) -> Iterator[str]:
-    if text.hidden_size % text.heads:
+    if text.head_dim is None and text.hidden_size % text.heads:
         yield f"the text encoder's width {text.hidden_size} does not divide into {text.heads} attention heads"
     if text.layers <= text.skipped_layers:
         yield f"the text encoder has {text.layers} layers, not enough to read one before the last"
@@ -124,14 +135,21 @@ def _schedule_faults(schedule: ScheduleConfig) -> Iterator[str]:
 def _fit_faults(config: ModelConfig) -> Iterator[str]:
     """What keeps the parts from fitting together."""
     unet, vae, texts = config.unet, config.vae, config.text_encoders
-    width, pooled = sum(text.hidden_size for text in texts), texts[-1].projection_dim or 0
+    width, pooled = sum(text.hidden_size for text in texts), texts[-1].projection_dim or 0 if texts else 0
+    writes = "the text encoder writes" if len(texts) == 1 else "the text encoders write"
+    if isinstance(config.conditioner, LayoutConfig | ClassesConfig):
+        width, writes = config.conditioner.hidden_size, f"the {config.conditioner.kind} encoder writes"
     if unet.context_dim != width:
-        writes = "the text encoder writes" if len(texts) == 1 else "the text encoders write"
         yield f"the U-Net reads contexts of width {unet.context_dim}, {writes} {width}; {_APART}"
     if unet.pooled_dim not in (0, pooled):
         yield f"the U-Net reads pooled prompts of width {unet.pooled_dim}, the text encoder writes {pooled}; {_APART}"
     if len({text.max_length for text in texts}) > 1:
         yield "the text encoders read different numbers of tokens"
+    if (
+        isinstance(config.conditioner, MapConfig)
+        and unet.in_channels - unet.out_channels != config.conditioner.channels
+    ):
+        yield f"the U-Net takes {unet.in_channels} channels, which are not its latents and those of the map; {_APART}"
     if unet.out_channels != vae.latent_channels:
         yield f"the U-Net takes {unet.out_channels} latent channels, the VAE has {vae.latent_channels}; {_APART}"
     if config.default_size > MAX_SIZE:

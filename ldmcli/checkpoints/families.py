@@ -31,16 +31,28 @@ class TextPart:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConditionPart:
+    """What encodes a family's conditions other than prompts: the kind of its configuration, and where a single file
+    keeps it."""
+
+    kind: str
+    part: str
+    prefix: str = "cond_stage_model."
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """What a family's models share and shapes do not tell; sample sizes are in latents, that for v-prediction being
-    another where given. A prediction type of None has to be found out from what the network computes."""
+    another where given. A prediction type of None has to be found out from what the network computes; a scaling factor
+    of None stands in the file, or is 1. `averaged`: drawn with weights averaged over training, where the file has
+    them. `joins` is as in UNetConfig, and `betas` those of the first and the last training step."""
 
     name: str
     texts: tuple[TextPart, ...]
     heads: int | None = None  # attention heads on every level of the U-Net, or …
     head_dim: int = 64  # … their width
     norm_groups: int = 32
-    scaling_factor: float = 0.18215
+    scaling_factor: float | None = 0.18215
     force_upcast: bool = False
     sample_size: int = 64
     v_sample_size: int | None = None
@@ -48,6 +60,10 @@ class Family:
     added_numbers: int = 0
     zero_empty_negative: bool = False
     defaults: Defaults = _USUAL
+    conditioner: ConditionPart | None = None
+    averaged: bool = False
+    joins: str | None = None
+    betas: tuple[float, float] = (0.00085, 0.012)
 
 
 _CLIP_L = TextPart("text_encoder", "cond_stage_model.transformer.")
@@ -75,7 +91,38 @@ REFINER = dataclasses.replace(
     SDXL, name="Stable Diffusion XL refiner", texts=_REFINER_TEXTS, added_numbers=5, zero_empty_negative=False
 )
 SD2_NOISE = dataclasses.replace(SD2, prediction_type="epsilon")  # as those for inpainting and for depth were trained
-FAMILIES = (SD1, SD2, SDXL, REFINER)
+# The models of the latent diffusion paper (Rombach et al. 2022, appendix).
+_BERT = TextPart("text_encoder", "cond_stage_model.transformer.", "bert")
+_UNGUIDED = Defaults(guidance_scale=1.0)
+TEXT_LDM = Family("text-to-image latent diffusion (1.45B)", (_BERT,), heads=8, sample_size=32,
+                  defaults=Defaults(guidance_scale=5.0))  # fmt: skip
+_LDM = Family(
+    "unconditional latent diffusion",
+    (),
+    head_dim=32,
+    scaling_factor=None,
+    averaged=True,
+    betas=(0.0015, 0.0195),
+    defaults=_UNGUIDED,
+)
+_CLASSES = ConditionPart("label", "class_embedder")
+PAPER = (
+    TEXT_LDM,
+    dataclasses.replace(_LDM, name="text-to-image latent diffusion (256)", texts=(_BERT,)),
+    _LDM,
+    dataclasses.replace(
+        _LDM, name="unconditional latent diffusion (scale-shift)", heads=8, sample_size=32, betas=(0.0015, 0.0155)
+    ),
+    dataclasses.replace(_LDM, name="class-conditional latent diffusion", sample_size=32, conditioner=_CLASSES),
+    dataclasses.replace(_LDM, name="class-conditional latent diffusion (v2)", heads=1, averaged=False,
+                        conditioner=_CLASSES, defaults=Defaults(guidance_scale=3.0)),
+    dataclasses.replace(_LDM, name="layout-to-image latent diffusion", betas=(0.0015, 0.0205),
+                        conditioner=ConditionPart("layout", "layout_encoder", "cond_stage_model.transformer.")),
+    dataclasses.replace(_LDM, name="semantic synthesis latent diffusion", heads=8, joins="map", betas=(0.0015, 0.0205),
+                        conditioner=ConditionPart("map", "map_encoder")),
+)  # fmt: skip
+_TEXT_256, _UNCONDITIONAL, _SCALE_SHIFT, _CLASS, _CLASS_V2, _LAYOUT, _SEMANTIC = PAPER[1:]
+FAMILIES = (SD1, SD2, SDXL, REFINER, *PAPER)
 # By the width of the text that cross-attention reads.
 CONTEXTS = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
 EMBEDDING = "textual-inversion embedding"
@@ -83,7 +130,7 @@ EMBEDDING = "textual-inversion embedding"
 CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER = "ControlNet", "Control-LoRA", "ControlNet Union", "T2I-Adapter"
 IP_ADAPTER = "IP-Adapter"  # named with --ip-adapter
 STEERING = (CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER)
-READ = "Stable Diffusion 1.x, 2.x and XL"  # what can be drawn with, in errors
+READ = "Stable Diffusion 1.x, 2.x and XL and the latent diffusion paper's models"  # what can be drawn with, in errors
 
 
 def family_of_unet(unet: UNetConfig) -> Family:
@@ -102,6 +149,7 @@ class Kind:
     parts: tuple[str, ...] = ()  # one of these is inside some key
     keys: tuple[str, ...] = ()  # one of these is a key
     without: tuple[str, ...] = ()  # none of these begins a key
+    without_parts: tuple[str, ...] = ()  # none of these is inside any key
     channels: int | None = None  # that the U-Net takes
     linear: bool | None = None  # whether its attention projects by linear layers; else by 1×1 convolutions
     at_most: int | None = None  # tensors in the file
@@ -109,6 +157,8 @@ class Kind:
     family: Family | None = None  # the family to read it as
     cure: str = "name the whole model's file or folder"
     lacks_vae: bool = False  # whole but for that
+    joined: int | None = None  # channels that the U-Net takes beyond those it gives
+    rows: tuple[str, int] | None = None  # a tensor and how many rows it has
 
 
 def _kinds(*rows: tuple[str, ...], whole: bool = False, cure: str = Kind.cure) -> tuple[Kind, ...]:
@@ -118,6 +168,7 @@ def _kinds(*rows: tuple[str, ...], whole: bool = False, cure: str = Kind.cure) -
 
 _UNET = "model.diffusion_model."
 _FIRST = (f"{_UNET}input_blocks.0.0.weight", "conv_in.weight")  # (channels, input channels, 3, 3), in either layout
+_LAST = f"{_UNET}out.2.weight"
 _MIDDLE = (f"{_UNET}middle_block.1.proj_in.weight", "mid_block.attentions.0.proj_in.weight")
 _CLIP = (
     "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
@@ -128,6 +179,11 @@ _PARTS = (f"{_UNET}input_blocks.", f"{_UNET}middle_block.", _VAE_DECODER)
 _SD2 = (_UNET, "cond_stage_model.model.transformer.resblocks.")
 _LABEL = f"{_UNET}label_emb."
 _XL = (_UNET, "conditioner.embedders.1.")
+_BERTS = (*_PARTS, "cond_stage_model.transformer.attn_layers.")
+_PROMPT = ("cond_stage_model.transformer.pos_emb.emb.weight", 77)  # layouts have other numbers of tokens
+_CLASS_KEYS = ("cond_stage_model.embedding.weight",)
+_PLAIN = (f"{_UNET}middle_block.1.qkv.weight",)  # attention that reads no context
+_UNCONDITIONED = ("cond_stage_model.", "conditioner.", _LABEL)
 _FOLDER_UNET = ("conv_in.", "time_embedding.", "down_blocks.")
 _FOLDER_XL = (*_FOLDER_UNET, "add_embedding.")
 _MERGE = "this version does not apply it; name the whole model it was made for"
@@ -167,8 +223,15 @@ _ORIGINAL = (
          lacks_vae=True),
     Kind("SDXL checkpoint without its text encoders", (_LABEL, _VAE), without=("conditioner.",)),
     Kind("Stable Diffusion 2.x checkpoint without its VAE", _SD2, without=(_VAE,), cure=_NAME_VAE, lacks_vae=True),
-    Kind("latent diffusion model with a BERT text encoder", (*_PARTS, "cond_stage_model.transformer.attn_layers."),
-         whole=True),
+    Kind(TEXT_LDM.name, _BERTS, channels=4, rows=_PROMPT, family=TEXT_LDM),
+    Kind(_TEXT_256.name, _BERTS, joined=0, rows=_PROMPT, family=_TEXT_256),
+    Kind(_LAYOUT.name, _BERTS, joined=0, family=_LAYOUT),
+    Kind(_CLASS_V2.name, _PARTS, keys=_CLASS_KEYS, channels=3, family=_CLASS_V2),
+    Kind(_CLASS.name, _PARTS, keys=_CLASS_KEYS, joined=0, family=_CLASS),
+    Kind(_SEMANTIC.name, (*_PARTS, "cond_stage_model.channel_mapper."), keys=_PLAIN, family=_SEMANTIC),
+    Kind(_SCALE_SHIFT.name, _PARTS, keys=_PLAIN, without_parts=(".0.op.",), joined=0,
+         without=_UNCONDITIONED, family=_SCALE_SHIFT),
+    Kind(_UNCONDITIONAL.name, _PARTS, keys=_PLAIN, joined=0, without=_UNCONDITIONED, family=_UNCONDITIONAL),
     Kind("Stable Diffusion image-variations model", (*_PARTS, "cond_stage_model.model.visual."), whole=True),
     Kind("Stable Diffusion 1.x checkpoint without its text encoder", _PARTS,
          without=("cond_stage_model.", "conditioner.", _LABEL), linear=False),
@@ -266,9 +329,7 @@ def require_family(shapes: Shapes, path: Path, *, own_vae: bool = True) -> Famil
     if kind is None:
         raise BadDataError(f"{shown} is no model this version knows ({_first_keys(shapes)}); it reads {READ}.")
     if kind.whole:
-        raise BadDataError(
-            f"{shown} looks like {kind.name}; this version reads {READ} with 4, 5, 8 or 9 input channels."
-        )
+        raise BadDataError(f"{shown} looks like {kind.name}; this version reads {READ}.")
     raise BadDataError(f"{shown} is {with_article(kind.name)}, not a whole model; {kind.cure}.")
 
 
@@ -300,9 +361,12 @@ def _find(shapes: Shapes) -> Kind | None:
             and not any(begins(prefix) for prefix in kind.without)
             and (not kind.keys or any(key in shapes for key in kind.keys))
             and (kind.channels is None or first[1:2] == (kind.channels,))
+            and (kind.joined is None or first[1:2] == (shapes.get(_LAST, (-1,))[0] + kind.joined,))
+            and (kind.rows is None or shapes.get(kind.rows[0], ())[:1] == kind.rows[1:])
             and (kind.linear is None or len(middle) == (2 if kind.linear else 4))
             and (kind.at_most is None or len(shapes) <= kind.at_most)
             and (not kind.parts or any(part in key for key in ordered for part in kind.parts))
+            and not any(part in key for key in ordered for part in kind.without_parts)
         )
 
     return next((kind for kind in KINDS if fits(kind)), None)

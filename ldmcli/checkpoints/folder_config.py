@@ -190,7 +190,7 @@ def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNe
     )
 
 
-def _added(fields: Fields, pooled_dim: int) -> dict[str, int]:
+def _added(fields: Fields, pooled_dim: int) -> dict[str, Any]:
     """What SDXL adds to the time step: a pooled prompt of `pooled_dim`, and six numbers or, in its refiner, five."""
     if fields.get("addition_embed_type") is None:
         return {}

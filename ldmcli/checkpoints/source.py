@@ -19,7 +19,7 @@ from ldmcli.checkpoints.buildable import check_buildable
 from ldmcli.checkpoints.families import FAMILIES, READ, family_of_unet, require_family
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
-from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
+from ldmcli.checkpoints.key_map import EMA_PREFIX, IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
 from ldmcli.checkpoints.layout import GENERATION, INDEX, UPSCALER, WORD_LIST, stem_of, weight_names
 from ldmcli.checkpoints.single_file import config_of_file
 from ldmcli.conditioning.known_words import WordList
@@ -50,6 +50,7 @@ class PartSource(Generic[_Config]):
     files: tuple[WeightFile, ...]
     prefix: str = ""
     original: bool = False
+    dotless: bool = False  # the names behind the prefix have lost their dots
 
     def keys(self) -> dict[str, WeightFile]:
         """Every tensor key of the part, as it stands on disk, with the file it is in."""
@@ -89,14 +90,21 @@ class ModelSource:
     @property
     def parts(self) -> tuple[str, ...]:
         """The networks it is made of, by the names of their folders in a diffusers model."""
-        return ("unet", "vae", *(text.part for text in self.config.text_encoders))
+        return tuple(self._configs)
+
+    @property
+    def _configs(self) -> dict[str, Any]:
+        config, more = self.config, (self.config.conditioner,) if self.config.conditioner else ()
+        encoders = {each.part: each for each in (*config.text_encoders, *more)}
+        return {"unet": config.unet, "vae": config.vae, **encoders}
 
     def part(self, name: str) -> PartSource[Any]:
         """One of `parts`."""
-        configs = {"unet": self.config.unet, "vae": self.config.vae, **{t.part: t for t in self.config.text_encoders}}
-        config = configs[name]
+        config = self._configs[name]
         if self.single_file:
-            return PartSource(name, self.path, config, (self.single_file,), self.prefixes[name], original=True)
+            prefix = self.prefixes[name]
+            dotless = prefix == EMA_PREFIX
+            return PartSource(name, self.path, config, (self.single_file,), prefix, original=True, dotless=dotless)
         key = name, self.half
         if key not in self._opened:
             opened = open_part(self.path / name, name, half=self.half, allow_pickle=self.allow_pickle)
@@ -186,7 +194,11 @@ def model_of_file(file: WeightFile, *, own_vae: bool = True) -> ModelSource:
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     family = require_family(shapes, file.path, own_vae=own_vae)
     prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.part: text.prefix for text in family.texts}}
+    if family.conditioner:
+        prefixes[family.conditioner.part] = family.conditioner.prefix
     known = tuple(prefixes.values())
+    if family.averaged and any(key.startswith(EMA_PREFIX) for key in shapes):
+        prefixes["unet"] = EMA_PREFIX
     ignored = [key for key in file.tensors if not key.startswith(known) and not IGNORED_ORIGINAL.match(key)]
     if ignored:
         said = list_keys("has tensors of no known part, which are ignored", ignored)

@@ -18,7 +18,7 @@ from ldmcli.checkpoints.files import open_weights
 from ldmcli.checkpoints.folder_config import MAX_CONFIG_BYTES, vae_config
 from ldmcli.checkpoints.key_map import TINY_PREFIX, VAE_PREFIX
 from ldmcli.checkpoints.layout import INDEX
-from ldmcli.checkpoints.single_file import named_shape_errors, vae_from_shapes
+from ldmcli.checkpoints.single_file import named_shape_errors, scaling_of_file, vae_from_shapes
 from ldmcli.checkpoints.source import PartSource, list_keys, open_part
 from ldmcli.config import ModelConfig, TinyVAEConfig, VAEConfig
 from ldmcli.disk.opening import bad_file, read_json, shown
@@ -88,7 +88,8 @@ def _open_file(path: Path, usual: VAEConfig, allow_pickle: bool) -> PartSource[V
         if f"{prefix}decoder.conv_in.weight" in shapes:
             original = not any(key.startswith(f"{prefix}decoder.up_blocks.") for key in shapes)
             with contextlib.suppress(BadDataError):  # raised for all but whole checkpoints
-                usual = dataclasses.replace(usual, scaling_factor=require_family(shapes, path).scaling_factor)
+                scaling_factor = scaling_of_file(file, require_family(shapes, path))
+                usual = dataclasses.replace(usual, scaling_factor=scaling_factor)
             return PartSource("vae", path, _kl_config(path, shapes, prefix, usual), (file,), prefix, original)
     kind = describe_single_file(shapes)
     if kind == "TAESD":

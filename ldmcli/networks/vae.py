@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmcli.config import VAEConfig
-from ldmcli.networks.attention import Attention
+from ldmcli.networks.attention import PixelAttention
 from ldmcli.networks.layers import Downsample, ResnetBlock, Upsample
 
 _EPS = 1e-6
@@ -38,20 +38,6 @@ class DiagonalGaussian:
         """KL divergence (batch,) from the standard normal, summed over latent values, in nats."""
         terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
         return 0.5 * terms.sum(dim=(1, 2, 3))
-
-
-class PixelAttention(Attention):
-    """One head over all pixels of a feature map (batch, channels, height, width), added to it."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__(channels, 1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        height, width = x.shape[2:]
-        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
-        h = super().forward(h, self.project(h))
-        return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 class MidBlock(nn.Module):

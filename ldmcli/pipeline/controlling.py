@@ -102,6 +102,7 @@ class Steering:
             if part.positive_only and positive is None:
                 continue
             alone = part.positive_only and negative is not None
+            assert both.context is not None
             groups = len(both.context) // len(part.pictures)  # of all pictures each: negative prompts', and prompts'
             own = positive if alone else both
             assert own is not None

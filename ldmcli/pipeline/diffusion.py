@@ -108,7 +108,7 @@ class DiffusionModel:
             negative = [*map(without_channels, negative), *negative]
         if not is_pair:
             model = prepared([], positive)
-        elif negative[0].context.shape == positive[0].context.shape:
+        elif negative[0].tokens == positive[0].tokens:
             model = prepared(negative, positive)
         else:
             model = paired(prepared(negative, []), prepared([], positive), len(positive))

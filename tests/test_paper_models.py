@@ -1,0 +1,77 @@
+"""The models of the latent diffusion paper: told apart, loaded whole."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from paper_models import PUBLISHED, UNET, Model, shapes_of, small, unet_shapes, write_model
+
+from ldmcli.checkpoints.families import PAPER, describe_single_file
+from ldmcli.checkpoints.key_map import disk_names, stacked_heads
+from ldmcli.checkpoints.load import load_unet, on_meta
+from ldmcli.checkpoints.single_file import unet_from_shapes
+from ldmcli.checkpoints.source import open_model
+from ldmcli.networks.unet import UNet
+
+FAMILIES = dict(
+    zip(
+        ("txt2img-1p4B", "text2img256", "celeba256", "churches256", "cin256", "cin256-v2", "layout2img", "semantic"),
+        PAPER,
+        strict=True,
+    )
+)
+NAMES = sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_unets_have_every_key_and_no_other(name: str) -> None:
+    shapes = unet_shapes(PUBLISHED[name])
+    config = unet_from_shapes(shapes, 0)
+    unet = on_meta(lambda: UNet(config))
+    wanted = {key: tuple(tensor.shape) for key, tensor in unet.state_dict().items()}
+    names = disk_names(wanted, config, original=True)
+    assert {name for found in names.values() for name in found} | {"out.2.weight", "out.2.bias"} == set(shapes)
+    assert round(sum(map(math.prod, shapes.values())) / 1e6, 1) == PUBLISHED[name].parameters
+    sizes = {key: math.prod(shape) for key, shape in shapes.items()}
+    for key, shape in wanted.items():
+        if "conv_out" not in key:
+            sizes[names[key][0]] -= math.prod(shape)
+    assert not any(size for key, size in sizes.items() if not key.startswith("out.2"))
+
+
+@pytest.mark.parametrize("whole", [PUBLISHED, {name: small(name) for name in NAMES}], ids=["published", "small"])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_told_by_its_structure(name: str, whole: dict[str, Model]) -> None:
+    shapes = shapes_of(whole[name]) | {"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}
+    assert describe_single_file(shapes) == FAMILIES[name].name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_models_load_with_the_weights_that_are_drawn_with(name: str, tmp_path: Path) -> None:
+    model = small(name)
+    source = open_model(write_model(tmp_path / "model.safetensors", model))
+    unet = load_unet(source, torch.device("cpu"), torch.float32)
+    drawn = source.single_file
+    assert drawn is not None
+    key = "model_ema.diffusion_modelout2weight" if model.averaged else f"{UNET}out.2.weight"
+    from safetensors import safe_open
+
+    with safe_open(drawn.path, "pt") as file:
+        assert torch.equal(unet.conv_out.weight, file.get_tensor(key))
+
+
+def test_queries_keys_and_values_of_each_head_are_taken_from_its_rows(tmp_path: Path) -> None:
+    model = small("celeba256")
+    source = open_model(write_model(tmp_path / "model.safetensors", model))
+    unet = load_unet(source, torch.device("cpu"), torch.float32)
+    attention = unet.mid_block.attentions[0]
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        rows = file.get_tensor("model_ema.diffusion_modelmiddle_block1qkvweight")[:, :, 0]
+    heads = stacked_heads("mid_block.attentions.0.to_q.weight", unet.config)
+    assert heads == 128 // 32
+    per_head = rows.reshape(heads, 3, 32, 128)
+    for i, layer in enumerate((attention.to_q, attention.to_k, attention.to_v)):  # type: ignore[union-attr]
+        assert torch.equal(layer.weight.reshape(heads, 32, 128), per_head[:, i])
