@@ -179,7 +179,9 @@ class LatentScale:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(LatentScale):
-    """A KL autoencoder; it shrinks each side by 2 ** (len(block_channels) - 1)."""
+    """An autoencoder; it shrinks each side by 2 ** (len(block_channels) - 1). `attention` says which levels attend,
+    from the finest on (none where it is empty). `codes` is the size of the codebook of a VQ autoencoder, 0 for a KL
+    one. Encoder and decoder have `inner_channels` where these are not the latents' (0)."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -190,6 +192,10 @@ class VAEConfig(LatentScale):
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
     force_upcast: bool = False  # its activations overflow fp16
+    attention: tuple[bool, ...] = ()
+    middle_attention: bool = True
+    codes: int = 0
+    inner_channels: int = 0
 
     @property
     def factor(self) -> int:

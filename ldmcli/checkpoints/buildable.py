@@ -51,25 +51,21 @@ def betas_of(schedule: ScheduleConfig) -> Sequence[float]:
     return [(start + i * stride) ** (1 / power) for i in range(schedule.training_steps)]
 
 
+def check_autoencoder(vae: VAEConfig, shown: str) -> None:
+    """Raise BadDataError saying what is wrong with the autoencoder that `shown` names, if anything is."""
+    fault = next(_vae_faults(vae), None)
+    if fault:
+        raise BadDataError(f"{shown}: {fault}.")
+
+
 def _faults(config: ModelConfig) -> Iterator[str]:
     unet, vae, texts = config.unet, config.vae, config.text_encoders
     if isinstance(config.conditioner, TextEncoderConfig):
         texts = (*texts, config.conditioner)
-    parts: list[tuple[str, Any]] = [("U-Net", unet), ("VAE", vae), *(("text encoder", text) for text in texts)]
-    for name, part in parts:
-        # Shapes with a 0 among them may say anything else without a byte of data; torch's sizes have 64 bits.
-        values = (value if isinstance(value, tuple) else (value,) for value in dataclasses.astuple(part))
-        largest = max(number for numbers in values for number in numbers if isinstance(number, int))
-        if largest > _MAX_DIMENSION:
-            yield f"the {name} has a dimension of {largest}, more than {_MAX_DIMENSION}"
-    layers_of_texts = [("text encoder", text.layers) for text in texts]
-    for name, layers in (("U-Net", unet.layers_per_block), ("VAE", vae.layers_per_block), *layers_of_texts):
-        if not 1 <= layers <= _MAX_LAYERS:
-            yield f"the {name} has {layers} layers in one place; 1 to {_MAX_LAYERS} can be run"
-    for name, net in (("U-Net", unet), ("VAE", vae)):
-        uneven = [width for width in net.block_channels if width < 1 or width % net.norm_groups]
-        if uneven:
-            yield f"the {name}'s {uneven[0]} channels do not divide into {net.norm_groups} norm groups"
+    yield from _size_faults("U-Net", unet, unet.layers_per_block)
+    for text in texts:
+        yield from _size_faults("text encoder", text, text.layers)
+    yield from _norm_faults("U-Net", unet)
     for name, eps in (("U-Net", unet.norm_eps), *(("text encoder", text.norm_eps) for text in texts)):
         if not 0 < eps < 1:
             yield f"the {name}'s norm_eps is {eps:g}, not between 0 and 1"
@@ -79,6 +75,22 @@ def _faults(config: ModelConfig) -> Iterator[str]:
         yield from _text_faults(text)
     yield from _schedule_faults(config.schedule)
     yield from _fit_faults(config)
+
+
+def _size_faults(name: str, part: Any, layers: int) -> Iterator[str]:
+    # Shapes with a 0 among them may say anything else without a byte of data; torch's sizes have 64 bits.
+    values = (value if isinstance(value, tuple) else (value,) for value in dataclasses.astuple(part))
+    largest = max(number for numbers in values for number in numbers if isinstance(number, int))
+    if largest > _MAX_DIMENSION:
+        yield f"the {name} has a dimension of {largest}, more than {_MAX_DIMENSION}"
+    if not 1 <= layers <= _MAX_LAYERS:
+        yield f"the {name} has {layers} layers in one place; 1 to {_MAX_LAYERS} can be run"
+
+
+def _norm_faults(name: str, net: UNetConfig | VAEConfig) -> Iterator[str]:
+    uneven = [width for width in net.block_channels if width < 1 or width % net.norm_groups]
+    if uneven:
+        yield f"the {name}'s {uneven[0]} channels do not divide into {net.norm_groups} norm groups"
 
 
 def _unet_faults(unet: UNetConfig) -> Iterator[str]:
@@ -101,6 +113,10 @@ def _unet_faults(unet: UNetConfig) -> Iterator[str]:
 
 
 def _vae_faults(vae: VAEConfig) -> Iterator[str]:
+    yield from _size_faults("VAE", vae, vae.layers_per_block)
+    yield from _norm_faults("VAE", vae)
+    if vae.latent_channels < 1:
+        yield "the VAE's latents have no channels"
     if (vae.in_channels, vae.out_channels) != (3, 3):
         yield f"the VAE's pictures have {vae.in_channels} and {vae.out_channels} channels, not red, green and blue"
     if not 1 <= len(vae.block_channels) <= _MAX_VAE_LEVELS:

@@ -130,6 +130,8 @@ EMBEDDING = "textual-inversion embedding"
 CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER = "ControlNet", "Control-LoRA", "ControlNet Union", "T2I-Adapter"
 IP_ADAPTER = "IP-Adapter"  # named with --ip-adapter
 STEERING = (CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER)
+KL_AUTOENCODER, VQ_AUTOENCODER = "VAE only", "VQ autoencoder only"
+AUTOENCODERS = (KL_AUTOENCODER, VQ_AUTOENCODER)
 READ = "Stable Diffusion 1.x, 2.x and XL and the latent diffusion paper's models"  # what can be drawn with, in errors
 
 
@@ -277,6 +279,7 @@ _ADAPTERS = (
     Kind("AnimateDiff motion module", parts=(".motion_modules.",), without=("conv_in.", _UNET), cure=_MERGE),
 )
 
+_WITHOUT_MODEL = ("model.", "cond_stage_model.", "conditioner.")
 _PARTS_ALONE = (
     Kind("U-Net only (original keys)", (_PARTS[0],), without=(_VAE,)),
     Kind("SDXL inpainting U-Net (9 input channels, diffusers keys)", _FOLDER_XL, channels=9),
@@ -284,16 +287,18 @@ _PARTS_ALONE = (
     Kind("Stable Diffusion inpainting U-Net (9 input channels, diffusers keys)", _FOLDER_UNET, channels=9),
     Kind("instruct-pix2pix U-Net (8 input channels, diffusers keys)", _FOLDER_UNET, channels=8),
     Kind("Stable Diffusion 2.x U-Net (diffusers keys)", _FOLDER_UNET, linear=True),
+    Kind(VQ_AUTOENCODER, (f"{_VAE}quantize.embedding.", _VAE_DECODER), without=_WITHOUT_MODEL),
+    Kind(VQ_AUTOENCODER, ("quantize.embedding.", "decoder.conv_in.")),
     Kind("TAESD", ("encoder.layers.", "decoder.layers."), without=("text_model.",)),
-    Kind("VAE only", (_VAE,), without=("model.", "cond_stage_model.", "conditioner.")),
+    Kind(KL_AUTOENCODER, (_VAE,), without=_WITHOUT_MODEL),
     Kind("CLIP text encoder only", ("cond_stage_model.",), without=("model.", _VAE)),
     *_kinds(
         ("U-Net only (original keys)", "input_blocks.", "middle_block.", "output_blocks."),
         ("U-Net only (diffusers keys)", *_FOLDER_UNET),
         ("TAESD", "taesd_"),
         ("TAESD", "3.conv.0.", "3.conv.2."),  # taesd_decoder.safetensors, taesd_encoder.safetensors
-        ("VAE only", "encoder.conv_in.", "decoder.conv_in."),
-        ("VAE only", "decoder.conv_in.", "decoder.conv_out."),
+        (KL_AUTOENCODER, "encoder.conv_in.", "decoder.conv_in."),
+        (KL_AUTOENCODER, "decoder.conv_in.", "decoder.conv_out."),
         ("CLIP model (text and image encoder)", "text_model.", "vision_model."),
         ("CLIP model (text and image encoder)", "visual.", "transformer.resblocks."),
         ("CLIP text encoder only", "text_model.encoder.", "text_model.embeddings."),

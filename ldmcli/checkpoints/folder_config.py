@@ -36,9 +36,14 @@ _UNET_USUAL: dict[str, tuple[Any, ...]] = {
 }
 _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+_VAE_DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+_VAE_UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+VQ_CLASS = "VQModel"
 _VAE_USUAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("mid_block_add_attention", "use_post_quant_conv", "use_quant_conv"), (True,)),
+    **dict.fromkeys(("use_post_quant_conv", "use_quant_conv"), (True,)),
     "act_fn": ("silu", "swish"),
+    "lookup_from_codebook": (False,),
+    "norm_type": ("group",),
     "shift_factor": (None, 0),
     "latents_mean": (None,),
 }
@@ -206,21 +211,32 @@ def _added(fields: Fields, pooled_dim: int) -> dict[str, Any]:
 
 
 def vae_config(path: Path) -> VAEConfig:
-    """The autoencoder that `vae/config.json` describes."""
+    """The autoencoder, diffusers' AutoencoderKL or VQModel, that `config.json` describes."""
     fields = Fields(path)
     fields.require(_VAE_USUAL)
+    quantizes = fields.get("_class_name") == VQ_CLASS
     channels = fields.wholes("block_out_channels", (64,))
-    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        fields.names(name, (kind,) * len(channels), (kind,))
+    levels = len(channels)
+    down = fields.names("down_block_types", (_VAE_DOWN[0],) * levels, _VAE_DOWN)
+    up = fields.names("up_block_types", (_VAE_UP[0],) * levels, _VAE_UP)
+    attention = tuple(kind == _VAE_DOWN[1] for kind in down)
+    if attention != tuple(kind == _VAE_UP[1] for kind in reversed(up)):
+        raise BadDataError(f"{fields.shown}: down_block_types and up_block_types do not mirror each other.")
+    inner = fields.whole("latent_channels", 3 if quantizes else 4)
+    latents = fields.whole("vq_embed_dim", inner) if quantizes and fields.get("vq_embed_dim") is not None else inner
     return VAEConfig(
         in_channels=fields.whole("in_channels", 3),
         out_channels=fields.whole("out_channels", 3),
-        latent_channels=fields.whole("latent_channels", 4),
+        latent_channels=latents,
         block_channels=channels,
         layers_per_block=fields.whole("layers_per_block", 1),
         norm_groups=fields.whole("norm_num_groups", 32),
-        scaling_factor=fields.number("scaling_factor", 0.18215),
-        force_upcast=fields.flag("force_upcast", True),
+        scaling_factor=fields.number("scaling_factor", 1.0 if quantizes else 0.18215),
+        force_upcast=fields.flag("force_upcast", not quantizes),
+        attention=attention if any(attention) else (),
+        middle_attention=fields.flag("mid_block_add_attention", True),
+        codes=fields.whole("num_vq_embeddings", 256) if quantizes else 0,
+        inner_channels=0 if inner == latents else inner,
     )
 
 

@@ -274,6 +274,7 @@ def _vae_blocks(config: VAEConfig) -> dict[str, str]:
             canonical = f"{half}.{ways}_blocks.{level}."
             for layer in range(config.layers_per_block + layers):
                 table[f"{canonical}resnets.{layer}."] = f"{original}block.{layer}."
+                table[f"{canonical}attentions.{layer}."] = f"{original}attn.{layer}."
             table[f"{canonical}{ways}samplers.0.conv."] = f"{original}{ways}sample.conv."
     return table
 

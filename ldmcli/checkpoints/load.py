@@ -22,7 +22,7 @@ from ldmcli.errors import BadDataError
 from ldmcli.networks.clip import TextTransformer
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
-from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.networks.vae import Autoencoder, autoencoder_of
 
 _log = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -48,7 +48,7 @@ def load_vae(
     *,
     encoder: bool = True,
     decoder: bool = True,
-) -> AutoencoderKL | TinyVAE:
+) -> Autoencoder | TinyVAE:
     """A model's autoencoder, or one by itself; without its `encoder`, two fifths of it, where pictures are only drawn;
     or without its `decoder`."""
     part = source.part("vae") if isinstance(source, ModelSource) else source
@@ -57,7 +57,7 @@ def load_vae(
         return fill(on_meta(lambda: TinyVAE(config)), part, device, dtype)
     halves = {"encoder.": encoder, "quant_conv.": encoder, "decoder.": decoder, "post_quant_conv.": decoder}
     unread = tuple(f"{part.prefix}{name}" for name, wanted in halves.items() if not wanted)
-    return fill(on_meta(lambda: AutoencoderKL(config, encoder=encoder, decoder=decoder)), part, device, dtype, unread)
+    return fill(on_meta(lambda: autoencoder_of(config, encoder=encoder, decoder=decoder)), part, device, dtype, unread)
 
 
 def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.dtype) -> list[TextEncoder]:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import operator
 import re
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,7 @@ _TYPES = _YAML_TYPES | {
 _VELOCITY_KEYS = ("ss_v_parameterization", "v_parameterization", "v_pred", "modelspec.v_pred")
 _ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "rescale_betas_zero_snr", "modelspec.ztsnr")
 _LEVELS = "alphas_cumprod"
-_SCALE = "scale_factor"
+_SCALE, _SCALE_ROUNDING = "scale_factor", 4e-3  # of the coarsest type, bfloat16
 # How far from the usual schedule levels stored in a type may lie and still be it, rounded: a share, and at least.
 _ROUNDING = {"F16": (2e-3, 0.0), "BF16": (1e-2, 0.0)}
 _ROUNDING |= {"F8_E4M3": (0.07, 1e-3), "F8_E4M3FNUZ": (0.07, 1e-3), "F8_E5M2": (0.13, 0.0), "F8_E5M2FNUZ": (0.13, 0.0)}
@@ -94,10 +95,15 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
 
 
 def scaling_of_file(file: WeightFile, family: Family) -> float:
-    """The scaling factor of a family's latents: the file's own where the family has none."""
-    if family.scaling_factor is not None:
-        return family.scaling_factor
-    return read_numbers(file, _SCALE, 1)[0] if _SCALE in file.tensors else 1.0
+    """The scale of a family's latents: what the file's model was trained with (CompVis' `scale_by_std`) where it says
+    so, unless that is the family's, rounded. Raises BadDataError where it is none."""
+    usual = 1.0 if family.scaling_factor is None else family.scaling_factor
+    if _SCALE not in file.tensors:
+        return usual
+    scale = read_numbers(file, _SCALE, 1)
+    if len(scale) != 1 or not 0 < scale[0] < math.inf:
+        raise bad_file(file.path, f"has a {_SCALE} that is no number above 0", _AGAIN)
+    return usual if math.isclose(scale[0], usual, rel_tol=_SCALE_ROUNDING) else scale[0]
 
 
 @contextlib.contextmanager
@@ -189,13 +195,20 @@ def vae_from_shapes(shapes: Shapes, usual: VAEConfig) -> VAEConfig:
     """An autoencoder's dimensions from its decoder's tensors in the original layout, without prefix; an encoder may be
     missing, and what shapes do not tell is as in `usual`. Raises as `named_shape_errors` expects it."""
     levels = count_of(shapes, r"decoder\.up\.(\d+)\.")
+    inner, channels = shapes["post_quant_conv.weight"][:2]
+    attention = tuple(f"decoder.up.{i}.attn.0.q.weight" in shapes for i in range(levels))
+    codes = shapes.get("quantize.embedding.weight", (0,))[0]
     return dataclasses.replace(
         usual,
         in_channels=shapes["encoder.conv_in.weight"][1] if "encoder.conv_in.weight" in shapes else 3,
         out_channels=shapes["decoder.conv_out.weight"][0],
-        latent_channels=shapes["post_quant_conv.weight"][0],
+        latent_channels=channels,
         block_channels=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)),
         layers_per_block=count_of(shapes, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
+        attention=attention if any(attention) else (),
+        middle_attention="decoder.mid.attn_1.q.weight" in shapes,
+        codes=codes,
+        inner_channels=0 if inner == channels else inner,
     )
 
 

@@ -305,6 +305,7 @@ image_options = together(*_IMAGE)  # which picture to draw on: IMAGE_FIELDS
 hires_options = together(*_HIRES)  # how to draw again in a larger size: HIRES_FIELDS
 model_options = together(*_MODEL)  # with which weights
 device_options = together(*_RUNTIME[:2])  # --dtype and --device alone
+tiling_option = _RUNTIME[-1]
 runtime_options = together(*_RUNTIME)  # where and how to compute
 
 

@@ -1,11 +1,9 @@
 """`ldm upscale`: pictures in, larger pictures out."""
 
 import contextlib
-import dataclasses
 import logging
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,11 +22,10 @@ from ldmcli.cli.options import (
     server_options,
     verbosity_options,
 )
-from ldmcli.cli.output import Output, choose_encoding, open_output
+from ldmcli.cli.output import Output, choose_encoding, in_folder, open_output
 from ldmcli.cli.resident import find_server
 from ldmcli.cli.terminal import bar, loading
 from ldmcli.disk.opening import open_regular
-from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.spec import RuntimeSpec
@@ -149,12 +146,7 @@ def _outputs(sources: Sequence[Path], encoding: Encoding, options: dict[str, Any
         raise UsageError("-o - takes one picture, and there are more; give a folder to -o.")
     if output.path is None or output.is_file:
         return [output]
-    places = [output.path / f"{source.stem}{encoding.ending}" for source in sources]
-    for place, count in Counter(places).items():
-        if count > 1:
-            raise UsageError(f"{count} pictures would be written to {printable(str(place))}; enlarge them apart.")
-        check_replaceable(place, overwrite=overwrite)
-    return [dataclasses.replace(output, path=place, is_file=True) for place in places]
+    return in_folder(output, [f"{source.stem}{encoding.ending}" for source in sources])
 
 
 class _Work:

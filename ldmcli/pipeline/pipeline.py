@@ -16,7 +16,7 @@ from ldmcli.fitting import FittedRequest
 from ldmcli.hires import LATENT
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.tiling import decode_tiled, encode_tiled
-from ldmcli.networks.vae import AutoencoderKL, DiagonalGaussian
+from ldmcli.networks.vae import Autoencoder, Posterior
 from ldmcli.pipeline.diffusion import DiffusionModel
 from ldmcli.pipeline.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels
 from ldmcli.pipeline.starting import Earlier, Starter, as_image, canvases_of
@@ -56,15 +56,15 @@ class Pipeline:
 
     runtime: Runtime
     model: DiffusionModel
-    vae: AutoencoderKL | TinyVAE
-    read_encoder: Callable[[], AutoencoderKL]
+    vae: Autoencoder | TinyVAE
+    read_encoder: Callable[[], Autoencoder]
     read_upscaler: ReadUpscaler
     networks: Steerers
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     stage: Stage = dataclasses.field(default_factory=Stage)
-    _encoder: AutoencoderKL | None = None
+    _encoder: Autoencoder | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -176,7 +176,7 @@ class Pipeline:
         """The likeliest latents of pictures, as the autoencoder has them: not scaled."""
         return torch.cat([each.mean for each in self._posteriors(pictures)])
 
-    def _posteriors(self, pictures: Tensor) -> "list[DiagonalGaussian]":
+    def _posteriors(self, pictures: Tensor) -> "list[Posterior]":
         """What the autoencoder makes of pictures (batch, 3, height, width) in -1…1: one at a time, as in decoding."""
         if self._encoder is None:
             with torch.inference_mode(False):  # weights of that mode cannot be converted outside it
@@ -189,7 +189,7 @@ class Pipeline:
         with self.stopwatch.phase("vae"):
             return [encode(one.to(dtype, memory_format=torch.channels_last)) for one in pictures.split(1)]
 
-    def take_encoder(self, encoder: AutoencoderKL) -> None:
+    def take_encoder(self, encoder: Autoencoder) -> None:
         """Read pictures with this half of an autoencoder from now on."""
         self._encoder = encoder.to(next(self.vae.parameters()).dtype) if not self.runtime.half else encoder
         self.stage.add(encoder)

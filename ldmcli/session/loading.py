@@ -20,7 +20,7 @@ from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
-from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.networks.vae import Autoencoder
 from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
 from ldmcli.pipeline.steering import Networks, Steerers, encoder_dtype
 from ldmcli.session.opened import Opened
@@ -148,17 +148,17 @@ def _read_unet(source: ModelSource, own: UNet | None, runtime: Runtime, stage: S
     return in_background(read, "read U-Net")
 
 
-def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> AutoencoderKL | TinyVAE:
+def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> Autoencoder | TinyVAE:
     torch.set_num_threads(1)
     vae = opened.vae or opened.model.part("vae")
     return load_vae(vae, device, runtime.vae_dtype(vae.config), encoder=False)
 
 
-def _load_encoder(opened: Opened, runtime: Runtime, stage: Stage) -> AutoencoderKL:
+def _load_encoder(opened: Opened, runtime: Runtime, stage: Stage) -> Autoencoder:
     """The encoding half of the autoencoder, which pictures are read with."""
     part = opened.encoder
     encoder = load_vae(part, stage.home, runtime.vae_dtype(part.config), decoder=False)
-    assert isinstance(encoder, AutoencoderKL)
+    assert isinstance(encoder, Autoencoder)
     return runtime.prepare(encoder)
 
 

@@ -90,6 +90,8 @@ def _vae_key(key: str, levels: int) -> str:
     for pattern, replacement in (
         (r"encoder\.down_blocks\.(\d)", r"encoder.down.\1"),
         (r"\.resnets\.(\d)\.(?=.*)", r".block.\1."),
+        (r"decoder\.up\.(\d)\.attentions\.(\d)\.", r"decoder.up.\1.attn.\2."),
+        (r"encoder\.down\.(\d)\.attentions\.(\d)\.", r"encoder.down.\1.attn.\2."),
         (r"\.(down|up)samplers\.0\.", r".\1sample."),
         (r"mid_block\.block\.0", "mid.block_1"),
         (r"mid_block\.block\.1", "mid.block_2"),
