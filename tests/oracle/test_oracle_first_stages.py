@@ -11,7 +11,7 @@ from oracle.compvis_layout import vae_state
 from oracle.make_first_stages import CODES, NARROW, SIZE, digest, stride
 from oracle.seeded import seeded_pixels, seeded_state
 from oracle.test_key_lists import write_hollow
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldmcli.checkpoints.key_map import disk_names
@@ -123,6 +123,13 @@ def test_as_diffusers(name: str, theirs: Any, file: Path, picture: Tensor, tmp_p
         assert relative(vae.decode(wanted), theirs.decode(wanted).sample) < TOLERANCE
     assert relative(encode_tiled(vae, picture).mean, wanted) < TOLERANCE
     assert relative(decode_tiled(vae, wanted), theirs.decode(wanted).sample) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_inside_a_checkpoint(name: str, file: Path, picture: Tensor, tmp_path: Path) -> None:
+    state = {f"first_stage_model.{key}": tensor for key, tensor in load_file(file).items()}
+    save_file(state | {"model_ema.decay": torch.zeros(()), "betas": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    assert apart(loaded(tmp_path / "model.safetensors").encode(picture).mean, FACTS[name]["latents"]) < TOLERANCE
 
 
 def test_every_tensor_of_the_published_file_has_its_place(name: str, tmp_path: Path) -> None:
