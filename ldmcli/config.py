@@ -255,6 +255,16 @@ class LayoutConfig(TextEncoderConfig):
     kind: ClassVar[str] = "layout"
     part: str = "layout_encoder"
 
+    @property
+    def nothing(self) -> int:
+        """The token that stands for no object; those below are classes, or places."""
+        return self.vocab_size - 1
+
+    @property
+    def objects(self) -> int:
+        """How many there may be: each takes three tokens, and two say what of the whole picture is drawn."""
+        return (self.max_length - 2) // 3
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassesConfig:

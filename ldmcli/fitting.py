@@ -5,15 +5,26 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ldmcli import hires
-from ldmcli.config import ModelConfig
+from ldmcli.conditions import CONDITION_FIELDS, Box, Label
+from ldmcli.config import ClassesConfig, LayoutConfig, ModelConfig
 from ldmcli.control import Control, controls_of
-from ldmcli.errors import UsageError
+from ldmcli.errors import UsageError, printable
 from ldmcli.image_prompt import ImagePrompt, image_prompts_of
 from ldmcli.sampling.catalogue import check_fit, sampler_named
 from ldmcli.spec import HIRES_FIELDS, IMAGE_GUIDANCE, PICTURES, STEERING, STRENGTH, GenerationRequest, LoRA
 
 if TYPE_CHECKING:
     from ldmcli.config import ModelConfig
+
+
+# What a model may be conditioned on: in words, and how it is drawn with.
+_READS = {
+    "text": ("prompts", "txt2img"),
+    "": ("nothing", "sample"),
+    "label": ("a class", "sample --label CLASS"),
+    "layout": ("a layout", "sample --layout FILE"),
+    "map": ("a semantic map", "sample --map FILE"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +65,9 @@ class FittedRequest:
     refiner_start: float
     loras: tuple[LoRA, ...]
     embeddings: tuple[str, ...]
+    label: Label | None
+    layout: tuple[Box, ...] | None
+    map: str | bytes | None
     image: str | bytes | None
     strength: float
     resize: str
@@ -79,7 +93,8 @@ class FittedRequest:
     @property
     def settings(self) -> tuple[object, ...]:
         """What pictures that are drawn together must agree in: all but prompts, seed and pictures."""
-        own = ("recorded", "prompt", "negative_prompt", "seed", "inputs", "controls", "image_prompts", *PICTURES)
+        own = {"recorded", "prompt", "negative_prompt", "seed", "inputs", "controls", "image_prompts"}
+        own |= {*PICTURES, *CONDITION_FIELDS}
         steered = [each.settings for each in self.controls] + [each.settings for each in self.image_prompts]
         given = (self.image is None, self.mask is None, *steered)
         return (*given, *(value for name, value in vars(self).items() if name not in own))
@@ -161,6 +176,7 @@ def fit_to_model(
     _check_size("size", width, height, multiple)
     defaults = config.defaults
     _check_inputs(request, config.unet.reads)
+    _check_condition(request, config)
     own: dict[str, Any] = {
         "width": width,
         "height": height,
@@ -180,7 +196,7 @@ def fit_to_model(
     check_fit(sampler, config.schedule, own["steps"], request.schedule)
     if request.hires:
         _check_second_pass(request.hires, own, config, request.schedule)
-    shallowest = min(text.layers - text.skipped_layers for text in config.text_encoders)
+    shallowest = min((text.layers - text.skipped_layers for text in config.text_encoders), default=1)
     if request.clip_skip > shallowest:
         raise UsageError(
             f"clip_skip {request.clip_skip} does not fit the model, whose text encoder has {shallowest} layers for it."
@@ -262,6 +278,41 @@ def _check_inputs(request: GenerationRequest, reads: str) -> None:
         raise UsageError("depth is for a model that reads depth maps, and this does not; leave it out.")
     if reads in ("image", "depth") and request.hires is not None:
         raise UsageError("hires is not for a model that edits pictures or reads depth maps; enlarge with --upscale.")
+
+
+def _check_condition(request: GenerationRequest, config: "ModelConfig") -> None:
+    """Raise UsageError where the request lacks what the model is conditioned on, or has what it does not read."""
+    given = [name for name in CONDITION_FIELDS if getattr(request, name) is not None]
+    if config.condition != "text":
+        texts = ("prompt", "negative_prompt", "embeddings", "ip_adapter")
+        given += [name for name in texts if getattr(request, name)]
+        given += ["clip_skip"] if request.clip_skip > 1 else []
+    own = config.condition
+    reads, command = _READS[own]
+    if other := [name for name in given if name != own]:
+        raise UsageError(f"{other[0]} is not for this model, which reads {reads}; draw with `ldm {command}`.")
+    if own not in ("text", "") and not given:
+        raise UsageError(f"the model reads {reads}; give one, as `ldm {command}`.")
+    conditioner = config.conditioner
+    guidable = own == "text" or getattr(conditioner, "null", None) is not None
+    if not guidable and request.guidance_scale not in (None, 1.0):
+        raise UsageError("guidance_scale is not for this model, which knows no drawing without its condition; leave it "
+                         "out.")  # fmt: skip
+    if isinstance(conditioner, ClassesConfig) and request.label is not None:
+        _check_label("label", request.label, conditioner.classes)
+    if isinstance(conditioner, LayoutConfig):
+        for i, (label, *_) in enumerate(request.layout or ()):
+            _check_label(f"layout, object {i + 1}: label", label, conditioner.nothing)
+        if len(request.layout or ()) > conditioner.objects:
+            raise UsageError(f"layout has {len(request.layout or ())} objects; the model takes {conditioner.objects}.")
+
+
+def _check_label(what: str, label: Label, classes: int) -> None:
+    if isinstance(label, str):
+        said = f"{what} “{printable(label, 100)}” is a name, and no list of names is beside the model"
+        raise UsageError(f"{said}; give the class's number, 0 to {classes - 1}.")
+    if label >= classes:
+        raise UsageError(f"{what} {label} is none of the model's classes, 0 to {classes - 1}.")
 
 
 def _strength(request: GenerationRequest, steps: int) -> float | None:

@@ -20,6 +20,7 @@ from ldmcli.checks import (
     checked_names,
     checked_picture,
 )
+from ldmcli.conditions import CONDITION_FIELDS, Box, Label, read_label, read_layout
 from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
@@ -45,10 +46,10 @@ REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' cho
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
-PICTURES = ("image", "mask", "depth")  # fields that name a picture
+PICTURES = ("image", "mask", "depth", "map")  # fields that name a picture
 # Fields that only a mask gives a meaning, and all that say what is drawn on, and how.
 MASK_FIELDS = ("invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding", "paste_back")
-IMAGE_FIELDS = (*PICTURES, "strength", "resize", "image_guidance_scale", *MASK_FIELDS)
+IMAGE_FIELDS = ("image", "mask", "depth", "strength", "resize", "image_guidance_scale", *MASK_FIELDS)
 HIRES_FIELDS = ("hires", "hires_strength", "hires_steps", "hires_upscaler")
 STRENGTH = 0.75  # how much of a given picture is drawn anew unless asked
 IMAGE_GUIDANCE = 1.5  # how closely an edited picture is kept to unless asked: InstructPix2Pix's authors' choice
@@ -129,6 +130,9 @@ class GenerationRequest:
     are merged into the model in this order. `embeddings` are files or names of the hub, FILE or FILE:WORD each, of
     textual-inversion embeddings, whose words stand for vectors in the prompts.
 
+    Models that draw no prompts read a `label`, the number or the name of a class; a `layout`, classes and boxes, see
+    ldmcli/conditions.py; or a `map`, the path or bytes of a picture that has a class number for each pixel.
+
     `image` is the path of a picture to start from, or the bytes of its file; `strength` how much of it is drawn anew, 1
     all; `resize` how it comes to the size. `mask`, a path or bytes too, or "alpha" for the picture's own transparency,
     is white where the picture is repainted, or black where `invert_mask`; `mask_blur` softens its edge, in pixels.
@@ -171,6 +175,9 @@ class GenerationRequest:
     refiner_start: float | None = None
     loras: tuple[LoRA, ...] = ()
     embeddings: tuple[str, ...] = ()
+    label: Label | None = None
+    layout: tuple[Box, ...] | None = None
+    map: str | bytes | None = None
     image: str | bytes | None = None
     strength: float | None = None
     resize: str = "stretch"
@@ -252,6 +259,10 @@ class GenerationRequest:
             raise UsageError(f"eta {self.eta} does not go with sampler {sampler.name}; use --sampler ddim or --eta 0.")
 
     def _check_inputs(self) -> None:
+        if self.label is not None:
+            object.__setattr__(self, "label", read_label(self.label))
+        if self.layout is not None:
+            object.__setattr__(self, "layout", read_layout(self.layout))
         for name in PICTURES:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checked_picture(name, getattr(self, name)))
@@ -286,6 +297,7 @@ class GenerationRequest:
         given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
         parts = ((self.image, IMAGE_FIELDS), (self.hires, HIRES_FIELDS))
         left_out = {name for part, names in parts if part is None for name in names}
+        left_out |= {name for name in CONDITION_FIELDS if getattr(self, name) is None}
         if self.control_net or self.ip_adapter_mask:
             left_out -= {"resize"}
         said = {name: value for name, value in vars(self).items() if name not in left_out}

@@ -20,6 +20,7 @@ from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError
 from ldmcli.networks.clip import TextTransformer
+from ldmcli.networks.conditioners import ClassEmbedder, MapEncoder
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import Autoencoder, autoencoder_of
@@ -32,6 +33,10 @@ _SHARE = 64 << 20  # bytes that a thread reads before another may take over
 _SCALES = re.compile(
     r"(scale_weight|weight_scale\w*|scale_input|input_scale|scaled_fp8|absmax|quant_map|comfy_quant|SCB)$|quant_state\."
 )
+
+_CONDITIONERS: dict[str, Callable[[Any], nn.Module]] = {
+    "label": ClassEmbedder, "layout": TextTransformer, "map": MapEncoder,
+}  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -72,6 +77,14 @@ def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.d
         )
         for text, tokenizer in zip(config.text_encoders, source.tokenizers, strict=True)
     ]
+
+
+def load_conditioner(source: ModelSource, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+    """What encodes the source's conditions where those are no prompts, if anything does."""
+    config = source.config.conditioner
+    if config is None:
+        return None
+    return fill(on_meta(lambda: _CONDITIONERS[config.kind](config)), source.part(config.part), device, dtype)
 
 
 def on_meta(build: Callable[[], _Module]) -> _Module:

@@ -22,6 +22,7 @@ from ldmcli.checkpoints.folder_schedule import folder_schedule
 from ldmcli.checkpoints.key_map import EMA_PREFIX, IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
 from ldmcli.checkpoints.layout import GENERATION, INDEX, UPSCALER, WORD_LIST, stem_of, weight_names
 from ldmcli.checkpoints.single_file import config_of_file
+from ldmcli.conditioning.class_names import ClassNames
 from ldmcli.conditioning.known_words import WordList
 from ldmcli.conditioning.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
 from ldmcli.config import ModelConfig, TextEncoderConfig
@@ -31,6 +32,8 @@ from ldmcli.errors import BadDataError, MissingInputError, printable
 
 _log = logging.getLogger(__name__)
 EMBEDDED_NAME = "tiny-emoji"
+CLASS_NAMES = "classes.txt"  # in a model's folder, a class a line
+CLASS_NAMES_ENDING = f".{CLASS_NAMES}"  # of a file beside a model's
 _MAX_WORD_LIST = 1 << 20  # bytes
 # diffusers' pipelines that correct old configurations when they are made.
 _MENDING, _NOT_MENDING = "StableDiffusion", ("StableDiffusionXL", "StableDiffusionControlNet")
@@ -124,6 +127,13 @@ class ModelSource:
         path = self.path / WORD_LIST
         listed = not self.single_file and os.path.lexists(path)
         return WordList(read_text(path, _MAX_WORD_LIST) if listed else "")
+
+    @functools.cached_property
+    def class_names(self) -> ClassNames:
+        """What the model's classes are called, by the list beside its file or in its folder; empty without one. Raises
+        BadDataError where it is no text, StorageError."""
+        path = self.path.with_suffix(CLASS_NAMES_ENDING) if self.single_file else self.path / CLASS_NAMES
+        return ClassNames(read_text(path, _MAX_WORD_LIST) if os.path.lexists(path) else "")
 
     @property
     def tokenizers(self) -> tuple[ClipTokenizer, ...]:

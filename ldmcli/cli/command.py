@@ -12,7 +12,7 @@ from ldmcli.conditioning.hints import argument_hints
 
 # What everyone needs, in the order of the help; then the groups, each with its parameters, or * for all that begin so.
 _FIRST = (
-    "prompt", "image", "negative_prompt", "model", "output", "size", "steps", "sampler", "guidance_scale", "seed",
+    "prompt", "image", "label", "layout", "map", "negative_prompt", "model", "output", "size", "steps", "sampler", "guidance_scale", "seed",
     "count",
 )  # fmt: skip
 _GROUPS = {

@@ -13,9 +13,10 @@ from ldmcli.cli.configured import all_commands
 from ldmcli.errors import printable
 
 _COMMANDS_MEANT = {
-    "txt2img": "generate gen draw t2i text2img text2image txt2image texttoimage create imagine make render run sample "
+    "txt2img": "generate gen draw t2i text2img text2image txt2image texttoimage create imagine make render run "
     "paint picture image prompt",
     "img2img": "i2i image2image img2image imagetoimage inpaint outpaint edit redraw variation variations",
+    "sample": "unconditional classconditional uncond",
     "batch": "batches many queue jobs file",
     "upscale": "upscaler enhance enlarge superres superresolution esrgan",
     "info": "show inspect metadata exif pnginfo parameters describe cat",

@@ -73,6 +73,7 @@ def infotext(
         "CFG scale": _number(request.guidance_scale) if request.guidance_scale is not None else "",
         "Image CFG scale": "" if request.image_guidance_scale is None else _number(request.image_guidance_scale),
         "Seed": str(request.seed),
+        "Label": "" if request.label is None else _quoted(str(request.label)),
         "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
         "Model hash": model_hash[:10],
         "Model": _quoted(model_name),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ldmcli.conditioning.conditions import ConditionEncoder
 from ldmcli.conditioning.pairs import is_guided, pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import ModelConfig
@@ -38,13 +39,13 @@ _ALWAYS = (0.0, float("inf"))  # the guidance interval that leaves out no step
 
 @dataclasses.dataclass
 class DiffusionModel:
-    """A U-Net and its prompt encoder on their device. `call` computes in place of the U-Net where a compiler made it;
-    `graphs` records its steps and replays them."""
+    """A U-Net and what encodes its conditions on their device. `call` computes in place of the U-Net where a compiler
+    made it; `graphs` records its steps and replays them."""
 
     config: ModelConfig
     runtime: Runtime
     unet: UNet
-    prompts: PromptEncoder
+    prompts: PromptEncoder | ConditionEncoder
     call: Callable[..., Tensor] | None = None
     graphs: Graphs | None = None
     merger: "Merger | None" = None  # where adapters were merged

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ldmcli.background import in_background
-from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
+from ldmcli.checkpoints.load import load_conditioner, load_text_encoders, load_unet, load_vae
 from ldmcli.checkpoints.source import ModelSource, with_prediction_type
+from ldmcli.conditioning.conditions import ConditionEncoder
 from ldmcli.conditioning.pairs import pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import UNDECIDED
@@ -69,7 +70,7 @@ def load(
         prompts = []
         for source, _ in reading:
             with stopwatch.phase("weights"):
-                encoder = _text_encoders(opened, source, runtime, stage)
+                encoder = _encoders(opened, source, runtime, stage)
             with stopwatch.phase("text"):
                 for request in (request for request in first if not request.loras):  # else merging comes first
                     with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
@@ -205,14 +206,27 @@ def _read_networks(networks: Steerers, first: Sequence[FittedRequest]) -> None:
             networks.encoders.named(networks.encoder_of(name))
 
 
-def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:
+def _encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder | ConditionEncoder:
+    if source.config.condition != "text":
+        network = load_conditioner(source, stage.home, runtime.text_dtype)
+        if network is not None:
+            stage.add(network)
+        return ConditionEncoder(source.config, network, _map_of, stage.bring)
     encoders = load_text_encoders(source, stage.home, runtime.text_dtype)
     for encoder in encoders:
         stage.add(encoder.model)
     return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders], opened.words)
 
 
-def _model(source: ModelSource, runtime: Runtime, stage: Stage, unet: UNet, prompts: PromptEncoder) -> DiffusionModel:
+def _map_of(request: FittedRequest) -> Any:
+    from ldmcli.images.class_map import map_of
+
+    return map_of(request)
+
+
+def _model(
+    source: ModelSource, runtime: Runtime, stage: Stage, unet: UNet, prompts: PromptEncoder | ConditionEncoder
+) -> DiffusionModel:
     unet = runtime.prepare(unet)
     stage.add(unet)
     call = compiled(unet, runtime.device) if runtime.compile else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import (
+    CLASS_NAMES_ENDING,
     EMBEDDED_NAME,
     ModelSource,
     PartSource,
@@ -24,7 +25,7 @@ from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.syntax import parse
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
-from ldmcli.config import TinyVAEConfig, VAEConfig
+from ldmcli.config import MapConfig, TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
-_SETTINGS = (".yaml", ".yml", ".json")  # endings of files beside weights
+_SETTINGS = (".yaml", ".yml", ".json", CLASS_NAMES_ENDING)  # endings of files beside weights
 _MAX_STAMPED = 1000  # files of a folder
 # Beside the model, what a picture depends on.
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler", "image_encoder")
@@ -88,7 +89,7 @@ class Opened:
             request = dataclasses.replace(request, refiner_start=REFINER_START)
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
-        prompt, request = self._with_loras(request)
+        prompt, request = self._with_loras(self._with_numbers(request))
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
         if fitted.is_steered:
             fitted = self.steering.checked(fitted, hashes)
@@ -104,6 +105,16 @@ class Opened:
             shareable = tuple(map(without_home, request.embeddings))
             fitted = dataclasses.replace(fitted, recorded=dataclasses.replace(fitted.recorded, embeddings=shareable))
         return fitted
+
+    def _with_numbers(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with classes' numbers in place of their names, by the list beside the model."""
+        names = (request.label, *(box[0] for box in request.layout or ()))
+        if not any(isinstance(name, str) for name in names) or not self.model.class_names.names:
+            return request
+        number = self.model.class_names.number
+        layout = request.layout and tuple((number(box[0]), *box[1:]) for box in request.layout)
+        label = None if request.label is None else number(request.label)
+        return dataclasses.replace(request, label=label, layout=layout)
 
     def _with_loras(self, request: GenerationRequest) -> tuple[str, GenerationRequest]:
         """The prompt without what names LoRAs, and the request with all its LoRAs found."""
@@ -158,6 +169,8 @@ class Opened:
         tags = split_tags(request.prompt)[1] if request.prompt_syntax == "weighted" else ()
         named = (self.adapters.adapter(lora) for lora in (*request.loras, *tags))  # which imports nothing without any
         adapters = [adapter for adapter in named if adapter.bundled]
+        if self.model.config.condition != "text":
+            return NO_WORDS
         if not (request.embeddings or self.spec.embedding_dir or adapters):
             return NO_WORDS
         return self._embedding_words.words(request.embeddings, adapters)
@@ -226,6 +239,8 @@ class Opened:
                 {name: each.sha256 for name, each in facts.items()},
                 (facts["image"].width, facts["image"].height),
             )
+        if request.map is not None:
+            size = self._map_size(request, inputs)
         fitted = fit_to_model(request, self.model.config, size)
         if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
             warn_once(_log, "image_guidance_scale changes nothing where guidance_scale is 1")
@@ -234,6 +249,22 @@ class Opened:
         if request.image is not None or fitted.encodes:
             self.encoder  # noqa: B018  to know that there is one
         return dataclasses.replace(fitted, inputs=tuple(inputs.items()))
+
+    def _map_size(self, request: GenerationRequest, inputs: dict[str, str]) -> tuple[int, int]:
+        """Width and height of the request's map, whose hash joins `inputs`. Raises BadDataError for one that has other
+        classes than the model."""
+        from ldmcli.images.class_map import check_map
+        from ldmcli.images.pixels import facts_of
+
+        assert request.map is not None
+        facts, conditioner = facts_of(request.map), self.model.config.conditioner
+        if isinstance(conditioner, MapConfig):
+            check_map(request.map, conditioner.classes)
+        inputs["map"] = facts.sha256
+        width, height = request.width or facts.width, request.height or facts.height
+        if width * facts.height != height * facts.width:
+            warn_once(_log, f"the map is {facts.shape}, which is of another shape: it is stretched")
+        return facts.width, facts.height
 
     @functools.cached_property
     def steering(self) -> "SteeringSources":
@@ -286,13 +317,13 @@ class Opened:
     @property
     def token_limit(self) -> int:
         """How many tokens of a prompt the model reads, or of each chunk of it; begin and end marks not counted."""
-        return self.model.config.text_encoders[0].max_length - 2
+        return max((text.max_length - 2 for text in self.model.config.text_encoders[:1]), default=0)
 
     def cut_text(self, text: str, request: GenerationRequest | FittedRequest) -> str:
         """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
         cut off and the request says that this is an error."""
         prompts = [self._tokenized(tokenizer, text, request) for tokenizer in self.model.tokenizers]
-        cut = max((prompt.cut_text for prompt in prompts), key=len)
+        cut = max((prompt.cut_text for prompt in prompts), key=len, default="")
         if cut and request.on_long_prompt == "error":
             raise UsageError(
                 f"a prompt is longer than the {self.token_limit} tokens the model reads; too much: “{printable(cut)}”."
