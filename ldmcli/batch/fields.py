@@ -21,6 +21,7 @@ from ldmcli.sampling.names import sampler_of, schedule_of
 from ldmcli.spec import (
     ALPHA,
     MAX_SEED,
+    PICTURES,
     STEERING,
     STEERING_FILES,
     STEERING_PICTURES,
@@ -217,13 +218,8 @@ def located(name: str, value: Any, folder: Path) -> Any:
     if name in STEERING_FILES and isinstance(value, tuple):
         anyway = name in STEERING_PICTURES
         return tuple(one if one == NO_MASK else _placed(one, folder, anyway=anyway) for one in value)
-    words: dict[str, tuple[str, ...]] = {
-        "image": (),
-        "mask": (ALPHA,),
-        "depth": (),
-        "map": (),
-        "hires_upscaler": UPSCALERS,
-    }
+    words: dict[str, tuple[str, ...]] = dict.fromkeys(PICTURES, ())
+    words |= {"mask": (ALPHA,), "hires_upscaler": UPSCALERS}
     if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)
     return value

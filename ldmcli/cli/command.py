@@ -12,8 +12,8 @@ from ldmcli.conditioning.hints import argument_hints
 
 # What everyone needs, in the order of the help; then the groups, each with its parameters, or * for all that begin so.
 _FIRST = (
-    "prompt", "image", "label", "layout", "map", "negative_prompt", "model", "output", "size", "steps", "sampler", "guidance_scale", "seed",
-    "count",
+    "prompt", "image", "label", "layout", "map", "negative_prompt", "model", "output", "size", "steps", "sampler",
+    "guidance_scale", "seed", "count",
 )  # fmt: skip
 _GROUPS = {
     "Rows": "format prompt_column grid strict sheet",
