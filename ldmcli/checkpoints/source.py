@@ -144,6 +144,8 @@ class ModelSource:
         return tuple(self._tokenizers[text] for text in self.config.text_encoders)
 
     def _tokenizer(self, text: TextEncoderConfig) -> ClipTokenizer:
+        if text.layout == "bert":
+            return self._bert_tokenizer(text)
         openclip = text.layout == "openclip"
         if self.single_file:
             vocabulary = clip_vocabulary()
@@ -152,6 +154,21 @@ class ModelSource:
             vocabulary = vocabulary_from_folder(self.path / text.part.replace("text_encoder", "tokenizer"))
         _check_vocabulary(vocabulary, text.vocab_size, shown(self.path))
         return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip, rows=text.vocab_size)
+
+    def _bert_tokenizer(self, text: TextEncoderConfig) -> ClipTokenizer:
+        from ldmcli.conditioning.wordpiece import VOCABULARY, bert_tokenizer, tokenizer_of_file
+
+        size = text.max_length, text.vocab_size
+        if not self.single_file:
+            return bert_tokenizer(self.path / "tokenizer", *size)
+        own, shared = self.path.with_suffix(f".{VOCABULARY}"), self.path.parent / VOCABULARY
+        found = next((path for path in (own, shared) if os.path.lexists(path)), None)
+        if found is None:
+            raise MissingInputError(
+                f"{shown(self.path)} needs BERT's vocabulary for its prompts; put that of bert-base-uncased beside it, "
+                f"as {own.name} or {VOCABULARY}."
+            )
+        return tokenizer_of_file(found, *size)
 
     def sha256(self, hashes: FileHashes) -> "Future[str]":
         """The model's identity: the SHA-256 of its file; for a folder, that of the list of its weight files' hashes. It
