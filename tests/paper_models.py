@@ -11,15 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from oracle.compvis_layout import vae_state
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ldmcli.config import VAEConfig
-from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.networks.vae import autoencoder_of
 
 Shapes = dict[str, tuple[int, ...]]
+CODES = 50
+# As many tokens as the small models of text know; pieces of words begin with ##.
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", ",", ".", "red", "apple"]
+VOCABULARY += [*(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"), "##les", "on", "blue", "cafe", "\u4e2d"]
+PROMPT = "A red apples, on\ta café (\u4e2d) BLUE."
+LAYOUT = ((3, 0.1, 0.2, 0.55, 0.9), (17, 0.5, 0.0, 1.0, 0.33))
 UNET = "model.diffusion_model."
 
 
@@ -44,19 +51,25 @@ class Model:
     classes: int = 0
     betas: tuple[float, float] = (0.0015, 0.0195)
     averaged: bool = True
+    quantizes: bool = True
     parameters: float = 0.0  # millions, of the U-Net
+
+    @property
+    def first_levels(self) -> int:
+        """Of the first stage."""
+        return 4 if self.out_channels == 4 else 3
 
 
 PUBLISHED = {
     "celeba256": Model(3, 3, 224, (1, 2, 3, 4), (8, 4, 2), parameters=274.1),
     "churches256": Model(4, 4, 192, (1, 2, 2, 4, 4), (1, 2, 4, 8), 8, scale_shift=True, resampling=True,
-                         betas=(0.0015, 0.0155), parameters=295.0),
+                         betas=(0.0015, 0.0155), quantizes=False, parameters=295.0),
     "cin256": Model(4, 4, 256, (1, 2, 4), (4, 2, 1), context=512, labels=1000, parameters=395.0),
     "cin256-v2": Model(3, 3, 192, (1, 2, 3, 5), (8, 4, 2), 1, context=512, labels=1001, averaged=False,
                        parameters=400.9),
     "text2img256": Model(3, 3, 192, (1, 2, 3, 5), (8, 4, 2), context=640, text=(30522, 640, 32, 77), parameters=403.6),
     "txt2img-1p4B": Model(4, 4, 320, (1, 2, 4, 4), (4, 2, 1), 8, context=1280, text=(30522, 1280, 32, 77),
-                          betas=(0.00085, 0.012), averaged=False, parameters=872.3),
+                          betas=(0.00085, 0.012), averaged=False, quantizes=False, parameters=872.3),
     "layout2img": Model(3, 3, 128, (1, 2, 3, 4), (8, 4, 2), context=512, depth=3, text=(8192, 512, 16, 92),
                         betas=(0.0015, 0.0205), parameters=246.3),
     "semantic": Model(6, 3, 128, (1, 4, 8), (32, 16, 8), 8, classes=182, betas=(0.0015, 0.0205), parameters=215.2),
@@ -193,13 +206,13 @@ def random_weight(name: str, shape: tuple[int, ...], salt: str = "") -> Tensor:
 
 
 def first_stage(model: Model) -> dict[str, Tensor]:
-    """A KL autoencoder's tensors: it has as many levels as the published one, and one narrow resnet in each."""
+    """The tensors of a VQ or KL autoencoder with as many levels as the published one, and a narrow resnet in each."""
     config = VAEConfig(
-        latent_channels=model.out_channels, block_channels=(32,) * (4 if model.out_channels == 4 else 3),
-        layers_per_block=1,
+        latent_channels=model.out_channels, block_channels=(32,) * model.first_levels, layers_per_block=1,
+        codes=CODES if model.quantizes else 0,
     )  # fmt: skip
     with torch.device("meta"):
-        state = vae_state(AutoencoderKL(config).state_dict())
+        state = vae_state(autoencoder_of(config).state_dict())
     return {name: random_weight(name, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
@@ -223,8 +236,17 @@ def state_of(model: Model, **own: Tensor) -> dict[str, Tensor]:
     return state | first_stage(model) | schedule(model) | own
 
 
+def class_map(width: int, height: int, classes: int) -> np.ndarray:
+    """A semantic map (height, width) uint8: blocks of classes, some pixels of none."""
+    down, across = np.mgrid[0:height, 0:width]
+    found = ((down // 9 + across // 7) % (classes + 1)).astype(np.uint8)
+    return np.where(found == classes, 255, found).astype(np.uint8)
+
+
 def write_model(path: Path, model: Model, state: Mapping[str, Tensor] | None = None, **own: Any) -> Path:
-    """The file of a random model."""
+    """The file of a random model, and beside it a vocabulary where it reads prompts."""
+    if model.text and model.text[3] == 77:
+        path.with_suffix(".vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     tensors = state_of(model, **own) if state is None else state
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
