@@ -135,9 +135,14 @@ AUTOENCODERS = (KL_AUTOENCODER, VQ_AUTOENCODER)
 READ = "Stable Diffusion 1.x, 2.x and XL and the latent diffusion paper's models"  # what can be drawn with, in errors
 
 
-def family_of_unet(unet: UNetConfig) -> Family:
+def family_of_unet(unet: UNetConfig, *, bert: bool = False) -> Family:
     """The family of a diffusers U-Net: XL adds six numbers to the time step, its refiner five; 2.x projects by linear
-    layers where 1.x convolves."""
+    layers where 1.x convolves. `bert`: it reads the text of the paper's transformer; of its two models, the smaller has
+    latents of three channels."""
+    if not unet.context_dim:
+        return _SCALE_SHIFT if unet.scale_shift else _UNCONDITIONAL
+    if bert:
+        return _TEXT_256 if unet.out_channels == 3 else TEXT_LDM
     added = {family.added_numbers: family for family in (SDXL, REFINER)}
     return added.get(unet.added_numbers) or (SD2 if unet.linear_projection else SD1)
 

@@ -20,7 +20,7 @@ from ldmcli.checkpoints.families import FAMILIES, READ, family_of_unet, require_
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
 from ldmcli.checkpoints.key_map import EMA_PREFIX, IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
-from ldmcli.checkpoints.layout import GENERATION, INDEX, UPSCALER, WORD_LIST, stem_of, weight_names
+from ldmcli.checkpoints.layout import GENERATION, INDEX, OTHER_FOLDERS, UPSCALER, WORD_LIST, stem_of, weight_names
 from ldmcli.checkpoints.single_file import config_of_file
 from ldmcli.conditioning.class_names import ClassNames
 from ldmcli.conditioning.known_words import WordList
@@ -76,6 +76,7 @@ class ModelSource:
     prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     half: bool = False
     allow_pickle: bool = False
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of parts that a folder calls otherwise
     # What a header or a vocabulary gave, which are read once a run.
     _opened: dict[tuple[str, bool], tuple[WeightFile, ...]] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
@@ -110,9 +111,9 @@ class ModelSource:
             return PartSource(name, self.path, config, (self.single_file,), prefix, original=True, dotless=dotless)
         key = name, self.half
         if key not in self._opened:
-            opened = open_part(self.path / name, name, half=self.half, allow_pickle=self.allow_pickle)
-            self._opened[key] = tuple(opened)
-        return PartSource(name, self.path / name, config, self._opened[key])
+            folder = self.path / self.folders.get(name, name)
+            self._opened[key] = tuple(open_part(folder, name, half=self.half, allow_pickle=self.allow_pickle))
+        return PartSource(name, self.path / self.folders.get(name, name), config, self._opened[key])
 
     @property
     def upscaler(self) -> Path | None:
@@ -279,17 +280,24 @@ def _open_folder(path: Path, allow_pickle: bool) -> ModelSource:
         inside = listing(path, ".safetensors", 1)
         hint = f"; did you mean {shown(path)}/{inside[0]}?" if inside else "."
         raise BadDataError(f"{shown(path)} is a folder without {INDEX}, so not a diffusers model{hint}")
-    config = _folder_model(path, read_json(path / INDEX, folder_config.MAX_CONFIG_BYTES))
+    index = read_json(path / INDEX, folder_config.MAX_CONFIG_BYTES)
+    folders = {part: other for part, other in OTHER_FOLDERS.items() if other in index}
+    config = _folder_model(path, index, folders)
     check_buildable(config, shown(path))
-    source = ModelSource(path, config, allow_pickle=allow_pickle)
+    source = ModelSource(path, config, allow_pickle=allow_pickle, folders=folders)
     for part in source.parts:
         source.part(part)
     return source
 
 
-def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
-    """What a diffusers folder describes. Raises BadDataError where it is another kind of model."""
+def _folder_texts(path: Path, index: dict[str, Any], folders: Mapping[str, str]) -> list[TextEncoderConfig]:
+    """The text encoders that a diffusers folder names, or CLIP's where it names none; none where the U-Net reads no
+    text. Raises BadDataError where they are others."""
     kind = printable(str(index.get("_class_name", ""))) or "model"
+    if "text_encoder" in folders:
+        return [folder_config.bert_config(path / folders["text_encoder"] / "config.json")]
+    if index.get("unet") == ["diffusers", folder_config.PLAIN_UNET]:
+        return []
     classes = {name: index.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
     known = [["transformers", name] for name in ("CLIPTextModel", folder_config.WITH_PROJECTION)]
     named = {name: found for name, found in classes.items() if found not in (None, [None, None])}
@@ -298,14 +306,23 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
             f"{shown(path)} is a {kind}, not a latent diffusion U-Net with a CLIP text encoder; this version reads "
             f"{READ}."
         )
-    texts = [
+    return [
         folder_config.text_encoder_config(path / part / "config.json", part, found[1])
         for part, found in (named or {"text_encoder": known[0]}).items()
     ]
+
+
+def _folder_model(path: Path, index: dict[str, Any], folders: Mapping[str, str]) -> ModelConfig:
+    """What a diffusers folder describes. Raises BadDataError where it is another kind of model."""
+    kind = str(index.get("_class_name", ""))
+    texts = _folder_texts(path, index, folders)
     mended = kind.startswith(_MENDING) and not kind.startswith(_NOT_MENDING)
-    unet = folder_config.unet_config(path / "unet" / "config.json", texts[-1].projection_dim or 0, mended=mended)
-    vae = folder_config.vae_config(path / "vae" / "config.json")
-    family = family_of_unet(unet)
+    if texts:
+        unet = folder_config.unet_config(path / "unet" / "config.json", texts[-1].projection_dim or 0, mended=mended)
+    else:
+        unet = folder_config.plain_unet_config(path / "unet" / "config.json")
+    vae = folder_config.vae_config(path / folders.get("vae", "vae") / "config.json")
+    family = family_of_unet(unet, bert=any(text.layout == "bert" for text in texts))
     if unet.added_numbers:  # XL reads the states before the last layer, as they are
         texts = [dataclasses.replace(text, skipped_layers=1, final_norm=False) for text in texts]
     else:

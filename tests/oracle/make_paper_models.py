@@ -26,7 +26,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def runs_of(name: str) -> list[str]:
-    guided = name == "cin256-v2" or PUBLISHED[name].text is not None and PUBLISHED[name].text[3] == 77  # type: ignore[index]
+    text = PUBLISHED[name].text
+    guided = name == "cin256-v2" or (text is not None and text[3] == 77)
     return [run for run in RUNS if run != "guided" or guided]
 
 
