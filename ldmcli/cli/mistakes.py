@@ -98,7 +98,7 @@ _CLICK = (
     (r"(.*) is not in the range (\S+?)<=x<=(\S+?)\.?", r"\1 is not from \2 to \3"),
     (r"(.*) is not one of (.*?)\.?", None),
 )
-_STOP = 0.72  # how alike two words are, from which on one may be meant for the other
+_STOP = 0.75  # how alike two words are, from which on one may be meant for the other
 
 
 def asked_about(word: str, commands: Iterable[str]) -> str:
