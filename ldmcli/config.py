@@ -56,8 +56,8 @@ class UNetConfig:
     @property
     def reads(self) -> str:
         """What it reads in input channels behind the latents: "" nothing; "mask" a mask and the latents of the rest, to
-        inpaint; "image" the latents of a picture, to edit it; "depth" a depth map; "map" a semantic map; "unknown"
-        something else."""
+        inpaint; "masked" the latents of the rest and a mask; "image" the latents of a picture, to edit it; "low_res" a
+        picture, to enlarge it; "depth" a depth map; "map" a semantic map; "unknown" something else."""
         kinds = {0: "", self.out_channels + 1: "mask", self.out_channels: "image", 1: "depth"}
         return kinds.get(self.in_channels - self.out_channels, "unknown") if self.joins is None else self.joins
 
@@ -418,6 +418,7 @@ class ModelConfig:
     zero_empty_negative: bool = False  # an empty negative prompt is zeros, not the encoded empty text
     defaults: Defaults = Defaults()
     notes: tuple[str, ...] = ()  # what whoever draws with it should hear once
+    noising: ScheduleConfig | None = None  # how a picture to be enlarged is noised; None: not
     conditioner: LayoutConfig | ClassesConfig | MapConfig | None = None  # of what it is conditioned on beside prompts
 
     @property
@@ -428,6 +429,11 @@ class ModelConfig:
     def pools(self, text: TextEncoderConfig) -> bool:
         """Whether `text`, one of the text encoders, gives the pooled prompts that the U-Net reads: the last does."""
         return bool(self.unet.pooled_dim) and text.part == self.text_encoders[-1].part
+
+    @property
+    def enlarges(self) -> int:
+        """How many times as large as the picture that it is given each side of what it draws is."""
+        return self.vae.factor if self.unet.reads == "low_res" else 1
 
     @property
     def default_size(self) -> int:

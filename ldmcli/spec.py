@@ -47,10 +47,16 @@ PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
 PICTURES = ("image", "mask", "depth", "map")  # fields that name a picture
+ENLARGING_FIELDS = ("noise_level", "patch")  # of models that enlarge pictures
 # Fields that only a mask gives a meaning, and all that say what is drawn on, and how.
 MASK_FIELDS = ("invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding", "paste_back")
-IMAGE_FIELDS = ("image", "mask", "depth", "strength", "resize", "image_guidance_scale", *MASK_FIELDS)
+IMAGE_FIELDS = (
+    *("image", "mask", "depth", "strength", "resize", "image_guidance_scale"), *ENLARGING_FIELDS, *MASK_FIELDS,
+)  # fmt: skip
 HIRES_FIELDS = ("hires", "hires_strength", "hires_steps", "hires_upscaler")
+NOISE_LEVEL, MAX_NOISE_LEVEL = 20, 350  # training steps of noise on a picture that is enlarged: its authors' numbers
+MIN_PATCH = 16
+PATCH = 128  # latents a side that are computed at once unless asked, of a picture that is enlarged
 STRENGTH = 0.75  # how much of a given picture is drawn anew unless asked
 IMAGE_GUIDANCE = 1.5  # how closely an edited picture is kept to unless asked: InstructPix2Pix's authors' choice
 RESIZES = ("stretch", "crop", "fill")
@@ -140,7 +146,9 @@ class GenerationRequest:
     `mask_padding` pixels of them, at the full size. `paste_back` leaves all else of the picture as it was.
 
     `depth`, a path or bytes too, is the picture's depth map for models that read one, nearer being brighter.
-    `image_guidance_scale` is how closely models that edit pictures by words keep to the picture.
+    `image_guidance_scale` is how closely models that edit pictures by words keep to the picture. Models that enlarge
+    the picture may add noise to it first, up to the training step `noise_level`, and compute a large one by overlapping
+    patches of `patch` of its pixels a side, 0 as a whole.
 
     `hires`, a scale or WIDTHxHEIGHT, enlarges what is drawn and draws `hires_strength` of it anew, in `hires_steps`.
     `hires_upscaler` is "latent", "lanczos", "embedded" or an upscaler's file.
@@ -183,6 +191,8 @@ class GenerationRequest:
     resize: str = "stretch"
     image_guidance_scale: float | None = None
     depth: str | bytes | None = None
+    noise_level: int | None = None
+    patch: int | None = None
     mask: str | bytes | None = None
     invert_mask: bool = False
     mask_blur: float = 0.0
@@ -268,6 +278,12 @@ class GenerationRequest:
                 object.__setattr__(self, name, checked_picture(name, getattr(self, name)))
         if self.strength is not None:
             check_number("strength", self.strength, 0.0, 1.0)
+        if self.noise_level is not None:
+            check_whole("noise_level", self.noise_level, 0, MAX_NOISE_LEVEL)
+        if self.patch is not None:
+            check_whole("patch", self.patch, 0, MAX_SIZE)
+            if 0 < self.patch < MIN_PATCH:
+                raise UsageError(f"patch {self.patch} is less than {MIN_PATCH}; 0 takes the whole picture at once.")
         check_number("mask_blur", self.mask_blur, 0.0, MAX_BLUR)
         check_whole("mask_padding", self.mask_padding, 0, MAX_PADDING)
         check_choice("resize", self.resize, RESIZES)
@@ -297,7 +313,7 @@ class GenerationRequest:
         given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
         parts = ((self.image, IMAGE_FIELDS), (self.hires, HIRES_FIELDS))
         left_out = {name for part, names in parts if part is None for name in names}
-        left_out |= {name for name in CONDITION_FIELDS if getattr(self, name) is None}
+        left_out |= {name for name in (*CONDITION_FIELDS, *ENLARGING_FIELDS) if getattr(self, name) is None}
         if self.control_net or self.ip_adapter_mask:
             left_out -= {"resize"}
         said = {name: value for name, value in vars(self).items() if name not in left_out}

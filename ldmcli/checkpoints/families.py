@@ -64,6 +64,7 @@ class Family:
     averaged: bool = False
     joins: str | None = None
     betas: tuple[float, float] = (0.00085, 0.012)
+    noising: tuple[float, float] | None = None  # betas of what noises a picture to be enlarged
 
 
 _CLIP_L = TextPart("text_encoder", "cond_stage_model.transformer.")
@@ -122,7 +123,32 @@ PAPER = (
                         conditioner=ConditionPart("map", "map_encoder")),
 )  # fmt: skip
 _TEXT_256, _UNCONDITIONAL, _SCALE_SHIFT, _CLASS, _CLASS_V2, _LAYOUT, _SEMANTIC = PAPER[1:]
-FAMILIES = (SD1, SD2, SDXL, REFINER, *PAPER)
+SUPER_RESOLUTION = dataclasses.replace(
+    _LDM,
+    name="super-resolution latent diffusion",
+    joins="low_res",
+    betas=(0.0015, 0.0155),
+    defaults=Defaults(steps=100, guidance_scale=1.0),
+)
+_INPAINTING = dataclasses.replace(
+    _LDM, name="inpainting latent diffusion", heads=8, joins="masked", betas=(0.0015, 0.0205)
+)
+SD_UPSCALER = dataclasses.replace(
+    SD2,
+    name="Stable Diffusion x4 upscaler",
+    heads=8,
+    scaling_factor=0.08333,
+    force_upcast=True,
+    sample_size=128,
+    v_sample_size=None,
+    prediction_type="v_prediction",
+    defaults=Defaults(steps=75, guidance_scale=9.0),
+    joins="low_res",
+    betas=(1e-4, 0.02),
+    noising=(1e-4, 0.02),
+)
+ENLARGING = (SUPER_RESOLUTION, SD_UPSCALER)  # what `ldm upscale` takes beside upscalers
+FAMILIES = (SD1, SD2, SDXL, REFINER, *PAPER, *ENLARGING, _INPAINTING)
 # By the width of the text that cross-attention reads.
 CONTEXTS = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
 EMBEDDING = "textual-inversion embedding"
@@ -208,7 +234,7 @@ _ORIGINAL = (
     Kind("Stable Diffusion 1.x with ControlNet", (*_PARTS, "control_model."), whole=True),
     Kind("Stable Diffusion 2.x depth (5 input channels)", (*_PARTS, *_SD2), channels=5, family=SD2_NOISE),
     Kind("Stable Diffusion 2.x inpainting (9 input channels)", (*_PARTS, *_SD2), channels=9, family=SD2_NOISE),
-    Kind("Stable Diffusion 2.x upscaler (7 input channels)", _SD2, channels=7, whole=True),
+    Kind("Stable Diffusion 2.x upscaler (7 input channels)", (*_PARTS, *_SD2), channels=7, family=SD_UPSCALER),
     Kind("Stable Diffusion 2.x unCLIP", (*_SD2, _LABEL), whole=True),
     Kind("Stable Diffusion 2.x checkpoint", (*_PARTS, *_SD2), channels=4, family=SD2),
     Kind("Stable Diffusion 1.x inpainting (9 input channels)", _PARTS, keys=_CLIP, channels=9, linear=False,
@@ -239,6 +265,10 @@ _ORIGINAL = (
     Kind(_SCALE_SHIFT.name, _PARTS, keys=_PLAIN, without_parts=(".0.op.",), joined=0,
          without=_UNCONDITIONED, family=_SCALE_SHIFT),
     Kind(_UNCONDITIONAL.name, _PARTS, keys=_PLAIN, joined=0, without=_UNCONDITIONED, family=_UNCONDITIONAL),
+    Kind(SUPER_RESOLUTION.name, _PARTS, keys=_PLAIN, joined=3, without=_UNCONDITIONED, family=SUPER_RESOLUTION),
+    Kind(_INPAINTING.name, _PARTS, keys=_PLAIN, joined=4,
+         without=("cond_stage_model.model.", "cond_stage_model.transformer.", "conditioner.", _LABEL),
+         family=_INPAINTING),
     Kind("Stable Diffusion image-variations model", (*_PARTS, "cond_stage_model.model.visual."), whole=True),
     Kind("Stable Diffusion 1.x checkpoint without its text encoder", _PARTS,
          without=("cond_stage_model.", "conditioner.", _LABEL), linear=False),

@@ -21,7 +21,7 @@ _MAX_WHOLE = 1 << 24
 
 # Fields whose other values mean a network that is not built here: {field: the values that mean "as usual"}.
 _UNET_USUAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("center_input_sample", "dual_cross_attention", "only_cross_attention"), (False,)),
+    **dict.fromkeys(("center_input_sample", "dual_cross_attention"), (False,)),
     **dict.fromkeys(("class_embed_type", "encoder_hid_dim_type", "timestep_post_act"), (None,)),
     **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
@@ -165,10 +165,10 @@ def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNe
     diffusers before 0.9 give by mistake, for 64, as its Stable Diffusion pipelines do."""
     fields = Fields(path)
     in_channels = fields.whole("in_channels", 4)
-    if in_channels not in (3, 4, 5, 8, 9):
+    if in_channels not in (3, 4, 5, 7, 8, 9):
         raise BadDataError(
             f"{fields.shown} describes another kind of U-Net ({in_channels} input channels); this version draws with "
-            "4, with 9 for inpainting, 8 for editing by words and 5 for depth maps."
+            "4, with 9 for inpainting, 8 for editing by words, 7 for enlarging and 5 for depth maps."
         )
     fields.require(_UNET_USUAL)
     channels = fields.wholes("block_out_channels", (320, 640, 1280, 1280))
@@ -204,8 +204,23 @@ def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNe
         flip_sin_to_cos=fields.flag("flip_sin_to_cos", True),
         freq_shift=fields.number("freq_shift", 0),
         guidance_dim=fields.whole("time_cond_proj_dim", 256, low=4) if guided else None,
+        only_cross_attention=_only_cross(fields, attends),
+        classes=fields.whole("num_class_embeds", 1) if fields.get("num_class_embeds") is not None else 0,
+        joins="low_res" if in_channels == 7 else None,
         **_added(fields, pooled_dim),
     )
+
+
+def _only_cross(fields: Fields, attends: list[bool]) -> tuple[bool, ...]:
+    """Which levels attend to the context alone; of those that attend."""
+    said = fields.get("only_cross_attention", False)
+    values = said if isinstance(said, list) else [said] * len(attends)
+    if len(values) != len(attends) or not all(isinstance(value, bool) for value in values):
+        fields.refuse("only_cross_attention", said, f"true or false, or a list of {len(attends)} of them")
+    found = tuple(one and attend for one, attend in zip(values, attends, strict=True))
+    if any(found) and (said is True or fields.get("mid_block_only_cross_attention")):
+        fields.refuse("only_cross_attention", said, "a list, with a middle that attends to itself")
+    return found if any(found) else ()
 
 
 def plain_unet_config(path: Path) -> UNetConfig:

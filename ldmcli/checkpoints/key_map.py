@@ -118,7 +118,8 @@ IGNORED_ORIGINAL = re.compile(
     r"|cond_stage_model\.(logit_scale$|transformer\.(vision_model\.|visual_projection|text_projection|logit_scale))"
     r"|conditioner\.embedders\.\d\.(logit_scale$|transformer\.(text_projection|logit_scale))"
     r"|.*\.model\.(logit_scale|attn_mask)$|(.*\.)?position_ids$|model_ema$|scale_factor$|global_step$|denoiser\.sigmas$"
-    r"|v_pred$|ztsnr$|depth_model\.|(cond_stage_model\.transformer\.)?to_logits\."
+    r"|v_pred$|ztsnr$|depth_model\.|low_scale_model\.|(cond_stage_model\.transformer\.)?to_logits\."
+    r"|cond_stage_model\.(encoder\.|decoder\.|quant|post_quant|loss\.)"  # the first stage once more
 )
 
 

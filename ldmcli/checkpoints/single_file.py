@@ -59,7 +59,7 @@ _TYPES = _YAML_TYPES | {
 }
 _VELOCITY_KEYS = ("ss_v_parameterization", "v_parameterization", "v_pred", "modelspec.v_pred")
 _ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "rescale_betas_zero_snr", "modelspec.ztsnr")
-_LEVELS = "alphas_cumprod"
+_LEVELS, _SIGNALS = "alphas_cumprod", "low_scale_model.sqrt_alphas_cumprod"
 _SCALE, _SCALE_ROUNDING = "scale_factor", 4e-3  # of the coarsest type, bfloat16
 # How far from the usual schedule levels stored in a type may lie and still be it, rounded: a share, and at least.
 _ROUNDING = {"F16": (2e-3, 0.0), "BF16": (1e-2, 0.0)}
@@ -90,6 +90,7 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
             schedule=dataclasses.replace(schedule, xl=bool(family.added_numbers)),
             zero_empty_negative=family.zero_empty_negative,
             defaults=family.defaults if config.guidance_dim is None else LCM_DEFAULTS,
+            noising=_noising(file, family.noising) if family.noising else None,
             conditioner=_conditioner(shapes, family.conditioner) if family.conditioner else None,
         )
 
@@ -285,7 +286,15 @@ def schedule_of_file(file: WeightFile, family: Family) -> ScheduleConfig:
         prediction_type=marked or written or beside or family.prediction_type or UNDECIDED,
         zero_terminal_snr="ztsnr" in file.tensors or any(_is_true(file.metadata.get(key)) for key in _ZERO_SNR_KEYS),
     )
-    return _with_levels(usual, file) if _LEVELS in file.tensors else usual
+    return _with_levels(usual, file, read_numbers(file, _LEVELS), _LEVELS) if _LEVELS in file.tensors else usual
+
+
+def _noising(file: WeightFile, betas: tuple[float, float]) -> ScheduleConfig:
+    """How pictures to be enlarged are noised: as the file's levels say, else with these betas."""
+    usual = ScheduleConfig(beta_start=betas[0], beta_end=betas[1])
+    if _SIGNALS not in file.tensors:
+        return usual
+    return _with_levels(usual, file, [signal**2 for signal in read_numbers(file, _SIGNALS)], _SIGNALS)
 
 
 def _from_metadata(metadata: Mapping[str, str], path: Path) -> str | None:
@@ -303,17 +312,17 @@ def _is_true(word: str | None) -> bool:
     return word is not None and word.strip().lower() in ("true", "1", "yes")
 
 
-def _with_levels(usual: ScheduleConfig, file: WeightFile) -> ScheduleConfig:
-    levels = read_numbers(file, _LEVELS)
+def _with_levels(usual: ScheduleConfig, file: WeightFile, levels: list[float], name: str) -> ScheduleConfig:
+    """The schedule with these levels, from the tensor of this name, unless they are the usual ones."""
     expected = list(itertools.accumulate((1 - beta for beta in betas_of(usual)), operator.mul))
-    share, least = _ROUNDING.get(file.tensors[_LEVELS].dtype, _SAME)
+    share, least = _ROUNDING.get(file.tensors[name].dtype, _SAME)
     if len(levels) == len(expected) and all(
         abs(a - b) <= max(share * b, least) for a, b in zip(levels, expected, strict=True)
     ):
         return usual
     falling = all(a > b for a, b in itertools.pairwise(levels))
     if len(levels) < 2 or not falling or not 0 <= levels[-1] <= levels[0] < 1:
-        raise BadDataError(f"{shown(file.path)}: its {_LEVELS} do not fall from below 1 to no less than 0.")
+        raise BadDataError(f"{shown(file.path)}: its {name} do not fall from below 1 to no less than 0.")
     return dataclasses.replace(
         usual, training_steps=len(levels), alphas_cumprod=tuple(levels), zero_terminal_snr=levels[-1] == 0
     )

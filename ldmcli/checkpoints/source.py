@@ -16,7 +16,14 @@ from typing import Any, Generic, TypeVar
 from ldmcli.background import in_background
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
-from ldmcli.checkpoints.families import FAMILIES, READ, family_of_unet, require_family
+from ldmcli.checkpoints.families import (
+    FAMILIES,
+    READ,
+    SD_UPSCALER,
+    SUPER_RESOLUTION,
+    family_of_unet,
+    require_family,
+)
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
 from ldmcli.checkpoints.key_map import EMA_PREFIX, IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
@@ -25,7 +32,7 @@ from ldmcli.checkpoints.single_file import config_of_file
 from ldmcli.conditioning.class_names import ClassNames
 from ldmcli.conditioning.known_words import WordList
 from ldmcli.conditioning.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
-from ldmcli.config import ModelConfig, TextEncoderConfig
+from ldmcli.config import Defaults, ModelConfig, ScheduleConfig, TextEncoderConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import listing, read_json, read_text, shown
 from ldmcli.errors import BadDataError, MissingInputError, printable
@@ -36,7 +43,10 @@ CLASS_NAMES = "classes.txt"  # in a model's folder, a class a line
 CLASS_NAMES_ENDING = f".{CLASS_NAMES}"  # of a file beside a model's
 _MAX_WORD_LIST = 1 << 20  # bytes
 # diffusers' pipelines that correct old configurations when they are made.
-_MENDING, _NOT_MENDING = "StableDiffusion", ("StableDiffusionXL", "StableDiffusionControlNet")
+_MENDING = "StableDiffusion"
+_NOT_MENDING = ("StableDiffusionXL", "StableDiffusionControlNet", "StableDiffusionUpscale")
+# Those whose U-Nets alone do not tell the family.
+_PIPELINES = {"StableDiffusionUpscalePipeline": SD_UPSCALER, "LDMSuperResolutionPipeline": SUPER_RESOLUTION}
 _OPENCLIP_PAD = "!"  # whose id, 0, OpenCLIP fills short prompts up with
 _SNAPSHOT = re.compile(r"/models--(?:[^/]*--)?([^/]*)/snapshots/[^/]*")
 
@@ -322,10 +332,13 @@ def _folder_model(path: Path, index: dict[str, Any], folders: Mapping[str, str])
     else:
         unet = folder_config.plain_unet_config(path / "unet" / "config.json")
     vae = folder_config.vae_config(path / folders.get("vae", "vae") / "config.json")
-    family = family_of_unet(unet, bert=any(text.layout == "bert" for text in texts))
+    family = _PIPELINES.get(kind) or family_of_unet(unet, bert=any(text.layout == "bert" for text in texts))
+    if family.joins:
+        unet = dataclasses.replace(unet, joins=family.joins)
+        vae = dataclasses.replace(vae, scaling_factor=family.scaling_factor or 1.0)  # as diffusers' pipelines decode
     if unet.added_numbers:  # XL reads the states before the last layer, as they are
         texts = [dataclasses.replace(text, skipped_layers=1, final_norm=False) for text in texts]
-    else:
+    elif not family.force_upcast:
         vae = dataclasses.replace(vae, force_upcast=False)
     reads_guidance = unet.guidance_dim is not None
     scheduler = index.get("scheduler")  # [library, class]
@@ -342,10 +355,16 @@ def _folder_model(path: Path, index: dict[str, Any], folders: Mapping[str, str])
         vae=vae,
         text_encoders=tuple(texts),
         schedule=dataclasses.replace(found.schedule, xl=bool(unet.added_numbers)),
+        noising=_noising(path) if family.noising else None,
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
         defaults=folder_config.own_defaults(path / GENERATION, found.defaults, reads_guidance=reads_guidance),
         notes=(found.guess, *found.notes) if found.guess and not (path / GENERATION).exists() else found.notes,
     )
+
+
+def _noising(path: Path) -> ScheduleConfig:
+    """How pictures to be enlarged are noised."""
+    return folder_schedule(path / "low_res_scheduler" / "scheduler_config.json", None, Defaults()).schedule
 
 
 def _check_vocabulary(vocabulary: Vocabulary, size: int, where: str) -> None:

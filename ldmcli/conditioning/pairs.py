@@ -82,6 +82,8 @@ def size_vector(pooled: Tensor, numbers: Tensor, config: UNetConfig) -> Tensor:
 def _conditioning(
     config: UNetConfig, request: FittedRequest, encoded: EncodedPrompt, *, negative: bool = False
 ) -> Conditioning:
+    if config.classes:
+        return Conditioning(encoded.context, torch.tensor([request.noise_level], device=encoded.context.device))
     if not config.added_numbers or encoded.pooled is None:
         return Conditioning(encoded.context)
     numbers = torch.tensor([_numbers(config, request, negative=negative)], dtype=torch.float32)

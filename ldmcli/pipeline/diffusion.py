@@ -20,6 +20,7 @@ from ldmcli.sampling.guidance import (
     guided,
     guided_on_image,
     in_interval,
+    in_patches,
     paired,
     with_channels,
     within,
@@ -102,7 +103,7 @@ class DiffusionModel:
         image_scale = settings.image_guidance_scale
         if self.graphs:
             self.graphs.begin(calls=len(steps))
-        prepared = functools.partial(self._prepared, steps=steps, scale=scale, steering=steering)
+        prepared = functools.partial(self._prepared, steps=steps, settings=settings, steering=steering)
         is_pair = is_guided(self.config, settings)
         edits = is_pair and image_scale != 1 and self.config.unet.reads == "image"
         if edits:
@@ -123,22 +124,26 @@ class DiffusionModel:
         def form(step: Step) -> tuple[object, ...]:
             return is_pair and within(interval, step), steering and steering.form(step)
 
-        return recorded(model, self.graphs, key=(scale, rescale, image_scale, steering and steering.key), form=form)
+        key = scale, rescale, image_scale, settings.patch, steering and steering.key
+        return recorded(model, self.graphs, key=key, form=form)
 
     def _prepared(
         self,
         negative: Sequence[Conditioning],
         positive: Sequence[Conditioning],
         steps: Sequence[Step],
-        scale: float,
+        settings: FittedRequest,
         steering: "Steering | None",
     ) -> Model:
         """The network prepared for these conditions, and before it what joins the latents and what steers."""
+        scale = settings.guidance_scale
         placed = self.runtime.device, self.runtime.dtype
         condition = joined([*negative, *positive]).to(*placed)
         hold = self.graphs.hold if self.graphs else _as_it_is
         beside = steering.beside(len(negative), len(positive)) if steering else ()
         model = self.unet.prepare(condition, steps, guidance_scale=scale, call=self.call, hold=hold, beside=beside)
+        if settings.patch:
+            model = in_patches(model, settings.patch)
         if condition.channels is not None:
             model = with_channels(model, hold(condition.channels))
         if steering is None or not steering.parts:

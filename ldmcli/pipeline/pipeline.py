@@ -118,7 +118,7 @@ class Pipeline:
         shape = channels, settings.height // factor, settings.width // factor
         noise = SeededNoise([request.seed for request in requests], shape, self.runtime.device)
         scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
-        starter = Starter(self._encoded, self._modes, self.runtime.device)
+        starter = Starter(self._encoded, self._modes, self.runtime.device, self.config.noising)
         start = starter.start(settings, canvases, noise, taken, scale, earlier)
         steering = None
         if settings.is_steered and taken:

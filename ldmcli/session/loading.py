@@ -63,7 +63,7 @@ def load(
         kernels = in_background(runtime.try_kernels, "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
-        encodes = any(request.encodes or request.model_reads == "mask" for request in first)
+        encodes = any(request.encodes or request.model_reads in ("mask", "masked") for request in first)
         vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
         networks = _steerers(opened, runtime, stage)
         steering = in_background(lambda: _read_networks(networks, first), "read what steers")
