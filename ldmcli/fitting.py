@@ -35,8 +35,8 @@ _READS = {
     "label": ("a class", "sample --label CLASS"),
     "layout": ("a layout", "sample --layout FILE"),
     "map": ("a semantic map", "sample --map FILE"),
-    "low_res": ("a picture alone", "upscale"),
-    "masked": ("a picture and a mask alone", "img2img"),
+    "low_res": ("a picture alone", ""),
+    "masked": ("a picture and a mask alone", ""),
 }
 
 
@@ -344,7 +344,8 @@ def _check_condition(request: GenerationRequest, config: "ModelConfig") -> None:
     own = config.condition
     reads, command = _READS[own or config.unet.reads]
     if other := [name for name in given if name != own]:
-        raise UsageError(f"{other[0]} is not for this model, which reads {reads}; draw with `ldm {command}`.")
+        cure = f"draw with `ldm {command}`" if command else "leave it out"
+        raise UsageError(f"{other[0]} is not for this model, which reads {reads}; {cure}.")
     if own not in ("text", "") and not given:
         raise UsageError(f"the model reads {reads}; give one, as `ldm {command}`.")
     conditioner = config.conditioner

@@ -357,6 +357,11 @@ def describe_single_file(shapes: Shapes) -> str:
     return kind.name if kind else "unknown"
 
 
+def family_named(kind: str) -> Family | None:
+    """The family that a file of this kind, by its row's name, is read as."""
+    return next((row.family for row in KINDS if row.name == kind), None)
+
+
 def require_family(shapes: Shapes, path: Path, *, own_vae: bool = True) -> Family:
     """The family of the single file `path`; without `own_vae`, it may lack that. Raises BadDataError saying what it is
     instead, and what to do."""

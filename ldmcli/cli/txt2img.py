@@ -97,12 +97,16 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         take_over(context, options, record)
         if not prompts:
             prompts, options["dynamic_prompts"] = (record["request"]["prompt"],), False  # it is drawn already
+    unprompted = not prompts and options.get("image") is not None  # as some models draw on pictures
+    prompts = ("",) if unprompted else prompts
     _check_sources(context, prompts, options)
     conditions = _conditions(options)
     requests = _requests(prompts, options, conditions)
     # 2. What the model is, from its headers; then every check that needs no weights.
     pictures = 0 if STDIN in prompts else len(prompts) * len(conditions) * options["count"]
     session = _open(options, record, pictures, encoding)
+    if unprompted and session.token_limit:
+        _check_sources(context, (), options)
     if skips_otherwise(context, record, session.family):
         requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
     if not session.remote:

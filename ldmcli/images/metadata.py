@@ -185,12 +185,18 @@ def text_chunks(
 
 
 def with_upscaling(
-    text: Mapping[str, str], upscaler: str, *, by: float | None, size: tuple[int, int]
+    text: Mapping[str, str],
+    upscaler: str,
+    *,
+    by: float | None,
+    size: tuple[int, int],
+    settings: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The text of a picture that was enlarged: what it said before, and by what and how much (None: to `size`), as
-    A1111 writes that after its parameters; in our record under `upscaled`."""
+    """The text of a picture that was enlarged: what it said before, and by what, with which `settings`, and how much
+    (None: to `size`), as A1111 writes that after its parameters; in our record under `upscaled`."""
     amount = f"Postprocess upscale by: {_number(by)}" if by else f"Postprocess upscale to: {size[0]}x{size[1]}"
     said = f"{amount}, Postprocess upscaler: {_quoted(upscaler)}"
+    said += "".join(f", Postprocess {name}: {_quoted(value)}" for name, value in (settings or {}).items())
     before = text.get(PARAMETERS_KEYWORD, "")
     last = before.rpartition("\n")[2]
     joint = "" if not before else ", " if len(_PAIR.findall(last)) >= _FEWEST_PAIRS else "\n"

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +123,14 @@ class Upscaler:
         """What spandrel calls it."""
         return str(self._net.architecture.name)
 
-    def enlarged(self, pixels: "np.ndarray", *, tile: int = TILE, on_tile: OnTile | None = None) -> "np.ndarray":
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Nothing."""
+        return {}
+
+    def enlarged(self, pixels: "np.ndarray", *, tile: int | None = None, on_tile: OnTile | None = None) -> "np.ndarray":
         """`pixels` (height, width, 3 or 4) uint8, `scale` times as large; RGB, or RGBA, whose transparency the network
-        enlarges apart. Memory: both pictures and what a tile of `tile` pixels a side takes; 0 takes all at once.
+        enlarges apart. Memory: both pictures and what a tile of `tile` pixels a side (256) takes; 0 takes all at once.
 
         Tiles differ from the whole only where what lies further away than OVERLAP tells. Numbers that are not finite
         are repeated in float32; out of memory, with smaller tiles. Raises LdmError where that does not help.
@@ -133,6 +138,7 @@ class Upscaler:
         import torch
 
         height, width = pixels.shape[:2]
+        tile = TILE if tile is None else tile
         check_memory(width * self.scale, height * self.scale)
         with self._lock, torch.inference_mode(), _without_warnings():
             while True:
