@@ -78,7 +78,11 @@ PUBLISHED = {
 
 def small(name: str) -> Model:
     """A model of the same structure, two levels of it, that draws in a moment."""
-    full = PUBLISHED[name]
+    return narrowed(PUBLISHED[name])
+
+
+def narrowed(full: Model) -> Model:
+    """A model with few channels and two levels."""
     attention = (1,) if 1 in full.attention else (2,) if 2 in full.attention else ()
     text = full.text and (full.text[0] if full.text[3] == 92 else 120, 48, 2, full.text[3])
     return dataclasses.replace(

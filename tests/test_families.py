@@ -10,6 +10,7 @@ from ldmcli.checkpoints.families import (
     SD1,
     SD2,
     SD2_NOISE,
+    SD_UPSCALER,
     SDXL,
     Family,
     describe_single_file,
@@ -99,11 +100,15 @@ MODELS: list[tuple[Family, str, Shapes]] = [
         "Stable Diffusion 2.x depth (5 input channels)",
         original_unet(5, linear=True) | VAE | OPEN_CLIP | keys("depth_model.model.scratch.weight"),
     ),
+    (
+        SD_UPSCALER,
+        "Stable Diffusion 2.x upscaler (7 input channels)",
+        original_unet(7, linear=True) | VAE | OPEN_CLIP,
+    ),
     (REFINER, "SDXL refiner checkpoint", SDXL_UNET | VAE | keys("conditioner.embedders.0.model.ln_final.weight")),
 ]
 
 OTHERS: list[tuple[str, Shapes]] = [
-    ("Stable Diffusion 2.x upscaler (7 input channels)", original_unet(7, linear=True) | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x unCLIP", SDXL_UNET | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x checkpoint without its VAE", SD2_UNET | OPEN_CLIP),
     ("SDXL in EDM's formulation (Playground 2.5, CosXL)", SDXL_UNET | VAE | SDXL_TEXT | keys("edm_mean", "edm_std")),
@@ -179,8 +184,8 @@ def test_messages_read_as_sentences() -> None:
         "model.safetensors is a LoRA, not a whole model; "
         "name the model it was made for with --model, and this with --lora."
     )
-    assert message(original_unet(7, linear=True) | VAE | OPEN_CLIP) == (
-        "model.safetensors looks like Stable Diffusion 2.x upscaler (7 input channels); this version reads Stable "
+    assert message(SDXL_UNET | VAE | OPEN_CLIP) == (
+        "model.safetensors looks like Stable Diffusion 2.x unCLIP; this version reads Stable "
         "Diffusion 1.x, 2.x and XL and the latent diffusion paper's models."
     )
     assert "an IP-Adapter" in message(keys("image_proj.a", "ip_adapter.b"))

@@ -156,8 +156,8 @@ def facts_of(name: str) -> dict[str, list[float]]:
     return found
 
 
-def main() -> None:
-    sys.path += sys.argv[1:3]
+def stub_modules() -> None:
+    """What the original code imports and these models do not need."""
     stub("pytorch_lightning", LightningModule=nn.Module)
     stub("taming.modules.losses.vqperceptual")
     stub("omegaconf")
@@ -165,6 +165,11 @@ def main() -> None:
     stub("omegaconf.listconfig", ListConfig=tuple)
     for name in ("clip", "kornia", "more_itertools", "more_itertools.recipes"):
         stub(name, grouper=None)
+
+
+def main() -> None:
+    sys.path += sys.argv[1:3]
+    stub_modules()
     narrow_attention_width()
     found = {name: facts_of(name) for name in PUBLISHED}
     Path(__file__).with_name("paper_models.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
