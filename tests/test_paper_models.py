@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle.compvis_layout import vae_state
+from oracle.test_key_lists import loaded, write_hollow
 from paper_models import PUBLISHED, UNET, Model, shapes_of, small, unet_shapes, write_model
 
 from ldmcli.checkpoints.families import PAPER, describe_single_file
@@ -12,7 +14,9 @@ from ldmcli.checkpoints.key_map import disk_names, stacked_heads
 from ldmcli.checkpoints.load import load_unet, on_meta
 from ldmcli.checkpoints.single_file import unet_from_shapes
 from ldmcli.checkpoints.source import open_model
+from ldmcli.config import VAEConfig
 from ldmcli.networks.unet import UNet
+from ldmcli.networks.vae import autoencoder_of
 
 FAMILIES = dict(
     zip(
@@ -75,3 +79,28 @@ def test_queries_keys_and_values_of_each_head_are_taken_from_its_rows(tmp_path: 
     per_head = rows.reshape(heads, 3, 32, 128)
     for i, layer in enumerate((attention.to_q, attention.to_k, attention.to_v)):  # type: ignore[union-attr]
         assert torch.equal(layer.weight.reshape(heads, 32, 128), per_head[:, i])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_checkpoints_load_whole(name: str, tmp_path: Path) -> None:
+    model = PUBLISHED[name]
+    stage = VAEConfig(
+        latent_channels=model.out_channels,
+        block_channels={3: (128, 256, 512), 4: (128, 256, 512, 512)}[model.out_channels],
+        codes=8192 if model.quantizes else 0,
+    )
+    with torch.device("meta"):
+        state = vae_state(autoencoder_of(stage).state_dict())
+        state |= {key: torch.empty(shape) for key, shape in shapes_of(model).items()}
+    source = open_model(write_hollow(tmp_path / f"{name}.safetensors", state))
+    if model.text and model.text[3] == 77:
+        lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(30518))]
+        (tmp_path / "vocab.txt").write_text("\n".join(lines))
+    keys = {part: source.part(part).keys() for part in source.parts}
+    read = {part: sum(math.prod(file.tensors[key].shape) for key, file in keys[part].items()) for part in keys}
+    modules = loaded(source)
+    assert modules.keys() == read.keys()
+    for part, module in modules.items():
+        unread = sum(math.prod(shape) for key, shape in shapes_of(model).items() if ".to_logits." in key)
+        held = sum(weight.numel() for weight in module.parameters())
+        assert held == read[part] - (unread if part in ("text_encoder", "layout_encoder") else 0)
