@@ -2,12 +2,15 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from graph_support import FakeRecorder, load_plainly, recording
 from oracle.compvis_layout import vae_state
 from oracle.test_key_lists import loaded, write_hollow
-from paper_models import PUBLISHED, UNET, Model, shapes_of, small, unet_shapes, write_model
+from paper_models import PUBLISHED, UNET, Model, class_map, shapes_of, small, unet_shapes, write_model
+from PIL import Image
 
 from ldmcli.checkpoints.families import PAPER, describe_single_file
 from ldmcli.checkpoints.key_map import disk_names, stacked_heads
@@ -15,8 +18,10 @@ from ldmcli.checkpoints.load import load_unet, on_meta
 from ldmcli.checkpoints.single_file import unet_from_shapes
 from ldmcli.checkpoints.source import open_model
 from ldmcli.config import VAEConfig
+from ldmcli.fitting import fit_to_model
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import autoencoder_of
+from ldmcli.spec import GenerationRequest
 
 FAMILIES = dict(
     zip(
@@ -104,3 +109,28 @@ def test_published_checkpoints_load_whole(name: str, tmp_path: Path) -> None:
         unread = sum(math.prod(shape) for key, shape in shapes_of(model).items() if ".to_logits." in key)
         held = sum(weight.numel() for weight in module.parameters())
         assert held == read[part] - (unread if part in ("text_encoder", "layout_encoder") else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("churches256", {}),
+        ("cin256-v2", {"label": 3, "guidance_scale": 3.0}),
+        ("semantic", {"map": "map.png"}),
+        ("txt2img-1p4B", {"prompt": "a red apple"}),
+    ],
+)
+def test_recorded_steps_draw_the_same(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = small(name)
+    path = write_model(tmp_path / "model.safetensors", model)
+    if "map" in settings:
+        settings |= {"map": str(tmp_path / "map.png")}
+        Image.fromarray(class_map(40, 24, model.classes)).save(settings["map"])
+    plain, recorder = load_plainly(path), FakeRecorder()
+    graphed = recording(plain, recorder)
+    size = {"width": 10 * plain.vae.config.factor, "height": 6 * plain.vae.config.factor}
+    for seed in (1, 2):
+        asked = GenerationRequest(**{"prompt": "", "seed": seed, "steps": 9, **size} | settings)
+        request = fit_to_model(asked, plain.config)
+        assert torch.equal(graphed.draw([request]).latents, plain.draw([request]).latents)
+    assert recorder.recordings

@@ -65,6 +65,10 @@ def _faults(config: ModelConfig) -> Iterator[str]:
     yield from _size_faults("U-Net", unet, unet.layers_per_block)
     for text in texts:
         yield from _size_faults("text encoder", text, text.layers)
+    if isinstance(config.conditioner, ClassesConfig | MapConfig):
+        yield from _size_faults(f"encoder of a {config.conditioner.kind}", config.conditioner, 1)
+        if config.conditioner.classes < 1:
+            yield f"the encoder of a {config.conditioner.kind} knows no class"
     yield from _norm_faults("U-Net", unet)
     for name, eps in (("U-Net", unet.norm_eps), *(("text encoder", text.norm_eps) for text in texts)):
         if not 0 < eps < 1:
