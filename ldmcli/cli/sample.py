@@ -66,10 +66,14 @@ def layout_of_file(path: Path) -> Any:
     """What the JSON file holds. Raises BadDataError where it is none, MissingInputError, StorageError."""
     import json
 
-    from ldmcli.disk.opening import bad_file, read_text
+    from ldmcli.disk.opening import bad_file, open_regular
 
     cure = 'write a list of {"label": 17, "box": [0, 0, 0.5, 1]}'
+    with open_regular(path, ("", cure)) as file:
+        data = file.read(_MAX_LAYOUT + 1)
+    if len(data) > _MAX_LAYOUT:
+        raise bad_file(path, f"is over {_MAX_LAYOUT >> 20} MiB", cure)
     try:
-        return json.loads(read_text(path, _MAX_LAYOUT))
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise bad_file(path, f"is not valid JSON: {error}", cure) from None
