@@ -380,7 +380,7 @@ def require_family(shapes: Shapes, path: Path, *, own_vae: bool = True) -> Famil
 
 def with_article(kind: str) -> str:
     """`kind` after "a" or "an"."""
-    return f"an {kind}" if kind[0] in "AEIO" or kind.startswith(("SDXL", "LCM")) else f"a {kind}"
+    return f"an {kind}" if kind[0] in "AEIOaeiou" or kind.startswith(("SDXL", "LCM")) else f"a {kind}"
 
 
 def _first_keys(shapes: Shapes) -> str:

@@ -15,6 +15,7 @@ ADAPTER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside its file
 # The latent diffusion paper's models call their parts otherwise: "vqvae" even where it is none, "bert".
 OTHER_FOLDERS = {"vae": "vqvae", "text_encoder": "bert"}
+_SCHEDULERS = ("scheduler", "low_res_scheduler")
 _NETWORKS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -91,7 +92,7 @@ def needed_files(
     return [
         INDEX,
         *(file for file in (GENERATION, WORD_LIST, UPSCALER) if file in files),
-        *([require("scheduler/scheduler_config.json")] if "scheduler" in named else []),
+        *(require(f"{part}/scheduler_config.json") for part in _SCHEDULERS if part in named),
         *(file for part in _TOKENIZERS if part in named for file in tokenizer(f"{part}/")),
         *(require(f"{part}/config.json") for part in parts),
         *(file for part in parts for file in weights(f"{part}/")),

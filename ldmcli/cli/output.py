@@ -68,7 +68,7 @@ def in_folder(output: Output, names: Sequence[str]) -> list[Output]:
     places = [output.path / name for name in names]
     for place, count in Counter(places).items():
         if count > 1:
-            raise UsageError(f"{count} results would be written to {printable(str(place))}; make them apart.")
+            raise UsageError(f"{count} pictures would be written to {printable(str(place))}; do it in several runs.")
         check_replaceable(place, overwrite=output.overwrite)
     return [dataclasses.replace(output, path=place, is_file=True) for place in places]
 

@@ -176,10 +176,10 @@ def _drawing(how: Enlargement, options: dict[str, Any]) -> "_Work":
     settings = {name: options[name] for name in _DRAWING}
     if settings["eta"] is None:
         settings["eta"] = 0.0 if session.config.noising else 1.0  # as their authors draw
+    seed = secrets.randbelow(1 << 32) if settings["seed"] is None else settings["seed"]
+    upscaler = DiffusionUpscaler(session, GenerationRequest(**settings | {"seed": seed}), how.tile)
     if settings["seed"] is None:
-        settings["seed"] = secrets.randbelow(1 << 32)
-        _log.info("seed %d", settings["seed"])
-    upscaler = DiffusionUpscaler(session, GenerationRequest(**settings))
+        _log.info("seed %d", seed)
 
     def load() -> DiffusionUpscaler:
         upscaler.load()

@@ -23,15 +23,15 @@ _FIELDS = ("steps", "sampler", "guidance_scale", "eta", "noise_level", "seed", "
 class DiffusionUpscaler:
     """A session's model that makes pictures `scale` times as large; `request` says how: a prompt, steps, a seed."""
 
-    def __init__(self, session: Session, request: GenerationRequest) -> None:
-        """Raises BadDataError where the model is none that does, UsageError where it cannot draw as the request
-        says."""
+    def __init__(self, session: Session, request: GenerationRequest, tile: int | None = None) -> None:
+        """`tile` is what will be asked for. Raises BadDataError where the model is none that does, UsageError where it
+        cannot draw as the request says."""
         config = session.config
         if config.unet.reads != "low_res":
             raise BadDataError(f"{shown(Path(session.name))} is a {config.family} model, and enlarges no pictures.")
         self.name, self.scale = session.name, config.enlarges
         self._session, self._request = session, request
-        session.fit(self._of(np.zeros((8, 8, 3), np.uint8), None))  # to know that it can
+        session.fit(self._of(np.zeros((8, 8, 3), np.uint8), tile))  # to know that it can
 
     @property
     def settings(self) -> Mapping[str, str]:

@@ -9,12 +9,20 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from cli_support import ldm_here
 from conftest import open_session
-from oracle.enlarging_models import sd_upscaler, super_resolution
+from oracle.enlarging_models import full_sd_upscaler, sd_upscaler, super_resolution
+from oracle.original_layout import original_state
 from oracle.seeded import seeded_pixels
+from oracle.test_key_lists import shapes, write_hollow
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldmcli import GenerationRequest
+from ldmcli.checkpoints.key_map import disk_names
+from ldmcli.checkpoints.load import on_meta
+from ldmcli.checkpoints.source import open_model
+from ldmcli.networks.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +68,40 @@ def test_super_resolution(folder_sr: tuple[Any, Path], picture: Path, eta: float
         ).images[0]
     assert ours.shape == (128, 256, 3)
     assert np.abs(ours - 255 * theirs).max() < 1
+
+
+def test_sd_upscaler_from_one_file(folder_x4: tuple[Any, Path], picture: Path, tmp_path: Path) -> None:
+    """In the original layout, with the buffers of what noises the picture; not by the file's own levels."""
+    pipeline, folder = folder_x4
+    parts = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    state = {key: tensor.contiguous() for key, tensor in original_state(parts).items()}
+    signals = pipeline.low_res_scheduler.alphas_cumprod.sqrt()
+    path = tmp_path / "x4.safetensors"
+    settings = {"image": str(picture), "prompt": "a fox", "steps": 2}
+    latents, _ = drawn(folder, **settings)
+    for levels, same in ((signals, True), (signals**2, False)):
+        buffers = {"betas": torch.zeros(1000), "sqrt_alphas_cumprod": levels, "logvar": torch.zeros(1000)}
+        save_file(state | {f"low_scale_model.{name}": buffer for name, buffer in buffers.items()}, path)
+        again, _ = drawn(path, **settings)
+        assert (float((again - latents).abs().max()) < 1e-4 * float(latents.abs().max())) == same
+    facts = ldm_here("info", "--json", path).records[0]
+    assert facts["family"] == "Stable Diffusion x4 upscaler"
+    assert (facts["reads"], facts["prediction_type"]) == ("low_res", "v_prediction")
+
+
+def test_every_tensor_of_the_published_upscaler_has_its_place(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        parts = full_sd_upscaler()
+    state = original_state(parts)
+    assert sum(weight.numel() for weight in parts["unet"].parameters()) == 473_398_020
+    source = open_model(write_hollow(tmp_path / "x4.safetensors", state))
+    unet = on_meta(lambda: UNet(source.config.unet)).state_dict()
+    assert shapes(unet.items()) == shapes(parts["unet"].state_dict().items())
+    assert source.config.unet.heads == (8, 8, 8, 8)
+    assert source.config.default_size == 512
+    names = disk_names(unet, source.config.unet, "model.diffusion_model.", original=True)
+    wanted = {name for name in state if name.startswith("model.diffusion_model.")}
+    assert {name for found in names.values() for name in found} == wanted
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
