@@ -196,7 +196,7 @@ def test_what_a_model_that_reads_pictures_refuses(
     assert_refused(ldm_here(*fill, "--mask", mask, "a dog"), 2, "prompt is not for this model")
     assert_refused(ldm_here(*fill, "--mask", mask, "--patch", "64"), 2, "patch is for a model that enlarges")
     assert_refused(ldm_here(*enlarge, "--strength", "0.5"), 2, "strength is not for a model that enlarges")
-    assert_refused(ldm_here(*enlarge, "--hires", "2"), 2, "hires is not for a model that draws on pictures")
+    assert_refused(ldm_here(*enlarge, "--hires", "2"), 2, "hires is not for a model that edits pictures, enlarges")
     assert_refused(ldm_here("sample", "-m", model("bsr_sr"), "-o", tmp_path), 2, "give it one")
     assert_refused(ldm_here("sample", "-m", model("inpainting_big"), "-o", tmp_path), 2, "give a picture and a mask")
     assert_refused(ldm_here("img2img", "-m", model_file, "-i", image, "-o", tmp_path), 2, "give a PROMPT")
