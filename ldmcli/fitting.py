@@ -315,8 +315,8 @@ def _check_inputs(request: GenerationRequest, config: "ModelConfig") -> None:
         raise UsageError("the model fills in parts of pictures; give a picture and a mask, as --image and --mask of "
                          "`ldm img2img`.")  # fmt: skip
     if reads in ("image", "depth", "low_res", "masked") and request.hires is not None:
-        raise UsageError("hires is not for a model that edits pictures, enlarges or fills them in, or reads depth maps; "
-                         "enlarge with --upscale.")  # fmt: skip
+        raise UsageError("hires is not for a model that edits pictures, enlarges or fills them in, or reads depth "
+                         "maps; enlarge with --upscale.")  # fmt: skip
 
 
 def _check_enlarging(request: GenerationRequest, config: "ModelConfig") -> None:

@@ -142,6 +142,8 @@ def test_upscale_refuses(model: Callable[[str], Path], picture: Path, tmp_path: 
     assert_refused(ldm_here(*masked), 65, "is an inpainting latent diffusion, not an upscaler")
     assert_refused(ldm_here(*drawing[:-1], tmp_path), 65, "without model_index.json")
     assert_refused(ldm_here(*drawing[:-1], tmp_path / "none.safetensors"), 66)
+    drawn = ldm_here("a fox", "--upscale", model("bsr_sr"), "-o", out)
+    assert_refused(drawn, 65, "not an upscaler; enlarge what is drawn with it by ldm upscale -m")
     assert not out.exists()
 
 
