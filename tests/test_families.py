@@ -4,18 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ldmcli.checkpoints.families import (
-    KINDS,
-    REFINER,
-    SD1,
-    SD2,
-    SD2_NOISE,
-    SD_UPSCALER,
-    SDXL,
-    Family,
-    describe_single_file,
-    require_family,
-)
+from ldmcli.checkpoints.families import REFINER, SD1, SD2, SD2_NOISE, SD_UPSCALER, SDXL, Family
+from ldmcli.checkpoints.file_kinds import KINDS, describe_single_file, require_family
 from ldmcli.errors import BadDataError
 
 Shapes = dict[str, tuple[int, ...]]

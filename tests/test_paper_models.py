@@ -12,7 +12,8 @@ from oracle.test_key_lists import loaded, write_hollow
 from paper_models import PUBLISHED, UNET, Model, class_map, shapes_of, small, unet_shapes, write_model
 from PIL import Image
 
-from ldmcli.checkpoints.families import PAPER, describe_single_file
+from ldmcli.checkpoints.families import PAPER
+from ldmcli.checkpoints.file_kinds import describe_single_file
 from ldmcli.checkpoints.key_map import disk_names, stacked_heads
 from ldmcli.checkpoints.load import load_unet, on_meta
 from ldmcli.checkpoints.single_file import unet_from_shapes

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ldmcli.checkpoints.families import describe_single_file
+from ldmcli.checkpoints.file_kinds import describe_single_file
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import TensorInfo
 from ldmcli.checkpoints.source import ModelSource, model_of_file, open_model

@@ -6,18 +6,8 @@ The tables are made for one configuration, since the original layout numbers blo
 import re
 from collections.abc import Callable, Iterable
 
-from ldmcli.config import (
-    AdapterConfig,
-    ClassesConfig,
-    ControlConfig,
-    ImageEncoderConfig,
-    IPAdapterConfig,
-    MapConfig,
-    TextEncoderConfig,
-    TinyVAEConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from ldmcli.config import ClassesConfig, MapConfig, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from ldmcli.steering_config import AdapterConfig, ControlConfig, ImageEncoderConfig, IPAdapterConfig
 
 NetworkConfig = (
     UNetConfig

@@ -16,14 +16,8 @@ from typing import Any, Generic, TypeVar
 from ldmcli.background import in_background
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
-from ldmcli.checkpoints.families import (
-    FAMILIES,
-    READ,
-    SD_UPSCALER,
-    SUPER_RESOLUTION,
-    family_of_unet,
-    require_family,
-)
+from ldmcli.checkpoints.families import FAMILIES, SD_UPSCALER, SUPER_RESOLUTION, family_of_unet
+from ldmcli.checkpoints.file_kinds import READ, require_family
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
 from ldmcli.checkpoints.key_map import EMA_PREFIX, IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from ldmcli.checkpoints.buildable import check_autoencoder, check_buildable
-from ldmcli.checkpoints.families import Shapes, describe_single_file, require_family, with_article
+from ldmcli.checkpoints.families import Shapes
+from ldmcli.checkpoints.file_kinds import describe_single_file, require_family, with_article
 from ldmcli.checkpoints.files import open_weights
 from ldmcli.checkpoints.folder_config import MAX_CONFIG_BYTES, VQ_CLASS, vae_config
 from ldmcli.checkpoints.key_map import TINY_PREFIX, VAE_PREFIX

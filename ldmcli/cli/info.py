@@ -30,7 +30,7 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     """
     from ldmcli.adapters.adapter import is_adapter_folder
     from ldmcli.checkpoints.control_source import control_facts, is_control_folder
-    from ldmcli.checkpoints.families import AUTOENCODERS, IP_ADAPTER, STEERING
+    from ldmcli.checkpoints.file_kinds import AUTOENCODERS, IP_ADAPTER, STEERING
     from ldmcli.checkpoints.inspection import inspect
     from ldmcli.checkpoints.ip_adapter_source import ip_adapter_facts
     from ldmcli.checkpoints.vae_source import autoencoder_facts, is_autoencoder_folder
@@ -94,7 +94,7 @@ def _adapter_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
 
 def _embedding_facts(path: Path, kind: str, *, allow_pickle: bool) -> dict[str, Any]:
     """What is to be said of an embedding, which files of no other kind may be too; nothing of others."""
-    from ldmcli.checkpoints.families import EMBEDDING
+    from ldmcli.checkpoints.file_kinds import EMBEDDING
 
     if kind not in (EMBEDDING, "unknown", ""):
         return {}

@@ -149,7 +149,8 @@ def _draws_larger(name: str, *, allow_pickle: bool) -> bool:
     upscaler's file. Raises as `open_weights` does, for a file that is neither."""
     if name in ("", _EMBEDDED):
         return False
-    from ldmcli.checkpoints.families import ENLARGING, describe_single_file, family_named
+    from ldmcli.checkpoints.families import ENLARGING
+    from ldmcli.checkpoints.file_kinds import describe_single_file, family_named
     from ldmcli.checkpoints.files import open_weights
     from ldmcli.hub.listing import find_here
 

@@ -1,10 +1,12 @@
 """What a model's classes are called, where a list lies beside it. Imports nothing heavy."""
 
+import dataclasses
 import difflib
 from collections.abc import Iterator
 
 from ldmcli.conditions import Label
 from ldmcli.errors import UsageError, printable
+from ldmcli.spec import GenerationRequest
 
 
 class ClassNames:
@@ -12,6 +14,16 @@ class ClassNames:
 
     def __init__(self, text: str) -> None:
         self.names = tuple(line.strip() for line in text.splitlines())
+
+    def numbered(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with classes' numbers in place of their names; itself where no name is listed. Raises as
+        `number`."""
+        named = (request.label, *(box[0] for box in request.layout or ()))
+        if not self.names or not any(isinstance(name, str) for name in named):
+            return request
+        layout = request.layout and tuple((self.number(box[0]), *box[1:]) for box in request.layout)
+        label = None if request.label is None else self.number(request.label)
+        return dataclasses.replace(request, label=label, layout=layout)
 
     def number(self, label: Label) -> int:
         """The number of a class by one of its names, letter case aside. Raises UsageError where none, or more than one,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.config import AdapterConfig, ModelConfig
+from ldmcli.config import ModelConfig
 from ldmcli.control import TYPES, Control
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.canvas import Canvas
@@ -24,6 +24,7 @@ from ldmcli.pipeline.steering import Steerers
 from ldmcli.sampling.noise import to_device
 from ldmcli.sampling.schedule import Step
 from ldmcli.speed.offload import Stage
+from ldmcli.steering_config import AdapterConfig
 
 Network = ControlNet | T2IAdapter
 Hold = Callable[..., object]

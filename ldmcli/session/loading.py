@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from ldmcli.checkpoints.ip_adapter_source import IPAdapterSource
     from ldmcli.checkpoints.source import PartSource
     from ldmcli.conditioning.image_encoder import ImageEncoder
-    from ldmcli.config import ImageEncoderConfig
     from ldmcli.networks.ip_adapter import IPAdapter
     from ldmcli.pipeline.controlling import Network
+    from ldmcli.steering_config import ImageEncoderConfig
     from ldmcli.upscaling.upscaler import Upscaler, UpscalerFile
 
 

@@ -25,7 +25,7 @@ from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.syntax import parse
 from ldmcli.conditioning.tokenizer import ClipTokenizer
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
-from ldmcli.config import MapConfig, TinyVAEConfig, VAEConfig
+from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
@@ -89,7 +89,7 @@ class Opened:
             request = dataclasses.replace(request, refiner_start=REFINER_START)
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
-        prompt, request = self._with_loras(self._with_numbers(request))
+        prompt, request = self._with_loras(self.model.class_names.numbered(request))
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
         if fitted.is_steered:
             fitted = self.steering.checked(fitted, hashes)
@@ -105,16 +105,6 @@ class Opened:
             shareable = tuple(map(without_home, request.embeddings))
             fitted = dataclasses.replace(fitted, recorded=dataclasses.replace(fitted.recorded, embeddings=shareable))
         return fitted
-
-    def _with_numbers(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with classes' numbers in place of their names, by the list beside the model."""
-        names = (request.label, *(box[0] for box in request.layout or ()))
-        if not any(isinstance(name, str) for name in names) or not self.model.class_names.names:
-            return request
-        number = self.model.class_names.number
-        layout = request.layout and tuple((number(box[0]), *box[1:]) for box in request.layout)
-        label = None if request.label is None else number(request.label)
-        return dataclasses.replace(request, label=label, layout=layout)
 
     def _with_loras(self, request: GenerationRequest) -> tuple[str, GenerationRequest]:
         """The prompt without what names LoRAs, and the request with all its LoRAs found."""
@@ -235,12 +225,13 @@ class Opened:
                 if not alike(facts[name], facts["image"]):
                     shapes = f"{facts[name].shape} and the picture {facts['image'].shape}"
                     warn_once(_log, f"the {name} is {shapes}, which is of another shape: it is stretched to that")
-            inputs, size = (
-                {name: each.sha256 for name, each in facts.items()},
-                (facts["image"].width, facts["image"].height),
-            )
+            inputs = {name: each.sha256 for name, each in facts.items()}
+            size = facts["image"].width, facts["image"].height
         if request.map is not None:
-            size = self._map_size(request, inputs)
+            from ldmcli.images.class_map import map_facts
+
+            facts_of_map = map_facts(request, self.model.config.conditioner)
+            inputs["map"], size = facts_of_map.sha256, (facts_of_map.width, facts_of_map.height)
         fitted = fit_to_model(request, self.model.config, size)
         if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
             warn_once(_log, "image_guidance_scale changes nothing where guidance_scale is 1")
@@ -249,22 +240,6 @@ class Opened:
         if request.image is not None or fitted.encodes:
             self.encoder  # noqa: B018  to know that there is one
         return dataclasses.replace(fitted, inputs=tuple(inputs.items()))
-
-    def _map_size(self, request: GenerationRequest, inputs: dict[str, str]) -> tuple[int, int]:
-        """Width and height of the request's map, whose hash joins `inputs`. Raises BadDataError for one that has other
-        classes than the model."""
-        from ldmcli.images.class_map import check_map
-        from ldmcli.images.pixels import facts_of
-
-        assert request.map is not None
-        facts, conditioner = facts_of(request.map), self.model.config.conditioner
-        if isinstance(conditioner, MapConfig):
-            check_map(request.map, conditioner.classes)
-        inputs["map"] = facts.sha256
-        width, height = request.width or facts.width, request.height or facts.height
-        if width * facts.height != height * facts.width:
-            warn_once(_log, f"the map is {facts.shape}, which is of another shape: it is stretched")
-        return facts.width, facts.height
 
     @functools.cached_property
     def steering(self) -> "SteeringSources":

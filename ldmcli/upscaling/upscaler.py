@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldmcli.checkpoints.families import ENLARGING, describe_single_file, family_named, with_article
+from ldmcli.checkpoints.families import ENLARGING
+from ldmcli.checkpoints.file_kinds import describe_single_file, family_named, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
 from ldmcli.checkpoints.header import FLOATING
 from ldmcli.checkpoints.layout import UPSCALER
