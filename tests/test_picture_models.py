@@ -13,7 +13,7 @@ from paper_models import shapes_of, unet_shapes, write_model
 from picture_models import LATENTS, PICTURED, low_res, png, small, to_fill
 from PIL import Image
 
-from ldmcli.checkpoints.families import describe_single_file
+from ldmcli.checkpoints.file_kinds import describe_single_file
 from ldmcli.checkpoints.key_map import disk_names
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.checkpoints.single_file import unet_from_shapes

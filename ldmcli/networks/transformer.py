@@ -51,9 +51,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: KeysValues) -> Tensor:
         """x: (batch, tokens, channels); context: the keys and values that `project` gave."""
         normed = self.norm1(x)
-        x = x + self.attn1(normed, self.attn1.project(normed))
-        x = x + self.attn2(self.norm2(x), context)
+        first, second = self.read(normed, context)
+        x = x + self.attn1(normed, first)
+        x = x + self.attn2(self.norm2(x), second)
         return x + self.ff(self.norm3(x))
+
+    def read(self, normed: Tensor, context: KeysValues) -> tuple[KeysValues, KeysValues]:
+        """What the first and the second attention attend to, of the normed input and what `project` gave."""
+        return self.attn1.project(normed), context
 
 
 class CrossTransformerBlock(TransformerBlock):
@@ -67,10 +72,8 @@ class CrossTransformerBlock(TransformerBlock):
     def project(self, context: Tensor) -> KeysValues:
         return (*self.attn1.project(context), *super().project(context))
 
-    def forward(self, x: Tensor, context: KeysValues) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context[:2])
-        x = x + self.attn2(self.norm2(x), context[2:])
-        return x + self.ff(self.norm3(x))
+    def read(self, normed: Tensor, context: KeysValues) -> tuple[KeysValues, KeysValues]:
+        return context[:2], context[2:]
 
 
 class SpatialTransformer(nn.Module):

@@ -91,7 +91,7 @@ class Autoencoding:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        with computing(self._device, self._threads or torch.get_num_threads()):
+        with computing(self._threads or torch.get_num_threads()):
             yield
 
     def _finite(
