@@ -355,6 +355,11 @@ class ModelConfig:
         """What a request has to say for it: "text", "label", "layout", "map", or "" nothing."""
         return "text" if self.text_encoders else self.conditioner.kind if self.conditioner else ""
 
+    @property
+    def guidable(self) -> bool:
+        """Whether it can be drawn with without its condition, which guidance leads away from."""
+        return self.condition == "text" or getattr(self.conditioner, "null", None) is not None
+
     def pools(self, text: TextEncoderConfig) -> bool:
         """Whether `text`, one of the text encoders, gives the pooled prompts that the U-Net reads: the last does."""
         return bool(self.unet.pooled_dim) and text.part == self.text_encoders[-1].part

@@ -197,12 +197,13 @@ def fit_to_model(
     defaults = config.defaults
     _check_inputs(request, config)
     _check_condition(request, config)
+    usual_guidance = defaults.guidance_scale if config.guidable else 1.0
     own: dict[str, Any] = {
         "width": width,
         "height": height,
         "sampler": defaults.sampler if request.sampler is None else request.sampler,
         "steps": defaults.steps if request.steps is None else request.steps,
-        "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        "guidance_scale": usual_guidance if request.guidance_scale is None else request.guidance_scale,
     }
     if config.unet.reads == "low_res":
         own |= _enlarging(request, config)
@@ -350,8 +351,7 @@ def _check_condition(request: GenerationRequest, config: "ModelConfig") -> None:
     if own not in ("text", "") and not given:
         raise UsageError(f"the model reads {reads}; give one, as `ldm {command}`.")
     conditioner = config.conditioner
-    guidable = own == "text" or getattr(conditioner, "null", None) is not None
-    if not guidable and request.guidance_scale not in (None, 1.0):
+    if not config.guidable and request.guidance_scale not in (None, 1.0):
         raise UsageError("guidance_scale is not for this model, which knows no drawing without its condition; leave it "
                          "out.")  # fmt: skip
     if isinstance(conditioner, ClassesConfig) and request.label is not None:

@@ -1,5 +1,6 @@
 """`ldm sample`: classes, layouts and maps as they are typed, in rows and in pictures; and what cannot be meant."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ def test_guidance_leads_away_from_the_null_class(folder: Path, tmp_path: Path) -
     (away,) = drawn(folder, tmp_path / "away", "cin256-v2", "--label", "10", "-g", "4")
     assert (null == away).all()  # from a class to itself there is no way
     assert (drawn(folder, tmp_path / "a", "cin256-v2", "--label", "1", "-g", "4")[0] != null).any()
+
+
+def test_classes_without_a_null_class_are_drawn_unguided(folder: Path, tmp_path: Path) -> None:
+    model = dataclasses.replace(small("cin256-v2"), labels=1000)
+    write_model(tmp_path / "all.safetensors", model)
+    result = sample(tmp_path, "all", "--label", "999", *SIZED, "--json", "-o", tmp_path / "a.png")
+    assert result.records[0]["guidance_scale"] == 1.0
+    refused = sample(tmp_path, "all", "--label", "9", "-g", "2", *SIZED, "-o", tmp_path / "b.png")
+    assert_refused(refused, 2, "guidance_scale is not for this model")
 
 
 def test_a_record_draws_the_same_picture_again(folder: Path, tmp_path: Path) -> None:
