@@ -15,6 +15,7 @@ from ldmcli.spec import (
     ENLARGING_FIELDS,
     HIRES_FIELDS,
     IMAGE_GUIDANCE,
+    MAX_NOISE_LEVEL,
     NOISE_LEVEL,
     PATCH,
     PICTURES,
@@ -331,6 +332,10 @@ def _check_enlarging(request: GenerationRequest, config: "ModelConfig") -> None:
     for name in ("strength", "mask"):
         if getattr(request, name) is not None:
             raise UsageError(f"{name} is not for a model that enlarges pictures; leave it out.")
+    known = config.noising and min(config.noising.training_steps, config.unet.classes or MAX_NOISE_LEVEL + 1) - 1
+    level = NOISE_LEVEL if request.noise_level is None else request.noise_level
+    if known and level > known:
+        raise UsageError(f"noise_level {level} is over {known}, the highest that the model knows.")
     if request.noise_level is not None and config.noising is None:
         raise UsageError("noise_level is for a model that was trained on noised pictures, and this was not; leave it "
                          "out.")  # fmt: skip

@@ -28,6 +28,7 @@ _TOKENS = range(3, 4097)  # begin and end marks and something between them; CLIP
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 _TRAINING_STEPS = range(2, 10_001)
 _BETAS = (1e-6, 0.999)  # below, float32 cannot tell 1 - beta from 1
+_PLANES = 3  # of a picture
 _APART = "they are not of one model"
 _MAX_DECAY = 80.0  # -log ᾱ at the noisiest step, which float32 still holds; Stable Diffusion has 5.4
 
@@ -77,7 +78,8 @@ def _faults(config: ModelConfig) -> Iterator[str]:
     yield from _vae_faults(vae)
     for text in texts:
         yield from _text_faults(text)
-    yield from _schedule_faults(config.schedule)
+    for schedule in (config.schedule, config.noising):
+        yield from _schedule_faults(schedule) if schedule else ()
     yield from _fit_faults(config)
 
 
@@ -170,6 +172,11 @@ def _fit_faults(config: ModelConfig) -> Iterator[str]:
         and unet.in_channels - unet.out_channels != config.conditioner.channels
     ):
         yield f"the U-Net takes {unet.in_channels} channels, which are not its latents and those of the map; {_APART}"
+    planes = {"low_res": _PLANES, "masked": unet.out_channels + 1}.get(unet.reads)
+    if planes is not None and unet.in_channels - unet.out_channels != planes:
+        yield f"the U-Net takes {unet.in_channels} channels, not its {unet.out_channels} latents' and {planes} more"
+    if unet.classes and config.noising is None:
+        yield "the U-Net reads class labels that no request here gives"
     if unet.out_channels != vae.latent_channels:
         yield f"the U-Net takes {unet.out_channels} latent channels, the VAE has {vae.latent_channels}; {_APART}"
     if config.default_size > MAX_SIZE:

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +24,7 @@ from ldmcli import GenerationRequest
 from ldmcli.checkpoints.key_map import disk_names
 from ldmcli.checkpoints.load import on_meta
 from ldmcli.checkpoints.source import open_model
+from ldmcli.errors import BadDataError, LdmError, UsageError
 from ldmcli.networks.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,3 +119,28 @@ def test_sd_upscaler(folder_x4: tuple[Any, Path], picture: Path, guidance: float
         negative_prompt="a crow", generator=torch.Generator().manual_seed(3), output_type="np",
     ).images[0]  # fmt: skip
     assert np.abs(ours - 255 * theirs).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "request_", "error", "words"),
+    [
+        ("unet", {"num_class_embeds": 15}, {}, UsageError, "noise_level 20 is over 14"),
+        ("low_res_scheduler", {"num_train_timesteps": 10}, {}, UsageError, "noise_level 20 is over 9"),
+        ("low_res_scheduler", {"beta_end": 2.0}, {}, BadDataError, "betas are not all"),
+        ("unet", {"only_cross_attention": [True]}, {}, BadDataError, "only_cross_attention is"),
+        ("unet", {"only_cross_attention": True}, {}, BadDataError, "only_cross_attention is"),
+        ("unet", {"in_channels": 9}, {}, BadDataError, "9 channels, not its 4 latents' and 3 more"),
+        ("unet", {"num_class_embeds": 0}, {}, BadDataError, "num_class_embeds is 0"),
+        ("unet", {}, {"strength": 0.5}, UsageError, "strength is not for a model that enlarges"),
+        ("unet", {}, {"noise_level": 351}, UsageError, "noise_level 351"),
+    ],
+)
+def test_damaged_and_mistaken(
+    file: str, changes: dict[str, Any], request_: dict[str, Any], error: type[LdmError], words: str,
+    folder_x4: tuple[Any, Path], picture: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    shutil.copytree(folder_x4[1], tmp_path / "x4")
+    path = next((tmp_path / "x4" / file).glob("*config.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(error, match=words):
+        open_session(tmp_path / "x4").fit(GenerationRequest("", image=str(picture), **request_))
