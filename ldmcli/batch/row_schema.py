@@ -108,7 +108,7 @@ _FIELDS: dict[str, Schema] = {
     "guidance_interval": {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 2, "maxItems": 2},
     "hires": _any_of(_number(1.0, MAX_SCALE), _NAME),
     "loras": _one_or_more(_LORA, MAX_LORAS),
-    "embeddings": _one_or_more(_NAME, MAX_EMBEDDINGS),
+    "embeddings": _any_of(_TEXT, {"type": "array", "items": _NAME, "maxItems": MAX_EMBEDDINGS}),
     **dict.fromkeys(IDS, _any_of({"type": "string", "minLength": 1, "maxLength": MAX_ID}, {"type": "integer"})),
     "count": _number(1, MAX_COUNT),
     SIZE: _any_of(_NAME, _PAIR),
