@@ -65,17 +65,24 @@ clean: ## remove the virtual environment and what tools left
 pip = $(BIN)/pip install --quiet --constraint constraints.txt --editable $(1) >$(VENV)/pip.log 2>&1 \
 	|| { cat $(VENV)/pip.log; exit 1; }
 
+# Where there is no NVIDIA driver, torch comes without 5 GB of CUDA, unless its index cannot be reached.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi)$(wildcard /proc/driver/nvidia/version),,https://download.pytorch.org/whl/cpu)
+torch = $(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) --retries 1 --timeout 15 \
+	--constraint constraints.txt torch torchvision >$(VENV)/torch.log 2>&1 || true)
+
 # The marker files make an install happen once, and again when what is to be installed changes.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing ldmcli into $(VENV): about 6 GB, some minutes …"
+	@echo "installing ldmcli into $(VENV): about $(if $(TORCH_INDEX),1 GB (6 if torch for CPUs is not reached),6 GB), some minutes …"
+	@$(torch)
 	@$(call pip,.)
 	@touch $@
 
 $(VENV)/.installed-test: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing ldmcli and its test tools into $(VENV): about 6 GB, some minutes …"
+	@echo "installing ldmcli and its test tools into $(VENV): about $(if $(TORCH_INDEX),2 GB (7 if torch for CPUs is not reached),7 GB), some minutes …"
+	@$(torch)
 	@$(call pip,".[test]")
 	@touch $@ $(VENV)/.installed

@@ -67,6 +67,39 @@ MAX_PADDING = 1 << 12
 MAX_BLUR = 512.0
 
 
+# What fields may be: from the first to the second, whole where these are; or one of some words.
+RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
+    "seed": (0, MAX_SEED),
+    "steps": (1, MAX_STEPS),
+    "guidance_scale": (0.0, MAX_GUIDANCE),
+    "width": (1, MAX_SIZE),
+    "height": (1, MAX_SIZE),
+    "eta": (0.0, 1.0),
+    "guidance_rescale": (0.0, 1.0),
+    "clip_skip": (1, MAX_CLIP_SKIP),
+    "original_width": (1, MAX_SIZE),
+    "original_height": (1, MAX_SIZE),
+    "crop_left": (0, MAX_SIZE),
+    "crop_top": (0, MAX_SIZE),
+    "refiner_start": (0.0, 1.0),
+    "strength": (0.0, 1.0),
+    "image_guidance_scale": (0.0, MAX_GUIDANCE),
+    "noise_level": (0, MAX_NOISE_LEVEL),
+    "patch": (0, MAX_SIZE),
+    "mask_blur": (0.0, MAX_BLUR),
+    "mask_padding": (0, MAX_PADDING),
+    "hires_strength": (0.0, 1.0),
+    "hires_steps": (1, MAX_STEPS),
+}
+CHOICES = {
+    "prompt_syntax": PROMPT_SYNTAXES,
+    "on_long_prompt": LONG_PROMPTS,
+    "resize": RESIZES,
+    "masked_content": MASKED_CONTENTS,
+    "inpaint_area": INPAINT_AREAS,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """A LoRA or another adapter: `name` is its file, its folder, ORG/NAME[/FILE] of the hub, or what it is called in
@@ -221,24 +254,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
         check_text("negative_prompt", self.negative_prompt)
-        check_whole("seed", self.seed, 0, MAX_SEED)
-        check_whole("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
-        check_number("eta", self.eta, 0.0, 1.0)
-        check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        for name in ("crop_left", "crop_top"):
-            check_whole(name, getattr(self, name), 0, MAX_SIZE)
-        check_choice("prompt_syntax", self.prompt_syntax, PROMPT_SYNTAXES)
-        check_choice("on_long_prompt", self.on_long_prompt, LONG_PROMPTS)
-        if self.steps is not None:
-            check_whole("steps", self.steps, 1, MAX_STEPS)
-        for name in ("guidance_scale", "image_guidance_scale"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0.0, MAX_GUIDANCE)
-        if self.refiner_start is not None:
-            check_number("refiner_start", self.refiner_start, 0.0, 1.0)
-        for name in ("width", "height", "original_width", "original_height"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1, MAX_SIZE)
+        self._check_ranges()
         if self.guidance_interval is not None:
             object.__setattr__(self, "guidance_interval", checked_interval(self.guidance_interval))
         if self.loras != ():
@@ -251,6 +267,18 @@ class GenerationRequest:
         self._check_sampler()
         self._check_inputs()
         self._check_hires()
+
+    def _check_ranges(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is None and getattr(type(self), name) is None:
+                continue  # the model's own
+            if isinstance(low, int) and isinstance(high, int):
+                check_whole(name, value, low, high)
+            else:
+                check_number(name, value, low, high)
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
 
     def _check_sampler(self) -> None:
         """Sampler and schedule by the names they have here; both take those of other programs."""
@@ -276,19 +304,8 @@ class GenerationRequest:
         for name in PICTURES:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checked_picture(name, getattr(self, name)))
-        if self.strength is not None:
-            check_number("strength", self.strength, 0.0, 1.0)
-        if self.noise_level is not None:
-            check_whole("noise_level", self.noise_level, 0, MAX_NOISE_LEVEL)
-        if self.patch is not None:
-            check_whole("patch", self.patch, 0, MAX_SIZE)
-            if 0 < self.patch < MIN_PATCH:
-                raise UsageError(f"patch {self.patch} is less than {MIN_PATCH}; 0 takes the whole picture at once.")
-        check_number("mask_blur", self.mask_blur, 0.0, MAX_BLUR)
-        check_whole("mask_padding", self.mask_padding, 0, MAX_PADDING)
-        check_choice("resize", self.resize, RESIZES)
-        check_choice("masked_content", self.masked_content, MASKED_CONTENTS)
-        check_choice("inpaint_area", self.inpaint_area, INPAINT_AREAS)
+        if self.patch is not None and 0 < self.patch < MIN_PATCH:
+            raise UsageError(f"patch {self.patch} is less than {MIN_PATCH}; 0 takes the whole picture at once.")
         for name in ("invert_mask", "paste_back"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} {printable(repr(getattr(self, name)))} is neither true nor false.")
@@ -296,10 +313,6 @@ class GenerationRequest:
     def _check_hires(self) -> None:
         if self.hires is not None:
             object.__setattr__(self, "hires", read_hires(self.hires))
-        if self.hires_strength is not None:
-            check_number("hires_strength", self.hires_strength, 0.0, 1.0)
-        if self.hires_steps is not None:
-            check_whole("hires_steps", self.hires_steps, 1, MAX_STEPS)
         if self.hires_upscaler is not None:
             check_text("hires_upscaler", self.hires_upscaler, MAX_NAME_BYTES)
             if not self.hires_upscaler:

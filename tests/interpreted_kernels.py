@@ -24,7 +24,7 @@ from ldmcli.config import UNetConfig, VAEConfig
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import AutoencoderKL
 from ldmcli.speed.cuda import kernels
-from ldmcli.speed.cuda.fused import fuse
+from ldmcli.speed.cuda.fused import compile_ahead, fuse
 from ldmcli.speed.cuda.kernels import add_and_norm, add_bias_residual, geglu, group_norm_silu, kernels_work
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -216,6 +216,24 @@ def test_fused_models(kind: str, dtype: torch.dtype, launches: list[str]) -> Non
     # Half as much again: rounding in another order is another draw of the same error.
     most = 1.5 * SLACK[dtype] * relative(theirs, right) + 1e-6
     assert relative(ours, right) < (min(5e-6, most) if dtype == FP32 else most)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("build", [lambda: UNet(UNET), lambda: AutoencoderKL(VAE)], ids=["unet", "vae"])
+def test_what_is_launched_was_compiled_ahead(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel with its constants; those of large maps too."""
+    found: set[Any] = set()
+    monkeypatch.setattr(kernels, "_launch", lambda name, *_, **sizes: found.add((name, *sorted(sizes.items()))))
+    monkeypatch.setattr(kernels, "_LARGE", 60)
+    with torch.device("meta"):
+        skeleton = build()
+    compile_ahead(skeleton, torch.device("cpu"), FP16, [120])
+    ahead = set(found)
+    found.clear()
+    model = fuse(build().requires_grad_(False).eval().to(FP16, memory_format=torch.channels_last))
+    run(model, FP16)
+    assert found
+    assert found <= ahead
 
 
 @pytest.mark.parametrize("lie", [None, *kernels.TRIALS])

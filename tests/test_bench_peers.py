@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 import torch
 from bench import __main__ as make_bench
-from bench import card_check, gpu, measuring, ours, peer_diffusers, peer_openvino, processes, report, step_profile
+from bench import (
+    card_check,
+    gpu,
+    measuring,
+    ours,
+    peer_diffusers,
+    peer_openvino,
+    processes,
+    report,
+    several,
+    step_profile,
+)
 from bench.contenders import CONTENDERS, OURS, PROMPT, REFERENCE, Contender, Job, chosen, job_for, obstacle
 from bench.measuring import Plan
 from bench.ours import cold_words
@@ -407,18 +418,32 @@ def test_a_part_that_fails_does_not_stop_the_others(
     assert "| sd15 | ok |" in text
     assert "| cold | failed (3) |" in text
     assert "| compile | took too long |" in text
-    assert "guided steps a second | ≥ 200 it/s | 250 | PASS |" in text
+    assert "guided steps a second | ≥ 150 it/s | 250 | PASS |" in text
     assert "a step | ≤ 0.45 × diffusers | 0.2 | PASS |" in text
     assert (tmp_path / "sd15.md").read_text() == "a table\n"
+
+
+def test_several_batch_sizes_in_one_run(
+    embedded_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of ldm and diffusers, which draw the same."""
+    words = f"--model {embedded_folder} --size 64 --steps 3 --batches 1,2 --rounds 1 --device cpu --dtype fp32"
+    assert several.main([str(tmp_path / "found.json"), *words.split()]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["diffusers, error"]["passed"]
+    assert {name: len(found[name]["image"]) for name in found if "error" not in name} == {
+        "ldm, 1": 1, "diffusers, 1": 1, "ldm, 2": 1, "diffusers, 2": 1,
+    }  # fmt: skip
+    assert "ldm × 2: a step" in capsys.readouterr().out
 
 
 def test_the_cards_check_runs_as_a_toy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(card_check, "SECONDS", 0.01)
-    assert card_check.main([str(tmp_path), "--cpu", "--parts", "env,kernels,steps,profile,gn,batch"]) == 0
+    assert card_check.main([str(tmp_path), "--cpu", "--parts", "env,kernels,steps,techniques,profile,gn"]) == 0
     found = json.loads((tmp_path / "card.json").read_text())
-    assert {"nchw eager", "fused graph bench", "fused graph bench math", "profile", "gn 2560 8"} < set(found)
+    assert {"nchw eager", "fused graph", "fused graph math", "without gate", "profile", "gn 2560 8"} < set(found)
     assert all(values["error"] < 1e-4 for values in found.values() if "its" in values)
     assert "aten::" in (tmp_path / "kernels.txt").read_text()
     assert "it/s  error" in capsys.readouterr().out

@@ -176,4 +176,4 @@ def test_it_comes_with_a_model_and_is_added_to_copies_without_it(tmp_path: Path)
         opened = quick("txt2img", "x", "-m", "lab/tiny", "-W", "63", env=env)
         assert opened.code == 2
         assert "lab/tiny is gated" in opened.err
-        assert "The copy fetched before is used." in opened.err
+        assert "; the copy fetched before is used" in opened.err

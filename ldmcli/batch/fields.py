@@ -39,7 +39,7 @@ EXTRAS = ("extra", "metadata")  # objects in a JSON row whose content the manife
 SIZE = "size"  # width and height in one, 512x768
 # What other programs call them: diffusers, AUTOMATIC1111, CompVis, ComfyUI, DiffusionDB. Case, spaces, hyphens and
 # underscores make no difference.
-_SYNONYMS = {
+SYNONYMS = {
     "negative_prompt": "negative neg_prompt negative_text",
     "seed": "seeds noise_seed random_seed",
     "steps": "step num_inference_steps inference_steps num_steps sampling_steps sample_steps ddim_steps",
@@ -110,7 +110,7 @@ def _bare(text: str) -> str:
 
 
 _NAMES = {_bare(name): name for name in (*COLUMNS, *EXTRAS, SIZE)}
-_NAMES |= {_bare(other): name for name, others in _SYNONYMS.items() for other in others.split()}
+_NAMES |= {_bare(other): name for name, others in SYNONYMS.items() for other in others.split()}
 
 
 @functools.lru_cache(4096)
@@ -264,7 +264,7 @@ def near(name: str, names: Iterable[str]) -> str:
 def suspected(title: str) -> str:
     """What a column may have been meant as that is no field; "" where nothing speaks for it."""
     if f" {_bare(title[:100])} " in _OPTIONS:
-        return "rows cannot choose it, and the manifest keeps it as a remark."
+        return "rows cannot choose it, and the manifest keeps it as a remark"
     return near(title, COLUMNS)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ldmcli.batch.fields import PROMPT
 from ldmcli.batch.items import BadRow, Item, Outcome
-from ldmcli.batch.manifest import DONE, FAILED, STATES, bad_state, key_of, read_manifests, read_states
+from ldmcli.batch.manifest import DONE, FAILED, STATES, bad_state, key_of, read_manifests, read_states, state_of
 from ldmcli.batch.pictures import is_there, numbers_there, picture_path
 from ldmcli.batch.runfile import read_run
 from ldmcli.batch.scratch import Scratch
@@ -87,15 +87,15 @@ class Ledger:
         found = self._database("SELECT state, key FROM pictures WHERE number = ?", item.number)
         if found and found[1] != key_of(item):
             raise BadDataError(
-                f"row {item.row} (line {item.line}, id '{printable(item.id)}') is not what it was when its picture was "
-                f"drawn; restore the input, or choose another folder."
+                f"row {item.row} (line {item.line}, id {printable(repr(item.id))}) is not what it was when its picture "
+                f"was drawn; restore the input, or choose another folder."
             )
         if self._named and not found:
             other = self._database("SELECT number FROM named WHERE path = ?", picture_path(item, "").lower())
             if other and other[0] != item.number:
                 raise BadDataError(
                     f"row {item.row} (line {item.line}) would be drawn over another picture of the run, "
-                    f"'{printable(item.name)}'; put {{number}} into --name and choose another folder."
+                    f"{printable(repr(item.name))}; put {{number}} into --name and choose another folder."
                 )
         if self._has_bad:
             self._database("DELETE FROM pictures WHERE number = ?", -item.row)  # an older version called it bad
@@ -113,6 +113,10 @@ class Ledger:
         self._has_bad = True
         self._database(_SET, *bad_state(bad.row))
         return True
+
+    def note_line(self, record: dict[str, Any]) -> None:
+        """Take in a line of a manifest."""
+        self._database(_SET, *state_of(record))
 
     def has_failed(self, number: int) -> bool:
         """Whether a picture has failed or, where the number is negative, the row is bad."""

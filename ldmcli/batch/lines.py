@@ -118,7 +118,7 @@ class _Noted(io.BufferedIOBase):
 
 def joined_hint(line: int) -> str:
     """The remark on a byte order mark within a line."""
-    return f"line {line} holds a byte order mark, taken as the end of one file and the beginning of the next."
+    return f"line {line} holds a byte order mark, taken as the end of one file and the beginning of the next"
 
 
 def continues(path: Path, before: Digest) -> bool:

@@ -31,6 +31,7 @@ DONE, FAILED = "done", "failed"
 STATES = {DONE: 1, FAILED: 0}
 State = tuple[int, int, int, int, str]  # number, row, one of STATES, pictures of the row, key
 _FOLDER = "manifest"
+_MOVE_OUT = "move it out of the folder"
 _KEY = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _MAX_LINE = 1 << 26  # two texts of a request escaped in full take 12 MiB
 _MAX_ERROR = 10_000
@@ -146,6 +147,35 @@ def read_states(folder: Path) -> Iterator[State]:
     return _read(folder, _state)
 
 
+class ManifestTail:
+    """The sound lines that are added to the manifests of the run in `folder`, read without a lock beside their writers;
+    at first the last ones of those that are there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read = {path: max(0, path.stat().st_size - _BLOCK) for path in self._paths()}
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The lines that came since the last call. Raises as `read_manifests` does."""
+        for path in self._paths():
+            with open_regular(path, ("", _MOVE_OUT)) as file:
+                while lines := self._more(path, file):
+                    yield from filter(None, map(_parsed, lines))
+
+    def _paths(self) -> list[Path]:
+        return sorted((self._folder / _FOLDER).glob("*.jsonl"))
+
+    def _more(self, path: Path, file: io.FileIO) -> list[bytes]:
+        """Some whole lines, none at the end; one that is too long is left out."""
+        start = file.seek(self._read.get(path, 0))
+        data = file.read(max(0, min(_MAX_LINE, os.fstat(file.fileno()).st_size - start)))
+        whole = data.rfind(b"\n") + 1
+        if not whole and len(data) == _MAX_LINE:
+            whole = len(data)
+        self._read[path] = start + whole
+        return data[:whole].splitlines()
+
+
 def bad_state(row: int) -> State:
     """A row that cannot be drawn stands for one picture, whose number is the row's, negative, and its state too."""
     return -row, row, -1, 1, ""
@@ -166,7 +196,7 @@ def _read(folder: Path, parse: Callable[[bytes], _T | None]) -> Iterator[_T]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The whole lines of a file, one that is too long as an empty one. What a kill tore, at the end, is no line."""
-    with open_regular(path, ("", "move it out of the folder")) as raw, io.BufferedReader(raw, 1 << 20) as file:
+    with open_regular(path, ("", _MOVE_OUT)) as raw, io.BufferedReader(raw, 1 << 20) as file:
         while line := file.readline(_MAX_LINE):
             whole = len(line) < _MAX_LINE
             while line and not line.endswith(b"\n"):
@@ -186,8 +216,11 @@ def _state(line: bytes) -> State | None:
         row, number, status, key, pictures = head.groups()
         return int(number), int(row), STATES[status.decode()], int(pictures), key.decode()
     record = _parsed(line)
-    if record is None:
-        return None
+    return None if record is None else state_of(record)
+
+
+def state_of(record: dict[str, Any]) -> State:
+    """What the ledger needs of a line."""
     if record["number"] is None:
         return bad_state(record["row"])
     return record["number"], record["row"], STATES[record["status"]], record["pictures"], record["key"]

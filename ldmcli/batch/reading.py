@@ -83,10 +83,10 @@ class RowReader(Iterable[RawRow]):
     def _text_row(self, row: int, line: Line) -> RawRow:
         if "--" in line.text and (known := looks_like(line.text)):
             self._hint("options", f"line {line.number} seems to hold options, and plain text has none: it is drawn as "
-                       f"it stands; --format {known} reads them.")  # fmt: skip
+                       f"it stands; --format {known} reads them")  # fmt: skip
         elif line.text.startswith("--"):
             self._hint("options", f"line {line.number} begins with --, and plain text has no options: it is drawn as "
-                       "it stands; JSON lines, CSV and TSV have fields for them.")  # fmt: skip
+                       "it stands; JSON lines, CSV and TSV have fields for them")  # fmt: skip
         return RawRow(row, line.number, {PROMPT: line.text.rstrip("\r\n")})
 
     def _table(self, kind: str) -> Generator[RawRow]:
@@ -107,7 +107,7 @@ class RowReader(Iterable[RawRow]):
             if record.blank:
                 continue
             if record.cells == first.cells:
-                self._hint("header", f"line {record.line} repeats the header and is passed over.")
+                self._hint("header", f"line {record.line} repeats the header and is passed over")
                 continue
             row += 1
             if record.problem:

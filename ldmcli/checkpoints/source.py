@@ -367,8 +367,8 @@ def _check_vocabulary(vocabulary: Vocabulary, size: int, where: str) -> None:
     for token, number in tokens.items():
         if isinstance(number, bool) or not 0 <= number < size:
             raise BadDataError(
-                f"{where}: the tokenizer gives token '{printable(token)}' the number {printable(str(number))}, and the "
-                f"text encoder knows 0 to {size - 1}; they are not of one model."
+                f"{where}: the tokenizer gives token {printable(repr(token))} the number {printable(str(number))}, and "
+                f"the text encoder knows 0 to {size - 1}; they are not of one model."
             )
     for left, right in vocabulary.merges:
         texts = isinstance(left, str) and isinstance(right, str)

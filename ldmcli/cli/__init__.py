@@ -23,7 +23,7 @@ from ldmcli.speed.memory import is_out_of_memory
 
 _COMMANDS = (
     "txt2img", "img2img", "sample", "batch", "upscale", "canny", "vae", "serve", "info", "gallery", "pull", "models",
-    "samplers", "config", "bench",
+    "samplers", "config", "schema", "completion", "man", "bench",
 )  # fmt: skip
 _OWN_OPTIONS = ("-h", "--help", "-V", "--version")
 _COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask
@@ -52,8 +52,9 @@ class _Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's, with txt2img in front of what begins with a prompt. Raises UsageError where it may be none."""
-        if args and not ctx.resilient_parsing and args[0] not in (*_COMMANDS, *_OWN_OPTIONS):
-            args = [*self._missing_command(ctx, args), *args]
+        if args and args[0] not in (*_COMMANDS, *_OWN_OPTIONS):
+            missing = ["txt2img"] if ctx.resilient_parsing else self._missing_command(ctx, args)
+            args = [*missing, *args]
         return super().parse_args(ctx, args)
 
     def _missing_command(self, ctx: click.Context, args: Sequence[str]) -> list[str]:
@@ -178,6 +179,8 @@ def _invoke(arguments: Sequence[str]) -> int:
     completion = os.environ.get(_COMPLETION)
     if completion:
         from click.shell_completion import shell_complete
+
+        from ldmcli.cli import completion as _  # noqa: F401  makes its own ways known to click
 
         return shell_complete(cli, {}, "ldm", _COMPLETION, completion)
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.option_types import Duration, RowFormat, Shard
 from ldmcli.cli.options import (
     dynamic_options,
@@ -35,8 +35,9 @@ from ldmcli.cli.options import (
     verbosity_options,
 )
 from ldmcli.cli.resident import open_session
+from ldmcli.cli.run_status import RunBar, print_failures, print_status, print_totals, watch_run
 from ldmcli.cli.steering_options import DrawingCommand, steering_options
-from ldmcli.cli.terminal import bar, write_result
+from ldmcli.cli.terminal import write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.images.naming import NamePattern
@@ -60,7 +61,7 @@ _WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
 
 
 @command(cls=DrawingCommand, short_help="Draw every row of a prompt file into a folder.")
-@click.argument("file", metavar="[FILE]", required=False)
+@click.argument("file", metavar="[FILE]", required=False, shell_complete=values)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
 @option("--format", type=RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
         help="What FILE is; kohya (a cat --n dog --s 20) and a1111 (--prompt \"a cat\" --steps 20) have options "
@@ -88,6 +89,7 @@ _WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
 @option("--extend", is_flag=True, help="Go on although rows were added at the end of FILE.")
 @option("--retry-failed", is_flag=True, help="Draw only what failed before.")
 @option("--status", metavar="DIR", help="Tell how far the run in DIR is, and do nothing else.")
+@option("--watch", metavar="DIR", help="Follow the run in DIR, which another process draws, until that ends.")
 @option("--failed", is_flag=True, help="With --status: list what failed, with its prompt and why.")
 @option("--max-images", type=click.IntRange(1), metavar="N", help="End after N pictures.")
 @option("--time-limit", type=Duration(), metavar="TIME", help="End after 90s, 55m, 1.5h …; the same command goes on.")
@@ -127,7 +129,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     ldm batch prompts.txt -o out
     ldm batch prompts.csv -o out --grid steps=20,50 --grid guidance_scale=5,7.5 --dry-run
     ldm batch prompts.jsonl -o out --devices all -b 16 --sheet out/sheet.png
-    ldm batch --status out
+    ldm batch --watch out
 
     Exit codes: 0 all done, 3 some rows failed, 65 --strict or another run's folder, 75 not finished or locked: the same
     command goes on; the others as everywhere.
@@ -135,13 +137,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     from ldmcli.batch.job import Job
     from ldmcli.batch.local import parse_devices
 
-    if options["failed"]:
-        if not options["status"]:
-            raise click.UsageError("--failed goes with --status DIR.", context)
-        _print_failures(Path(options["status"]), as_json=options["as_json"])
-        return
-    if options["status"]:
-        _print_status(Path(options["status"]), as_json=options["as_json"])
+    if _looked_at(context, options):
         return
     file = _checked(context, file, options)
     devices = parse_devices(options["devices"]) if options["devices"] else None
@@ -154,7 +150,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         raise BadDataError(f"{_named(file)} has {found.bad_rows} bad rows; mend them, or leave out --strict.")
     if options["dry_run"]:
         assert found is not None
-        _print_totals(found, as_json=options["as_json"])
+        print_totals(found, as_json=options["as_json"])
         context.exit(_SOME_FAILED if found.bad_rows else 0)
     # 2. The run's folder, held against others; then the pictures.
     small = _small_on_cpu(job)
@@ -164,6 +160,22 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
     if devices is None and small and found:
         devices = ("cpu",) * max(1, min(available_cores(), found.images // _WORTH_A_PROCESS))
     context.exit(_run(job, found, _engine(job, devices, options), options))
+
+
+def _looked_at(context: click.Context, options: dict[str, Any]) -> bool:
+    """Whether it is only asked how far a run is, and that was told."""
+    as_json, folder = options["as_json"], options["status"]
+    if options["failed"] and not folder:
+        raise click.UsageError("--failed goes with --status DIR.", context)
+    if options["watch"]:
+        if folder:
+            raise click.UsageError("--status and --watch exclude each other; leave out one.", context)
+        counts = watch_run(Path(options["watch"]), as_json=as_json)
+        context.exit(_SOME_FAILED if counts.failed else 0)
+    if not folder:
+        return False
+    (print_failures if options["failed"] else print_status)(Path(folder), as_json=as_json)
+    return True
 
 
 def _checked(context: click.Context, file: str | None, options: dict[str, Any]) -> str:
@@ -239,15 +251,10 @@ def _draw(
     """Report every picture as it comes."""
     folder = Path(options["output"])
     outcomes = run.draw(job.items(reporting=found is None), engine, batch_size=options["batch_size"], stop=stop.stop)
-    done, total = run.counts().images, found.images if found else None
-    with (
-        contextlib.closing(outcomes),
-        bar(total=total, initial=done, unit="img", desc="loading") as progress,
-    ):
+    with contextlib.closing(outcomes), contextlib.closing(RunBar(run.counts(), found, options)) as progress:
         for outcome in outcomes:
-            progress.set_description_str(refresh=False)
             _report(outcome, folder, as_json=options["as_json"])
-            progress.update()
+            progress.note(outcome)
 
 
 def _engine(job: "Job", devices: tuple[str, ...] | None, options: dict[str, Any]) -> "Engine":
@@ -333,40 +340,6 @@ def _stopping() -> Iterator[_Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _print_status(folder: Path, *, as_json: bool) -> None:
-    from ldmcli.batch.ledger import status
-
-    facts = status(folder)
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        shown = "unknown" if value is None else printable(str(value), 4096)
-        click.echo(f"{name.replace('_', ' ')}: {shown}")
-
-
-def _print_failures(folder: Path, *, as_json: bool) -> None:
-    from ldmcli.batch.ledger import failures
-
-    for facts in failures(folder):
-        if as_json:
-            click.echo(json.dumps(facts))
-        else:
-            prompt = "" if facts["prompt"] is None else f" “{printable(facts['prompt'])}”"
-            click.echo(f"row {facts['row']}, line {facts['line']}{prompt}: {printable(str(facts['error']), 1000)}")
-
-
-def _print_totals(found: "Survey", *, as_json: bool) -> None:
-    facts = {
-        "rows": found.rows, "images": found.images, "bad_rows": found.bad_rows, "pixel_steps": found.pixel_steps,
-    }  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        click.echo(f"{name.replace('_', ' ')}: {value:,}")
 
 
 def _write_sheet(folder: Path, path: Path, varied: Sequence[str]) -> None:

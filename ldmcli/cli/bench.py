@@ -104,7 +104,7 @@ def bench(context: click.Context, **options: Any) -> None:
     json_file = expanded(options["json_file"]) if options["json_file"] is not None else None
     if json_file is not None:  # refused before anything is measured
         if not json_file.absolute().parent.is_dir():
-            raise CannotCreateError(f"there is no folder for '{printable(str(json_file))}'; make it first.")
+            raise CannotCreateError(f"there is no folder for {printable(str(json_file))}; make it first.")
         check_may_write(json_file, b'"ldmcli": "', "result of ldm bench", "--json-file")
 
     with Session(model_spec(options), runtime_spec(options)) as session:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.options import file_options, json_option, option, verbosity_options
 from ldmcli.cli.output import choose_encoding, in_folder, open_output
 from ldmcli.control import CANNY_USUAL, thresholds
@@ -15,7 +15,7 @@ from ldmcli.errors import UsageError
 
 
 @command(short_help="Draw a picture's edges.")
-@click.argument("image")
+@click.argument("image", metavar="IMAGE", shell_complete=values)
 @option("-o", "--output", metavar="PATH", required=True,
         help="A folder, a .png, .jpg or .webp file, or - for stdout.")  # fmt: skip
 @option("--thresholds", metavar="LOW,HIGH", default=CANNY_USUAL, show_default=True,

@@ -17,7 +17,7 @@ _FIRST = (
 )  # fmt: skip
 _GROUPS = {
     "Rows": "format prompt_column grid strict sheet",
-    "Run": "dry_run extend retry_failed status failed max_images time_limit shard devices engine ray_address",
+    "Run": "dry_run extend retry_failed status watch failed max_images time_limit shard devices engine ray_address",
     "Picture": "width height schedule eta guidance_rescale guidance_interval original_width original_height crop_left "
     "crop_top hires*",
     "Model": "vae refiner refiner_start prediction_type allow_pickle",
@@ -78,6 +78,11 @@ class Command(click.Command):
                 ctx.params[name] = side
                 ctx.set_parameter_source(name, source)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """As click's, without the names that no help shows."""
+        unseen = {name for one in self.params for name in getattr(one, "aliases", ())}
+        return [item for item in super().shell_complete(ctx, incomplete) if item.value not in unseen]
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, in groups where there are many."""
         if len(self.params) < _GROUPED:
@@ -112,6 +117,13 @@ def command(**settings: Any) -> Callable[[Callable[..., Any]], Command]:
     return click.command(**{"cls": Command} | settings)
 
 
+def values(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
+    """What a shell offers for a parameter."""
+    from ldmcli.cli.completion import values
+
+    return values(ctx, parameter, incomplete)
+
+
 def ungrouped(command: click.Command) -> Iterator[str]:
     """The names of the options that no group of the help has."""
     known = " ".join([*_FIRST, *_GROUPS.values()])
@@ -131,8 +143,13 @@ def _help_all() -> click.Option:
     )
 
 
+def show_rare(ctx: click.Context) -> None:
+    """Have the help show every option."""
+    ctx.meta[_ALL] = True
+
+
 def _show_all(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        ctx.meta[_ALL] = True
+        show_rare(ctx)
         click.echo(ctx.get_help(), color=ctx.color)
         ctx.exit()

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.configured import PROFILE, all_commands, config_path, keys_of, read_settings
 from ldmcli.cli.options import EnvOption, json_option, option, verbosity_options
 from ldmcli.errors import UsageError, printable
@@ -21,7 +21,7 @@ _DEFAULT = re.compile(r"\[defaults?: (.*?)(?:; .*)?\]", re.DOTALL)
 
 
 @command(short_help="Show what options are set to, and where.")
-@click.argument("of", metavar="[COMMAND]", required=False)
+@click.argument("of", metavar="[COMMAND]", required=False, shell_complete=values)
 @option("--path", is_flag=True, envvar="LDM_PATH", help="Print where the configuration file is, there or not.")
 @json_option("Print a JSON object a line.")
 @verbosity_options

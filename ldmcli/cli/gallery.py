@@ -6,16 +6,20 @@ import os
 
 import click
 
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.options import expanded, json_option, option, verbosity_options
 
 _log = logging.getLogger(__name__)
 
 
 @command(short_help="Write HTML pages that show a folder of pictures.")
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", metavar="DIR", shell_complete=values)
 @click.option(
-    "-o", "--output", metavar="FILE", help="The first page; the others stand beside it.  [default: DIR/index.html]"
+    "-o",
+    "--output",
+    metavar="FILE",
+    shell_complete=values,
+    help="The first page; the others stand beside it.  [default: DIR/index.html]",
 )
 @option("--page-size", type=click.IntRange(1, 5000), default=200, show_default=True, help="Pictures on a page.")
 @json_option("Report a JSON object instead of the path.")

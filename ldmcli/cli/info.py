@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.options import expanded, json_option, option, verbosity_options
 from ldmcli.errors import BadDataError, LdmError, printable
 
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 @command(short_help="Tell what pictures and model files are.")
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, shell_complete=values)
 @option("--allow-pickle", is_flag=True, help="Look into .ckpt, .pt and .bin files too, for plain tensors alone.")
 @json_option("Print one JSON object a file.")
 @verbosity_options

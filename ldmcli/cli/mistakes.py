@@ -26,6 +26,9 @@ _COMMANDS_MEANT = {
     "samplers": "schedulers schedules sampler",
     "bench": "benchmark perf speed time",
     "serve": "server api http webui daemon start",
+    "completion": "complete completions autocomplete autocompletion shell bash zsh fish",
+    "man": "manpage manual docs documentation",
+    "schema": "jsonschema fields format formats",
     "config": "configure configuration settings setup preferences options profiles profile",
 }
 _TOPICS = {"help": "--help", "version": "--version"}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ldmcli.cli.command import values
 from ldmcli.cli.configured import use_config
 from ldmcli.cli.option_types import (
     Attention,
@@ -54,8 +55,8 @@ class EnvOption(click.Option):
     programs, which no help shows."""
 
     def __init__(self, names: Sequence[str], *, aliases: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__([*names, *aliases], **kwargs)
-        self._aliases = aliases
+        super().__init__([*names, *aliases], shell_complete=values, **kwargs)
+        self.aliases = aliases
         if self.envvar is None and self.name is not None:
             self.envvar = f"LDM_{self.name.upper()}"
 
@@ -63,7 +64,7 @@ class EnvOption(click.Option):
         """click's, without the aliases."""
         opts = self.opts
         try:
-            self.opts = [name for name in opts if name not in self._aliases]
+            self.opts = [name for name in opts if name not in self.aliases]
             return super().get_help_record(ctx)
         finally:
             self.opts = opts

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.options import option, verbosity_options
 from ldmcli.errors import UsageError, printable
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 @command(short_help="Fetch a model from the Hugging Face hub.")
-@click.argument("model", metavar="ORG/NAME[@REVISION]")
+@click.argument("model", metavar="ORG/NAME[@REVISION]", shell_complete=values)
 @option("--fp16/--full", default=True, show_default=True,
         help="Which weights to fetch where the model has both: in 16 bits, or in full.")  # fmt: skip
 @verbosity_options
@@ -35,7 +35,9 @@ def pull(model: str, fp16: bool) -> None:
 
     wanted = parse(model)
     if wanted is None:
-        raise UsageError(f"'{printable(model)}' is no name of a model on the hub; they are ORG/NAME, as on its pages.")
+        raise UsageError(
+            f"{printable(repr(model))} is no name of a model on the hub; they are ORG/NAME, as on its pages."
+        )
     path = fetch(wanted, half=fp16)
     _log.info("%s: %s", wanted, _kind(path))
     if os.path.lexists(model):

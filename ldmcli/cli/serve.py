@@ -1,7 +1,6 @@
 """`ldm serve`: models stay in memory, and the other commands draw with them."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from ldmcli.cli.options import (
     verbosity_options,
 )
 from ldmcli.cli.over_http import http_options, http_server
+from ldmcli.cli.terminal import print_facts
 from ldmcli.errors import MissingInputError, printable
 from ldmcli.remarks import Own
 from ldmcli.spec import ModelSpec
@@ -117,9 +117,4 @@ def _ask(what: str, *, as_json: bool) -> None:
                 connection.wait_for_end(_WAIT_S)
             return
         facts, agreed = connection.call(what), {"agrees": connection.greeting.agreed}
-    if as_json:
-        click.echo(json.dumps(facts | agreed))
-        return
-    for name, value in (facts | agreed).items():
-        shown = ", ".join(map(printable, value)) if isinstance(value, list) else value
-        click.echo(f"{name}: {shown}")
+    print_facts(facts | agreed, as_json=as_json)

@@ -1,10 +1,13 @@
 """What is shown on a terminal: the bar of steps, results and log lines, none of them written into another."""
 
 import contextlib
+import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
+
+import click
 
 from ldmcli.errors import printable
 
@@ -27,6 +30,8 @@ class _NoBar:
     def refresh(self) -> None: ...
 
     def set_description_str(self, *, refresh: bool = True) -> None: ...
+
+    def set_postfix_str(self, text: str, *, refresh: bool = True) -> None: ...
 
     def close(self) -> None: ...
 
@@ -55,6 +60,23 @@ def write_result(data: bytes) -> None:
     with _bars_cleared():
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+
+def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print facts on standard output: names and values in two columns, or as a JSON object."""
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    width = max(map(len, facts)) + 1
+    for name, value in facts.items():
+        if isinstance(value, list):
+            shown = ", ".join(map(str, value))
+        elif value is None:
+            shown = "unknown"
+        else:
+            shown = f"{value:,}" if type(value) is int and name != "pid" else str(value)
+        label = f"{name.replace('_', ' ')}:"
+        click.echo(f"{label:{width}} {printable(shown, 4096)}".rstrip())
 
 
 class LogHandler(logging.StreamHandler[Any]):

@@ -294,7 +294,8 @@ def _with_runtime(session: "Session | RemoteSession", record: dict[str, Any] | N
             raise
         from ldmcli.session import Session
 
-        _log.warning("the picture was made otherwise than this machine can (%s) It may differ.", error)
+        why = str(error).removesuffix(".")
+        _log.warning("the picture was made otherwise than this machine can (%s); it may differ", why)
         spec = RuntimeSpec(threads=session.runtime_spec.threads, cache=session.runtime_spec.cache)
         return Session(session.spec, spec)
     return session

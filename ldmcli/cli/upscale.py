@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.option_types import Seed
 from ldmcli.cli.options import (
     device_options,
@@ -62,7 +62,7 @@ _DRAWING = ("prompt", "negative_prompt", "steps", "guidance_scale", "noise_level
 
 
 @command(short_help="Make pictures larger, by a network trained for it.")
-@click.argument("pictures", metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("pictures", metavar="IMAGE...", nargs=-1, required=True, shell_complete=values)
 @option("-m", "--upscaler", metavar="FILE", default=_EMBEDDED, show_default=True,
         help="The network: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, as .safetensors; or a model that "
         "draws pictures larger: LDM super-resolution or SD's x4 upscaler, a file, a folder or ORG/NAME.")  # fmt: skip

@@ -108,8 +108,8 @@ class ClipTokenizer:
             raise BadDataError(f"the tokenizer's vocabulary has no {printable(token)} token.")
         if self._rows is not None and number >= self._rows:
             raise BadDataError(
-                f"the tokenizer gives token '{printable(token)}' the number {number}, and the text encoder knows 0 to "
-                f"{self._rows - 1}; they are not of one model."
+                f"the tokenizer gives token {printable(repr(token))} the number {number}, and the text encoder knows 0 "
+                f"to {self._rows - 1}; they are not of one model."
             )
         return number
 

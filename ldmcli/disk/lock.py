@@ -1,6 +1,7 @@
 """One run per folder: the lock, and word of who holds it for whoever comes second. The only importer of filelock."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -15,6 +16,25 @@ from ldmcli.errors import LdmError, TryAgainError, printable
 LOCK_NAME = ".lock"
 _HOLDER_NAME = ".lock.json"  # beside the lock: some versions of filelock empty the lock's own file
 _MAX_HOLDER_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """What the process says of itself that holds a folder; `here`: it is one of this machine."""
+
+    pid: int
+    host: str
+    since: str
+
+    @property
+    def here(self) -> bool:
+        return self.host == platform.node()
+
+
+def held_by(folder: Path) -> Holder | None:
+    """Who holds `folder`, told without touching the lock; None where nobody does, or a process that was killed."""
+    found = _read_holder(folder)
+    return None if found is None or (found.here and not _is_alive(found.pid)) else found
 
 
 @contextlib.contextmanager
@@ -52,9 +72,24 @@ def _this_process() -> dict[str, str | int]:
 
 def _holder(folder: Path) -> str:
     """Who holds the lock, as far as it has said so already."""
+    found = _read_holder(folder)
+    return printable(f"process {found.pid} on {found.host} since {found.since}") if found else "another process"
+
+
+def _read_holder(folder: Path) -> Holder | None:
     try:
         with open_regular(folder / _HOLDER_NAME, ("", "")) as file:
             said = json.loads(file.read(_MAX_HOLDER_BYTES))
-        return printable(f"process {int(said['pid'])} on {said['host']} since {said['since']}")
+        return Holder(int(said["pid"]), str(said["host"]), str(said["since"]))
     except (LdmError, ValueError, RecursionError, KeyError, TypeError):
-        return "another process"
+        return None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

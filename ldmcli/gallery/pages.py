@@ -172,13 +172,13 @@ def _found(path: str, folder: Path, base: str) -> tuple[str, str]:
     """The picture `path` of `folder` as seen from the pages, or what keeps it from being shown."""
     parts = PurePosixPath(path)
     if not path or parts.is_absolute() or ".." in parts.parts:
-        return "", f"'{printable(path)}' is no file inside the folder."
+        return "", f"{printable(path)} is no file inside the folder."
     try:
         is_file = stat.S_ISREG(os.stat(folder / parts).st_mode)
     except (OSError, ValueError):
         is_file = False
     if not is_file:
-        return "", f"The file '{printable(path)}' is no longer there."
+        return "", f"The file {printable(path)} is no longer there."
     return os.path.normpath(os.path.join(base, parts)), ""
 
 

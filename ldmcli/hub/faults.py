@@ -47,7 +47,7 @@ def _answered(kinds: set[str], response: Any, repository: str, revision: str | N
         cause = f"{repository} is gated: accept its terms at {hub}/{repository}, then set HF_TOKEN to a token of that "
         cause += f"account ({_TOKENS})."
     elif "RevisionNotFoundError" in kinds:
-        cause = f"{repository} has no revision '{printable(revision or 'main')}' on the hub."
+        cause = f"{repository} has no revision {printable(repr(revision or 'main'))} on the hub."
     elif "EntryNotFoundError" in kinds:
         cause = f"the hub lists a file of {repository} that it does not have: {printable(str(response.url))}."
     elif status == 401 and anonymous:  # also where there is no such model

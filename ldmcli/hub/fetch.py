@@ -115,7 +115,7 @@ def locate(model: str, *, half: bool) -> Path:
     except LdmError as error:
         if kept is None:
             raise
-        _log.warning("%s The copy fetched before is used.", error)
+        _log.warning("%s; the copy fetched before is used", str(error).removesuffix("."))
         return kept
     return _fetch(wanted, listing, half)
 

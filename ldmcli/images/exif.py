@@ -62,11 +62,11 @@ def iterate_exif_text(path: Path) -> Iterator[tuple[str, str]]:
             if found := _KEYED.match(latin_text(tags.get(tag, b"").rstrip(b"\0"))):
                 yield found[1] or PARAMETERS_KEYWORD, found[2]
     except struct.error:
-        raise BadDataError(f"'{shown}' is cut off or damaged: its EXIF data ends too early.") from None
+        raise BadDataError(f"{shown} is cut off or damaged: its EXIF data ends too early.") from None
     except UnicodeDecodeError as error:
-        raise BadDataError(f"'{shown}' has EXIF text that is broken: {error}.") from None
+        raise BadDataError(f"{shown} has EXIF text that is broken: {error}.") from None
     except _DamageError as error:
-        raise BadDataError(f"'{shown}' {error}.") from None
+        raise BadDataError(f"{shown} {error}.") from None
 
 
 class _DamageError(Exception):

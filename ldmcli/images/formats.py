@@ -46,7 +46,7 @@ class Encoding:
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise UsageError(f"quality {self.quality} is not a whole number from 1 to 100.")
         if self.lossless and self.format == "jpeg":
-            raise UsageError("--lossless is for WebP; JPEG always loses something; leave it out.")
+            raise UsageError("--lossless is for WebP, and JPEG always loses something; leave it out.")
 
     @property
     def ending(self) -> str:

@@ -222,7 +222,7 @@ def read_record(path: Path) -> dict[str, Any]:
         if keyword == RECORD_KEYWORD:
             return _checked_record(text, shown)
         keywords.append(keyword)
-    raise BadDataError(f"'{shown}' holds no ldmcli record; {_described(keywords)}.")
+    raise BadDataError(f"{shown} holds no ldmcli record; {_described(keywords)}.")
 
 
 def read_parameters(path: Path) -> str | None:
@@ -258,16 +258,16 @@ def _checked_record(text: str, shown: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except RecursionError:
-        raise BadDataError(f"'{shown}' has an ldmcli record that is nested too deeply.") from None
+        raise BadDataError(f"{shown} has an ldmcli record that is nested too deeply.") from None
     except ValueError as error:
-        raise BadDataError(f"'{shown}' has an ldmcli record that is not JSON: {error}.") from error
+        raise BadDataError(f"{shown} has an ldmcli record that is not JSON: {error}.") from error
     problem = _shape_problem(record)
     if problem:
-        raise BadDataError(f"'{shown}' has an ldmcli record {problem}.")
+        raise BadDataError(f"{shown} has an ldmcli record {problem}.")
     try:
         request = GenerationRequest.from_dict(record["request"])
     except (LdmError, OverflowError) as error:
-        raise BadDataError(f"'{shown}' has an ldmcli record that cannot be run: {error}") from error
+        raise BadDataError(f"{shown} has an ldmcli record that cannot be run: {error}") from error
     return {
         "version": record["version"],
         "request": request.to_dict(),
@@ -290,7 +290,7 @@ def _shape_problem(record: Any) -> str:
     for name in ("model", "runtime"):
         for key, value in record[name].items():
             if not isinstance(value, str) and (name, key) != ("model", "embeddings"):
-                return f"whose {name} field '{printable(key)}' is not text"
+                return f"whose {name} field {printable(repr(key))} is not text"
     embeddings = record["model"].get("embeddings", [])
     if not isinstance(embeddings, list) or not all(map(_is_embedding, embeddings)):
         return "whose embeddings are not a list of words, paths and hashes"

@@ -53,7 +53,7 @@ def iterate_text(path: Path) -> Iterator[tuple[str, str]]:
     except _DamageError as error:
         faults.append(str(error))
     if faults:
-        raise BadDataError(f"'{shown}' {faults[0]}.")
+        raise BadDataError(f"{shown} {faults[0]}.")
 
 
 def carries_embedding(path: Path) -> bool:

@@ -114,7 +114,7 @@ def check_fit(sampler: Sampler, schedule: ScheduleConfig, steps: int, spacing: s
     if schedule.prediction_type == "epsilon" and schedule.starts_without_signal and sampler.grid in ("ddim", "lcm"):
         raise UsageError(
             f"sampler {sampler.name} would divide by 0: the model predicts noise, and its schedule starts with nothing "
-            "else (zero terminal SNR). Is its prediction type another?"
+            "else (zero terminal SNR); is its prediction type another?"
         )
     if not schedule.fits(steps, sampler.grid, own if spacing is None else spacing):
         raise UsageError(

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ldmcli.background import in_background
-from ldmcli.checkpoints.load import load_conditioner, load_text_encoders, load_unet, load_vae
+from ldmcli.checkpoints.load import load_conditioner, load_text_encoders, load_unet, load_vae, on_meta
 from ldmcli.checkpoints.source import ModelSource, with_prediction_type
 from ldmcli.conditioning.conditions import ConditionEncoder
 from ldmcli.conditioning.pairs import pairs
 from ldmcli.conditioning.prompts import PromptEncoder
-from ldmcli.config import UNDECIDED
+from ldmcli.config import UNDECIDED, TinyVAEConfig
 from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
-from ldmcli.networks.vae import Autoencoder
+from ldmcli.networks.vae import Autoencoder, autoencoder_of
 from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
 from ldmcli.pipeline.steering import Networks, Steerers, encoder_dtype
 from ldmcli.session.opened import Opened
@@ -60,7 +61,8 @@ def load(
     with _sharing_the_processor():
         sources = [(opened.model, unet), (opened.refiner, None)]
         reading = [(source, _read_unet(source, own, runtime, stage)) for source, own in sources if source]
-        kernels = in_background(runtime.try_kernels, "try kernels")
+        skeletons = functools.partial(_skeletons, opened, runtime, first)
+        kernels = in_background(lambda: runtime.try_kernels(skeletons), "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
         encodes = any(request.encodes or request.model_reads in ("mask", "masked") for request in first)
@@ -153,6 +155,21 @@ def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> Autoenc
     torch.set_num_threads(1)
     vae = opened.vae or opened.model.part("vae")
     return load_vae(vae, device, runtime.vae_dtype(vae.config), encoder=False)
+
+
+def _skeletons(
+    opened: Opened, runtime: Runtime, first: Sequence[FittedRequest]
+) -> list[tuple[nn.Module, torch.dtype, Sequence[int]]]:
+    """The first U-Net and the decoder on meta, their number types, and the pixels of their largest maps."""
+    config, vae = opened.model.config.unet, (opened.vae or opened.model.part("vae")).config
+    image = [request.width * request.height for request in first]
+    latents = [pixels // vae.factor**2 for pixels in image]
+    parts: list[tuple[nn.Module, torch.dtype, Sequence[int]]] = [
+        (on_meta(lambda: UNet(config)), runtime.dtype, latents)
+    ]
+    if not isinstance(vae, TinyVAEConfig):
+        parts.append((on_meta(lambda: autoencoder_of(vae).decoder), runtime.vae_dtype(vae), image))
+    return parts
 
 
 def _load_encoder(opened: Opened, runtime: Runtime, stage: Stage) -> Autoencoder:

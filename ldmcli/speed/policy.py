@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
+from ldmcli.background import in_background
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.cache import is_news
 from ldmcli.errors import UsageError, printable
@@ -17,7 +18,7 @@ from ldmcli.networks.attention import ATTENTIONS, NEED_CUDA, REMOVED, check_xfor
 from ldmcli.networks.unet import Encoder, UNet
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.cpu.onednn import lay_out
-from ldmcli.speed.cuda.fused import fuse, in_planes
+from ldmcli.speed.cuda.fused import compile_ahead, fuse, in_planes
 from ldmcli.speed.cuda.kernels import kernels_work
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -78,10 +79,17 @@ class Runtime:
             made = in_planes(module)
         return cast(_Module, made)
 
-    def try_kernels(self) -> None:
-        """Compile and try this program's own GPU kernels, where they are to compute, beside the reading of weights."""
+    def try_kernels(self, parts: Callable[[], Iterable[tuple[nn.Module, torch.dtype, Sequence[int]]]]) -> None:
+        """Try this program's own GPU kernels, where they are to compute, and compile them for `parts` of the model, on
+        meta, with their number types and the pixels of their maps: beside the reading of weights."""
         if self.device.type == "cuda" and self.kernels != "torch" and not self.compile:
-            kernels_work(self.device, self.dtype)
+            ahead = [
+                in_background(functools.partial(compile_ahead, part, self.device, dtype, pixels), "compile")
+                for part, dtype, pixels in parts()
+            ]
+            kernels_work(self.device, self.dtype)  # which says what is wrong, should that be
+            for future in ahead:
+                future.exception()
 
     def _kernels_work(self, dtype: torch.dtype) -> bool:
         """Whether this program's own kernels are to compute. Raises UsageError where they were asked for and do not

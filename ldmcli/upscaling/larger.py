@@ -71,5 +71,5 @@ def _text_of(source: Path) -> dict[str, str]:
             for keyword, value in iterate_picture_text(source):
                 text.setdefault(keyword, value)
         except BadDataError as error:
-            _log.warning("%s Its result says no more than that.", error)
+            _log.warning("%s; its result says no more than that", str(error).removesuffix("."))
     return text

@@ -28,7 +28,7 @@ class Target:
 
 _SD15, _BATCH, _SDXL = "SD1.5 512², 50 steps", "SD1.5 512², 16 at once", "SDXL 1024², 30 steps"
 TARGETS = (
-    Target(f"{_SD15}: guided steps a second", "sd15", "rate", 200),
+    Target(f"{_SD15}: guided steps a second", "sd15", "rate", 150),
     Target(f"{_SD15}: a step", "sd15", "ratio", 0.45),
     Target(f"{_SD15}: an image", "sd15", "ratio", 0.45, "image"),
     Target(f"{_SD15}: a step", "compile", "ratio", 0.75, against="diffusers-compile"),

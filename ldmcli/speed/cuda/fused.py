@@ -6,18 +6,23 @@ into what follows it, since cuDNN adds it in a pass of its own. What a kernel do
 last), torch computes by the same formula.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldmcli.background import in_background
 from ldmcli.networks.attention import Attention, KeysValues
 from ldmcli.networks.layers import ResnetBlock
 from ldmcli.networks.transformer import GEGLU, CrossTransformerBlock, SpatialTransformer, TransformerBlock
 from ldmcli.networks.unet import Encoder
-from ldmcli.speed.cuda.kernels import add_and_norm, add_bias_residual, geglu, group_norm_silu
+from ldmcli.speed.cuda.kernels import add_and_norm, add_bias_residual, few_pixels, geglu, group_norm_silu
 from ldmcli.speed.modules import recast, replaced
+
+_WIDEST_LARGE = 1024  # channels of the widest large maps that real models norm
 
 
 def fuse(module: nn.Module) -> nn.Module:
@@ -35,6 +40,40 @@ def fuse(module: nn.Module) -> nn.Module:
         return recast(kinds[type(part)], part) if type(part) in kinds else None
 
     return replaced(module, make)
+
+
+def compile_ahead(module: nn.Module, device: torch.device, dtype: torch.dtype, pixels: Sequence[int]) -> None:
+    """Have Triton compile, all at once, the kernels that `module` will launch once it is fused and has weights of
+    `dtype` on `device`, for maps of so many `pixels`: it takes a third of a second each, and in the first step they
+    would come one by one. The module may be on meta."""
+
+    def map_of(channels: int, count: int) -> Tensor:
+        return torch.zeros((1, channels, 1, count), device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+    def norm(channels: int, groups: int, count: int) -> None:
+        weight = torch.zeros(channels, device=device, dtype=dtype)
+        group_norm_silu(map_of(channels, count), groups, weight, weight, 1e-5)
+
+    def sums(channels: int) -> None:
+        x, bias = (torch.zeros(shape, device=device, dtype=dtype) for shape in ((1, 1, channels), (channels,)))
+        add_and_norm(x, bias, x.clone(), bias, bias, 1e-5)
+
+    launches: dict[object, Callable[[], object]] = {}
+    for part in module.modules():
+        if isinstance(part, nn.GroupNorm):
+            for count in {few_pixels(count) for count in (1, *pixels)}:
+                # One that is compiled for a width of groups does for all channels; and wide maps have few.
+                key = part.num_channels // part.num_groups, count
+                if count == 1 or part.num_channels <= _WIDEST_LARGE:
+                    launches[key] = functools.partial(norm, part.num_channels, part.num_groups, count)
+        elif isinstance(part, nn.LayerNorm):
+            launches[part.normalized_shape] = functools.partial(sums, part.normalized_shape[0])
+        elif isinstance(part, GEGLU):
+            launches[GEGLU] = lambda: geglu(torch.zeros((1, 512), device=device, dtype=dtype))
+        elif isinstance(part, ResnetBlock):
+            launches[ResnetBlock] = lambda: add_bias_residual(map_of(64, 1), map_of(64, 1).flatten(), map_of(64, 1))
+    for future in [in_background(launch, "compile a kernel") for launch in launches.values()]:
+        future.result()
 
 
 def in_planes(unet: Encoder) -> nn.Module:

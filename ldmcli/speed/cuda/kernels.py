@@ -127,7 +127,7 @@ TRIALS: dict[str, tuple[Callable[..., Any], Callable[[Callable[..., Tensor]], tu
     "group norm": (group_norm_silu, lambda n: (n(2, 32, 45, 7), 2, n(32), n(32), 1e-5)),
     "gate": (geglu, lambda n: (n(2, 9, 512),)),
     "sum": (add_bias_residual, lambda n: (n(2, 32, 9, 8), n(32), n(2, 32, 9, 8), n(32))),
-    "layer norm": (add_and_norm, lambda n: (n(2, 9, 32), n(32), n(2, 9, 32), n(32), n(32), 1e-5)),
+    "layer norm": (add_and_norm, lambda n: (n(2, 9, 320), n(320), n(2, 9, 320), n(320), n(320), 1e-5)),
 }
 
 
@@ -172,6 +172,11 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str:
 def most_parts(pixels: int) -> int:
     """How many parts an image of so many pixels has at most."""
     return PARTS * (4 if pixels >= _LARGE else 1)
+
+
+def few_pixels(pixels: int) -> int:
+    """The fewest pixels for which the same kernels are compiled as for so many."""
+    return _LARGE if pixels >= _LARGE else 1
 
 
 def part_pixels(pixels: int, others: int) -> int:
