@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldmcli.cli.command import command
+from ldmcli.cli.command import command, values
 from ldmcli.cli.option_types import Device, Seed
 from ldmcli.cli.options import expanded, file_options, json_option, option, tiling_option, verbosity_options
 from ldmcli.cli.output import STDOUT, Output, choose_encoding, in_folder, open_output
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @command(short_help="Encode pictures as latents, or decode latents, by an autoencoder alone.")
 @click.argument("way", type=click.Choice(["encode", "decode"]), metavar="encode|decode")
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, shell_complete=values)
 @option("-m", "--model", metavar="MODEL",
         help="The autoencoder, KL or VQ, or a model that has one: a folder, file, or a name as for txt2img.  "
         "[default: the embedded model]")  # fmt: skip
