@@ -90,6 +90,8 @@ RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
     "mask_padding": (0, MAX_PADDING),
     "hires_strength": (0.0, 1.0),
     "hires_steps": (1, MAX_STEPS),
+    "noise_level": (0, MAX_NOISE_LEVEL),
+    "patch": (0, MAX_SIZE),
 }
 CHOICES = {
     "prompt_syntax": PROMPT_SYNTAXES,
@@ -284,6 +286,10 @@ class GenerationRequest:
         """Sampler and schedule by the names they have here; both take those of other programs."""
         if isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", schedule_of(self.schedule) or self.schedule)
+        elif self.schedule is not None:
+            raise UsageError(
+                f"schedule {printable(repr(self.schedule), 100)} is not the name of one; see `ldm samplers`."
+            )
         if self.sampler is None:
             return
         if isinstance(self.sampler, str) and (named := sampler_of(self.sampler)):

@@ -110,7 +110,7 @@ def test_passes(pipeline: Pipeline, sampler: str, steps: int, calls: int, guidan
     requests = with_settings(sampler=sampler, steps=steps, guidance_scale=guidance_scale)[:3]
     done: list[int] = []
     with passes(pipeline) as sizes:
-        pipeline.draw(fitted(pipeline, requests), lambda steps, _: done.append(steps))
+        pipeline.draw(fitted(pipeline, requests), lambda steps, *_: done.append(steps))
     assert sizes == [3 * width] * calls
     assert done == list(range(steps + 1))
 

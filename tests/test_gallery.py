@@ -7,20 +7,24 @@ import html.parser
 import json
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_support import assert_refused, ldm_here
+from browser_support import CHROMIUM, Browser, browser
+from cli_support import assert_refused, ldm_here, pixels, tiny_model, until
 
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.manifest import ManifestWriter
 from ldmcli.batch.pictures import picture_path
+from ldmcli.cli import cli
+from ldmcli.cli.options import request_settings
 from ldmcli.gallery.html import visible
+from ldmcli.gallery.redraw import command
 from ldmcli.images.encode import encode_pixels
 from ldmcli.images.metadata import text_chunks
 from ldmcli.spec import GenerationRequest
@@ -34,12 +38,6 @@ HOSTILE = (
     "&lt;b&gt; &amp; \u202egnp.exe\u2066 \x1b[31m \x00\x07".replace("\0", ""),
     f"javascript:{OWNED}",
 )
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--hide-scrollbars",
-    "--disable-dev-shm-usage", "--virtual-time-budget=2000", "--window-size=900,900",
-)  # fmt: skip
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 MODEL = {"name": "tiny", "path": "", "sha256": "0" * 64}
 
@@ -110,18 +108,15 @@ def make_run(folder: Path, prompts: Sequence[str], failed: Sequence[int] = ()) -
     return folder
 
 
-def browse(page: Path, profile: Path, *more: str, fragment: str = "") -> tuple[str, str]:
-    """Output and console messages of Chromium that looks at the file `page`."""
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *more, page.as_uri() + fragment]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    messages = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if "CONSOLE" in line]
-    return done.stdout.decode("utf-8"), "\n".join(messages)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as chromium:
+        yield chromium
 
 
-def shown_cards(dom: str) -> list[str]:
-    """The opening tags of the cards that the filter left."""
-    cards = re.findall(r"<li(?: id=\"[^\"]*\")?(?: hidden=\"\")?>\s*<(?:a|p) (?!class=\"along)", dom)
-    return [card for card in cards if "hidden" not in card]
+def shown(page: Browser) -> list[str]:
+    """The anchors of the cards that the filter left."""
+    return page.run("[...document.querySelectorAll('.cards > li')].filter((c) => !c.hidden).map((c) => c.id)")
 
 
 # ---- as HTML ----
@@ -138,7 +133,8 @@ def test_a_run_becomes_pages_in_the_order_of_its_rows(tmp_path: Path) -> None:
     assert prompts == [f"prompt number {n}" for n in range(25)] + ["(no prompt)"]
     assert "NaN in <U-Net> of 3." in pages[0].text
     assert "steps 'x' is not a whole number." in pages[2].text
-    assert "seed 4 · 20 steps · ddim · guidance 7.5 · 48×32 · line 5 · id4 · tag: <i>t</i>" in pages[0].text
+    settings = "seed 4 settings size 48×32 seed 4 steps 20 sampler ddim guidance scale 7.5 line 5 id id4 tag <i>t</i>"
+    assert settings in " ".join(pages[0].text.split())
     for page in pages:
         assert all((run / link).is_file() for link in page.all("a", "href")), "a link leads nowhere"
         assert all((run / source).is_file() for source in page.all("img", "src"))
@@ -168,7 +164,8 @@ def test_the_policy_names_what_is_there_and_nothing_comes_from_elsewhere(tmp_pat
     assert not re.search(r"(?:https?:)?//[a-z]", page.raw)
     assert {tag for tag, _ in page.tags} <= {
         "html", "head", "meta", "title", "style", "body", "header", "h1", "p", "bdi", "div", "label", "input", "span",
-        "main", "ol", "li", "a", "img", "footer", "script",
+        "main", "ol", "li", "a", "img", "footer", "script", "details", "summary", "dl", "dt", "dd", "code", "button",
+        "dialog", "figure", "section", "kbd",
     }  # fmt: skip
     assert not any(name.startswith("on") or name == "style" for _, found in page.tags for name in found)
     assert page.prompts == [visible(prompt) for prompt in HOSTILE]
@@ -276,42 +273,194 @@ def test_what_is_unseen_is_spelled_out() -> None:
 
 
 @needs_browser
-def test_hostile_prompts_are_inert_in_a_browser(tmp_path: Path) -> None:
+def test_hostile_prompts_are_inert_in_a_browser(tmp_path: Path, page: Browser) -> None:
     run = make_run(tmp_path / "run", HOSTILE, failed=[1])
     ldm_here("gallery", run, "--page-size", "5")
+    page.messages.clear()
     for name in ("index.html", "page-2.html", "prompts.html"):
-        dom, console = browse(run / name, tmp_path / "profile", "--dump-dom")
-        assert re.search(r"<title>run( – \d)?</title>", dom)
-        assert not re.search(r"<(iframe|svg|textarea|img src=\"x\")", dom)
-        assert console == ""
+        page.open(run / name)
+        if name == "index.html":
+            for _ in HOSTILE:
+                page.press("ArrowRight", "Enter", "c", "ArrowRight", "y", "Escape")
+        assert re.fullmatch(r"run( – \d)?", page.run("document.title"))
+        assert page.run("document.querySelectorAll('iframe, svg, textarea, img[src=x]').length") == 0
+        assert page.messages == []
     # That the policy holds even where escaping should fail: the same page with a script put in is not owned either.
-    page = (run / "index.html").read_text()
-    broken = page.replace("<main>", f"<main><script>{OWNED}</script><img src=x onerror={OWNED}><b id=in></b>")
+    text = (run / "index.html").read_text()
+    broken = text.replace("<main>", f"<main><script>{OWNED}</script><img src=x onerror={OWNED}><b id=in></b>")
     (run / "broken.html").write_text(broken)
-    dom, console = browse(run / "broken.html", tmp_path / "profile", "--dump-dom")
-    assert 'id="in"' in dom
-    assert "<title>run – 1</title>" in dom
-    assert "Content Security Policy" in console
+    page.open(run / "broken.html")
+    assert page.run("[document.title, !!document.getElementById('in')]") == ["run – 1", True]
+    assert "Content Security Policy" in "".join(page.messages)
     # And that this would be seen: without the policy it is.
     (run / "broken.html").write_text(re.sub(r"<meta http-equiv[^>]*>", "", broken))
-    assert "<title>owned</title>" in browse(run / "broken.html", tmp_path / "profile", "--dump-dom")[0]
+    page.open(run / "broken.html")
+    assert page.run("document.title") == "owned"
 
 
 @needs_browser
-def test_the_filter_works_in_a_browser(tmp_path: Path) -> None:
+def test_the_filter_finds_words_and_fields(tmp_path: Path, page: Browser) -> None:
     prompts = ["a red apple", "a green pear", "Red APPLE pie", "100% & more", "an apple"]
     run = make_run(tmp_path / "run", prompts)
     ldm_here("gallery", run, "--page-size", "3")
-    dom, console = browse(run / "index.html", tmp_path / "profile", "--dump-dom", fragment="#q=apple%20red")
-    assert console == ""
-    assert len(shown_cards(dom)) == 2
-    assert ">2 of 3 on this page<" in dom
-    assert "page-2.html#q=apple%20red" in dom, "what is sought goes along to the next page"
-    assert "prompts.html#q=apple%20red" in dom
-    dom, _ = browse(run / "prompts.html", tmp_path / "profile", "--dump-dom", fragment="#q=apple")
-    assert ">3 of 5 on this page<" in dom
-    assert len(shown_cards(dom)) == 3
-    dom, _ = browse(run / "page-2.html", tmp_path / "profile", "--dump-dom", fragment="#q=100%25%20%26")
-    assert ">1 of 2 on this page<" in dom
-    dom, console = browse(run / "page-2.html", tmp_path / "profile", "--dump-dom", fragment="#q=%E0%A4%A")
-    assert (len(shown_cards(dom)), console) == (2, "")
+    page.messages.clear()
+    page.open(run / "index.html", "#q=apple%20red")
+    assert shown(page) == ["p0", "p2"]
+    assert page.run("document.getElementById('found').textContent") == "2 of 3 on this page"
+    links = page.run("[...document.querySelectorAll('a.along')].map((link) => link.hash)")
+    assert set(links) == {"#q=apple%20red"}, "what is sought goes along to the next page"
+    for sought, found in {
+        "seed:1": ["p1"], "seed>0 apple": ["p2"], "seed<2": ["p0", "p1"], "steps:20": ["p0", "p1", "p2"], "id=id": [],
+        "id:id2": ["p2"], 'sampler:"ddim"': ["p0", "p1", "p2"], "sampler:euler": [], "12:30": [],
+        '"red apple"': ["p0", "p2"], "tag:<i>": ["p0", "p1", "p2"],
+    }.items():  # fmt: skip
+        page.open(run / "index.html", "#q=" + urllib.parse.quote(sought))
+        assert shown(page) == found, sought
+    page.open(run / "prompts.html", "#q=apple%20seed%3E0")
+    assert page.run("document.getElementById('found').textContent") == "2 of 5 on this page"
+    page.open(run / "page-2.html", "#q=100%25%20%26")
+    assert shown(page) == ["p3"]
+    page.open(run / "page-2.html", "#q=%E0%A4%A")
+    assert len(shown(page)) == 2
+    assert page.messages == []
+
+
+@pytest.fixture(scope="module")
+def gridded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two prompts, each in four ways, on three pages."""
+    folder = tmp_path_factory.mktemp("gridded")
+    (folder / "p.txt").write_text("a cat\nan 'owl'\n")
+    grid = ("--grid", "eta=0,0.5", "--grid", "steps=1,2", "--sampler", "ddim", "-n", "fog", "--dtype", "fp32")
+    result = ldm_here("batch", folder / "p.txt", "-m", tiny_model(), "-o", folder / "run", *grid)
+    assert result.code == 0, result
+    assert ldm_here("gallery", folder / "run", "--page-size", "3").code == 0
+    return folder / "run"
+
+
+@needs_browser
+def test_menus_filter_by_what_varies(gridded: Path, page: Browser) -> None:
+    page.open(gridded / "index.html")
+    menus = page.run("[...document.querySelectorAll('.filter select')].map((m) => m.name)")
+    assert set(menus) >= {"eta", "steps"}
+    assert "sampler" not in menus
+    menu = "document.querySelector('select[name=steps]')"
+    page.run(f"{menu}.value = '2', {menu}.dispatchEvent(new Event('change'))")
+    assert page.run("document.getElementById('q').value") == "steps:2"
+    assert shown(page) == ["p1"]
+    page.run(f"{menu}.value = '', {menu}.dispatchEvent(new Event('change'))")
+    assert len(shown(page)) == 3
+
+
+@needs_browser
+def test_one_picture_and_two_by_keyboard(gridded: Path, page: Browser) -> None:
+    page.messages.clear()
+    page.open(gridded / "index.html")
+    page.press("ArrowRight", "ArrowRight", "Enter")
+    facts = "document.getElementById('facts').innerText"
+    place = "document.getElementById('place').textContent"
+    assert page.run(place) == "2 of 3"
+    assert "steps" in page.run(facts)
+    assert page.run("document.querySelector('#one img').getAttribute('src')").endswith("-1.png")
+    page.press("c", "ArrowLeft")
+    assert page.run("document.querySelectorAll('.stage figure:not([hidden]) img').length") == 2
+    assert page.run(facts).split() == ["steps", "2", "1"], "of two, what is not the same"
+    page.press("c", "End")
+    assert page.run(place) == "3 of 3"
+    with page.loading():
+        page.press("ArrowRight")
+    assert page.run("location.pathname.split('/').pop()") == "page-2.html"
+    assert page.run(place) == "1 of 3", "the first of the next page is open"
+    page.press("Escape")
+    assert page.run("document.getElementById('view').open") is False
+    until(lambda: page.run("document.activeElement.closest('li')?.id") == "p3", "the picture's card has the focus")
+    page.press("/")
+    assert page.run("document.activeElement.id") == "q"
+    assert page.messages == []
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "height", "mobile"), [(1280, 800, False), (390, 844, True)])
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_fits_a_desktop_and_a_phone_by_day_and_by_night(
+    gridded: Path, page: Browser, width: int, height: int, mobile: bool, dark: bool
+) -> None:
+    page.size(width, height, mobile=mobile, dark=dark)
+    page.open(gridded / "index.html")
+    wide = "document.documentElement.scrollWidth"
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert page.run(wide) <= width
+    assert page.run(paper) == ("rgb(22, 22, 24)" if dark else "rgb(255, 255, 255)")
+    page.run("document.querySelector('.cards a').click()")
+    seen = page.run(
+        "(({width, height}) => [width, height])(document.querySelector('#one img').getBoundingClientRect())"
+    )
+    assert min(seen) > 300, "a picture is large"
+    facts = page.run("document.getElementById('facts').getBoundingClientRect().left")
+    assert facts < 50 if mobile else facts > 800, "settings are beside it, or below"
+    assert page.run("document.getElementById('view').scrollWidth") <= width
+    page.size(1280, 800)
+
+
+@needs_browser
+def test_the_copied_command_draws_the_picture_again(gridded: Path, page: Browser, tmp_path: Path) -> None:
+    page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.open(gridded / "page-3.html")
+    page.press("ArrowRight", "ArrowRight", "Enter")
+    assert page.run("document.querySelector('#facts .copy').hidden") is False
+    page.press("y")
+    typed = page.run("navigator.clipboard.readText()")
+    picture = gridded / page.run("document.querySelector('#one img').getAttribute('src')")
+    assert "'an '\"'\"'owl'\"'\"''" in typed
+    words = shlex.split(typed)
+    assert words.pop(0) == "ldm"
+    again = ldm_here(*words, "--dtype", "fp32", "-o", tmp_path / "again.png")
+    assert np.array_equal(pixels(again.paths[0]), pixels(picture))
+
+
+# ---- commands ----
+
+REQUESTS = {
+    "usual": GenerationRequest("a cat", seed=7),
+    "a dash": GenerationRequest("-v", seed=7, negative_prompt="--x"),
+    "settings": GenerationRequest(
+        "a 'cat'\n", seed=2**64 - 1, steps=5, guidance_scale=7.25, width=512, height=640, sampler="ddim", eta=0.1,
+        schedule="trailing", guidance_rescale=0.7, guidance_interval=(0.28, 5.42), clip_skip=2, on_long_prompt="chunk",
+        prompt_syntax="weighted", original_width=9, original_height=8, crop_left=1, crop_top=2, refiner_start=0.5,
+        loras=({"name": "a b", "weight": 0.3}, {"name": "in", "in_prompt": True}), embeddings=("w.pt:w",),  # type: ignore[arg-type]
+    ),
+    "a picture": GenerationRequest(
+        "a cat", image="a.png", strength=0.6, mask="alpha", mask_blur=4.5, invert_mask=True, paste_back=False,
+        resize="crop", masked_content="noise", inpaint_area="masked", mask_padding=9, depth="d.png",
+        image_guidance_scale=1.1, hires="2", hires_strength=0.3, hires_steps=3, hires_upscaler="lanczos",
+    ),
+    "what steers": GenerationRequest(
+        "a cat", control_net=("c", "d"), control_image=("a.png", "b.png"), control_strength=(0.5, 1.0),
+        control_start=(0.1,), control_end=(0.9,), control_mode=("guess", "balanced"), control_type=("canny",),
+        canny=("100,200", "off"), ip_adapter=("i",), ip_adapter_image=("a.png",), ip_adapter_strength=(0.4,),
+        ip_adapter_mask=("m.png",), ip_adapter_blocks=("style",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_command_says_the_whole_request(name: str) -> None:
+    asked = REQUESTS[name]
+    model = {"name": "m", "path": "/m m", "sha256": "", "vae": "v", "upscaler": "u", "embeddings": []}
+    words = shlex.split(command(asked.to_dict(), model))
+    assert words[:2] == ["ldm", "img2img" if asked.image else "txt2img"]
+    found = cli.get_command(None, words[1])  # type: ignore[arg-type]
+    assert found is not None
+    options = found.make_context(words[1], words[2:]).params
+    assert (options["model"], options["vae"], options["upscaler"]) == ("/m m", "v", "u")
+    read = GenerationRequest(*options["prompts"], seed=options["seed"], **request_settings(options))
+    kept = [lora for lora in asked.loras if not lora.in_prompt]
+    assert read.to_dict() == asked.to_dict() | ({"loras": [vars(one) for one in kept]} if kept else {})
+
+
+def test_what_cannot_be_typed_has_no_command() -> None:
+    assert command({"prompt": "a cat", "seed": -5}, {}) == ""
+    assert command({"prompt": "a cat", "steps": [1]}, {}) == ""
+    assert command({"prompt": "a cat", "image": "-"}, {}) == ""
+    assert command({"prompt": "a cat", "control_net": ["c"], "control_image": ["-"]}, {}) == ""
+    assert command({"prompt": "-"}, {}) == ""
+    assert command({}, {"path": "m"}) == ""

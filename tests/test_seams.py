@@ -256,7 +256,7 @@ def test_an_autoencoder_owns_factor_channels_scale_and_shift(model_folder: Path)
     vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     request = GenerationRequest("a pear", steps=2, width=52, height=44)
     ended: list[Tensor] = []
-    drawn = other.draw(fitted(other, [request]), lambda _, latents: ended.append(latents.clone()))
+    drawn = other.draw(fitted(other, [request]), lambda done, latents, denoised: ended.append(latents.clone()))
     assert drawn.pixels[0].shape == (44, 52, 3)
     assert drawn.latents.shape == (1, 6, 11, 13)
     assert torch.equal(drawn.latents, ended[-1])

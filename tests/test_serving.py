@@ -133,6 +133,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "several": ("txt2img", "an apple", "a pear", "-c", "3", "-b", "2", *FAST),
     "json": ("txt2img", "a fox", *TINY, "--json", "-c", "2"),
     "webp": ("txt2img", "a fox", *TINY, "-o", "a.webp", "--lossless"),
+    "previews": ("txt2img", "a fox", "an owl", *TINY, "-b", "2", "--preview", "2", "--preview-file", "grows.png"),
     "stdout": ("txt2img", "a fox", *TINY, "-o", "-"),
     "stdin": ("txt2img", "-", *TINY),
     "plain": ("txt2img", "a fox", *TINY, "--no-metadata", "-o", "new/"),
@@ -226,7 +227,7 @@ def test_a_command_does_the_same_with_a_server(name: str, served: Served, files:
     assert found[0][3].keys() == found[1][3].keys()
     for path, data in found[0][3].items():
         assert data == found[1][3][path], path
-    drawn = sum(path.endswith((".png", ".webp")) for path in found[1][3]) + (name == "stdout")
+    drawn = sum(path.endswith((".png", ".webp")) for path in found[1][3]) + (name == "stdout") - (name == "previews")
     if found[1][0] == 0 and command[0] != "upscale":
         read = sum(each.suffix == ".png" for each in files.iterdir())
         assert served.status()["drawn"] - before == drawn - read

@@ -375,5 +375,5 @@ def test_memory_is_given_back_between_the_steps_and_the_vae(monkeypatch: pytest.
     decode = loaded.vae.decode
     monkeypatch.setattr(loaded.vae, "decode", lambda latents: (done.append("decode"), decode(latents))[1])
     request = GenerationRequest("a star", steps=2, width=64, height=64)
-    loaded.draw(fitted(loaded, [request, request]), lambda steps, _: done.append(steps))
+    loaded.draw(fitted(loaded, [request, request]), lambda steps, *_: done.append(steps))
     assert done == [0, 1, 2, "give back", "decode", "decode"]

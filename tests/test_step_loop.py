@@ -36,7 +36,7 @@ class Calls(TorchDispatchMode):
         self.steps[-1][str(func)] += 1
         return func(*args, **(kwargs or {}))
 
-    def next_step(self, done: int, latents: torch.Tensor) -> None:
+    def next_step(self, done: int, *_: object) -> None:
         if done:
             self.steps.append(Counter())
 

@@ -61,7 +61,7 @@ def collected(work: Work, *requests: GenerationRequest, **settings: Any) -> tupl
 def test_jobs_that_agree_share_batches_and_get_their_own_pictures(work: Work) -> None:
     steps: list[tuple[int, int]] = []
     with Held(work):
-        jobs = [collected(work, request(1), request(2), on_step=lambda *step: steps.append(step))]
+        jobs = [collected(work, request(1), request(2), on_step=lambda p: steps.append((p.done, p.steps)))]
         jobs += [collected(work, request(3)), collected(work, request(4, steps=3)), collected(work, request(1))]
         assert work.progress().queued == 4
     for job, _ in jobs:

@@ -22,8 +22,8 @@ from ldmcli.speed.cpu.threads import yield_cores
 from ldmcli.speed.memory import is_out_of_memory
 
 _COMMANDS = (
-    "txt2img", "img2img", "sample", "batch", "upscale", "canny", "vae", "serve", "info", "gallery", "pull", "models",
-    "samplers", "config", "schema", "completion", "man", "bench",
+    "txt2img", "img2img", "sample", "batch", "upscale", "canny", "vae", "serve", "info", "show", "gallery", "pull",
+    "models", "samplers", "config", "schema", "completion", "man", "bench",
 )  # fmt: skip
 _OWN_OPTIONS = ("-h", "--help", "-V", "--version")
 _COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask

@@ -32,12 +32,13 @@ from ldmcli.cli.options import (
     runtime_options,
     runtime_spec,
     server_options,
+    show_option,
     verbosity_options,
 )
 from ldmcli.cli.resident import open_session
 from ldmcli.cli.run_status import RunBar, print_failures, print_status, print_totals, watch_run
 from ldmcli.cli.steering_options import DrawingCommand, steering_options
-from ldmcli.cli.terminal import write_result
+from ldmcli.cli.terminal import show_file, shows_pictures, write_result
 from ldmcli.errors import BadDataError, LdmError, TryAgainError, UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.images.naming import NamePattern
@@ -103,6 +104,7 @@ _WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
 @option("--sheet", metavar="PNG", help="Write a contact sheet of the run's pictures at the end.")
 @file_options("--image-format")
 @name_option
+@show_option
 @option("--no-metadata", is_flag=True, help="Write no prompt and settings into the pictures.")
 @model_options
 @request_options
@@ -152,6 +154,7 @@ def batch(context: click.Context, file: str | None, **options: Any) -> None:
         assert found is not None
         print_totals(found, as_json=options["as_json"])
         context.exit(_SOME_FAILED if found.bad_rows else 0)
+    options["show"] = shows_pictures(options["show"])
     # 2. The run's folder, held against others; then the pictures.
     small = _small_on_cpu(job)
     if options["batch_size"] is None:
@@ -254,6 +257,8 @@ def _draw(
     with contextlib.closing(outcomes), contextlib.closing(RunBar(run.counts(), found, options)) as progress:
         for outcome in outcomes:
             _report(outcome, folder, as_json=options["as_json"])
+            if options["show"] and outcome.status == "done":
+                show_file(folder / outcome.path)
             progress.note(outcome)
 
 

@@ -27,8 +27,10 @@ _log = logging.getLogger(__name__)
 def gallery(folder: str, output: str | None, page_size: int, as_json: bool) -> None:
     """Write HTML pages that show the pictures in DIR, what they were made with, and which failed.
 
-    DIR is what `ldm batch` wrote, or any folder of pictures by this program. Prints the path of the first page. Nothing
-    is fetched from elsewhere: the pages work from the disk and on a web server. Run again, it brings them up to date.
+    DIR is what `ldm batch` wrote, or any folder of pictures by this program. Prints the path of the first page. The
+    pages filter by words and by any field (steps:20, guidance>5), show a picture beside its settings, or two and where
+    they differ, and copy the command that draws one again. Nothing is fetched from elsewhere: they work from the disk
+    and on a web server. Run again, it brings them up to date.
     """
     from ldmcli.gallery.pages import write_gallery
 

@@ -19,7 +19,8 @@ _COMMANDS_MEANT = {
     "sample": "unconditional classconditional uncond",
     "batch": "batches many queue jobs file",
     "upscale": "upscaler enhance enlarge superres superresolution esrgan",
-    "info": "show inspect metadata exif pnginfo parameters describe cat",
+    "info": "inspect metadata exif pnginfo parameters describe cat",
+    "show": "view display look see preview imgcat icat viewer",
     "gallery": "html web page pages album contactsheet sheet",
     "pull": "download fetch get install add",
     "models": "list ls checkpoints ckpts model",
@@ -78,6 +79,8 @@ _OPTIONS_MEANT = {
     "vae_tiling": "tiledvae vaeslicing",
     "profile": "preset",
     "prompt": "text caption",
+    "show": "display view inline imgcat",
+    "preview": "livepreview previewevery showprogress",
 }
 # Options elsewhere that are an option with a value here.
 _WITH_VALUE = {

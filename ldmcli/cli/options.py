@@ -301,6 +301,16 @@ name_option = option(
     "safe characters.",
 )
 
+# Pictures as they grow.
+preview_options = together(
+    option("--preview", type=click.IntRange(1), metavar="N",
+           help="Show every N steps how the picture grows: in the terminal with --show, or in --preview-file."),
+    option("--preview-file", metavar="FILE.png",
+           help="Write how the picture grows into this file, every step or every N; it is replaced each time."),
+)  # fmt: skip
+
+show_option = option("--show", is_flag=True, help="Show each picture in the terminal too, see `ldm show`.")
+
 # How prompts are drawn by lot, where a command does so.
 dynamic_options = together(
     option("--dynamic-prompts", is_flag=True,
@@ -339,6 +349,8 @@ output_options = together(
            help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]"),
     file_options("--image-format", "--format"),
     name_option,
+    show_option,
+    preview_options,
     option("--from-image", metavar="FILE",
            help="Run the request in this picture again, one of another program as far as it can be taken; options "
            "given win over it."),

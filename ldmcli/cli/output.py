@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldmcli.cli.terminal import write_result
+from ldmcli.cli.terminal import show_file, write_result
 from ldmcli.disk.writing import check_replaceable, prepare_folder, write_exact, write_new
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import ENDINGS, FORMATS, Encoding, format_of_name
@@ -30,6 +30,7 @@ class Output:
     ending: str = ".png"  # of files in a folder
     name: NamePattern | None = None  # of them; ldm-SEED without
     of_row: int = 1  # pictures of each prompt
+    show: bool = False  # on the terminal too
     _written: Counter[str] = dataclasses.field(default_factory=Counter)  # pictures by name that this run wrote
 
     def write(self, data: bytes, seed: int, record: dict[str, Any]) -> None:
@@ -51,6 +52,8 @@ class Output:
         else:
             line = os.fsencode(written)
         write_result(line + b"\n")
+        if self.show:
+            show_file(written)
 
     def _stem(self, seed: int, record: dict[str, Any]) -> str:
         """The name of the next picture in the folder."""

@@ -37,8 +37,10 @@ def open_session(
     encoding: Encoding,
     metadata: bool,
     exact: bool = False,
+    preview: int = 0,
 ) -> "Session | RemoteSession":
-    """The session that a command draws with: the server's, or one of this process. Raises as Session does."""
+    """The session that a command draws with: the server's, or one of this process. `preview`: after how many steps that
+    tells what pictures are to become; 0 for never. Raises as Session does."""
 
     def here() -> "Session":
         from ldmcli.session import Session
@@ -50,6 +52,6 @@ def open_session(
         return here()
     from ldmcli.serving.client import RemoteSession
 
-    remote = RemoteSession(connection, here, runtime, encoding, metadata=metadata)
+    remote = RemoteSession(connection, here, runtime, encoding, metadata=metadata, preview=preview)
     remote.open(model)
     return remote.here or remote

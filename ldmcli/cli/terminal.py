@@ -1,15 +1,19 @@
-"""What is shown on a terminal: the bar of steps, results and log lines, none of them written into another."""
+"""What is shown on a terminal: the bar of steps, pictures as they grow, results and log lines, none of them written
+into another."""
 
 import contextlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from ldmcli.errors import printable
+from ldmcli.errors import LdmError, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -57,7 +61,7 @@ def loading(name: str) -> "tqdm[Any] | _NoBar":
 
 def write_result(data: bytes) -> None:
     """Write to standard output at once, bars out of the way meanwhile."""
-    with _bars_cleared():
+    with cleared():
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
@@ -83,14 +87,16 @@ class LogHandler(logging.StreamHandler[Any]):
     """Log lines on standard error, bars out of the way meanwhile."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with _bars_cleared():
+        with cleared():
             super().emit(record)
 
 
 class StepBar:
-    """A bar for the steps of the pictures that are drawn together, which it numbers; call it with each Progress."""
+    """A bar for the steps of the pictures that are drawn together, which it numbers; call it with each Progress, which
+    it passes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, pass_on: "Callable[[Progress], object]") -> None:
+        self._pass_on = pass_on
         self._bar: tqdm[Any] | _NoBar | None = None
         self._drawn = 0
 
@@ -102,6 +108,7 @@ class StepBar:
             return
         if self._bar is not None:
             self._bar.update()
+        self._pass_on(progress)
         if progress.done == progress.steps:
             self._drawn += len(progress.requests)
 
@@ -111,8 +118,69 @@ class StepBar:
             self._bar.close()
 
 
+def hindrance() -> str:
+    """Why standard output shows no pictures; "" where it does."""
+    if not sys.stdout.isatty():
+        return "standard output is no terminal"
+    return "TERM says that this terminal has no colours" if os.environ.get("TERM", "dumb") == "dumb" else ""
+
+
+def shows_pictures(asked: bool) -> bool:
+    """Whether pictures are shown on the terminal, as --show asks for; a warning says why not. The terminal is asked
+    here what it can, before anything else reads what is typed."""
+    if asked and (why := hindrance()):
+        _log.warning("%s, so --show shows nothing", why)
+        return False
+    if asked:
+        from ldmcli.cli.terminal_pictures import ask_terminal
+
+        ask_terminal()
+    return asked
+
+
+def show_file(path: Path) -> None:
+    """Show a picture that was just written; what keeps it from that is no reason to end."""
+    from ldmcli.cli.terminal_pictures import show_picture
+
+    try:
+        show_picture(str(path))
+    except LdmError as error:
+        _log.warning("%s", error)
+
+
+class _Passing:
+    """How many lines above the bar show a picture as it grows; they go when something else is written."""
+
+    lines = 0
+    lock = threading.RLock()
+
+
 @contextlib.contextmanager
-def _bars_cleared() -> Iterator[None]:
+def cleared() -> Iterator[None]:
+    """Inside the block neither a bar nor a picture as it grows is on the terminal, and no other thread writes there. It
+    must not log."""
+    with _Passing.lock, _without_bars():
+        _replace_passing("", 0)
+        yield
+
+
+def pass_by(text: str, lines: int) -> None:
+    """Put on the terminal what stays until something else is written, in place of what did so before."""
+    with _Passing.lock, _without_bars():
+        _replace_passing(text, lines)
+
+
+def _replace_passing(text: str, lines: int) -> None:
+    if _Passing.lines:
+        text = f"\x1b[{_Passing.lines}A\x1b[J{text}"  # up, and all below taken away
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    _Passing.lines = lines
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
     """Inside the block no bar is on the terminal. Without tqdm there is none."""
     if "tqdm" not in sys.modules:
         yield

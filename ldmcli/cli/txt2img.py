@@ -20,6 +20,7 @@ from ldmcli.cli.option_types import Whole
 from ldmcli.cli.options import (
     dynamic_options,
     dynamic_prompts,
+    expanded,
     hires_options,
     model_options,
     model_spec,
@@ -31,9 +32,10 @@ from ldmcli.cli.options import (
     together,
 )
 from ldmcli.cli.output import Output, choose_encoding, open_output
+from ldmcli.cli.previews import Previews, preview_steps
 from ldmcli.cli.resident import open_session
 from ldmcli.cli.steering_options import DrawingCommand, steering_options
-from ldmcli.cli.terminal import StepBar, loading
+from ldmcli.cli.terminal import StepBar, loading, shows_pictures
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import UsageError, printable
@@ -102,9 +104,9 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     _check_sources(context, prompts, options)
     conditions = _conditions(options)
     requests = _requests(prompts, options, conditions)
+    preview = preview_steps(options)
     # 2. What the model is, from its headers; then every check that needs no weights.
-    pictures = 0 if STDIN in prompts else len(prompts) * len(conditions) * options["count"]
-    session = _open(options, record, pictures, encoding)
+    session = _open(options, record, encoding, preview)
     if unprompted and session.token_limit:
         _check_sources(context, (), options)
     if skips_otherwise(context, record, session.family):
@@ -125,10 +127,13 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         encoding,
         overwrite=options["overwrite"],
         as_json=options["as_json"],
-        one_image=pictures == 1,
+        one_image=STDIN not in prompts and len(prompts) * len(conditions) * options["count"] == 1,
         name=options["name"],
         of_row=of_row,
     )
+    output = dataclasses.replace(output, show=shows_pictures(options["show"]))
+    file = expanded(options["preview_file"]) if options["preview_file"] else None
+    previews = Previews(preview, file, on_terminal=output.show)
     if options["seed"] is None:
         _log.info("seed %d", first.seed)
     # 3. The pictures.
@@ -145,7 +150,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
 
         settle_down()
     session.begin_hashing()
-    with contextlib.closing(StepBar()) as bar, _Written(session, output, encoding, options, record) as written:
+    with contextlib.closing(StepBar(previews)) as bar, _Written(session, output, encoding, options, record) as written:
         drawn = written.checked(_counted(first, fitted, options))
         for picture in session.draw(drawn, batch_size=options["batch_size"], on_step=bar):
             written.put(picture)
@@ -271,10 +276,11 @@ def _requests(
 
 
 def _open(
-    options: dict[str, Any], record: dict[str, Any] | None, pictures: int, encoding: Encoding
+    options: dict[str, Any], record: dict[str, Any] | None, encoding: Encoding, preview: int
 ) -> "Session | RemoteSession":
     runtime = runtime_spec(options)
-    how = {"encoding": encoding, "metadata": not options["no_metadata"], "exact": options["as_json"]}
+    how: dict[str, Any] = {"encoding": encoding, "metadata": not options["no_metadata"], "exact": options["as_json"]}
+    how["preview"] = preview
     session = open_session(options, model_spec(options), runtime, **how)
     if not session.undecided:
         return session

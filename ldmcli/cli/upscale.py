@@ -1,6 +1,7 @@
 """`ldm upscale`: pictures in, larger pictures out."""
 
 import contextlib
+import dataclasses
 import logging
 import secrets
 import tempfile
@@ -23,12 +24,13 @@ from ldmcli.cli.options import (
     json_option,
     option,
     server_options,
+    show_option,
     together,
     verbosity_options,
 )
 from ldmcli.cli.output import Output, choose_encoding, in_folder, open_output
 from ldmcli.cli.resident import find_server
-from ldmcli.cli.terminal import bar, loading
+from ldmcli.cli.terminal import bar, loading, shows_pictures
 from ldmcli.disk.opening import open_regular
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
@@ -78,6 +80,7 @@ _DRAWING = ("prompt", "negative_prompt", "steps", "guidance_scale", "noise_level
 @_drawing_options
 @device_options
 @server_options
+@show_option
 @option("--overwrite", is_flag=True, help="Replace files that are there already.")
 @option("--no-metadata", is_flag=True, help="Write nothing of what the picture says of itself.")
 @json_option("Report each picture as a JSON line.")
@@ -225,6 +228,7 @@ def _outputs(sources: Sequence[Path], encoding: Encoding, options: dict[str, Any
     output = open_output(
         options["output"], encoding, overwrite=overwrite, as_json=options["as_json"], one_image=len(sources) == 1
     )
+    output = dataclasses.replace(output, show=shows_pictures(options["show"]))
     if output.path is None and len(sources) > 1:
         raise UsageError("-o - takes one picture, and there are more; give a folder to -o.")
     if output.path is None or output.is_file:

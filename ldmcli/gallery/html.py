@@ -1,7 +1,7 @@
 """How a gallery looks: one HTML page from the cards on it, all text escaped, nothing fetched from anywhere else.
 
-The pages work from a web server and straight from the disk (file://), and without scripts, as plain links. The style
-and the one script stand in the page; the policy allows these two by their hashes, and pictures.
+The pages work from a web server and straight from the disk (file://), and without scripts, as plain links and folded
+settings. The style and the one script stand in the page; the policy allows these two by their hashes, and pictures.
 """
 
 import base64
@@ -10,101 +10,32 @@ import html
 import os
 import unicodedata
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ldmcli import __version__
 
 MARK = '<meta name="generator" content="ldm gallery'  # by which a page that may be replaced is known
 _BRIEF = 300  # characters of a prompt in the list of all
+_VALUE = 60  # … of a value in a caption
 _JOINERS = "\u200c\u200d"  # within words of Persian and Indic scripts, and emoji
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1c1c1e; --dim: #5c5c64; --edge: #d4d4da; --tint: #f4f4f6;
-  --link: #0b57d0; --fault: #a3190b; }
-@media (prefers-color-scheme: dark) { :root { --paper: #161618; --ink: #ececf0; --dim: #a4a4ae; --edge: #3a3a40;
-  --tint: #222226; --link: #9cc2ff; --fault: #ff9d8f; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 110rem; padding: 1.25rem; background: var(--paper); color: var(--ink);
-  font: 0.9375rem/1.45 system-ui, sans-serif; }
-h1 { margin: 0 0 0.25rem; font-size: 1.375rem; overflow-wrap: anywhere; }
-p { margin: 0; }
-a { color: var(--link); }
-a:focus-visible, input:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-[hidden] { display: none !important; }
-.dim, .settings, .without { color: var(--dim); }
-nav { margin: 1rem 0; }
-nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem; margin: 0; padding: 0; list-style: none; }
-nav li > * { display: block; min-width: 2.25rem; padding: 0.25rem 0.625rem; border: 1px solid var(--edge);
-  border-radius: 0.375rem; text-align: center; text-decoration: none; }
-nav [aria-current] { background: var(--ink); border-color: var(--ink); color: var(--paper); }
-.filter { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 0.75rem; margin: 1rem 0; }
-.filter input { flex: 0 1 24rem; min-width: 0; padding: 0.375rem 0.625rem; border: 1px solid var(--dim);
-  border-radius: 0.375rem; background: var(--paper); color: inherit; font: inherit; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1.25rem 1rem;
-  margin: 1rem 0; padding: 0; list-style: none; }
-.brief { grid-template-columns: repeat(auto-fill, minmax(min(9rem, 100%), 1fr)); font-size: 0.8125rem; }
-.cards > li { content-visibility: auto; contain-intrinsic-size: auto 20rem; overflow-wrap: anywhere; }
-.brief > li { contain-intrinsic-size: auto 12rem; }
-.cards > li:target { outline: 3px solid var(--link); outline-offset: 0.375rem; }
-.cards img { display: block; width: 100%; height: auto; background: var(--tint); border-radius: 0.25rem; }
-.prompt { white-space: pre-wrap; margin-top: 0.375rem; max-height: 12em; overflow-y: auto; }
-.brief .fault { display: block; text-align: center; }
-.brief .prompt { display: block; max-height: 6em; overflow: hidden; }
-.settings, .without { font-size: 0.8125rem; }
-.fault { padding: 0.75rem; border: 1px solid var(--fault); border-radius: 0.25rem; color: var(--fault); }
-"""
-
-# What is sought stands in the address (#q=…), so that it survives a reload and goes along to the next page.
-SCRIPT = """
-"use strict";
-(() => {
-  const box = document.getElementById("q");
-  const found = document.getElementById("found");
-  const cards = [...document.querySelectorAll(".cards > li")];
-  const prompts = cards.map((card) => card.querySelector(".prompt").textContent.toLowerCase());
-  const links = [...document.querySelectorAll("a.along")];
-  const all = document.getElementById("all");
-  function filter() {
-    const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
-    let shown = 0;
-    cards.forEach((card, i) => {
-      card.hidden = !words.every((word) => prompts[i].includes(word));
-      shown += card.hidden ? 0 : 1;
-    });
-    found.textContent = words.length ? `${shown} of ${cards.length} on this page` : "";
-    for (const link of links) link.hash = words.length ? "q=" + encodeURIComponent(box.value) : "";
-  }
-  function read() {
-    if (!location.hash.startsWith("#q=")) return;
-    try { box.value = decodeURIComponent(location.hash.slice(3)); } catch { return; }
-    filter();
-  }
-  box.addEventListener("input", () => {
-    filter();
-    try { history.replaceState(null, "", "#q=" + encodeURIComponent(box.value)); } catch { /* too often */ }
-  });
-  box.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && all) location.href = all.href;
-    if (event.key === "Escape") { box.value = ""; box.dispatchEvent(new Event("input")); }
-  });
-  window.addEventListener("hashchange", read);
-  box.closest(".filter").hidden = false;
-  filter();
-  read();
-})();
-"""
+_FOLDER = Path(__file__).parent
+STYLE = (_FOLDER / "page.css").read_text("utf-8")
+SCRIPT = (_FOLDER / "page.js").read_text("utf-8")
 
 
 class Card(NamedTuple):
-    """One picture: its file relative to the page; or none, and a `fault` that says why."""
+    """One picture: its file relative to the page; or none, and a `fault` that says why. `fields` are its settings and
+    where it comes from, `command` draws it again."""
 
     anchor: str
     prompt: str = ""
     path: str = ""
     size: tuple[int, int] | None = None
-    negative_prompt: str = ""
-    settings: str = ""
+    fields: Mapping[str, str] = {}
+    command: str = ""
     fault: str = ""
     page: str = ""  # on which the full card stands
 
@@ -112,13 +43,15 @@ class Card(NamedTuple):
 class Page(NamedTuple):
     """A page among its like: `names` are the files of all of them, `here` is this one's place among them, from 0.
 
-    `brief`: it lists prompts to search in, of all pages. `other` is the first page of the other kind, or nothing.
+    `varied` are the fields that are not the same in all pictures, which captions show. `brief`: it lists prompts to
+    search in, of all pages. `other` is the first page of the other kind, or nothing.
     """
 
     title: str
     summary: str
     names: Sequence[str]
     here: int = 0
+    varied: Sequence[str] = ()
     brief: bool = False
     other: str = ""
 
@@ -127,7 +60,7 @@ def render(page: Page, cards: Sequence[Card]) -> bytes:
     """The page as UTF-8. Lone surrogates cannot be in it: `visible` has spelled them out."""
     title = _text(page.title)
     number = f" – {page.here + 1}" if len(page.names) > 1 else ""
-    shown = "".join(_brief(card) if page.brief else _full(card) for card in cards)
+    shown = "".join(_brief(card, page.varied) if page.brief else _full(card, page.varied) for card in cards)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -143,9 +76,9 @@ def render(page: Page, cards: Sequence[Card]) -> bytes:
 <header>
 <h1><bdi>{title}</bdi></h1>
 <p class="dim">{html.escape(page.summary)}</p>
-<div class="filter" role="search" hidden>
-<label for="q">Filter by prompt</label>
-<input id="q" type="search" autocomplete="off" spellcheck="false">
+<div class="filter" id="filter" role="search" hidden>
+<label for="q">Filter</label>
+<input id="q" type="search" autocomplete="off" spellcheck="false" placeholder="words, steps:20, guidance&gt;5">
 <span id="found" role="status"></span>
 </div>
 {_other(page)}{_paging(page, "Pages")}</header>
@@ -155,7 +88,7 @@ def render(page: Page, cards: Sequence[Card]) -> bytes:
 </main>
 <footer>
 {_paging(page, "Pages, again")}</footer>
-<script>{SCRIPT}</script>
+{"" if page.brief else _VIEW}<script>{SCRIPT}</script>
 </body>
 </html>
 """.encode()
@@ -214,24 +147,43 @@ def _paging(page: Page, label: str) -> str:
     return f'<nav aria-label="{label}">\n<ul>\n' + "".join(f"<li>{item}</li>\n" for item in items) + "</ul>\n</nav>\n"
 
 
-def _full(card: Card) -> str:
-    image = f'<a href="{_href(card.path)}">{_image(card, card.prompt)}</a>\n' if card.path else ""
+def _full(card: Card, varied: Sequence[str]) -> str:
+    image = f'<a class="picture" href="{_href(card.path)}">{_image(card, card.prompt)}</a>\n' if card.path else ""
+    own = (name for name in varied if name in card.fields)
+    caption = " · ".join(f"{name.replace('_', ' ')} {card.fields[name][:_VALUE]}" for name in own)
     parts = (
-        ('class="fault"', "", _text(card.fault)),
-        ('class="prompt" dir="auto"', "", _text(card.prompt) or '<span class="dim">(no prompt)</span>'),
-        ('class="without"', "without: ", _text(card.negative_prompt)),
-        ('class="settings"', "", _text(card.settings)),
+        ('class="fault"', _text(card.fault)),
+        ('class="prompt" dir="auto"', _text(card.prompt) or '<span class="dim">(no prompt)</span>'),
+        ('class="varied"', _text(caption)),
     )
-    lines = "".join(f"<p {looks}>{before}<bdi>{text}</bdi></p>\n" for looks, before, text in parts if text)
-    return f'<li id="{card.anchor}">\n{image}{lines}</li>\n'
+    lines = "".join(f"<p {looks}><bdi>{text}</bdi></p>\n" for looks, text in parts if text)
+    return f'<li id="{card.anchor}">\n{image}{lines}{_details(card)}</li>\n'
 
 
-def _brief(card: Card) -> str:
-    """A card of the list of every prompt: small, and a link to the full one."""
+def _details(card: Card) -> str:
+    """All settings, folded up, and the command."""
+    rows = "".join(
+        f"<div><dt>{_text(name.replace('_', ' '))}</dt> <dd><bdi>{_text(value)}</bdi></dd></div>\n"
+        for name, value in card.fields.items()
+    )
+    fields = f'<dl class="fields">\n{rows}</dl>\n' if rows else ""
+    # What would have to be spelled out cannot be typed either.
+    typed = card.command if card.command == visible(card.command, len(card.command)) else ""
+    command = f'<code>{html.escape(typed)}</code>\n<button class="copy" type="button" hidden>Copy</button>'
+    command = f'<div class="command">{command}</div>\n' if typed else ""
+    return f"<details>\n<summary>settings</summary>\n{fields}{command}</details>\n" if fields or command else ""
+
+
+def _brief(card: Card, varied: Sequence[str]) -> str:
+    """A card of the list of every prompt: small, and a link to the full one; with the fields that tell it from others,
+    to filter by."""
     fault = '<span class="fault" role="img" aria-label="failed">✗</span>' if card.fault else ""
     image = _image(card, "") if card.path else fault  # the prompt beside it says all
     prompt = _text(card.prompt, _BRIEF) or "(no prompt)"
-    return f'<li><a href="{_href(card.page)}#{card.anchor}">{image}<bdi class="prompt">{prompt}</bdi></a></li>\n'
+    fields = "\n".join(f"{name}={value}" for name, value in card.fields.items() if name in varied)
+    data = f' data-fields="{_text(fields)}"' if fields else ""
+    link = f'<a href="{_href(card.page)}#{card.anchor}">{image}<bdi class="prompt">{prompt}</bdi></a>'
+    return f"<li{data}>{link}</li>\n"
 
 
 def _image(card: Card, prompt: str) -> str:
@@ -239,6 +191,24 @@ def _image(card: Card, prompt: str) -> str:
     size = ' width="{}" height="{}"'.format(*card.size) if card.size else ""
     alt = _text(prompt, 200).replace("\n", " ")
     return f'<img src="{_href(card.path)}" alt="{alt}"{size} loading="lazy" decoding="async">'
+
+
+_VIEW = """<dialog id="view" aria-label="Picture">
+<div class="bar">
+<button id="before" type="button" aria-label="Previous">‹</button>
+<button id="after" type="button" aria-label="Next">›</button>
+<span id="place" class="dim" role="status"></span>
+<span class="keys dim"><kbd>←</kbd> <kbd>→</kbd> walk, <kbd>c</kbd> compares, <kbd>y</kbd> copies the command</span>
+<button id="compare" type="button" aria-pressed="false">Compare</button>
+<button id="close" type="button">Close</button>
+</div>
+<div class="stage">
+<figure id="one"></figure>
+<figure id="two" hidden></figure>
+</div>
+<section id="facts" class="facts" aria-label="Settings"></section>
+</dialog>
+"""
 
 
 def _hash(text: str) -> str:

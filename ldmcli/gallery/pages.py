@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,17 +20,20 @@ from ldmcli.disk.opening import shown
 from ldmcli.disk.writing import check_may_write, is_marked, prepare_folder, write_exact
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.gallery.html import MARK, Card, Page, render
-from ldmcli.gallery.varied import details, fields_of_grid
+from ldmcli.gallery.redraw import command
+from ldmcli.gallery.varied import valued
 from ldmcli.images.formats import ENDINGS
 from ldmcli.images.metadata import read_record
+from ldmcli.spec import GenerationRequest
 
 BRIEF_PAGE_SIZE = 10_000  # prompts on a page of the list that searches all: ≈ 5 MB, which a browser filters at once
 _MAX_NUMBER = (1 << 63) - 1  # of SQLite
-_SETTINGS = (
-    ("seed", "seed {}"), ("steps", "{} steps"), ("sampler", "{}"), ("schedule", "{}"),
-    ("guidance_scale", "guidance {}"), ("size", "{}"),
-)  # fmt: skip
-_SHOWN = (*(name for name, _ in _SETTINGS), "width", "height", "prompt", "negative_prompt")
+_FIRST = ("model", "size", "seed", "steps", "sampler", "schedule", "guidance_scale", "negative_prompt")  # in this order
+_ORIGIN = ("line", "id", "file")  # where pictures come from: what tells them apart anyway
+_DEFAULTS = {field.name: valued(field.default) for field in dataclasses.fields(GenerationRequest)}
+
+# Row, number (-1: the row could not be read and has no picture), whether it was drawn, and card.
+_Found = tuple[int, int, bool, Card]
 
 _log = logging.getLogger(__name__)
 
@@ -53,17 +56,18 @@ def write_gallery(folder: Path, index: Path | None = None, *, page_size: int = 2
     """
     index = folder / "index.html" if index is None else index
     with _database() as rows:
-        count, failed = _collect(rows, folder, os.path.relpath(folder.resolve(), index.parent.resolve()))
+        found = _found_in(folder, os.path.relpath(folder.resolve(), index.parent.resolve()))
+        count, failed, varied = _collect(rows, folder, found)
         pages = _names(index, "page", count, page_size)
         lists = _names(index, "prompts", count, BRIEF_PAGE_SIZE) if len(pages) > 1 else []
         prepare_folder(index.parent)
         for name in (*pages, *lists):
             check_may_write(index.parent / name, MARK.encode(), "gallery page", "--output")
         summary = f"{count - failed:,} pictures" + (f", {failed:,} failed" if failed else "")
-        page = Page(folder.resolve().name, summary, pages, other=lists[0] if lists else "")
+        page = Page(folder.resolve().name, summary, pages, varied=varied, other=lists[0] if lists else "")
         brief = page._replace(names=lists, brief=True, other=pages[0])
         for these, size in ((brief, BRIEF_PAGE_SIZE), (page, page_size)):
-            _write_pages(index.parent, these, _cards(rows, pages, page_size), size)
+            _write_pages(index.parent, these, _cards(rows, pages, page_size, varied), size)
     for kind, names in (("page", pages), ("prompts", lists)):
         _remove_left_over(index, kind, len(names))
     return Gallery(index, count - failed, failed, len(pages))
@@ -81,33 +85,53 @@ def _database() -> Iterator[sqlite3.Connection]:
         ) from error
 
 
-def _collect(rows: sqlite3.Connection, folder: Path, base: str) -> tuple[int, int]:
-    """Fill the table with one row per picture, in the order to show them; returns how many, and how many failed."""
-    rows.execute("CREATE TABLE card (row INTEGER, number INTEGER, done INTEGER, card TEXT, PRIMARY KEY (row, number))")
+def _found_in(folder: Path, base: str) -> Iterator[_Found]:
     if not folder.is_dir():
         raise MissingInputError(f"{shown(folder)} is no folder; name one that ldm batch or ldm txt2img wrote to.")
-    is_batch = (folder / "manifest").is_dir()
-    found = _from_manifests(folder, base) if is_batch else _from_pictures(folder, base)
+    return _from_manifests(folder, base) if _is_batch(folder) else _from_pictures(folder, base)
+
+
+def _is_batch(folder: Path) -> bool:
+    return (folder / "manifest").is_dir()
+
+
+def _collect(rows: sqlite3.Connection, folder: Path, found: Iterable[_Found]) -> tuple[int, int, list[str]]:
+    """Fill the table with one row per picture, in the order to show them; returns how many, how many failed, and which
+    fields are not the same in all."""
+    rows.execute("CREATE TABLE card (row INTEGER, number INTEGER, done INTEGER, card TEXT, PRIMARY KEY (row, number))")
+    first: dict[str, str] = {}
+    varied: dict[str, None] = {}
+
+    def noted(card: Card) -> str:
+        if card.fields and not first:
+            first.update(card.fields)
+        names = {**card.fields, **first} if card.path else {}
+        varied.update((name, None) for name in names if card.fields.get(name) != first.get(name))
+        return json.dumps(card)
+
     # A picture can have several lines, of attempts; one that was drawn stays drawn, else the last line counts.
     rows.executemany(
         "INSERT INTO card VALUES (?, ?, ?, ?) ON CONFLICT (row, number) DO UPDATE "
         "SET done = excluded.done, card = excluded.card WHERE excluded.done >= card.done",
-        ((row, number, done, json.dumps(card)) for row, number, done, card in found),
+        ((row, number, done, noted(card)) for row, number, done, card in found),
     )
     count, done = rows.execute("SELECT count(*), total(done) FROM card").fetchone()
-    if not count and not is_batch:
+    if not count and not _is_batch(folder):
         raise MissingInputError(
             f"{shown(folder)} holds neither the manifest of a batch run nor a picture with an ldmcli record; name a "
             "folder that ldm batch or ldm txt2img wrote to."
         )
-    return count, count - int(done)
+    names = [name for name in {**first, **varied} if name in varied and name not in _ORIGIN]
+    return count, count - int(done), sorted(names, key=lambda name: name == "seed")  # which nearly always varies
 
 
-def _from_manifests(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Card]]:
-    """Row, number (-1: the row could not be read and has no picture), whether it was drawn, and card of each line."""
+def _from_manifests(folder: Path, base: str) -> Iterator[_Found]:
     from ldmcli.batch.manifest import DONE, read_manifests
+    from ldmcli.batch.runfile import read_run
 
-    varied = fields_of_grid(folder)
+    model: Mapping[str, Any] = {}
+    with contextlib.suppress(LdmError):
+        model = read_run(folder).model
     for line in read_manifests(folder):
         row = min(line["row"], _MAX_NUMBER)
         number = -1 if line["number"] is None else min(line["number"], _MAX_NUMBER)
@@ -115,24 +139,24 @@ def _from_manifests(folder: Path, base: str) -> Iterator[tuple[int, int, bool, C
         failure = str(line.get("error") or "It failed, and the manifest does not say why.")
         path, fault = _found(line.get("path", ""), folder, base) if done else ("", failure)
         extra = line.get("extra")  # the columns of the input that are no field of a request
-        more = [f"{name}: {value}" for name, value in extra.items()] if isinstance(extra, dict) else []
-        name = " · ".join([f"line {line.get('line')}", line["id"], *more])
+        origin = {"line": line.get("line"), "id": line["id"], **(extra if isinstance(extra, dict) else {})}
         anchor = f"row{row}" if number < 0 else f"p{number}"
-        yield row, number, done, _card(anchor, line.get("request"), name, path, fault, varied)
+        yield row, number, done, _card(anchor, line.get("request"), model, origin, path, fault)
 
 
-def _from_pictures(folder: Path, base: str) -> Iterator[tuple[int, int, bool, Card]]:
-    """The same of each picture below `folder` that carries a record, by folder and name."""
+def _from_pictures(folder: Path, base: str) -> Iterator[_Found]:
+    """Of each picture below `folder` that carries a record, by folder and name."""
     number = others = 0
     for path in _pictures(folder):
         try:
-            request = read_record(path)["request"]
+            record = read_record(path)
         except LdmError as error:
             _log.debug("%s", error)
             others += 1
             continue
         name = path.relative_to(folder).as_posix()
-        yield 1, number, True, _card(f"p{number}", request, name, os.path.normpath(os.path.join(base, name)))
+        there = os.path.normpath(os.path.join(base, name))
+        yield 1, number, True, _card(f"p{number}", record["request"], record["model"], {"file": name}, there)
         number += 1
     if others:
         _log.warning("%d pictures carry no readable ldmcli record and are left out", others)
@@ -150,22 +174,22 @@ def _warn_unreadable(error: OSError) -> None:
     _log.warning("%s cannot be read and is left out: %s", shown(Path(str(error.filename))), error.strerror)
 
 
-def _card(anchor: str, request: Any, name: str, path: str, fault: str = "", varied: Sequence[str] = ()) -> Card:
-    """The card of a picture with what its request says, and where it comes from; `varied` are the fields of a grid."""
+def _card(
+    anchor: str, request: Any, model: Mapping[str, Any], origin: Mapping[str, Any], path: str, fault: str = ""
+) -> Card:
+    """The card of a picture with what its request says, the model's name, and where it comes from."""
     request = request if isinstance(request, dict) else {}
     width, height = request.get("width"), request.get("height")
     size = (width, height) if all(isinstance(side, int) and side > 0 for side in (width, height)) else None
-    values = request | {"size": "{}×{}".format(*size) if size else None}
-    settings = [text.format(values[key]) for key, text in _SETTINGS if values.get(key) is not None]
-    return Card(
-        anchor,
-        str(request.get("prompt", "")),
-        path,
-        size,
-        negative_prompt=str(request.get("negative_prompt") or ""),
-        settings=" · ".join([*settings, *details(request, varied, _SHOWN), name]),
-        fault=fault,
-    )
+    values = {"model": model.get("name"), "size": "{}×{}".format(*size) if size else None} if request else {}
+    values |= {name: value for name, value in request.items() if name not in ("prompt", "width", "height")}
+    ordered = [name for name in _FIRST if name in values] + [name for name in values if name not in _FIRST]
+    fields = {name: text for name in ordered if (text := valued(values[name]))}
+    for name, value in origin.items():
+        if text := valued(value):
+            fields[name if name not in fields else f"{name} (input)"] = text
+    prompt = str(request.get("prompt", ""))
+    return Card(anchor, prompt, path, size, fields, command(request, model) if path else "", fault)
 
 
 def _found(path: str, folder: Path, base: str) -> tuple[str, str]:
@@ -182,10 +206,13 @@ def _found(path: str, folder: Path, base: str) -> tuple[str, str]:
     return os.path.normpath(os.path.join(base, parts)), ""
 
 
-def _cards(rows: sqlite3.Connection, pages: list[str], page_size: int) -> Iterator[Card]:
-    """The cards in order, each with the page that has it in full."""
-    for position, (card,) in enumerate(rows.execute("SELECT card FROM card ORDER BY row, number")):
-        yield Card(*json.loads(card))._replace(page=pages[position // page_size])
+def _cards(rows: sqlite3.Connection, pages: list[str], page_size: int, varied: Sequence[str]) -> Iterator[Card]:
+    """The cards in order, each with the page that has it in full; without what is as usual in all of them."""
+    always = {*_FIRST, *varied}
+    for position, (text,) in enumerate(rows.execute("SELECT card FROM card ORDER BY row, number")):
+        card = Card(*json.loads(text))
+        fields = {name: value for name, value in card.fields.items() if name in always or value != _DEFAULTS.get(name)}
+        yield card._replace(fields=fields, page=pages[position // page_size])
 
 
 def _names(index: Path, kind: str, count: int, size: int) -> list[str]:

@@ -19,6 +19,7 @@ from ldmcli.networks.tiling import decode_tiled, encode_tiled
 from ldmcli.networks.vae import Autoencoder, Posterior
 from ldmcli.pipeline.diffusion import DiffusionModel
 from ldmcli.pipeline.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels
+from ldmcli.pipeline.previewing import Seen, linear_images
 from ldmcli.pipeline.starting import Earlier, Starter, as_image, canvases_of
 from ldmcli.pipeline.steering import Steerers
 from ldmcli.sampling.noise import SeededNoise
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-OnStep = Callable[[int, Tensor], object]  # steps done, and latents, which it may write to
+# Steps done, latents, which it may write to, and what they are predicted to become, which none are at the beginning.
+OnStep = Callable[[int, Tensor, Tensor | None], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Pipeline:
                 model.adapt([use for use in uses if (use.adapter.context_width or usual) == width], self.stage)
 
     @torch.inference_mode()
-    def draw(self, requests: Sequence[FittedRequest], on_step: OnStep = lambda done, latents: None) -> Drawn:
+    def draw(self, requests: Sequence[FittedRequest], on_step: OnStep = lambda *_: None) -> Drawn:
         """Ask the device for pictures of requests that agree in all but prompts, seed and pictures, and wait for none
         of it but what a second pass enlarges as pixels."""
         canvases = canvases_of(requests)
@@ -96,8 +98,12 @@ class Pipeline:
         latents = self._sampled(first, canvases, on_step)
         if later:
             second, done = later[0], first[0].steps_taken
-            enlarged = self._enlarged(latents, second[0])
-            latents = self._sampled(second, [], lambda now, them: on_step(done + now, them) if now else None, enlarged)
+
+            def later_step(now: int, latents: Tensor, denoised: Tensor | None) -> None:
+                if now:
+                    on_step(done + now, latents, denoised)
+
+            latents = self._sampled(second, [], later_step, self._enlarged(latents, second[0]))
         # 4. The autoencoder decodes them.
         return dataclasses.replace(self._decoded(latents), canvases=canvases)
 
@@ -127,7 +133,7 @@ class Pipeline:
             with self.stopwatch.phase("weights"):
                 steering = steering_of(requests, canvases, taken, self.networks, self.stage, self.config)
         latents, done = start.latents, 0
-        on_step(done, latents)
+        on_step(done, latents, None)
         for model, part in self._stages(taken, settings):
             # 2. Prompts and guidance make a denoiser of the model, once for all its steps.
             with self.stopwatch.phase("text"):
@@ -135,6 +141,7 @@ class Pipeline:
                 denoise = model.denoiser(requests, steps, self.stage, start.channels, steers)
                 if start.kept:
                     denoise = start.kept.beside(denoise, taken[0])
+                denoise = seen = Seen(denoise)
             # 3. The sampler walks from noise to latents.
             with self.stopwatch.phase("denoise"):
                 self.stopwatch.mark("ready")
@@ -144,7 +151,7 @@ class Pipeline:
                     done += 1
                     if start.kept:
                         latents.copy_(start.kept.at(latents, taken[done] if done < len(taken) else None))
-                    on_step(done, latents)
+                    on_step(done, latents, seen.denoised)
         return latents
 
     def _enlarged(self, latents: Tensor, second: FittedRequest) -> Earlier:
@@ -221,6 +228,16 @@ class Pipeline:
             finite.append(torch.stack(images_finite))
         # The sampler's own latents may be written to by the steps of the next pictures.
         return Drawn(latents.clone(), pixels, torch.stack(finite, dim=1))
+
+    @torch.inference_mode()
+    def preview(self, denoised: Tensor) -> list[Tensor]:
+        """About the pixels (height, width, 3) uint8, on the host, of latents (batch, …): one for each latent where a
+        linear map is known for these; else decoded, as by TAESD."""
+        found = linear_images(denoised, self.vae.config.scaling_factor)
+        if found is None:
+            dtype = next(self.vae.parameters()).dtype
+            return [rounded(self._decode_as(one, dtype).nan_to_num()).cpu() for one in denoised.split(1)]
+        return [rounded(one.nan_to_num()).cpu() for one in found.split(1)]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ class RemoteProgress:
     requests: Sequence[FittedRequest]
     done: int
     steps: int
+    seen: Sequence[tuple[int, int, bytes]]
+
+    def preview(self) -> Sequence[tuple[int, int, bytes]]:
+        """About what each picture is to become, at the steps for which the server was asked for it."""
+        return self.seen
 
 
 class RemotePicture:
@@ -73,11 +78,14 @@ class RemoteSession:
         encoding: Encoding,
         *,
         metadata: bool,
+        preview: int = 0,
     ) -> None:
+        """`preview`: after how many steps each Progress has what pictures are to become; 0 for never."""
         self._connection, self._open_here = connection, open_here
         self.here: Session | None = None  # what draws since the server does not
         self.stopwatch = Stopwatch()
         self._runtime_spec, self._encoding, self._metadata = runtime, encoding, metadata
+        self._preview = preview
         self._facts: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}  # comes with pictures
 
@@ -213,11 +221,11 @@ class RemoteSession:
             done, steps, count = message["done"], message["steps"], message["count"]
             self.stopwatch.mark("first_step" if done else "ready")
             if on_step:
-                on_step(RemoteProgress(batch[first : first + count], done, steps))
+                on_step(RemoteProgress(batch[first : first + count], done, steps, message["preview"]))
             first += count if done == steps else 0
 
-        encoding = dataclasses.asdict(self._encoding)
-        self._connection.call("draw", on_event=on_event, requests=batch, encoding=encoding, metadata=self._metadata)
+        how = {"encoding": self._encoding, "metadata": self._metadata, "preview": self._preview}
+        self._connection.call("draw", on_event=on_event, requests=batch, **how)
 
     def _ask(
         self,

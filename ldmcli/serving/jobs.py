@@ -8,12 +8,12 @@ from ldmcli.errors import TryAgainError
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
 from ldmcli.remarks import Listener, sayings
-from ldmcli.session import CancelledError, Picture, Session
+from ldmcli.session import CancelledError, Picture, Progress, Session
 from ldmcli.spec import ModelSpec, RuntimeSpec
 
 CANCELLED = "the work was cancelled."
 OnPicture = Callable[[int, Picture], object]
-OnStep = Callable[[int, int], object]
+OnStep = Callable[[Progress], object]
 OnDone = Callable[[BaseException | None], object]
 
 
@@ -116,9 +116,9 @@ class Job:
         """It is done."""
         self.fail(None)
 
-    def step(self, step: int, steps: int) -> None:
+    def step(self, progress: Progress) -> None:
         """Tell of a step; whoever cannot hear of it wants no more."""
-        self._told(self._on_step, step, steps)
+        self._told(self._on_step, progress)
 
     def arrived(self, place: int, picture: Picture) -> None:
         """Hand over a picture."""

@@ -24,7 +24,7 @@ from ldmcli.serving.place import agreement, in_folder, peer_is_user
 from ldmcli.serving.upscalers import Upscalers, UpscalerSpec
 from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send
 from ldmcli.serving.work import Busy, Job, Work
-from ldmcli.session import Picture, Session
+from ldmcli.session import Picture, Progress, Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.upscaling.larger import Enlargement, larger_file, read_file
 from ldmcli.upscaling.target import Target
@@ -277,7 +277,7 @@ class _Client:
         with in_folder(self._folder):
             return [with_files(request, there) for request in requests]
 
-    def draw(self, requests: list[dict[str, Any]], encoding: dict[str, Any], metadata: bool) -> Job:
+    def draw(self, requests: list[dict[str, Any]], encoding: dict[str, Any], metadata: bool, preview: int) -> Job:
         typed = [fitted_from_dict(each) for each in requests]
         drawing, how = self._share(), Encoding(**encoding)
 
@@ -287,9 +287,11 @@ class _Client:
 
         submitted = threading.Event()
 
-        def on_step(done: int, steps: int) -> None:
+        def on_step(progress: Progress) -> None:
             submitted.wait()
-            self._out.put({"event": "step", "done": done, "steps": steps, "count": job.at_once})
+            step = {"event": "step", "done": progress.done, "steps": progress.steps, "count": job.at_once}
+            seen = progress.preview() if preview and progress.done % preview == 0 else []
+            self._out.put(step | {"preview": seen})
 
         resolved = self._resolved(typed)
         job = self._patiently(

@@ -69,7 +69,7 @@ class Work:
         batch_size: int | None = None,
     ) -> Job:
         """Have requests drawn, and return at once. `on_picture` gets each picture with its place among the requests,
-        `on_step` a batch's step and of how many, `on_warning` what is logged meanwhile; all in the thread that draws,
+        `on_step` how far a batch is, `on_warning` what is logged meanwhile; all in the thread that draws,
         so they must not wait. `on_done` hears, from any thread, that it is done, or why not. With `batch_size` the
         job's requests are drawn as a `Session` draws them, so many at a time, and with no other job's.
 
@@ -257,7 +257,7 @@ class Work:
         def on_step(progress: Step) -> None:
             self._step, self._steps = progress.done, progress.steps
             for job in jobs:
-                job.step(progress.done, progress.steps)
+                job.step(progress)
             if all(job.done for job in jobs):
                 raise CancelledError(CANCELLED)
 

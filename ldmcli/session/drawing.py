@@ -126,9 +126,9 @@ class Drawer:
     def _drawn(self, requests: Sequence[FittedRequest], on_step: Callable[[Progress], object]) -> Arrival:
         started, steps = time.perf_counter(), sum(each.steps_taken for each in requests[0].passes)
 
-        def step(done: int, latents: Tensor) -> None:
+        def step(done: int, latents: Tensor, denoised: Tensor | None) -> None:
             try:
-                on_step(Progress(requests, done, steps, latents))
+                on_step(Progress(requests, done, steps, latents, functools.partial(self._preview, denoised)))
             except BaseException as error:
                 raise _Ended(error) from None
 
@@ -136,6 +136,16 @@ class Drawer:
         drawn = self.pipeline.draw(requests, step)
         self._last = Arrival(drawn, started, self._last)
         return self._last
+
+    def _preview(self, denoised: Tensor | None) -> list[tuple[int, int, bytes]]:
+        """As of Progress: none where there is no room for it, which is no reason to end."""
+        try:
+            found = [] if denoised is None else self.pipeline.preview(denoised)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            found = []
+        return [(one.shape[1], one.shape[0], one.numpy().tobytes()) for one in found]
 
     def _tried(self, request: FittedRequest, work: Callable[[], Arrival]) -> Arrival | Exception:
         """What `work` on pictures of this size gives, or raises."""

@@ -42,12 +42,14 @@ class CancelledError(LdmError):
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """How far pictures that are drawn together are: `done` of `steps`, from 0 on. What is written into `latents`
-    (pictures, channels, height, width) is what the sampler goes on with."""
+    (pictures, channels, height, width) is what the sampler goes on with. `preview` gives about what each picture is to
+    become, small: its width, height and RGB bytes; none at the beginning. It is to be called before the next step."""
 
     requests: Sequence[FittedRequest]
     done: int
     steps: int
     latents: "Tensor"
+    preview: Callable[[], Sequence[tuple[int, int, bytes]]]
 
 
 class Session:

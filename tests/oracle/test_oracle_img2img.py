@@ -163,7 +163,7 @@ def draw_theirs(
 def draw_ours(pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> tuple[list[Tensor], np.ndarray]:
     """This program's latents after each step, as they are gone on with, and its pictures."""
     latents: list[Tensor] = []
-    drawn = pipeline.draw(fitted(pipeline, requests), lambda done, now: latents.append(now.clone()))
+    drawn = pipeline.draw(fitted(pipeline, requests), lambda done, now, denoised: latents.append(now.clone()))
     return latents[1:], np.stack([pixels.numpy() for pixels in drawn.pixels])
 
 

@@ -21,7 +21,7 @@ from ldmcli.serving.http.asked import Asked
 from ldmcli.serving.http.limits import Refused, check_size
 from ldmcli.serving.jobs import Busy, Job
 from ldmcli.serving.work import Work
-from ldmcli.session import CancelledError, Picture, Session
+from ldmcli.session import CancelledError, Picture, Progress, Session
 from ldmcli.spec import ModelSpec, RuntimeSpec
 
 _READERS, _ENCODERS = 4, 2  # threads that unpack what is sent, and that make pictures files
@@ -78,8 +78,8 @@ class Call:
 
     # ---- in other threads ----
 
-    def on_step(self, step: int, steps: int) -> None:
-        self.step, self.steps = step, steps
+    def on_step(self, progress: Progress) -> None:
+        self.step, self.steps = progress.done, progress.steps
 
     def on_warning(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING and len(self.warnings) < 100:
