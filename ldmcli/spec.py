@@ -84,6 +84,8 @@ RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
     "refiner_start": (0.0, 1.0),
     "strength": (0.0, 1.0),
     "image_guidance_scale": (0.0, MAX_GUIDANCE),
+    "noise_level": (0, MAX_NOISE_LEVEL),
+    "patch": (0, MAX_SIZE),
     "mask_blur": (0.0, MAX_BLUR),
     "mask_padding": (0, MAX_PADDING),
     "hires_strength": (0.0, 1.0),

@@ -74,7 +74,7 @@ def _tokenizer(path: Path, ids: dict[str, int], max_length: int, rows: int, *, l
     if max(ids.values()) >= rows:
         token = max(ids, key=lambda one: ids[one])
         raise BadDataError(
-            f"{shown(path)} gives token '{printable(token, 60)}' the number {ids[token]}, and the text encoder knows 0 "
-            f"to {rows - 1}; they are not of one model."
+            f"{shown(path)} gives the token {printable(repr(token), 60)} the number {ids[token]}, and the text encoder "
+            f"knows 0 to {rows - 1}; they are not of one model."
         )
     return BertTokenizer(Vocabulary(ids, [], "[PAD]", ()), max_length, lowercase=lowercase, rows=rows)
