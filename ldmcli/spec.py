@@ -90,8 +90,6 @@ RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
     "mask_padding": (0, MAX_PADDING),
     "hires_strength": (0.0, 1.0),
     "hires_steps": (1, MAX_STEPS),
-    "noise_level": (0, MAX_NOISE_LEVEL),
-    "patch": (0, MAX_SIZE),
 }
 CHOICES = {
     "prompt_syntax": PROMPT_SYNTAXES,
