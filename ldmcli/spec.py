@@ -69,28 +69,14 @@ MAX_BLUR = 512.0
 
 # What fields may be: from the first to the second, whole where these are; or one of some words.
 RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
-    "seed": (0, MAX_SEED),
-    "steps": (1, MAX_STEPS),
-    "guidance_scale": (0.0, MAX_GUIDANCE),
-    "width": (1, MAX_SIZE),
-    "height": (1, MAX_SIZE),
-    "eta": (0.0, 1.0),
-    "guidance_rescale": (0.0, 1.0),
-    "clip_skip": (1, MAX_CLIP_SKIP),
-    "original_width": (1, MAX_SIZE),
-    "original_height": (1, MAX_SIZE),
-    "crop_left": (0, MAX_SIZE),
-    "crop_top": (0, MAX_SIZE),
-    "refiner_start": (0.0, 1.0),
-    "strength": (0.0, 1.0),
-    "image_guidance_scale": (0.0, MAX_GUIDANCE),
-    "noise_level": (0, MAX_NOISE_LEVEL),
-    "patch": (0, MAX_SIZE),
-    "mask_blur": (0.0, MAX_BLUR),
-    "mask_padding": (0, MAX_PADDING),
-    "hires_strength": (0.0, 1.0),
+    "seed": (0, MAX_SEED), "steps": (1, MAX_STEPS), "guidance_scale": (0.0, MAX_GUIDANCE), "width": (1, MAX_SIZE),
+    "height": (1, MAX_SIZE), "eta": (0.0, 1.0), "guidance_rescale": (0.0, 1.0), "clip_skip": (1, MAX_CLIP_SKIP),
+    "original_width": (1, MAX_SIZE), "original_height": (1, MAX_SIZE), "crop_left": (0, MAX_SIZE),
+    "crop_top": (0, MAX_SIZE), "refiner_start": (0.0, 1.0), "strength": (0.0, 1.0),
+    "image_guidance_scale": (0.0, MAX_GUIDANCE), "noise_level": (0, MAX_NOISE_LEVEL), "patch": (0, MAX_SIZE),
+    "mask_blur": (0.0, MAX_BLUR), "mask_padding": (0, MAX_PADDING), "hires_strength": (0.0, 1.0),
     "hires_steps": (1, MAX_STEPS),
-}
+}  # fmt: skip
 CHOICES = {
     "prompt_syntax": PROMPT_SYNTAXES,
     "on_long_prompt": LONG_PROMPTS,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldmcli.conditioning.conditions import ConditionEncoder
+from ldmcli.conditioning.condition_encoder import ConditionEncoder
 from ldmcli.conditioning.prompts import EncodedPrompt, PromptEncoder
 from ldmcli.config import ModelConfig, UNetConfig
 from ldmcli.fitting import FittedRequest

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ldmcli.conditioning.conditions import ConditionEncoder
+from ldmcli.conditioning.condition_encoder import ConditionEncoder
 from ldmcli.conditioning.pairs import is_guided, pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import ModelConfig

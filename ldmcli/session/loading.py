@@ -14,7 +14,7 @@ from torch import nn
 from ldmcli.background import in_background
 from ldmcli.checkpoints.load import load_conditioner, load_text_encoders, load_unet, load_vae, on_meta
 from ldmcli.checkpoints.source import ModelSource, with_prediction_type
-from ldmcli.conditioning.conditions import ConditionEncoder
+from ldmcli.conditioning.condition_encoder import ConditionEncoder
 from ldmcli.conditioning.pairs import pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import UNDECIDED, TinyVAEConfig
