@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import secrets
 import tempfile
 import time
@@ -155,14 +156,18 @@ def _draws_larger(name: str, *, allow_pickle: bool) -> bool:
     from ldmcli.checkpoints.families import ENLARGING
     from ldmcli.checkpoints.file_kinds import describe_single_file, family_named
     from ldmcli.checkpoints.files import open_weights
-    from ldmcli.hub.listing import find_here
 
-    path = find_here(name)
+    typed = expanded(name)
+    path: Path | None = typed
+    if not os.path.lexists(typed):  # else a client of a server spares itself what computes
+        from ldmcli.hub.listing import find_here
+
+        path = find_here(name)
     if path is None:
         return "/" in name and not name.startswith((".", "/", "~")) and not name.endswith((".safetensors", *_PICKLES))
-    if path.is_dir():
+    if os.path.isdir(path):
         return True
-    if not path.is_file() or (path.suffix in _PICKLES and not allow_pickle):
+    if not os.path.isfile(path) or (path.suffix in _PICKLES and not allow_pickle):
         return False
     weights = open_weights(path, allow_pickle=allow_pickle)
     family = family_named(describe_single_file({key: info.shape for key, info in weights.tensors.items()}))
