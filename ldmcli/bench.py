@@ -253,9 +253,9 @@ def work(config: "ModelConfig", width: int, height: int, samples: int) -> tuple[
     from ldmcli.checkpoints.load import on_meta
     from ldmcli.networks.attention import math_attention, set_attention
     from ldmcli.networks.unet import UNet
-    from ldmcli.networks.vae import AutoencoderKL
+    from ldmcli.networks.vae import autoencoder_of
 
-    unet, vae = on_meta(lambda: UNet(config.unet)), on_meta(lambda: AutoencoderKL(config.vae))
+    unet, vae = on_meta(lambda: UNet(config.unet)), on_meta(lambda: autoencoder_of(config.vae))
     for network in (unet, vae):
         set_attention(network, math_attention)  # two plain products, which a counter knows in every version of torch
     shape = config.unet.in_channels, height // config.vae.factor, width // config.vae.factor

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ldmcli.frozen import frozen
 from ldmcli.spacings import RESPACED
@@ -24,9 +24,11 @@ class CrossAttention(NamedTuple):
 
 @frozen
 class UNetConfig:
-    """A cross-attention U-Net. Levels run from the finest to the coarsest; `attention[i]` is the number of transformer
-    layers in each attention of level i (0: none), `heads[i]` the number of attention heads there; the middle, which has
-    the coarsest level's width and heads, always attends, with `middle_attention` layers."""
+    """A U-Net. Levels run from the finest to the coarsest; `attention[i]` is the number of transformer layers in each
+    attention of level i (0: none), `heads[i]` the number of attention heads there; the middle, which has the coarsest
+    level's width and heads, always attends, with `middle_attention` layers. With a `context_dim` of 0 there is nothing
+    to attend to but the map itself: each attention is then one plain layer. Where `only_cross_attention`, both
+    attentions of a level's transformer layers are to the context."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -46,13 +48,19 @@ class UNetConfig:
     added_numbers: int = 0  # sizes and the like that are added with it, each as `added_number_dim` sinusoids
     added_number_dim: int = 256
     guidance_dim: int | None = None  # sinusoids of the guidance scale, for models distilled to read it (LCM)
+    only_cross_attention: tuple[bool, ...] = ()  # of each level; (): of none
+    scale_shift: bool = False  # the time step scales and shifts the second norm of a resnet, instead of being added
+    resnet_resampling: bool = False  # resnets halve and double the size, instead of a convolution each
+    classes: int = 0  # how many class labels have an embedding that is added to the time embedding
+    joins: str | None = None  # what it reads behind the latents, where numbers of channels do not tell
 
     @property
     def reads(self) -> str:
         """What it reads in input channels behind the latents: "" nothing; "mask" a mask and the latents of the rest, to
-        inpaint; "image" the latents of a picture, to edit it; "depth" a depth map; "unknown" something else."""
+        inpaint; "masked" the latents of the rest and a mask; "image" the latents of a picture, to edit it; "low_res" a
+        picture, to enlarge it; "depth" a depth map; "map" a semantic map; "unknown" something else."""
         kinds = {0: "", self.out_channels + 1: "mask", self.out_channels: "image", 1: "depth"}
-        return kinds.get(self.in_channels - self.out_channels, "unknown")
+        return kinds.get(self.in_channels - self.out_channels, "unknown") if self.joins is None else self.joins
 
     @property
     def skip_channels(self) -> tuple[int, ...]:
@@ -66,6 +74,8 @@ class UNetConfig:
     @property
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         """Every one, in the order of diffusers' attention processors: the way down, the way up, the middle."""
+        if not self.context_dim:
+            return ()
         found: list[CrossAttention] = []
         levels = range(len(self.block_channels))
         for way, order, count in (
@@ -79,77 +89,6 @@ class UNetConfig:
         last = len(levels) - 1
         middle = CrossAttention("mid_block.attentions.0", last, self.block_channels[last], self.heads[last])
         return (*found, *[middle] * self.middle_attention)
-
-
-@frozen
-class IPAdapterConfig:
-    """An IP-Adapter for the cross-attentions `places`. `reads` "embedding": a picture's, of which a layer makes
-    `tokens`; "patches": what an image encoder has of each of a picture's patches, `resampled` to so many tokens, or as
-    many as there are. `image_dim` is the width of either, `dim` and `layers` are of the resampler."""
-
-    reads: str
-    image_dim: int
-    context_dim: int
-    places: tuple[CrossAttention, ...]
-    tokens: int = 4
-    resampled: bool = False
-    dim: int = 0
-    layers: int = 0
-    heads: int = 0
-    inner: int = 0
-
-
-@frozen
-class ImageEncoderConfig:
-    """A CLIP vision tower for square pictures of `image_size` pixels, with its projection."""
-
-    hidden_size: int
-    intermediate_size: int
-    projection_dim: int
-    layers: int
-    heads: int
-    image_size: int = 224
-    patch_size: int = 14
-    activation: str = "quick_gelu"
-    norm_eps: float = 1e-5
-
-    def width(self, reads: str) -> int:
-        """How wide what an IP-Adapter reads of it is."""
-        return self.projection_dim if reads == "embedding" else self.hidden_size
-
-
-@frozen
-class ControlConfig:
-    """A control network for a U-Net whose skips and middle have `outputs` channels; its own `encoder` may be narrower.
-    It shrinks a picture's sides by 2 ** (len(hint_channels) - 1). `types` of pictures are told apart by a Union
-    network, 0 by others. `pooled` residuals are means over all pixels."""
-
-    encoder: UNetConfig
-    outputs: tuple[int, ...]
-    hint_planes: int = 3
-    hint_channels: tuple[int, ...] = (16, 32, 96, 256)
-    types: int = 0
-    type_dim: int = 0
-    union_layers: int = 0
-    pooled: bool = False
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent along each side."""
-        return 2 ** (len(self.hint_channels) - 1)
-
-
-@frozen
-class AdapterConfig:
-    """A T2I-Adapter: `channels` of its maps, from the finest on, of pictures of so many `planes`, each `unshuffle`
-    pixels of a side in one; the levels in `halving` halve the size first."""
-
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    planes: int = 3
-    unshuffle: int = 8
-    resnets: int = 2
-    halving: tuple[int, ...] = (1, 2, 3)
-    light: bool = False
 
 
 class LatentScale:
@@ -170,7 +109,9 @@ class LatentScale:
 
 @frozen
 class VAEConfig(LatentScale):
-    """A KL autoencoder; it shrinks each side by 2 ** (len(block_channels) - 1)."""
+    """An autoencoder; it shrinks each side by 2 ** (len(block_channels) - 1). `attention` says which levels attend,
+    from the finest on (none where it is empty). `codes` is the size of the codebook of a VQ autoencoder, 0 for a KL
+    one. Encoder and decoder have `inner_channels` where these are not the latents' (0)."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -181,6 +122,10 @@ class VAEConfig(LatentScale):
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
     force_upcast: bool = False  # its activations overflow fp16
+    attention: tuple[bool, ...] = ()
+    middle_attention: bool = True
+    codes: int = 0
+    inner_channels: int = 0
 
     @property
     def factor(self) -> int:
@@ -228,6 +173,51 @@ class TextEncoderConfig:
     skipped_layers: int = 0
     final_norm: bool = True
     projection_dim: int | None = None
+    head_dim: int | None = None  # where it is not the width's share of each head
+    causal: bool = True  # tokens attend to none behind them
+    attention_bias: bool = True  # of queries, keys and values
+
+
+@frozen
+class LayoutConfig(TextEncoderConfig):
+    """A transformer over the tokens of a layout, of which there are `max_length`: objects and their corners."""
+
+    kind: ClassVar[str] = "layout"
+    part: str = "layout_encoder"
+
+    @property
+    def nothing(self) -> int:
+        """The token that stands for no object; those below are classes, or places."""
+        return self.vocab_size - 1
+
+    @property
+    def objects(self) -> int:
+        """How many there may be: each takes three tokens, and two say what of the whole picture is drawn."""
+        return (self.max_length - 2) // 3
+
+
+@frozen
+class ClassesConfig:
+    """A table of class embeddings, of `hidden_size` each. `null` is the one that stands for no class, which guidance
+    needs."""
+
+    kind: ClassVar[str] = "label"
+    classes: int
+    hidden_size: int
+    null: int | None = None
+    part: str = "class_embedder"
+
+
+@frozen
+class MapConfig:
+    """Semantic maps of so many `classes` as `channels` that join the latents: halved as often as the autoencoder
+    does."""
+
+    kind: ClassVar[str] = "map"
+    classes: int
+    channels: int
+    halvings: int
+    part: str = "map_encoder"
 
 
 @frozen
@@ -358,10 +348,27 @@ class ModelConfig:
     zero_empty_negative: bool = False  # an empty negative prompt is zeros, not the encoded empty text
     defaults: Defaults = Defaults()
     notes: tuple[str, ...] = ()  # what whoever draws with it should hear once
+    noising: ScheduleConfig | None = None  # how a picture to be enlarged is noised; None: not
+    conditioner: LayoutConfig | ClassesConfig | MapConfig | None = None  # of what it is conditioned on beside prompts
+
+    @property
+    def condition(self) -> str:
+        """What a request has to say for it: "text", "label", "layout", "map", or "" nothing."""
+        return "text" if self.text_encoders else self.conditioner.kind if self.conditioner else ""
+
+    @property
+    def guidable(self) -> bool:
+        """Whether it can be drawn with without its condition, which guidance leads away from."""
+        return self.condition == "text" or getattr(self.conditioner, "null", None) is not None
 
     def pools(self, text: TextEncoderConfig) -> bool:
         """Whether `text`, one of the text encoders, gives the pooled prompts that the U-Net reads: the last does."""
         return bool(self.unet.pooled_dim) and text.part == self.text_encoders[-1].part
+
+    @property
+    def enlarges(self) -> int:
+        """How many times as large as the picture that it is given each side of what it draws is."""
+        return self.vae.factor if self.unet.reads == "low_res" else 1
 
     @property
     def default_size(self) -> int:

@@ -5,15 +5,41 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ldmcli import hires
+from ldmcli.conditions import CONDITION_FIELDS, Box, Label
+from ldmcli.config import ClassesConfig, LayoutConfig, ModelConfig
 from ldmcli.control import Control, controls_of
-from ldmcli.errors import UsageError
+from ldmcli.errors import UsageError, printable
 from ldmcli.frozen import frozen
 from ldmcli.image_prompt import ImagePrompt, image_prompts_of
 from ldmcli.sampling.catalogue import check_fit, sampler_named
-from ldmcli.spec import HIRES_FIELDS, IMAGE_GUIDANCE, PICTURES, STEERING, STRENGTH, GenerationRequest, LoRA
+from ldmcli.spec import (
+    ENLARGING_FIELDS,
+    HIRES_FIELDS,
+    IMAGE_GUIDANCE,
+    MAX_NOISE_LEVEL,
+    NOISE_LEVEL,
+    PATCH,
+    PICTURES,
+    STEERING,
+    STRENGTH,
+    GenerationRequest,
+    LoRA,
+)
 
 if TYPE_CHECKING:
     from ldmcli.config import ModelConfig
+
+
+# What a model may be conditioned on: in words, and how it is drawn with.
+_READS = {
+    "text": ("prompts", "txt2img"),
+    "": ("nothing", "sample"),
+    "label": ("a class", "sample --label CLASS"),
+    "layout": ("a layout", "sample --layout FILE"),
+    "map": ("a semantic map", "sample --map FILE"),
+    "low_res": ("a picture alone", ""),
+    "masked": ("a picture and a mask alone", ""),
+}
 
 
 @frozen
@@ -26,6 +52,7 @@ class FittedRequest:
     sampler, steps and guidance, where its LoRAs were found, and nothing else filled in. `steps_taken`
     is how many of the steps are taken: the last ones, which begin at the noise that `strength` asks for. `model_reads`
     is what the model reads beside the latents, as in UNetConfig, and `image_guidance_scale` 1 where that is no picture.
+    `enlarges`: how many times as large as the image each side of the result is, where the model makes it so, else 1.
     `controls` are the networks that steer and `image_prompts` the pictures that are prompts, those of strength 0 left
     out. `inputs` are the SHA-256 of the pictures, the upscaler and the networks that it names, by field; by
     field:NUMBER where there may be several.
@@ -54,10 +81,15 @@ class FittedRequest:
     refiner_start: float
     loras: tuple[LoRA, ...]
     embeddings: tuple[str, ...]
+    label: Label | None
+    layout: tuple[Box, ...] | None
+    map: str | bytes | None
     image: str | bytes | None
     strength: float
     resize: str
     image_guidance_scale: float
+    noise_level: int
+    patch: int
     depth: str | bytes | None
     mask: str | bytes | None
     invert_mask: bool
@@ -72,6 +104,7 @@ class FittedRequest:
     hires_upscaler: str
     steps_taken: int
     model_reads: str
+    enlarges: int
     controls: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
     inputs: tuple[tuple[str, str], ...] = ()
@@ -79,7 +112,8 @@ class FittedRequest:
     @property
     def settings(self) -> tuple[object, ...]:
         """What pictures that are drawn together must agree in: all but prompts, seed and pictures."""
-        own = ("recorded", "prompt", "negative_prompt", "seed", "inputs", "controls", "image_prompts", *PICTURES)
+        own = {"recorded", "prompt", "negative_prompt", "seed", "inputs", "controls", "image_prompts"}
+        own |= {*PICTURES, *CONDITION_FIELDS}
         steered = [each.settings for each in self.controls] + [each.settings for each in self.image_prompts]
         given = (self.image is None, self.mask is None, *steered)
         return (*given, *(value for name, value in vars(self).items() if name not in own))
@@ -88,7 +122,7 @@ class FittedRequest:
     def reads_image(self) -> bool:
         """Whether the picture bears on the result; with strength 1, of a model that reads no more than latents, and
         without a mask it does not."""
-        read = self.strength < 1 or self.mask is not None or self.model_reads in ("image", "depth")
+        read = self.strength < 1 or self.mask is not None or self.model_reads in ("image", "depth", "low_res")
         return self.image is not None and read
 
     @property
@@ -120,7 +154,9 @@ class FittedRequest:
     @property
     def encodes(self) -> bool:
         """Whether the autoencoder reads pictures for it, be they its own."""
-        return self.reads_image or (self.hires is not None and self.hires_upscaler != hires.LATENT)
+        return (self.reads_image and self.enlarges == 1) or (
+            self.hires is not None and self.hires_upscaler != hires.LATENT
+        )
 
     @property
     def is_steered(self) -> bool:
@@ -155,32 +191,37 @@ def fit_to_model(
     multiple = config.size_multiple
     usual = (config.default_size, config.default_size)
     if picture and (request.inpaint_area == "whole" or request.mask is None):
-        usual = max(1, picture[0] // multiple) * multiple, max(1, picture[1] // multiple) * multiple
+        across, down = (side * config.enlarges for side in picture)
+        usual = max(1, across // multiple) * multiple, max(1, down // multiple) * multiple
     width = usual[0] if request.width is None else request.width
     height = usual[1] if request.height is None else request.height
     _check_size("size", width, height, multiple)
     defaults = config.defaults
-    _check_inputs(request, config.unet.reads)
+    _check_inputs(request, config)
+    _check_condition(request, config)
+    usual_guidance = defaults.guidance_scale if config.guidable else 1.0
     own: dict[str, Any] = {
         "width": width,
         "height": height,
         "sampler": defaults.sampler if request.sampler is None else request.sampler,
         "steps": defaults.steps if request.steps is None else request.steps,
-        "guidance_scale": defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        "guidance_scale": usual_guidance if request.guidance_scale is None else request.guidance_scale,
     }
-    if config.unet.reads == "image":
+    if config.unet.reads == "low_res":
+        own |= _enlarging(request, config)
+    elif config.unet.reads == "image":
         usual_scale = None if own["guidance_scale"] == 1 else IMAGE_GUIDANCE  # unguided, it would change nothing
         asked = request.image_guidance_scale
         own["image_guidance_scale"] = usual_scale if asked is None else asked
     else:
-        own["strength"] = _strength(request, own["steps"])
+        own["strength"] = _strength(request, own["steps"], 1.0 if config.unet.reads == "masked" else STRENGTH)
     own |= _second_pass(request, own["steps"])
     recorded = dataclasses.replace(request, **own)
     sampler = sampler_named(own["sampler"])
     check_fit(sampler, config.schedule, own["steps"], request.schedule)
     if request.hires:
         _check_second_pass(request.hires, own, config, request.schedule)
-    shallowest = min(text.layers - text.skipped_layers for text in config.text_encoders)
+    shallowest = min((text.layers - text.skipped_layers for text in config.text_encoders), default=1)
     if request.clip_skip > shallowest:
         raise UsageError(
             f"clip_skip {request.clip_skip} does not fit the model, whose text encoder has {shallowest} layers for it."
@@ -195,7 +236,10 @@ def fit_to_model(
         "strength": strength,
         "steps_taken": int(own["steps"] * strength),
         "image_guidance_scale": 1.0 if recorded.image_guidance_scale is None else recorded.image_guidance_scale,
+        "noise_level": recorded.noise_level or 0,
+        "patch": recorded.patch or 0,
         "model_reads": config.unet.reads,
+        "enlarges": config.enlarges,
         "hires_strength": own.get("hires_strength", 0.0),
         "hires_steps": own.get("hires_steps", 0),
         "hires_upscaler": own.get("hires_upscaler", ""),
@@ -243,8 +287,17 @@ def _second_pass(request: GenerationRequest, steps: int) -> dict[str, Any]:
     return {name: usual[name] if value is None else value for name, value in given.items()}
 
 
-def _check_inputs(request: GenerationRequest, reads: str) -> None:
-    """Raise UsageError where the model lacks what it `reads`, as in UNetConfig, or is given what it does not."""
+def _enlarging(request: GenerationRequest, config: "ModelConfig") -> dict[str, int | None]:
+    """The ENLARGING_FIELDS that a request leaves open, for a model that enlarges pictures."""
+    patch = PATCH if request.patch is None else request.patch
+    if config.noising is None:
+        return {"patch": patch}
+    return {"patch": patch, "noise_level": NOISE_LEVEL if request.noise_level is None else request.noise_level}
+
+
+def _check_inputs(request: GenerationRequest, config: "ModelConfig") -> None:
+    """Raise UsageError where the model lacks what it reads, as in UNetConfig, or is given what it does not."""
+    reads = config.unet.reads
     if reads == "image":
         if request.image is None:
             raise UsageError("the model edits pictures; give it one, as --image of `ldm img2img`.")
@@ -260,18 +313,79 @@ def _check_inputs(request: GenerationRequest, reads: str) -> None:
                              "`ldm img2img`.")  # fmt: skip
     elif request.depth is not None:
         raise UsageError("depth is for a model that reads depth maps, and this does not; leave it out.")
-    if reads in ("image", "depth") and request.hires is not None:
-        raise UsageError("hires is not for a model that edits pictures or reads depth maps; enlarge with --upscale.")
+    _check_enlarging(request, config)
+    if reads == "masked" and (request.image is None or request.mask is None):
+        raise UsageError("the model fills in parts of pictures; give a picture and a mask, as --image and --mask of "
+                         "`ldm img2img`.")  # fmt: skip
+    if reads in ("image", "depth", "low_res", "masked") and request.hires is not None:
+        raise UsageError("hires is not for a model that edits pictures, enlarges or fills them in, or reads depth "
+                         "maps; enlarge with --upscale.")  # fmt: skip
 
 
-def _strength(request: GenerationRequest, steps: int) -> float | None:
-    """The strength of a request with an image. Raises UsageError where there is none to apply it to, or no step."""
+def _check_enlarging(request: GenerationRequest, config: "ModelConfig") -> None:
+    if config.unet.reads != "low_res":
+        for name in ENLARGING_FIELDS:
+            if getattr(request, name) is not None:
+                raise UsageError(f"{name} is for a model that enlarges pictures, and this is none; leave it out.")
+        return
+    if request.image is None:
+        raise UsageError("the model enlarges pictures; give it one, as `ldm upscale` does.")
+    for name in ("strength", "mask"):
+        if getattr(request, name) is not None:
+            raise UsageError(f"{name} is not for a model that enlarges pictures; leave it out.")
+    known = config.noising and min(config.noising.training_steps, config.unet.classes or MAX_NOISE_LEVEL + 1) - 1
+    level = NOISE_LEVEL if request.noise_level is None else request.noise_level
+    if known and level > known:
+        raise UsageError(f"noise_level {level} is over {known}, the highest that the model knows.")
+    if request.noise_level is not None and config.noising is None:
+        raise UsageError("noise_level is for a model that was trained on noised pictures, and this was not; leave it "
+                         "out.")  # fmt: skip
+
+
+def _check_condition(request: GenerationRequest, config: "ModelConfig") -> None:
+    """Raise UsageError where the request lacks what the model is conditioned on, or has what it does not read."""
+    given = [name for name in CONDITION_FIELDS if getattr(request, name) is not None]
+    if config.condition != "text":
+        texts = ("prompt", "negative_prompt", "embeddings", "ip_adapter")
+        given += [name for name in texts if getattr(request, name)]
+        given += ["clip_skip"] if request.clip_skip > 1 else []
+    own = config.condition
+    reads, command = _READS[own or config.unet.reads]
+    if other := [name for name in given if name != own]:
+        cure = f"draw with `ldm {command}`" if command else "leave it out"
+        raise UsageError(f"{other[0]} is not for this model, which reads {reads}; {cure}.")
+    if own not in ("text", "") and not given:
+        raise UsageError(f"the model reads {reads}; give one, as `ldm {command}`.")
+    conditioner = config.conditioner
+    if not config.guidable and request.guidance_scale not in (None, 1.0):
+        raise UsageError("guidance_scale is not for this model, which knows no drawing without its condition; leave it "
+                         "out.")  # fmt: skip
+    if isinstance(conditioner, ClassesConfig) and request.label is not None:
+        _check_label("label", request.label, conditioner.classes)
+    if isinstance(conditioner, LayoutConfig):
+        for i, (label, *_) in enumerate(request.layout or ()):
+            _check_label(f"layout, object {i + 1}: label", label, conditioner.nothing)
+        if len(request.layout or ()) > conditioner.objects:
+            raise UsageError(f"layout has {len(request.layout or ())} objects; the model takes {conditioner.objects}.")
+
+
+def _check_label(what: str, label: Label, classes: int) -> None:
+    if isinstance(label, str):
+        said = f"{what} “{printable(label, 100)}” is a name, and no list of names is beside the model"
+        raise UsageError(f"{said}; give the class's number, 0 to {classes - 1}.")
+    if label >= classes:
+        raise UsageError(f"{what} {label} is none of the model's classes, 0 to {classes - 1}.")
+
+
+def _strength(request: GenerationRequest, steps: int, usual: float) -> float | None:
+    """The strength of a request with an image, `usual` where it says none. Raises UsageError where there is no image to
+    apply it to, or no step."""
     if request.image is None:
         for name in ("strength", "mask"):
             if getattr(request, name) is not None:
                 raise UsageError(f"{name} is for a request with an image; give one, or leave it out.")
         return None
-    strength = STRENGTH if request.strength is None else request.strength
+    strength = usual if request.strength is None else request.strength
     if 0 < strength * steps < 1:
         raise UsageError(
             f"strength {strength:g} of {steps} steps is less than one step; use {math.ceil(1000 / steps) / 1000:g} or "

@@ -20,6 +20,7 @@ from ldmcli.checks import (
     checked_names,
     checked_picture,
 )
+from ldmcli.conditions import CONDITION_FIELDS, Box, Label, read_label, read_layout
 from ldmcli.control import CONTROL_FIELDS, read_control
 from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.frozen import frozen
@@ -46,11 +47,17 @@ REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' cho
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
-PICTURES = ("image", "mask", "depth")  # fields that name a picture
+PICTURES = ("image", "mask", "depth", "map")  # fields that name a picture
+ENLARGING_FIELDS = ("noise_level", "patch")  # of models that enlarge pictures
 # Fields that only a mask gives a meaning, and all that say what is drawn on, and how.
 MASK_FIELDS = ("invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding", "paste_back")
-IMAGE_FIELDS = (*PICTURES, "strength", "resize", "image_guidance_scale", *MASK_FIELDS)
+IMAGE_FIELDS = (
+    *("image", "mask", "depth", "strength", "resize", "image_guidance_scale"), *ENLARGING_FIELDS, *MASK_FIELDS,
+)  # fmt: skip
 HIRES_FIELDS = ("hires", "hires_strength", "hires_steps", "hires_upscaler")
+NOISE_LEVEL, MAX_NOISE_LEVEL = 20, 350  # training steps of noise on a picture that is enlarged: its authors' numbers
+MIN_PATCH = 16
+PATCH = 128  # latents a side that are computed at once unless asked, of a picture that is enlarged
 STRENGTH = 0.75  # how much of a given picture is drawn anew unless asked
 IMAGE_GUIDANCE = 1.5  # how closely an edited picture is kept to unless asked: InstructPix2Pix's authors' choice
 RESIZES = ("stretch", "crop", "fill")
@@ -63,26 +70,14 @@ MAX_BLUR = 512.0
 
 # What fields may be: from the first to the second, whole where these are; or one of some words.
 RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
-    "seed": (0, MAX_SEED),
-    "steps": (1, MAX_STEPS),
-    "guidance_scale": (0.0, MAX_GUIDANCE),
-    "width": (1, MAX_SIZE),
-    "height": (1, MAX_SIZE),
-    "eta": (0.0, 1.0),
-    "guidance_rescale": (0.0, 1.0),
-    "clip_skip": (1, MAX_CLIP_SKIP),
-    "original_width": (1, MAX_SIZE),
-    "original_height": (1, MAX_SIZE),
-    "crop_left": (0, MAX_SIZE),
-    "crop_top": (0, MAX_SIZE),
-    "refiner_start": (0.0, 1.0),
-    "strength": (0.0, 1.0),
-    "image_guidance_scale": (0.0, MAX_GUIDANCE),
-    "mask_blur": (0.0, MAX_BLUR),
-    "mask_padding": (0, MAX_PADDING),
-    "hires_strength": (0.0, 1.0),
+    "seed": (0, MAX_SEED), "steps": (1, MAX_STEPS), "guidance_scale": (0.0, MAX_GUIDANCE), "width": (1, MAX_SIZE),
+    "height": (1, MAX_SIZE), "eta": (0.0, 1.0), "guidance_rescale": (0.0, 1.0), "clip_skip": (1, MAX_CLIP_SKIP),
+    "original_width": (1, MAX_SIZE), "original_height": (1, MAX_SIZE), "crop_left": (0, MAX_SIZE),
+    "crop_top": (0, MAX_SIZE), "refiner_start": (0.0, 1.0), "strength": (0.0, 1.0),
+    "image_guidance_scale": (0.0, MAX_GUIDANCE), "noise_level": (0, MAX_NOISE_LEVEL), "patch": (0, MAX_SIZE),
+    "mask_blur": (0.0, MAX_BLUR), "mask_padding": (0, MAX_PADDING), "hires_strength": (0.0, 1.0),
     "hires_steps": (1, MAX_STEPS),
-}
+}  # fmt: skip
 CHOICES = {
     "prompt_syntax": PROMPT_SYNTAXES,
     "on_long_prompt": LONG_PROMPTS,
@@ -161,6 +156,9 @@ class GenerationRequest:
     are merged into the model in this order. `embeddings` are files or names of the hub, FILE or FILE:WORD each, of
     textual-inversion embeddings, whose words stand for vectors in the prompts.
 
+    Models that draw no prompts read a `label`, the number or the name of a class; a `layout`, classes and boxes, see
+    ldmcli/conditions.py; or a `map`, the path or bytes of a picture that has a class number for each pixel.
+
     `image` is the path of a picture to start from, or the bytes of its file; `strength` how much of it is drawn anew, 1
     all; `resize` how it comes to the size. `mask`, a path or bytes too, or "alpha" for the picture's own transparency,
     is white where the picture is repainted, or black where `invert_mask`; `mask_blur` softens its edge, in pixels.
@@ -168,7 +166,9 @@ class GenerationRequest:
     `mask_padding` pixels of them, at the full size. `paste_back` leaves all else of the picture as it was.
 
     `depth`, a path or bytes too, is the picture's depth map for models that read one, nearer being brighter.
-    `image_guidance_scale` is how closely models that edit pictures by words keep to the picture.
+    `image_guidance_scale` is how closely models that edit pictures by words keep to the picture. Models that enlarge
+    the picture may add noise to it first, up to the training step `noise_level`, and compute a large one by overlapping
+    patches of `patch` of its pixels a side, 0 as a whole.
 
     `hires`, a scale or WIDTHxHEIGHT, enlarges what is drawn and draws `hires_strength` of it anew, in `hires_steps`.
     `hires_upscaler` is "latent", "lanczos", "embedded" or an upscaler's file.
@@ -203,11 +203,16 @@ class GenerationRequest:
     refiner_start: float | None = None
     loras: tuple[LoRA, ...] = ()
     embeddings: tuple[str, ...] = ()
+    label: Label | None = None
+    layout: tuple[Box, ...] | None = None
+    map: str | bytes | None = None
     image: str | bytes | None = None
     strength: float | None = None
     resize: str = "stretch"
     image_guidance_scale: float | None = None
     depth: str | bytes | None = None
+    noise_level: int | None = None
+    patch: int | None = None
     mask: str | bytes | None = None
     invert_mask: bool = False
     mask_blur: float = 0.0
@@ -266,6 +271,10 @@ class GenerationRequest:
         """Sampler and schedule by the names they have here; both take those of other programs."""
         if isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", schedule_of(self.schedule) or self.schedule)
+        elif self.schedule is not None:
+            raise UsageError(
+                f"schedule {printable(repr(self.schedule), 100)} is not the name of one; see `ldm samplers`."
+            )
         if self.sampler is None:
             return
         if isinstance(self.sampler, str) and (named := sampler_of(self.sampler)):
@@ -279,9 +288,15 @@ class GenerationRequest:
             raise UsageError(f"eta {self.eta} does not go with sampler {sampler.name}; use --sampler ddim or --eta 0.")
 
     def _check_inputs(self) -> None:
+        if self.label is not None:
+            object.__setattr__(self, "label", read_label(self.label))
+        if self.layout is not None:
+            object.__setattr__(self, "layout", read_layout(self.layout))
         for name in PICTURES:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checked_picture(name, getattr(self, name)))
+        if self.patch is not None and 0 < self.patch < MIN_PATCH:
+            raise UsageError(f"patch {self.patch} is less than {MIN_PATCH}; 0 takes the whole picture at once.")
         for name in ("invert_mask", "paste_back"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} {printable(repr(getattr(self, name)))} is neither true nor false.")
@@ -302,6 +317,7 @@ class GenerationRequest:
         given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
         parts = ((self.image, IMAGE_FIELDS), (self.hires, HIRES_FIELDS))
         left_out = {name for part, names in parts if part is None for name in names}
+        left_out |= {name for name in (*CONDITION_FIELDS, *ENLARGING_FIELDS) if getattr(self, name) is None}
         if self.control_net or self.ip_adapter_mask:
             left_out -= {"resize"}
         said = {name: value for name, value in vars(self).items() if name not in left_out}

@@ -10,8 +10,9 @@ from oracle.random_model import randomise
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldmcli.config import ControlConfig, UNetConfig
+from ldmcli.config import UNetConfig
 from ldmcli.networks.control_net import ControlNet
+from ldmcli.steering_config import ControlConfig
 
 State = Mapping[str, Tensor]
 _HINT = "controlnet_cond_embedding."

@@ -8,8 +8,9 @@ import torch
 from control_support import write
 from oracle.random_model import randomise
 
-from ldmcli.config import IPAdapterConfig, UNetConfig
+from ldmcli.config import UNetConfig
 from ldmcli.networks.ip_adapter import IPAdapter
+from ldmcli.steering_config import IPAdapterConfig
 
 ENCODER = {
     "hidden_size": 32, "intermediate_size": 64, "projection_dim": 24, "num_hidden_layers": 3,

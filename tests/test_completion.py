@@ -102,7 +102,7 @@ def files(tmp_path: Path) -> Path:
 @pytest.mark.timeout(240)
 def test_a_shell_completes_what_is_typed(shell: Shell) -> None:
     for keys, words in (
-        ("ldm samp", ["samplers"]),
+        ("ldm sampler", ["samplers"]),
         ("ldm txt2img x --negative-p", ["txt2img", "x", "--negative-prompt"]),
         ("ldm info appl", ["info", "apple one.png"]),
         ("ldm img2img x --image=appl", ["img2img", "x", "--image=apple one.png"]),

@@ -138,7 +138,7 @@ def test_a_narrower_network_is_read_from_its_shapes(source: ModelSource, tmp_pat
     unet = source.config.unet
     narrow = dataclasses.replace(unet, block_channels=(32, 32, 32, 32))
     outputs = (*unet.skip_channels, unet.block_channels[-1])
-    from ldmcli.config import ControlConfig
+    from ldmcli.steering_config import ControlConfig
 
     config = ControlConfig(narrow, outputs, hint_channels=(8, 8, 16, 16))
     network = ControlNet(config)
@@ -313,8 +313,8 @@ def test_the_drawn_part_of_a_picture_follows_the_same_part(pipeline: Pipeline, f
 
 
 def test_an_adapter_takes_sizes_that_its_blocks_do_not_divide(source: ModelSource) -> None:
-    from ldmcli.config import AdapterConfig
     from ldmcli.networks.t2i_adapter import T2IAdapter
+    from ldmcli.steering_config import AdapterConfig
 
     adapter = T2IAdapter(AdapterConfig((8, 8, 16, 16), unshuffle=16, halving=(2,)))
     assert [tuple(each.shape[2:]) for each in adapter.read(torch.rand(1, 3, 72, 40))] == [

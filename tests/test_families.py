@@ -4,17 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ldmcli.checkpoints.families import (
-    KINDS,
-    REFINER,
-    SD1,
-    SD2,
-    SD2_NOISE,
-    SDXL,
-    Family,
-    describe_single_file,
-    require_family,
-)
+from ldmcli.checkpoints.families import REFINER, SD1, SD2, SD2_NOISE, SD_UPSCALER, SDXL, Family
+from ldmcli.checkpoints.file_kinds import KINDS, describe_single_file, require_family
 from ldmcli.errors import BadDataError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -99,11 +90,15 @@ MODELS: list[tuple[Family, str, Shapes]] = [
         "Stable Diffusion 2.x depth (5 input channels)",
         original_unet(5, linear=True) | VAE | OPEN_CLIP | keys("depth_model.model.scratch.weight"),
     ),
+    (
+        SD_UPSCALER,
+        "Stable Diffusion 2.x upscaler (7 input channels)",
+        original_unet(7, linear=True) | VAE | OPEN_CLIP,
+    ),
     (REFINER, "SDXL refiner checkpoint", SDXL_UNET | VAE | keys("conditioner.embedders.0.model.ln_final.weight")),
 ]
 
 OTHERS: list[tuple[str, Shapes]] = [
-    ("Stable Diffusion 2.x upscaler (7 input channels)", original_unet(7, linear=True) | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x unCLIP", SDXL_UNET | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x checkpoint without its VAE", SD2_UNET | OPEN_CLIP),
     ("SDXL in EDM's formulation (Playground 2.5, CosXL)", SDXL_UNET | VAE | SDXL_TEXT | keys("edm_mean", "edm_std")),
@@ -112,7 +107,7 @@ OTHERS: list[tuple[str, Shapes]] = [
     ("SDXL checkpoint without its VAE", SDXL_UNET | SDXL_TEXT),
     ("SDXL checkpoint without its text encoders", SDXL_UNET | VAE),
     ("SDXL U-Net only (original keys)", SDXL_UNET),
-    ("latent diffusion model with a BERT text encoder",
+    ("unknown",
      SD1_UNET | VAE | keys("cond_stage_model.transformer.attn_layers.layers.0.0.weight")),
     ("Stable Diffusion image-variations model", SD1_UNET | VAE | keys("cond_stage_model.model.visual.conv1.weight")),
     ("Stable Diffusion 1.x checkpoint without its text encoder", SD1_UNET | VAE),
@@ -179,9 +174,9 @@ def test_messages_read_as_sentences() -> None:
         "model.safetensors is a LoRA, not a whole model; "
         "name the model it was made for with --model, and this with --lora."
     )
-    assert message(original_unet(7, linear=True) | VAE | OPEN_CLIP) == (
-        "model.safetensors looks like Stable Diffusion 2.x upscaler (7 input channels); this version reads Stable "
-        "Diffusion 1.x, 2.x and XL with 4, 5, 8 or 9 input channels."
+    assert message(SDXL_UNET | VAE | OPEN_CLIP) == (
+        "model.safetensors looks like Stable Diffusion 2.x unCLIP; this version reads Stable "
+        "Diffusion 1.x, 2.x and XL and the latent diffusion paper's models."
     )
     assert "an IP-Adapter" in message(keys("image_proj.a", "ip_adapter.b"))
 

@@ -508,6 +508,17 @@ def test_hostile_indexes() -> None:
         needed_files("org/name", names, read.__getitem__, half=True)
 
 
+def test_models_whose_parts_are_called_otherwise_are_fetched_whole() -> None:
+    index = {"unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}
+    text = {"bert": ["ldm", "LDMBertModel"], "tokenizer": ["transformers", "BertTokenizer"]}
+    networks = {"unet": "diffusion_pytorch_model", "vqvae": "diffusion_pytorch_model", "bert": "model"}
+    files = [f"{part}/{name}" for part, stem in networks.items() for name in ("config.json", f"{stem}.safetensors")]
+    files += ["model_index.json", "tokenizer/vocab.txt", "README.md"]
+    assert set(needed_files("a/b", files, lambda name: index | text, half=False)) == {*files} - {"README.md"}
+    found = needed_files("a/b", files, lambda name: index, half=False)
+    assert set(found) == {file for file in files if file.startswith(("model_index", "unet", "vqvae"))}
+
+
 def test_an_embedding_is_fetched_by_the_name_of_its_repository(hub: Hub, run: Any, tmp_path: Path) -> None:
     tensors = {"<toy>": torch.ones(16)}
     hub.add("lab/toy", {"README.md": b"x", "learned_embeds.safetensors": save(tensors), "concept_images/0.jpeg": b"x"})

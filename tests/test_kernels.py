@@ -42,12 +42,17 @@ def fused_copy(module: Any) -> Any:
     return fuse(copy.deepcopy(module))
 
 
+def variant(**fields: Any) -> Callable[[], nn.Module]:
+    """Makes a U-Net as the latent diffusion paper's models have it."""
+    return lambda: UNet(UNetConfig(**vars(UNET) | fields))
+
+
 def predict(unet: UNet, size: tuple[int, int] = (10, 6), rounded: torch.dtype = torch.float32) -> Tensor:
     """A U-Net's prediction for a guided pair of latents, with inputs that are rounded to a number type."""
     weight, config = unet.conv_in.weight, unet.config
     latents, context, time = (
         normal(*shape, dtype=rounded, device=str(weight.device)).to(weight.dtype, memory_format=torch.preserve_format)
-        for shape in ((2, 4, *size), (2, 77, config.context_dim), (1, 4 * config.block_channels[0]))
+        for shape in ((2, 4, *size), (2, 77, max(1, config.context_dim)), (1, 4 * config.block_channels[0]))
     )
     return unet(latents, time, unet.project_context(context))
 
@@ -59,6 +64,9 @@ def decode(vae: Any) -> Tensor:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = {
     "unet": (lambda: UNet(UNET), predict),
     "linear unet": (lambda: UNet(UNetConfig(**vars(UNET) | {"linear_projection": True})), predict),
+    "unet that attends to itself": (variant(context_dim=0), predict),
+    "unet whose resnets resample": (variant(context_dim=0, resnet_resampling=True), predict),
+    "unet of cross-attention": (variant(only_cross_attention=(True, False), classes=3), predict),
     "vae": (lambda: AutoencoderKL(VAE), decode),
     "tiny vae": (lambda: TinyVAE(TinyVAEConfig(channels=8)), decode),
 }

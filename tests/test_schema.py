@@ -17,6 +17,9 @@ from ldmcli.batch.survey import items
 from ldmcli.spec import CHOICES, RANGES, GenerationRequest
 
 ROWS: list[dict[str, Any]] = [
+    {"label": 207},
+    {"class": "goldfish", "prompt": ""},
+    {"layout": [[1, 0, 0, 1, 0.5], {"label": "dog", "box": [0, 0, 0.5, 1]}], "map": "m.png"},
     {"prompt": ""},
     {"prompt": "a fox", "seed": -1, "steps": 20, "guidance_scale": 7, "width": 512, "height": 512.0},
     {"prompt": "a fox", "negative_prompt": None, "sampler": "DPM++ 2M Karras", "cfg_scale": 7.5, "size": "512x768"},
@@ -32,6 +35,10 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "a fox", "ip_adapter": "a", "ip_adapter_image": "a.png", "ip_adapter_blocks": ["style"]},
 ]
 REFUSED: list[dict[str, Any]] = [
+    {"steps": 3},
+    {"label": -1},
+    {"layout": [[1, 0, 0, 2, 1]]},
+    {"layout": [{"label": 1}]},
     {},
     {"prompt": None},
     {"prompt": 5},

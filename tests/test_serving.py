@@ -16,6 +16,7 @@ from cli_support import Result, environment, ldm_here, start, tiny_model, until
 from control_support import random_control
 from control_support import write as write_network
 from image_prompt_support import random_encoder, write_ip_adapter
+from paper_models import class_map, small, write_model
 from PIL import Image
 from test_lora import lora_for
 
@@ -100,6 +101,11 @@ def files(tmp_path_factory: pytest.TempPathFactory, family_models: Any) -> Path:
     write_ip_adapter(folder, open_model(tiny_model()).config.unet, "base")
     random_encoder().save_pretrained(folder / "image_encoder")
     (folder / "rows.jsonl").write_text('{"prompt": "a fox", "count": 3}\n{"prompt": "an owl", "steps": 2}\n')
+    for name, model in (("class", "cin256-v2"), ("layout", "layout2img"), ("map", "semantic")):
+        write_model(folder / f"{name}.safetensors", small(model))
+    (folder / "class.classes.txt").write_text("goldfish\ntench\n")
+    (folder / "boxes.json").write_text('[{"label": 3, "box": [0.1, 0, 0.5, 1]}]')
+    Image.fromarray(class_map(32, 24, 5)).save(folder / "classes.png")
     own = Path(__file__).parent.parent / "weights" / "tiny-emoji-silhouette" / "model.safetensors"
     (folder / "own.safetensors").symlink_to(own)
     steered = '{"prompt": "a cat", "control_net": "own.safetensors", "control_image": "mask.png"}\n'
@@ -120,6 +126,7 @@ def comparable(result: Result, folder: Path) -> tuple[int, bytes, str, dict[str,
     return result.code, re.sub(times, b"", result.out), result.err, kept
 
 
+SMALL = ("-W", "32", "-H", "24")
 _SHOWN = ("--ip-adapter", "base.safetensors")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "embedded": ("txt2img", "a red apple", *FAST),
@@ -175,6 +182,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "cpu",
     ),
     "piped upscale": ("upscale", "-", "-o", "-", "--device", "cpu", "--dtype", "fp32", "--scale", "1.5"),
+    "class": ("sample", "-m", "class.safetensors", "--label", "tench", "--label", "4", *FAST, *SMALL),
+    "layout": ("sample", "-m", "layout.safetensors", "--layout", "boxes.json", "--json", *FAST, *SMALL),
+    "map": ("sample", "-m", "map.safetensors", "--map", "classes.png", *FAST),
+    "piped map": ("sample", "-m", "map.safetensors", "--map", "-", *FAST, *SMALL),
+    "class beyond": ("sample", "-m", "class.safetensors", "--label", "1001", *FAST),
     "no model": ("txt2img", "a fox", "-m", "nothing.safetensors"),
     "bad model": ("txt2img", "a fox", "-m", "bad.safetensors"),
     "size": ("txt2img", "a fox", "-W", "13", *TINY),
@@ -201,7 +213,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_does_the_same_with_a_server(name: str, served: Served, files: Path, tmp_path: Path) -> None:
     command, found = COMMANDS[name], []
-    stdin = (files / "a.png").read_bytes() if name.startswith("piped") else b"a fox\n\nan owl\n"
+    picture = files / ("classes.png" if name == "piped map" else "a.png")
+    stdin = picture.read_bytes() if name.startswith("piped") else b"a fox\n\nan owl\n"
     before = served.status()["drawn"]
     for number, extra in enumerate(((), ("--no-server",))):
         folder = tmp_path / "same"
@@ -216,7 +229,8 @@ def test_a_command_does_the_same_with_a_server(name: str, served: Served, files:
         assert data == found[1][3][path], path
     drawn = sum(path.endswith((".png", ".webp")) for path in found[1][3]) + (name == "stdout") - (name == "previews")
     if found[1][0] == 0 and command[0] != "upscale":
-        assert served.status()["drawn"] - before == drawn - 5  # less those that are read
+        read = sum(each.suffix == ".png" for each in files.iterdir())
+        assert served.status()["drawn"] - before == drawn - read
 
 
 @pytest.mark.parametrize("command", ["embedded", "img2img", "upscale"])

@@ -433,7 +433,10 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
         assert result.code == 65, (name, result)
         for word in (f"{name}.safetensors", *words):
             assert word in result.err, result.err
-    for model, words in ((tiny_single_file(), ["Stable Diffusion 1.x checkpoint"]), (tiny_model(), ["is a folder"])):
+    for model, words in (
+        (tiny_single_file(), ["Stable Diffusion 1.x checkpoint"]),
+        (tiny_model(), ["enlarges no pictures"]),
+    ):
         assert_refused(ldm_here("upscale", tmp_path / "a.png", "-m", model, "-o", tmp_path / "b.png"), 65, *words)
     gone = ldm_here("upscale", tmp_path / "a.png", "-m", tmp_path / "gone.safetensors", "-o", tmp_path / "b.png")
     assert_refused(gone, 66, "gone.safetensors")

@@ -93,7 +93,9 @@ def test_other_weights(what: str, config: ModelConfig, tmp_path: Path) -> None:
 def test_checkpoint_without_vae(config: ModelConfig, model_file: Path, tmp_path: Path) -> None:
     state = {key: t for key, t in load_file(model_file).items() if not key.startswith("first_stage_model.")}
     message = refusal(written(state, tmp_path / "model.safetensors"), config)
-    assert "is a Stable Diffusion 1.x checkpoint without its VAE, no VAE; name a KL autoencoder or TAESD" in message
+    assert (
+        "is a Stable Diffusion 1.x checkpoint without its VAE, no VAE; name a KL or VQ autoencoder or TAESD" in message
+    )
 
 
 def test_missing_and_strange_paths(config: ModelConfig, model_folder: Path, tmp_path: Path) -> None:
@@ -219,6 +221,18 @@ def test_scaling_factor(
     assert open_vae(path, model).config.scaling_factor == 0.13025
     assert open_vae(model_file, model).config.scaling_factor == 0.18215
     assert open_vae(model_folder, model).config.scaling_factor == 0.18215
+
+
+def test_scale_that_a_checkpoint_was_trained_with(model_file: Path, tmp_path: Path) -> None:
+    """CompVis' `scale_by_std` keeps it as a buffer; one that is the usual but for rounding changes nothing."""
+    state, path = load_file(model_file), tmp_path / "model.safetensors"
+    for number, wanted in ((0.3, 0.3), (0.18215, 0.18215)):
+        written(state | {"scale_factor": torch.tensor(number).bfloat16()}, path)
+        assert open_model(path).config.vae.scaling_factor == pytest.approx(wanted, rel=1e-2)
+    assert open_model(path).config.vae.scaling_factor == 0.18215
+    for wrong in (torch.tensor(-0.2), torch.tensor(0.0), torch.ones(2)):
+        with pytest.raises(BadDataError, match="scale_factor"):
+            open_model(written(state | {"scale_factor": wrong}, path))
 
 
 def test_doubtful_scaling_factor_is_said(

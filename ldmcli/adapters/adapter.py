@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ldmcli.adapters.change import PARTS, Change, configured
 from ldmcli.adapters.kinds import SCALARS, kind_of, split
-from ldmcli.checkpoints.families import describe_single_file, with_article
+from ldmcli.checkpoints.file_kinds import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import FLOATING
 from ldmcli.checkpoints.layout import ADAPTER_FILES, INDEX, PEFT_FILE

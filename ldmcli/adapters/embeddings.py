@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.adapters.adapter import BUNDLED
-from ldmcli.checkpoints.families import EMBEDDING, SD1, SD2, SDXL, describe_single_file, with_article
+from ldmcli.checkpoints.families import SD1, SD2, SDXL
+from ldmcli.checkpoints.file_kinds import EMBEDDING, describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
 from ldmcli.checkpoints.header import FLOATING
 from ldmcli.checkpoints.layout import LEARNED

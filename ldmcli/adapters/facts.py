@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmcli.adapters.adapter import Adapter, Change
-from ldmcli.checkpoints.families import CONTEXTS, REFINER, SD1, SD2, SDXL, with_article
+from ldmcli.checkpoints.families import CONTEXTS, REFINER, SD1, SD2, SDXL
+from ldmcli.checkpoints.file_kinds import with_article
 from ldmcli.checkpoints.header import HeaderError, parse_json_object
 from ldmcli.checkpoints.layout import ADAPTER_FILES
 from ldmcli.disk.opening import shown

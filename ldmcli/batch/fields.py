@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.checks import MAX_PROMPT_BYTES
+from ldmcli.conditions import read_label, read_layout
 from ldmcli.errors import UsageError, printable
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.image_prompt import NO_MASK
@@ -20,6 +21,7 @@ from ldmcli.spacings import SPACINGS
 from ldmcli.spec import (
     ALPHA,
     MAX_SEED,
+    PICTURES,
     STEERING,
     STEERING_FILES,
     STEERING_PICTURES,
@@ -50,6 +52,8 @@ SYNONYMS = {
     "guidance_rescale": "rescale_cfg cfg_rescale",
     "embeddings": "embedding textual_inversion textual_inversions",
     "loras": "lora",
+    "label": "class class_label class_id",
+    "map": "semantic_map segmentation",
     "image": "init_image init_img input_image image_path image_file source_image",
     "mask": "mask_image mask_path mask_file inpaint_mask",
     "strength": "denoising_strength denoise denoise_strength",
@@ -161,6 +165,9 @@ def normal(name: str, value: Any) -> Any:
     if name in STEERING:
         with contextlib.suppress(UsageError):
             return STEERING[name](name, value)
+    if name in ("label", "layout"):
+        with contextlib.suppress(UsageError):
+            return read_label(value) if name == "label" else read_layout(value)
     if name == "loras":
         with contextlib.suppress(UsageError):  # the check of the field says what is wrong
             return read_loras(value)
@@ -211,7 +218,8 @@ def located(name: str, value: Any, folder: Path) -> Any:
     if name in STEERING_FILES and isinstance(value, tuple):
         anyway = name in STEERING_PICTURES
         return tuple(one if one == NO_MASK else _placed(one, folder, anyway=anyway) for one in value)
-    words: dict[str, tuple[str, ...]] = {"image": (), "mask": (ALPHA,), "depth": (), "hires_upscaler": UPSCALERS}
+    words: dict[str, tuple[str, ...]] = dict.fromkeys(PICTURES, ())
+    words |= {"mask": (ALPHA,), "hires_upscaler": UPSCALERS}
     if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)
     return value

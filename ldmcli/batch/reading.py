@@ -12,6 +12,7 @@ from ldmcli.batch.fields import EXTRAS, IDS, PROMPT, as_fields, column_name, fie
 from ldmcli.batch.lines import Line, Lines, joined_hint
 from ldmcli.batch.option_lines import READERS, looks_like
 from ldmcli.batch.tables import Record, delimiter_of, records
+from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError, UsageError, printable
 
@@ -232,7 +233,8 @@ def _table_row(row: int, record: Record, columns: list[_Column], *, decimal_comm
 
 
 def _prompt_index(titles: list[str], prompt_column: str | None, where: str) -> int:
-    """Which column holds the prompts: the title that is meant exactly, else but for case, spaces and hyphens."""
+    """Which column holds the prompts: the title that is meant exactly, else but for case, spaces and hyphens; -1 for
+    none, where a column says what is drawn without."""
     wanted = PROMPT if prompt_column is None else prompt_column.strip()
     if wanted in titles:
         return titles.index(wanted)
@@ -242,6 +244,8 @@ def _prompt_index(titles: list[str], prompt_column: str | None, where: str) -> i
     have = ", ".join(printable(repr(title), 60) for title in titles[:_LISTED]) + (" …" if len(titles) > _LISTED else "")
     if same:
         raise BadDataError(f"{where}: more than one column is called {printable(repr(wanted))}; rename one.")
+    if prompt_column is None and {field_named(title) for title in titles} & set(CONDITION_FIELDS):
+        return -1
     if prompt_column is None:
         raise BadDataError(f"{where}: no column is called prompt; name one of {have} with --prompt-column.")
     raise UsageError(f"{where}: no column is called {printable(repr(wanted))}; the header has {have}.")

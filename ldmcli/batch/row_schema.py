@@ -9,12 +9,23 @@ from typing import Any
 
 from ldmcli.batch.fields import EXTRAS, IDS, PROMPT, REQUEST_FIELDS, SIZE, SYNONYMS
 from ldmcli.batch.survey import MAX_COUNT, MAX_ID
+from ldmcli.conditions import CONDITION_FIELDS, MAX_BOXES, MAX_LABEL
 from ldmcli.control import MODES, TYPES
 from ldmcli.entries import MAX_ENTRIES, MAX_STRENGTH
 from ldmcli.hires import MAX_SCALE
 from ldmcli.image_prompt import BLOCKS
-from ldmcli.sampling.catalogue import SAMPLERS, SPACINGS
-from ldmcli.spec import CHOICES, MAX_EMBEDDINGS, MAX_LORA_WEIGHT, MAX_LORAS, RANGES, STEERING, GenerationRequest
+from ldmcli.sampling.catalogue import SAMPLERS
+from ldmcli.spacings import SPACINGS
+from ldmcli.spec import (
+    CHOICES,
+    MAX_EMBEDDINGS,
+    MAX_LORA_WEIGHT,
+    MAX_LORAS,
+    PICTURES,
+    RANGES,
+    STEERING,
+    GenerationRequest,
+)
 
 Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string"}
@@ -63,6 +74,16 @@ _LORA = _any_of(
         "additionalProperties": False,
     },
 )  # fmt: skip
+_LABEL = _any_of({"type": "integer", "minimum": 0, "maximum": MAX_LABEL}, _NAME)
+_BOX = _any_of(
+    {
+        "type": "object",
+        "properties": {"label": _LABEL, "box": {"type": "array", "items": _SHARE, "minItems": 4, "maxItems": 4}},
+        "required": ["label", "box"],
+        "additionalProperties": False,
+    },
+    {"type": "array", "prefixItems": [_LABEL, *[_SHARE] * 4], "minItems": 5, "maxItems": 5},
+)
 _OF_STEERING = {
     "control_strength": _number(0.0, MAX_STRENGTH),
     "control_start": _SHARE,
@@ -78,7 +99,9 @@ _FIELDS: dict[str, Schema] = {
     **{name: {"type": "string", "enum": list(words)} for name, words in CHOICES.items()},
     **{name: _one_or_more(_OF_STEERING.get(name, _NAME), MAX_ENTRIES) for name in STEERING},
     **dict.fromkeys((PROMPT, "negative_prompt"), _TEXT),
-    **dict.fromkeys(("image", "mask", "depth", "hires_upscaler"), _NAME),
+    **dict.fromkeys((*PICTURES, "hires_upscaler"), _NAME),
+    "label": _LABEL,
+    "layout": {"type": "array", "items": _BOX, "maxItems": MAX_BOXES},
     **dict.fromkeys(("invert_mask", "paste_back"), _FLAG),
     "seed": _number(-1, RANGES["seed"][1]),
     "sampler": _any_of({"enum": list(SAMPLERS)}, _TEXT),  # other programs' names are taken, too
@@ -86,7 +109,7 @@ _FIELDS: dict[str, Schema] = {
     "guidance_interval": {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 2, "maxItems": 2},
     "hires": _any_of(_number(1.0, MAX_SCALE), _NAME),
     "loras": _one_or_more(_LORA, MAX_LORAS),
-    "embeddings": _one_or_more(_NAME, MAX_EMBEDDINGS),
+    "embeddings": _any_of(_TEXT, {"type": "array", "items": _NAME, "maxItems": MAX_EMBEDDINGS}),
     **dict.fromkeys(IDS, _any_of({"type": "string", "minLength": 1, "maxLength": MAX_ID}, {"type": "integer"})),
     "count": _number(1, MAX_COUNT),
     SIZE: _any_of(_NAME, _PAIR),
@@ -110,7 +133,7 @@ def row_schema(described: Mapping[str, str]) -> Schema:
         "title": "A row of ldm batch",
         "type": "object",
         "properties": properties,
-        "required": [PROMPT],
+        **_any_of(*({"required": [name]} for name in (PROMPT, *CONDITION_FIELDS))),
         "additionalProperties": False,
     }
 

@@ -15,6 +15,7 @@ from ldmcli.batch.reading import RawRow
 from ldmcli.batch.scratch import IdIndex, NameIndex
 from ldmcli.batch.settings import Fit, Grid, Settings, Variants, checked_grid
 from ldmcli.conditioning.dynamic import DynamicPrompts
+from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import LdmError, printable
 from ldmcli.hires import hires_size
 from ldmcli.images.naming import NamePattern
@@ -148,6 +149,8 @@ class _Row:
         self.given_id = self._id(fields)
         self.id = str(raw.row) if self.given_id is None else self.given_id
         self.count = self._count(fields, count)
+        if fields.keys() & set(CONDITION_FIELDS):
+            fields.setdefault(PROMPT, "")
         if raw.fields is not None and PROMPT not in fields:
             self.problems.append('the row has no prompt; give one, or "" to draw without.')
         self.settings: dict[str, Any] = {}

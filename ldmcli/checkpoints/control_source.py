@@ -8,15 +8,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ldmcli.checkpoints.families import CONTEXTS, SDXL, Shapes, describe_single_file, with_article
+from ldmcli.checkpoints.families import CONTEXTS, SDXL, Shapes
+from ldmcli.checkpoints.file_kinds import describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.folder_config import Fields
 from ldmcli.checkpoints.key_map import disk_names
 from ldmcli.checkpoints.single_file import count_of, named_shape_errors, unet_from_shapes
 from ldmcli.checkpoints.source import PartSource, list_keys, open_part
-from ldmcli.config import AdapterConfig, ControlConfig, ModelConfig, UNetConfig
+from ldmcli.config import ModelConfig, UNetConfig
 from ldmcli.control import TYPES
 from ldmcli.disk.opening import bad_file
+from ldmcli.steering_config import AdapterConfig, ControlConfig
 
 NAME = "control network"
 PREFIX = "control_model."

@@ -21,7 +21,7 @@ _MAX_WHOLE = 1 << 24
 
 # Fields whose other values mean a network that is not built here: {field: the values that mean "as usual"}.
 _UNET_USUAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("center_input_sample", "dual_cross_attention", "only_cross_attention"), (False,)),
+    **dict.fromkeys(("center_input_sample", "dual_cross_attention"), (False,)),
     **dict.fromkeys(("class_embed_type", "encoder_hid_dim_type", "timestep_post_act"), (None,)),
     **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
@@ -34,11 +34,29 @@ _UNET_USUAL: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
     "time_embedding_type": ("positional",),
 }
+PLAIN_UNET = "UNet2DModel"
+_PLAIN_USUAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("center_input_sample", "dropout"), (False, 0)),
+    **dict.fromkeys(("class_embed_type", "num_class_embeds", "num_train_timesteps"), (None,)),
+    "act_fn": ("silu", "swish"),
+    "add_attention": (True,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "time_embedding_type": ("positional",),
+}
+_PLAIN_DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+_PLAIN_UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+_VAE_DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+_VAE_UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+VQ_CLASS = "VQModel"
 _VAE_USUAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("mid_block_add_attention", "use_post_quant_conv", "use_quant_conv"), (True,)),
+    **dict.fromkeys(("use_post_quant_conv", "use_quant_conv"), (True,)),
     "act_fn": ("silu", "swish"),
+    "lookup_from_codebook": (False,),
+    "norm_type": ("group",),
     "shift_factor": (None, 0),
     "latents_mean": (None,),
 }
@@ -147,10 +165,10 @@ def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNe
     diffusers before 0.9 give by mistake, for 64, as its Stable Diffusion pipelines do."""
     fields = Fields(path)
     in_channels = fields.whole("in_channels", 4)
-    if in_channels not in (4, 5, 8, 9):
+    if in_channels not in (3, 4, 5, 7, 8, 9):
         raise BadDataError(
             f"{fields.shown} describes another kind of U-Net ({in_channels} input channels); this version draws with "
-            "4, with 9 for inpainting, 8 for editing by words and 5 for depth maps."
+            "4, with 9 for inpainting, 8 for editing by words, 7 for enlarging and 5 for depth maps."
         )
     fields.require(_UNET_USUAL)
     channels = fields.wholes("block_out_channels", (320, 640, 1280, 1280))
@@ -186,11 +204,83 @@ def unet_config(path: Path, pooled_dim: int = 0, *, mended: bool = False) -> UNe
         flip_sin_to_cos=fields.flag("flip_sin_to_cos", True),
         freq_shift=fields.number("freq_shift", 0),
         guidance_dim=fields.whole("time_cond_proj_dim", 256, low=4) if guided else None,
+        only_cross_attention=_only_cross(fields, attends),
+        classes=fields.whole("num_class_embeds", 1) if fields.get("num_class_embeds") is not None else 0,
+        joins="low_res" if in_channels == 7 else None,
         **_added(fields, pooled_dim),
     )
 
 
-def _added(fields: Fields, pooled_dim: int) -> dict[str, int]:
+def _only_cross(fields: Fields, attends: list[bool]) -> tuple[bool, ...]:
+    """Which levels attend to the context alone; of those that attend."""
+    said = fields.get("only_cross_attention", False)
+    values = said if isinstance(said, list) else [said] * len(attends)
+    if len(values) != len(attends) or not all(isinstance(value, bool) for value in values):
+        fields.refuse("only_cross_attention", said, f"true or false, or a list of {len(attends)} of them")
+    found = tuple(one and attend for one, attend in zip(values, attends, strict=True))
+    if any(found) and (said is True or fields.get("mid_block_only_cross_attention")):
+        fields.refuse("only_cross_attention", said, "a list, with a middle that attends to itself")
+    return found if any(found) else ()
+
+
+def plain_unet_config(path: Path) -> UNetConfig:
+    """The U-Net without a context, diffusers' UNet2DModel, that `unet/config.json` describes."""
+    fields = Fields(path)
+    fields.require(_PLAIN_USUAL | {"attn_norm_num_groups": (None, fields.get("norm_num_groups", 32))})
+    channels = fields.wholes("block_out_channels", (224, 448, 672, 896))
+    levels = len(channels)
+    down = fields.names("down_block_types", ("DownBlock2D", *["AttnDownBlock2D"] * (levels - 1)), _PLAIN_DOWN)
+    up = fields.names("up_block_types", (*["AttnUpBlock2D"] * (levels - 1), "UpBlock2D"), _PLAIN_UP)
+    attends = [kind.startswith("Attn") for kind in down]
+    if attends != [kind.startswith("Attn") for kind in reversed(up)]:
+        raise BadDataError(f"{fields.shown}: down_block_types and up_block_types do not mirror each other.")
+    # Whether resnets change the size is in the kind of levels without attention; of the others, in a field.
+    ways = set()
+    for name, kinds in (("downsample_type", down), ("upsample_type", up)):
+        own = fields.choice(name, "conv", ("conv", "resnet")) == "resnet"
+        ways |= {kind.startswith("Resnet") or (own and kind.startswith("Attn")) for kind in kinds[:-1]}
+    if len(ways) > 1:
+        raise BadDataError(f"{fields.shown}: its levels change the size in different ways, which cannot be run.")
+    each = fields.get("attention_head_dim", 8)
+    return UNetConfig(
+        in_channels=fields.whole("in_channels", 3),
+        out_channels=fields.whole("out_channels", 3),
+        sample_size=fields.whole("sample_size", 64),
+        block_channels=channels,
+        layers_per_block=fields.whole("layers_per_block", 2),
+        attention=tuple(map(int, attends)),
+        heads=tuple(
+            1 if each is None else max(1, width // fields.whole("attention_head_dim", 8)) for width in channels
+        ),
+        context_dim=0,
+        norm_groups=fields.whole("norm_num_groups", 32),
+        norm_eps=fields.number("norm_eps", 1e-5),
+        flip_sin_to_cos=fields.flag("flip_sin_to_cos", True),
+        freq_shift=fields.number("freq_shift", 0),
+        scale_shift=fields.choice("resnet_time_scale_shift", "default", ("default", "scale_shift")) == "scale_shift",
+        resnet_resampling=True in ways,
+    )
+
+
+def bert_config(path: Path) -> TextEncoderConfig:
+    """The paper's text encoder, diffusers' LDMBertModel, that `bert/config.json` describes."""
+    fields = Fields(path)
+    return TextEncoderConfig(
+        layout="bert",
+        vocab_size=fields.whole("vocab_size", 30522),
+        hidden_size=fields.whole("d_model", 1280),
+        intermediate_size=fields.whole("encoder_ffn_dim", 5120),
+        layers=fields.whole("encoder_layers", 32),
+        heads=fields.whole("encoder_attention_heads", 8),
+        max_length=fields.whole("max_position_embeddings", 77),
+        activation=str(fields.get("activation_function", "gelu")),
+        head_dim=fields.whole("head_dim", 64),
+        causal=False,
+        attention_bias=False,
+    )
+
+
+def _added(fields: Fields, pooled_dim: int) -> dict[str, Any]:
     """What SDXL adds to the time step: a pooled prompt of `pooled_dim`, and six numbers or, in its refiner, five."""
     if fields.get("addition_embed_type") is None:
         return {}
@@ -206,21 +296,32 @@ def _added(fields: Fields, pooled_dim: int) -> dict[str, int]:
 
 
 def vae_config(path: Path) -> VAEConfig:
-    """The autoencoder that `vae/config.json` describes."""
+    """The autoencoder, diffusers' AutoencoderKL or VQModel, that `config.json` describes."""
     fields = Fields(path)
     fields.require(_VAE_USUAL)
+    quantizes = fields.get("_class_name") == VQ_CLASS
     channels = fields.wholes("block_out_channels", (64,))
-    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        fields.names(name, (kind,) * len(channels), (kind,))
+    levels = len(channels)
+    down = fields.names("down_block_types", (_VAE_DOWN[0],) * levels, _VAE_DOWN)
+    up = fields.names("up_block_types", (_VAE_UP[0],) * levels, _VAE_UP)
+    attention = tuple(kind == _VAE_DOWN[1] for kind in down)
+    if attention != tuple(kind == _VAE_UP[1] for kind in reversed(up)):
+        raise BadDataError(f"{fields.shown}: down_block_types and up_block_types do not mirror each other.")
+    inner = fields.whole("latent_channels", 3 if quantizes else 4)
+    latents = fields.whole("vq_embed_dim", inner) if quantizes and fields.get("vq_embed_dim") is not None else inner
     return VAEConfig(
         in_channels=fields.whole("in_channels", 3),
         out_channels=fields.whole("out_channels", 3),
-        latent_channels=fields.whole("latent_channels", 4),
+        latent_channels=latents,
         block_channels=channels,
         layers_per_block=fields.whole("layers_per_block", 1),
         norm_groups=fields.whole("norm_num_groups", 32),
-        scaling_factor=fields.number("scaling_factor", 0.18215),
-        force_upcast=fields.flag("force_upcast", True),
+        scaling_factor=fields.number("scaling_factor", 1.0 if quantizes else 0.18215),
+        force_upcast=fields.flag("force_upcast", not quantizes),
+        attention=attention if any(attention) else (),
+        middle_attention=fields.flag("mid_block_add_attention", True),
+        codes=fields.whole("num_vq_embeddings", 256) if quantizes else 0,
+        inner_channels=0 if inner == latents else inner,
     )
 
 

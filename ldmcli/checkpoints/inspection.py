@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ldmcli.checkpoints.families import describe_single_file
+from ldmcli.checkpoints.file_kinds import describe_single_file
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.header import TensorInfo
 from ldmcli.checkpoints.source import ModelSource, model_of_file, open_model
@@ -63,6 +63,7 @@ def _model(source: ModelSource) -> dict[str, Any]:
         "is": _kind(source.single_file) if source.single_file else f"{config.family}, diffusers folder",
         "family": config.family,
         "reads": config.unet.reads or None,
+        "conditioned_on": config.condition or "nothing",
         "prediction_type": _UNKNOWN if prediction_type == UNDECIDED else prediction_type,
         "zero_terminal_snr": config.schedule.starts_without_signal,
         "defaults": dataclasses.asdict(config.defaults),

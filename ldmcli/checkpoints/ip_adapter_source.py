@@ -9,14 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ldmcli.checkpoints.families import CONTEXTS, IP_ADAPTER, Shapes, describe_single_file, with_article
+from ldmcli.checkpoints.families import CONTEXTS, Shapes
+from ldmcli.checkpoints.file_kinds import IP_ADAPTER, describe_single_file, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights
 from ldmcli.checkpoints.folder_config import Fields
 from ldmcli.checkpoints.single_file import count_of, named_shape_errors
 from ldmcli.checkpoints.source import PartSource, list_keys, open_part
-from ldmcli.config import ImageEncoderConfig, IPAdapterConfig, ModelConfig
+from ldmcli.config import ModelConfig
 from ldmcli.disk.opening import bad_file, listing, shown
 from ldmcli.errors import MissingInputError
+from ldmcli.steering_config import ImageEncoderConfig, IPAdapterConfig
 
 ENCODER = "image_encoder"
 _CURE = "name an IP-Adapter of Stable Diffusion 1.x or XL"

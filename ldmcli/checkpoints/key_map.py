@@ -6,16 +6,8 @@ The tables are made for one configuration, since the original layout numbers blo
 import re
 from collections.abc import Callable, Iterable
 
-from ldmcli.config import (
-    AdapterConfig,
-    ControlConfig,
-    ImageEncoderConfig,
-    IPAdapterConfig,
-    TextEncoderConfig,
-    TinyVAEConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from ldmcli.config import ClassesConfig, MapConfig, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from ldmcli.steering_config import AdapterConfig, ControlConfig, ImageEncoderConfig, IPAdapterConfig
 
 NetworkConfig = (
     UNetConfig
@@ -26,6 +18,8 @@ NetworkConfig = (
     | AdapterConfig
     | IPAdapterConfig
     | ImageEncoderConfig
+    | ClassesConfig
+    | MapConfig
 )
 DiskNames = dict[str, list[str]]
 
@@ -37,6 +31,13 @@ _UNET_PARTS = (
     ("norm2.", "out_layers.0."),
     ("conv2.", "out_layers.3."),
     ("conv_shortcut.", "skip_connection."),
+)
+_SELF_ATTENTION_PARTS = (
+    ("group_norm.", "norm."),
+    ("to_q.", "qkv."),
+    ("to_k.", "qkv."),
+    ("to_v.", "qkv."),
+    ("to_out.0.", "proj_out."),
 )
 _VAE_PARTS = (
     ("group_norm.", "norm."),
@@ -66,9 +67,37 @@ _OPENCLIP_PARTS = (
     ("final_layer_norm.", "ln_final."),
     ("text_projection.weight", "text_projection"),
 )
+_BERT_ENDS = (
+    ("embeddings.token_embedding.", "token_emb."),
+    ("embeddings.position_embedding.", "pos_emb.emb."),
+    ("final_layer_norm.", "norm."),
+)
+_BERT_PARTS = {
+    "layer_norm1": "0",
+    "self_attn.q_proj": "1.to_q",
+    "self_attn.k_proj": "1.to_k",
+    "self_attn.v_proj": "1.to_v",
+    "self_attn.out_proj": "1.to_out",
+    "layer_norm2": "0",
+    "mlp.fc1": "1.net.0.0",
+    "mlp.fc2": "1.net.2",
+}
+_BERT_SECOND = ("layer_norm2", "mlp.fc1", "mlp.fc2")
+_LDMBERT_ENDS = (
+    ("embeddings.token_embedding.", "model.embed_tokens."),
+    ("embeddings.position_embedding.", "model.embed_positions."),
+    ("final_layer_norm.", "model.layer_norm."),
+)  # diffusers' names
+_LDMBERT_PARTS = {
+    "layer_norm1": "self_attn_layer_norm",
+    "layer_norm2": "final_layer_norm",
+    "mlp.fc1": "fc1",
+    "mlp.fc2": "fc2",
+}
 _OPENCLIP_LAYERS = {"encoder.layers.": "transformer.resblocks."}
 
 UNET_PREFIX = "model.diffusion_model."
+EMA_PREFIX = "model_ema.diffusion_model"  # of the U-Net's weights averaged over its training
 VAE_PREFIX = "first_stage_model."
 TINY_PREFIX = "decoder.layers."  # of TAESD in diffusers' layout
 
@@ -79,21 +108,39 @@ IGNORED_ORIGINAL = re.compile(
     r"|cond_stage_model\.(logit_scale$|transformer\.(vision_model\.|visual_projection|text_projection|logit_scale))"
     r"|conditioner\.embedders\.\d\.(logit_scale$|transformer\.(text_projection|logit_scale))"
     r"|.*\.model\.(logit_scale|attn_mask)$|(.*\.)?position_ids$|model_ema$|scale_factor$|global_step$|denoiser\.sigmas$"
-    r"|v_pred$|ztsnr$|depth_model\."
+    r"|v_pred$|ztsnr$|depth_model\.|low_scale_model\.|(cond_stage_model\.transformer\.)?to_logits\."
+    r"|cond_stage_model\.(encoder\.|decoder\.|quant|post_quant|loss\.)"  # the first stage once more
 )
 
 
-def disk_names(keys: Iterable[str], config: NetworkConfig, prefix: str = "", *, original: bool) -> DiskNames:
+def disk_names(
+    keys: Iterable[str], config: NetworkConfig, prefix: str = "", *, original: bool, dotless: bool = False
+) -> DiskNames:
     """For each of a network's canonical keys, the names it may have on disk, the likeliest first: in the `original`
-    layout or in diffusers'; all behind `prefix`. Keys that share a name are stacked there, in the order of `keys`."""
+    layout or in diffusers'; all behind `prefix`. Keys that share a name are stacked there, in the order of `keys`.
+    `dotless`: without their dots, as averages are named."""
     names_of = _namer(config, original)
-    return {key: [prefix + name for name in names_of(key)] for key in keys}
+    named = {key: names_of(key) for key in keys}
+    return {key: [prefix + (name.replace(".", "") if dotless else name) for name in named[key]] for key in named}
+
+
+def stacked_heads(key: str, config: NetworkConfig) -> int:
+    """Into how many groups the rows of what this canonical key shares a name with are divided, each with its part of
+    every key: the heads of an attention without a context, whose queries, keys and values the original stacks head by
+    head."""
+    if not isinstance(config, UNetConfig) or config.context_dim or ".attentions." not in key:
+        return 1
+    way, number, *_ = key.split(".")
+    level = {"down_blocks": number, "up_blocks": f"{len(config.heads) - 1}"}.get(way, "-1")
+    return config.heads[int(level) - (int(number) if way == "up_blocks" else 0)]
 
 
 def _namer(config: NetworkConfig, original: bool) -> Callable[[str], list[str]]:
     if isinstance(config, TinyVAEConfig):
         return lambda key: [_tiny_name(key, original)]
     if isinstance(config, TextEncoderConfig):
+        if config.layout == "bert":
+            return lambda key: [_bert_name(key, original)]
         if config.layout == "openclip":
             return lambda key: [_rename(key, _OPENCLIP_LAYERS, _OPENCLIP_PARTS)]
         return lambda key: [f"text_model.{key}", key]  # transformers had the first for nearly all until 5.6
@@ -102,13 +149,33 @@ def _namer(config: NetworkConfig, original: bool) -> Callable[[str], list[str]]:
             return lambda key: [key, _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key]
         vae_blocks = _vae_blocks(config)
         return lambda key: [_rename(key, vae_blocks, _VAE_PARTS)]
-    if not original or isinstance(config, IPAdapterConfig | ImageEncoderConfig):
+    plain = isinstance(config, UNetConfig) and not config.context_dim
+    if plain and not original:
+        return lambda key: [key, _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key]
+    if not original or isinstance(config, IPAdapterConfig | ImageEncoderConfig | ClassesConfig | MapConfig):
         return lambda key: [key]
     if isinstance(config, AdapterConfig):
         return lambda key: [_adapter_name(key, config)]
     blocks = _control_blocks(config) if isinstance(config, ControlConfig) else _unet_blocks(config)
+    parts: dict[str, tuple[tuple[str, str], ...]] = {
+        ".resnets.": _UNET_PARTS,
+        ".downsamplers.": _UNET_PARTS,
+        ".upsamplers.": _UNET_PARTS,
+    }
     # Transformer blocks have a norm1 and norm2 of their own, which both layouts call so.
-    return lambda key: [_rename(key, blocks, _UNET_PARTS if ".resnets." in key else ())]
+    parts |= {".attentions.": _SELF_ATTENTION_PARTS} if plain else {}
+    return lambda key: [_rename(key, blocks, next((parts[place] for place in parts if place in key), ()))]
+
+
+def _bert_name(key: str, original: bool) -> str:
+    """x-transformers' layers alternate between attention and what is fed forward, each behind a norm of its own."""
+    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
+    if layer is None:
+        return _replace_part(key, _BERT_ENDS if original else _LDMBERT_ENDS)
+    number, name, leaf = int(layer[1]), layer[2], layer[3]
+    if not original:
+        return f"model.layers.{number}.{_LDMBERT_PARTS.get(name, name)}.{leaf}"
+    return f"attn_layers.layers.{2 * number + (name in _BERT_SECOND)}.{_BERT_PARTS[name]}.{leaf}"
 
 
 def _tiny_name(key: str, original: bool) -> str:
@@ -146,6 +213,7 @@ def _unet_blocks(config: UNetConfig) -> dict[str, str]:
         "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.",
         "time_embedding.cond_proj.": "time_embed.cond_proj.",
+        "class_embedding.": "label_emb.",
         "add_embedding.linear_1.": "label_emb.0.0.",
         "add_embedding.linear_2.": "label_emb.0.2.",
         "conv_norm_out.": "out.0.",
@@ -159,15 +227,16 @@ def _unet_blocks(config: UNetConfig) -> dict[str, str]:
             block = 1 + level * (count + 1) + layer
             table[f"down_blocks.{level}.resnets.{layer}."] = f"input_blocks.{block}.0."
             table[f"down_blocks.{level}.attentions.{layer}."] = f"input_blocks.{block}.1."
-        table[f"down_blocks.{level}.downsamplers.0.conv."] = f"input_blocks.{(level + 1) * (count + 1)}.0.op."
+        down, coarser = f"down_blocks.{level}.downsamplers.0.", f"input_blocks.{(level + 1) * (count + 1)}.0."
+        table |= {down: coarser} if config.resnet_resampling else {f"{down}conv.": f"{coarser}op."}
         for layer in range(count + 1):
             block = level * (count + 1) + layer
             table[f"up_blocks.{level}.resnets.{layer}."] = f"output_blocks.{block}.0."
             table[f"up_blocks.{level}.attentions.{layer}."] = f"output_blocks.{block}.1."
         # The upsampler is the last thing in its block, after the attention where there is one.
         place = 2 if config.attention[levels - 1 - level] else 1
-        last = level * (count + 1) + count
-        table[f"up_blocks.{level}.upsamplers.0.conv."] = f"output_blocks.{last}.{place}.conv."
+        up, last = f"up_blocks.{level}.upsamplers.0.", f"output_blocks.{level * (count + 1) + count}.{place}."
+        table |= {up: last} if config.resnet_resampling else {f"{up}conv.": f"{last}conv."}
     return table
 
 
@@ -196,6 +265,7 @@ def _vae_blocks(config: VAEConfig) -> dict[str, str]:
             canonical = f"{half}.{ways}_blocks.{level}."
             for layer in range(config.layers_per_block + layers):
                 table[f"{canonical}resnets.{layer}."] = f"{original}block.{layer}."
+                table[f"{canonical}attentions.{layer}."] = f"{original}attn.{layer}."
             table[f"{canonical}{ways}samplers.0.conv."] = f"{original}{ways}sample.conv."
     return table
 

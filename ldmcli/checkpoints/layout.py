@@ -13,7 +13,10 @@ LEARNED = ("learned_embeds.safetensors", "learned_embeds.bin")  # what diffusers
 PEFT_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of PEFT and diffusers
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside its file
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# The latent diffusion paper's models call their parts otherwise: "vqvae" even where it is none, "bert".
+OTHER_FOLDERS = {"vae": "vqvae", "text_encoder": "bert"}
+_SCHEDULERS = ("scheduler", "low_res_scheduler")
+_NETWORKS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MAX_SHARDS = 1000
@@ -22,7 +25,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 def stem_of(part: str) -> str:
     """How the weight files of one part of a model begin."""
-    return "model" if part.startswith(("text_encoder", "image_encoder")) else "diffusion_pytorch_model"
+    return "model" if part.startswith(("text_encoder", "image_encoder", "bert")) else "diffusion_pytorch_model"
 
 
 def weight_names(stem: str, *, half: bool) -> tuple[str, ...]:
@@ -64,6 +67,8 @@ def needed_files(
 
     def tokenizer(folder: str) -> list[str]:
         whole = [f"{folder}tokenizer.json"]
+        if whole[0] not in files and f"{folder}vocab.txt" in files:
+            whole = [f"{folder}vocab.txt"]
         split = [f"{folder}vocab.json", f"{folder}merges.txt"]
         extras = [folder + extra for extra in _TOKENIZER_EXTRAS if folder + extra in files]
         return [*(whole if whole[0] in files else map(require, split)), *extras]
@@ -80,14 +85,14 @@ def needed_files(
         raise BadDataError(f"{name} has no {INDEX}, so it is no diffusers model; {cure}.")
     index = read(INDEX)
     named = {part for part, kind in index.items() if isinstance(kind, list) and any(kind)}
-    if not {"unet", "vae"} <= named:
+    if not ({"unet", "vae"} <= named or {"unet", "vqvae"} <= named):
         kind = printable(str(index.get("_class_name", ""))) or "model of another kind"
         raise BadDataError(f"{name} is a {kind}, not a latent diffusion model with a U-Net and a VAE.")
     parts = [part for part in _NETWORKS if part in named]
     return [
         INDEX,
         *(file for file in (GENERATION, WORD_LIST, UPSCALER) if file in files),
-        *([require("scheduler/scheduler_config.json")] if "scheduler" in named else []),
+        *(require(f"{part}/scheduler_config.json") for part in _SCHEDULERS if part in named),
         *(file for part in _TOKENIZERS if part in named for file in tokenizer(f"{part}/")),
         *(require(f"{part}/config.json") for part in parts),
         *(file for part in parts for file in weights(f"{part}/")),

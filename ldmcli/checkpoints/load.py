@@ -13,16 +13,17 @@ from torch.overrides import TorchFunctionMode
 
 from ldmcli.checkpoints.files import WeightFile, read_tensors
 from ldmcli.checkpoints.header import FLOATING
-from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, DiskNames, disk_names, is_transposed
+from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, DiskNames, disk_names, is_transposed, stacked_heads
 from ldmcli.checkpoints.source import ModelSource, PartSource, list_keys
 from ldmcli.conditioning.prompts import TextEncoder
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError
 from ldmcli.networks.clip import TextTransformer
+from ldmcli.networks.conditioners import ClassEmbedder, MapEncoder
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
-from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.networks.vae import Autoencoder, autoencoder_of
 
 _log = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -32,6 +33,10 @@ _SHARE = 64 << 20  # bytes that a thread reads before another may take over
 _SCALES = re.compile(
     r"(scale_weight|weight_scale\w*|scale_input|input_scale|scaled_fp8|absmax|quant_map|comfy_quant|SCB)$|quant_state\."
 )
+
+_CONDITIONERS: dict[str, Callable[[Any], nn.Module]] = {
+    "label": ClassEmbedder, "layout": TextTransformer, "map": MapEncoder,
+}  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -48,7 +53,7 @@ def load_vae(
     *,
     encoder: bool = True,
     decoder: bool = True,
-) -> AutoencoderKL | TinyVAE:
+) -> Autoencoder | TinyVAE:
     """A model's autoencoder, or one by itself; without its `encoder`, two fifths of it, where pictures are only drawn;
     or without its `decoder`."""
     part = source.part("vae") if isinstance(source, ModelSource) else source
@@ -57,7 +62,7 @@ def load_vae(
         return fill(on_meta(lambda: TinyVAE(config)), part, device, dtype)
     halves = {"encoder.": encoder, "quant_conv.": encoder, "decoder.": decoder, "post_quant_conv.": decoder}
     unread = tuple(f"{part.prefix}{name}" for name, wanted in halves.items() if not wanted)
-    return fill(on_meta(lambda: AutoencoderKL(config, encoder=encoder, decoder=decoder)), part, device, dtype, unread)
+    return fill(on_meta(lambda: autoencoder_of(config, encoder=encoder, decoder=decoder)), part, device, dtype, unread)
 
 
 def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.dtype) -> list[TextEncoder]:
@@ -72,6 +77,14 @@ def load_text_encoders(source: ModelSource, device: torch.device, dtype: torch.d
         )
         for text, tokenizer in zip(config.text_encoders, source.tokenizers, strict=True)
     ]
+
+
+def load_conditioner(source: ModelSource, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
+    """What encodes the source's conditions where those are no prompts, if anything does."""
+    config = source.config.conditioner
+    if config is None:
+        return None
+    return fill(on_meta(lambda: _CONDITIONERS[config.kind](config)), source.part(config.part), device, dtype)
 
 
 def on_meta(build: Callable[[], _Module]) -> _Module:
@@ -99,7 +112,7 @@ def fill(
     """Read every weight of `module`, which is on meta, and put it in place; none may be missing, left or misshapen, but
     what begins with `unread` on disk. Raises BadDataError saying what does not fit."""
     wanted = {key: tuple(meta.shape) for key, meta in module.state_dict().items()}
-    names = disk_names(wanted, part.config, part.prefix, original=part.original)
+    names = disk_names(wanted, part.config, part.prefix, original=part.original, dotless=part.dotless)
     on_disk = {key: file for key, file in part.keys().items() if not key.startswith(unread)}
     canonical = _match(wanted, names, on_disk, part)
     by_file: dict[int, tuple[WeightFile, list[str]]] = {}
@@ -108,7 +121,9 @@ def fill(
         by_file.setdefault(id(file), (file, []))[1].append(disk_key)
     state: dict[str, Tensor] = {}
     for disk_key, tensor in read_all(list(by_file.values()), device, dtype):
-        state |= _taken_apart(disk_key, tensor, {key: wanted[key] for key in canonical[disk_key]})
+        shapes = {key: wanted[key] for key in canonical[disk_key]}
+        heads = stacked_heads(canonical[disk_key][0], part.config) if len(shapes) > 1 else 1
+        state |= _taken_apart(disk_key, tensor, shapes, heads)
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -200,13 +215,16 @@ def _stored_shape(disk_key: str, shapes: Iterable[tuple[int, ...]]) -> tuple[int
     return stacked[::-1] if is_transposed(disk_key) else stacked
 
 
-def _taken_apart(disk_key: str, tensor: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    """The tensors of these shapes that are stored as one: views of it, so that nothing is held twice."""
+def _taken_apart(disk_key: str, tensor: Tensor, shapes: Shapes, heads: int = 1) -> dict[str, Tensor]:
+    """The tensors of these shapes that are stored as one: views of it, so that nothing is held twice, unless each head
+    has its rows of all."""
     stored = tensor.reshape(_stored_shape(disk_key, shapes.values()))
+    if heads > 1:
+        stored = stored.unflatten(0, (heads, len(shapes), -1)).transpose(0, 1).flatten(0, 2)
     rows = (stored.T if is_transposed(disk_key) else stored).split([shape[0] for shape in shapes.values()])
     return dict(zip(shapes, rows, strict=True))
 
 
 def same_shape(on_disk: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Equal, or a 1×1 convolution where the same matrix is a linear layer now."""
-    return on_disk == wanted or (len(on_disk) == 4 and len(wanted) == 2 and on_disk == (*wanted, 1, 1))
+    """Equal, or a convolution of one pixel where the same matrix is a linear layer now."""
+    return on_disk == wanted or (len(wanted) == 2 and on_disk in ((*wanted, 1), (*wanted, 1, 1)))

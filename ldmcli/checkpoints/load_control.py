@@ -9,12 +9,13 @@ from ldmcli.checkpoints.header import FLOATING
 from ldmcli.checkpoints.key_map import disk_names
 from ldmcli.checkpoints.load import fill, on_meta, read_all, same_shape
 from ldmcli.checkpoints.source import PartSource, list_keys
-from ldmcli.config import AdapterConfig, UNetConfig
+from ldmcli.config import UNetConfig
 from ldmcli.disk.opening import bad_file
 from ldmcli.errors import BadDataError
 from ldmcli.networks.control_net import ControlNet
 from ldmcli.networks.t2i_adapter import T2IAdapter
 from ldmcli.networks.unet import Encoder
+from ldmcli.steering_config import AdapterConfig
 
 
 def load_control(

@@ -5,8 +5,8 @@ import torch
 from ldmcli.checkpoints.load import fill, on_meta
 from ldmcli.checkpoints.source import PartSource
 from ldmcli.conditioning.image_encoder import ImageEncoder
-from ldmcli.config import ImageEncoderConfig, IPAdapterConfig
 from ldmcli.networks.ip_adapter import IPAdapter
+from ldmcli.steering_config import ImageEncoderConfig, IPAdapterConfig
 
 _UNREAD = ("text_model.", "text_projection.", "logit_scale")  # a whole CLIP's other half
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import operator
 import re
 from collections.abc import Iterator, Mapping
@@ -12,16 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.checkpoints.buildable import betas_of
-from ldmcli.checkpoints.families import LCM_DEFAULTS, Family, Shapes, TextPart
+from ldmcli.checkpoints.families import LCM_DEFAULTS, ConditionPart, Family, Shapes, TextPart
 from ldmcli.checkpoints.files import WeightFile, read_numbers
 from ldmcli.checkpoints.key_map import UNET_PREFIX, VAE_PREFIX
-from ldmcli.config import UNDECIDED, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.config import (
+    UNDECIDED,
+    ClassesConfig,
+    LayoutConfig,
+    MapConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from ldmcli.disk.opening import bad_file, read_text, shown
 from ldmcli.errors import BadDataError, printable
 
 _log = logging.getLogger(__name__)
 _AGAIN = "download or convert it again"
 _NUMBER_DIM = 256  # sinusoids for each of SDXL's added numbers
+_IMAGENET = 1000  # classes; a table of any other number has one more, which stands for none
+_BERT_HEADS = 8
 _MAX_BLOCKS = 64  # Stable Diffusion's U-Net has 12; the time to look at a file grows with their number
 # Where each layout of a text encoder has its tokens, its layers and in each the wider one, and its positions.
 _CLIP_NAMES = (
@@ -46,7 +59,8 @@ _TYPES = _YAML_TYPES | {
 }
 _VELOCITY_KEYS = ("ss_v_parameterization", "v_parameterization", "v_pred", "modelspec.v_pred")
 _ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "rescale_betas_zero_snr", "modelspec.ztsnr")
-_LEVELS = "alphas_cumprod"
+_LEVELS, _SIGNALS = "alphas_cumprod", "low_scale_model.sqrt_alphas_cumprod"
+_SCALE, _SCALE_ROUNDING = "scale_factor", 4e-3  # of the coarsest type, bfloat16
 # How far from the usual schedule levels stored in a type may lie and still be it, rounded: a share, and at least.
 _ROUNDING = {"F16": (2e-3, 0.0), "BF16": (1e-2, 0.0)}
 _ROUNDING |= {"F8_E4M3": (0.07, 1e-3), "F8_E4M3FNUZ": (0.07, 1e-3), "F8_E5M2": (0.13, 0.0), "F8_E5M2FNUZ": (0.13, 0.0)}
@@ -61,7 +75,9 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
     """
     unet, vae = _under(shapes, UNET_PREFIX), _under(shapes, VAE_PREFIX)
     usual_vae = VAEConfig(
-        norm_groups=family.norm_groups, scaling_factor=family.scaling_factor, force_upcast=family.force_upcast
+        norm_groups=family.norm_groups,
+        scaling_factor=scaling_of_file(file, family),
+        force_upcast=family.force_upcast,
     )
     schedule = schedule_of_file(file, family)
     with named_shape_errors(file.path, f"{family.name} model"):
@@ -74,7 +90,21 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
             schedule=dataclasses.replace(schedule, xl=bool(family.added_numbers)),
             zero_empty_negative=family.zero_empty_negative,
             defaults=family.defaults if config.guidance_dim is None else LCM_DEFAULTS,
+            noising=_noising(file, family.noising) if family.noising else None,
+            conditioner=_conditioner(shapes, family.conditioner) if family.conditioner else None,
         )
+
+
+def scaling_of_file(file: WeightFile, family: Family) -> float:
+    """The scale of a family's latents: what the file's model was trained with (CompVis' `scale_by_std`) where it says
+    so, unless that is the family's, rounded. Raises BadDataError where it is none."""
+    usual = 1.0 if family.scaling_factor is None else family.scaling_factor
+    if _SCALE not in file.tensors:
+        return usual
+    scale = read_numbers(file, _SCALE, 1)
+    if len(scale) != 1 or not 0 < scale[0] < math.inf:
+        raise bad_file(file.path, f"has a {_SCALE} that is no number above 0", _AGAIN)
+    return usual if math.isclose(scale[0], usual, rel_tol=_SCALE_ROUNDING) else scale[0]
 
 
 @contextlib.contextmanager
@@ -105,6 +135,7 @@ def _unet(shapes: Shapes, family: Family) -> UNetConfig:
     return dataclasses.replace(
         found,
         out_channels=shapes["out.2.weight"][0],
+        joins=family.joins,
         sample_size=family.sample_size,
         heads=tuple(family.heads or max(1, width // family.head_dim) for width in found.block_channels),
         norm_groups=family.norm_groups,
@@ -116,35 +147,48 @@ def unet_from_shapes(shapes: Shapes, added_numbers: int) -> UNetConfig:
     they do not tell is as usual. Raises as `named_shape_errors` expects it."""
     channels: list[int] = []
     depths: list[int] = []
-    context_dim, linear = 0, False
+    cross: list[bool] = []
     level_done = True
     blocks = count_of(shapes, r"input_blocks\.(\d+)\.")
+    doubling = [key for key in shapes if re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight", key)]
+    each = blocks // (1 + len(doubling)) if doubling else 0  # blocks a level, where the first of the next halves
     for block in range(1, blocks):
-        if f"input_blocks.{block}.0.op.weight" in shapes:
+        if f"input_blocks.{block}.0.op.weight" in shapes or (each and block % each == 0):
             level_done = True
             continue
-        depth = count_of(_under(shapes, f"input_blocks.{block}.1."), r"transformer_blocks\.(\d+)\.")
         if level_done:
             channels.append(shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0])
-            depths.append(depth)
+            depths.append(_depth(shapes, f"input_blocks.{block}.1."))
+            first = shapes.get(f"input_blocks.{block}.1.transformer_blocks.0.attn1.to_k.weight", channels[-1:] * 2)
+            cross.append(first[1] != channels[-1])
             level_done = False
-        if depth:
-            context_dim = shapes[f"input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight"][1]
-            linear = len(shapes[f"input_blocks.{block}.1.proj_in.weight"]) == 2
+    plain = "middle_block.1.qkv.weight" in shapes
     added = shapes["label_emb.0.0.weight"][1] if added_numbers else 0
     guidance = shapes.get("time_embed.cond_proj.weight")
+    time_rows = shapes.get("middle_block.0.emb_layers.1.weight", channels[-1:])[0]
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
         block_channels=tuple(channels),
         layers_per_block=blocks // len(channels) - 1,
         attention=tuple(depths),
-        middle_attention=count_of(_under(shapes, "middle_block.1."), r"transformer_blocks\.(\d+)\."),
-        context_dim=context_dim,
-        linear_projection=linear,
+        middle_attention=_depth(shapes, "middle_block.1."),
+        context_dim=0 if plain else shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        linear_projection=not plain and len(shapes["middle_block.1.proj_in.weight"]) == 2,
         pooled_dim=added - added_numbers * _NUMBER_DIM if added else 0,
         added_numbers=added_numbers,
         added_number_dim=_NUMBER_DIM,
         guidance_dim=guidance[1] if guidance else None,
+        only_cross_attention=tuple(cross) if any(cross) else (),
+        scale_shift=time_rows != channels[-1],
+        resnet_resampling=bool(doubling),
+        classes=shapes.get("label_emb.weight", (0,))[0],
+    )
+
+
+def _depth(shapes: Shapes, attention: str) -> int:
+    """How many layers an attention has: transformer layers, or one of its own kind."""
+    return (
+        1 if f"{attention}qkv.weight" in shapes else count_of(_under(shapes, attention), r"transformer_blocks\.(\d+)\.")
     )
 
 
@@ -152,17 +196,57 @@ def vae_from_shapes(shapes: Shapes, usual: VAEConfig) -> VAEConfig:
     """An autoencoder's dimensions from its decoder's tensors in the original layout, without prefix; an encoder may be
     missing, and what shapes do not tell is as in `usual`. Raises as `named_shape_errors` expects it."""
     levels = count_of(shapes, r"decoder\.up\.(\d+)\.")
+    inner, channels = shapes["post_quant_conv.weight"][:2]
+    attention = tuple(f"decoder.up.{i}.attn.0.q.weight" in shapes for i in range(levels))
+    codes = shapes.get("quantize.embedding.weight", (0,))[0]
     return dataclasses.replace(
         usual,
         in_channels=shapes["encoder.conv_in.weight"][1] if "encoder.conv_in.weight" in shapes else 3,
         out_channels=shapes["decoder.conv_out.weight"][0],
-        latent_channels=shapes["post_quant_conv.weight"][0],
+        latent_channels=channels,
         block_channels=tuple(shapes[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels)),
         layers_per_block=count_of(shapes, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
+        attention=attention if any(attention) else (),
+        middle_attention="decoder.mid.attn_1.q.weight" in shapes,
+        codes=codes,
+        inner_channels=0 if inner == channels else inner,
     )
 
 
+def _conditioner(shapes: Shapes, part: ConditionPart) -> LayoutConfig | ClassesConfig | MapConfig:
+    own = _under(shapes, part.prefix)
+    if part.kind == LayoutConfig.kind:
+        return LayoutConfig(part=part.part, **_bert(own))
+    if part.kind == ClassesConfig.kind:
+        classes, width = own["embedding.weight"]
+        return ClassesConfig(classes, width, classes - 1 if classes != _IMAGENET else None)
+    levels = count_of(_under(shapes, VAE_PREFIX), r"decoder\.up\.(\d+)\.")
+    channels, classes = own["channel_mapper.weight"][:2]
+    return MapConfig(classes, channels, levels - 1)
+
+
+def _bert(shapes: Shapes) -> dict[str, Any]:
+    """The dimensions of a transformer as in the `x-transformers` package, which has eight heads."""
+    layers = count_of(shapes, r"attn_layers\.layers\.(\d+)\.")
+    vocab_size, hidden = shapes["token_emb.weight"]
+    return {
+        "layout": "bert",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": shapes["attn_layers.layers.1.1.net.0.0.weight"][0],
+        "layers": layers // 2,
+        "heads": _BERT_HEADS,
+        "max_length": shapes["pos_emb.emb.weight"][0],
+        "activation": "gelu",
+        "head_dim": shapes["attn_layers.layers.0.1.to_q.weight"][0] // _BERT_HEADS,
+        "causal": False,
+        "attention_bias": False,
+    }
+
+
 def _text(shapes: Shapes, text: TextPart) -> TextEncoderConfig:
+    if text.layout == "bert":
+        return TextEncoderConfig(part=text.part, **_bert(shapes))
     shapes = {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
     openclip = text.layout == "openclip"
     embeddings, layer, up, positions = _OPENCLIP_NAMES if openclip else _CLIP_NAMES
@@ -197,10 +281,20 @@ def schedule_of_file(file: WeightFile, family: Family) -> ScheduleConfig:
     written = _from_metadata(file.metadata, file.path)
     beside = _from_yaml(file.path.with_suffix(".yaml"))
     usual = ScheduleConfig(
+        beta_start=family.betas[0],
+        beta_end=family.betas[1],
         prediction_type=marked or written or beside or family.prediction_type or UNDECIDED,
         zero_terminal_snr="ztsnr" in file.tensors or any(_is_true(file.metadata.get(key)) for key in _ZERO_SNR_KEYS),
     )
-    return _with_levels(usual, file) if _LEVELS in file.tensors else usual
+    return _with_levels(usual, file, read_numbers(file, _LEVELS), _LEVELS) if _LEVELS in file.tensors else usual
+
+
+def _noising(file: WeightFile, betas: tuple[float, float]) -> ScheduleConfig:
+    """How pictures to be enlarged are noised: as the file's levels say, else with these betas."""
+    usual = ScheduleConfig(beta_start=betas[0], beta_end=betas[1])
+    if _SIGNALS not in file.tensors:
+        return usual
+    return _with_levels(usual, file, [signal**2 for signal in read_numbers(file, _SIGNALS)], _SIGNALS)
 
 
 def _from_metadata(metadata: Mapping[str, str], path: Path) -> str | None:
@@ -218,17 +312,17 @@ def _is_true(word: str | None) -> bool:
     return word is not None and word.strip().lower() in ("true", "1", "yes")
 
 
-def _with_levels(usual: ScheduleConfig, file: WeightFile) -> ScheduleConfig:
-    levels = read_numbers(file, _LEVELS)
+def _with_levels(usual: ScheduleConfig, file: WeightFile, levels: list[float], name: str) -> ScheduleConfig:
+    """The schedule with these levels, from the tensor of this name, unless they are the usual ones."""
     expected = list(itertools.accumulate((1 - beta for beta in betas_of(usual)), operator.mul))
-    share, least = _ROUNDING.get(file.tensors[_LEVELS].dtype, _SAME)
+    share, least = _ROUNDING.get(file.tensors[name].dtype, _SAME)
     if len(levels) == len(expected) and all(
         abs(a - b) <= max(share * b, least) for a, b in zip(levels, expected, strict=True)
     ):
         return usual
     falling = all(a > b for a, b in itertools.pairwise(levels))
     if len(levels) < 2 or not falling or not 0 <= levels[-1] <= levels[0] < 1:
-        raise BadDataError(f"{shown(file.path)}: its {_LEVELS} do not fall from below 1 to no less than 0.")
+        raise BadDataError(f"{shown(file.path)}: its {name} do not fall from below 1 to no less than 0.")
     return dataclasses.replace(
         usual, training_steps=len(levels), alphas_cumprod=tuple(levels), zero_terminal_snr=levels[-1] == 0
     )

@@ -16,14 +16,16 @@ from typing import Any, Generic, TypeVar
 from ldmcli.background import in_background
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
-from ldmcli.checkpoints.families import FAMILIES, READ, family_of_unet, require_family
+from ldmcli.checkpoints.families import FAMILIES, SD_UPSCALER, SUPER_RESOLUTION, family_of_unet
+from ldmcli.checkpoints.file_kinds import READ, require_family
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
-from ldmcli.checkpoints.key_map import IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
-from ldmcli.checkpoints.layout import GENERATION, INDEX, UPSCALER, WORD_LIST, stem_of, weight_names
+from ldmcli.checkpoints.key_map import EMA_PREFIX, IGNORED_ORIGINAL, UNET_PREFIX, VAE_PREFIX, NetworkConfig
+from ldmcli.checkpoints.layout import GENERATION, INDEX, OTHER_FOLDERS, UPSCALER, WORD_LIST, stem_of, weight_names
+from ldmcli.conditioning.class_names import ClassNames
 from ldmcli.conditioning.known_words import WordList
 from ldmcli.conditioning.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
-from ldmcli.config import ModelConfig, TextEncoderConfig
+from ldmcli.config import Defaults, ModelConfig, ScheduleConfig, TextEncoderConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import listing, read_json, read_text, shown
 from ldmcli.errors import BadDataError, MissingInputError, printable
@@ -31,9 +33,14 @@ from ldmcli.frozen import frozen
 
 _log = logging.getLogger(__name__)
 EMBEDDED_NAME = "tiny-emoji"
+CLASS_NAMES = "classes.txt"  # in a model's folder, a class a line
+CLASS_NAMES_ENDING = f".{CLASS_NAMES}"  # of a file beside a model's
 _MAX_WORD_LIST = 1 << 20  # bytes
 # diffusers' pipelines that correct old configurations when they are made.
-_MENDING, _NOT_MENDING = "StableDiffusion", ("StableDiffusionXL", "StableDiffusionControlNet")
+_MENDING = "StableDiffusion"
+_NOT_MENDING = ("StableDiffusionXL", "StableDiffusionControlNet", "StableDiffusionUpscale")
+# Those whose U-Nets alone do not tell the family.
+_PIPELINES = {"StableDiffusionUpscalePipeline": SD_UPSCALER, "LDMSuperResolutionPipeline": SUPER_RESOLUTION}
 _OPENCLIP_PAD = "!"  # whose id, 0, OpenCLIP fills short prompts up with
 _SNAPSHOT = re.compile(r"/models--(?:[^/]*--)?([^/]*)/snapshots/[^/]*")
 
@@ -50,6 +57,7 @@ class PartSource(Generic[_Config]):
     files: tuple[WeightFile, ...]
     prefix: str = ""
     original: bool = False
+    dotless: bool = False  # the names behind the prefix have lost their dots
 
     def keys(self) -> dict[str, WeightFile]:
         """Every tensor key of the part, as it stands on disk, with the file it is in."""
@@ -72,6 +80,7 @@ class ModelSource:
     prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     half: bool = False
     allow_pickle: bool = False
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of parts that a folder calls otherwise
     # What a header or a vocabulary gave, which are read once a run.
     _opened: dict[tuple[str, bool], tuple[WeightFile, ...]] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
@@ -89,19 +98,26 @@ class ModelSource:
     @property
     def parts(self) -> tuple[str, ...]:
         """The networks it is made of, by the names of their folders in a diffusers model."""
-        return ("unet", "vae", *(text.part for text in self.config.text_encoders))
+        return tuple(self._configs)
+
+    @property
+    def _configs(self) -> dict[str, Any]:
+        config, more = self.config, (self.config.conditioner,) if self.config.conditioner else ()
+        encoders = {each.part: each for each in (*config.text_encoders, *more)}
+        return {"unet": config.unet, "vae": config.vae, **encoders}
 
     def part(self, name: str) -> PartSource[Any]:
         """One of `parts`."""
-        configs = {"unet": self.config.unet, "vae": self.config.vae, **{t.part: t for t in self.config.text_encoders}}
-        config = configs[name]
+        config = self._configs[name]
         if self.single_file:
-            return PartSource(name, self.path, config, (self.single_file,), self.prefixes[name], original=True)
+            prefix = self.prefixes[name]
+            dotless = prefix == EMA_PREFIX
+            return PartSource(name, self.path, config, (self.single_file,), prefix, original=True, dotless=dotless)
         key = name, self.half
         if key not in self._opened:
-            opened = open_part(self.path / name, name, half=self.half, allow_pickle=self.allow_pickle)
-            self._opened[key] = tuple(opened)
-        return PartSource(name, self.path / name, config, self._opened[key])
+            folder = self.path / self.folders.get(name, name)
+            self._opened[key] = tuple(open_part(folder, name, half=self.half, allow_pickle=self.allow_pickle))
+        return PartSource(name, self.path / self.folders.get(name, name), config, self._opened[key])
 
     @property
     def upscaler(self) -> Path | None:
@@ -117,6 +133,13 @@ class ModelSource:
         listed = not self.single_file and os.path.lexists(path)
         return WordList(read_text(path, _MAX_WORD_LIST) if listed else "")
 
+    @functools.cached_property
+    def class_names(self) -> ClassNames:
+        """What the model's classes are called, by the list beside its file or in its folder; empty without one. Raises
+        BadDataError where it is no text, StorageError."""
+        path = self.path.with_suffix(CLASS_NAMES_ENDING) if self.single_file else self.path / CLASS_NAMES
+        return ClassNames(read_text(path, _MAX_WORD_LIST) if os.path.lexists(path) else "")
+
     @property
     def tokenizers(self) -> tuple[ClipTokenizer, ...]:
         """One for each text encoder: the folder's, or CLIP's own for a single file."""
@@ -126,6 +149,8 @@ class ModelSource:
         return tuple(self._tokenizers[text] for text in self.config.text_encoders)
 
     def _tokenizer(self, text: TextEncoderConfig) -> ClipTokenizer:
+        if text.layout == "bert":
+            return self._bert_tokenizer(text)
         openclip = text.layout == "openclip"
         if self.single_file:
             vocabulary = clip_vocabulary()
@@ -134,6 +159,21 @@ class ModelSource:
             vocabulary = vocabulary_from_folder(self.path / text.part.replace("text_encoder", "tokenizer"))
         _check_vocabulary(vocabulary, text.vocab_size, shown(self.path))
         return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip, rows=text.vocab_size)
+
+    def _bert_tokenizer(self, text: TextEncoderConfig) -> ClipTokenizer:
+        from ldmcli.conditioning.wordpiece import VOCABULARY, bert_tokenizer, tokenizer_of_file
+
+        size = text.max_length, text.vocab_size
+        if not self.single_file:
+            return bert_tokenizer(self.path / "tokenizer", *size)
+        own, shared = self.path.with_suffix(f".{VOCABULARY}"), self.path.parent / VOCABULARY
+        found = next((path for path in (own, shared) if os.path.lexists(path)), None)
+        if found is None:
+            raise MissingInputError(
+                f"{shown(self.path)} needs BERT's vocabulary for its prompts; put that of bert-base-uncased beside it, "
+                f"as {own.name} or {VOCABULARY}."
+            )
+        return tokenizer_of_file(found, *size)
 
     def sha256(self, hashes: FileHashes) -> "Future[str]":
         """The model's identity: the SHA-256 of its file; for a folder, that of the list of its weight files' hashes. It
@@ -186,7 +226,11 @@ def model_of_file(file: WeightFile, *, own_vae: bool = True) -> ModelSource:
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     family = require_family(shapes, file.path, own_vae=own_vae)
     prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **{text.part: text.prefix for text in family.texts}}
+    if family.conditioner:
+        prefixes[family.conditioner.part] = family.conditioner.prefix
     known = tuple(prefixes.values())
+    if family.averaged and any(key.startswith(EMA_PREFIX) for key in shapes):
+        prefixes["unet"] = EMA_PREFIX
     ignored = [key for key in file.tensors if not key.startswith(known) and not IGNORED_ORIGINAL.match(key)]
     if ignored:
         said = list_keys("has tensors of no known part, which are ignored", ignored)
@@ -242,17 +286,24 @@ def _open_folder(path: Path, allow_pickle: bool) -> ModelSource:
         inside = listing(path, ".safetensors", 1)
         hint = f"; did you mean {shown(path)}/{inside[0]}?" if inside else "."
         raise BadDataError(f"{shown(path)} is a folder without {INDEX}, so not a diffusers model{hint}")
-    config = _folder_model(path, read_json(path / INDEX, folder_config.MAX_CONFIG_BYTES))
+    index = read_json(path / INDEX, folder_config.MAX_CONFIG_BYTES)
+    folders = {part: other for part, other in OTHER_FOLDERS.items() if other in index}
+    config = _folder_model(path, index, folders)
     check_buildable(config, shown(path))
-    source = ModelSource(path, config, allow_pickle=allow_pickle)
+    source = ModelSource(path, config, allow_pickle=allow_pickle, folders=folders)
     for part in source.parts:
         source.part(part)
     return source
 
 
-def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
-    """What a diffusers folder describes. Raises BadDataError where it is another kind of model."""
+def _folder_texts(path: Path, index: dict[str, Any], folders: Mapping[str, str]) -> list[TextEncoderConfig]:
+    """The text encoders that a diffusers folder names, or CLIP's where it names none; none where the U-Net reads no
+    text. Raises BadDataError where they are others."""
     kind = printable(str(index.get("_class_name", ""))) or "model"
+    if "text_encoder" in folders:
+        return [folder_config.bert_config(path / folders["text_encoder"] / "config.json")]
+    if index.get("unet") == ["diffusers", folder_config.PLAIN_UNET]:
+        return []
     classes = {name: index.get(name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
     known = [["transformers", name] for name in ("CLIPTextModel", folder_config.WITH_PROJECTION)]
     named = {name: found for name, found in classes.items() if found not in (None, [None, None])}
@@ -261,17 +312,29 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
             f"{shown(path)} is a {kind}, not a latent diffusion U-Net with a CLIP text encoder; this version reads "
             f"{READ}."
         )
-    texts = [
+    return [
         folder_config.text_encoder_config(path / part / "config.json", part, found[1])
         for part, found in (named or {"text_encoder": known[0]}).items()
     ]
+
+
+def _folder_model(path: Path, index: dict[str, Any], folders: Mapping[str, str]) -> ModelConfig:
+    """What a diffusers folder describes. Raises BadDataError where it is another kind of model."""
+    kind = str(index.get("_class_name", ""))
+    texts = _folder_texts(path, index, folders)
     mended = kind.startswith(_MENDING) and not kind.startswith(_NOT_MENDING)
-    unet = folder_config.unet_config(path / "unet" / "config.json", texts[-1].projection_dim or 0, mended=mended)
-    vae = folder_config.vae_config(path / "vae" / "config.json")
-    family = family_of_unet(unet)
+    if texts:
+        unet = folder_config.unet_config(path / "unet" / "config.json", texts[-1].projection_dim or 0, mended=mended)
+    else:
+        unet = folder_config.plain_unet_config(path / "unet" / "config.json")
+    vae = folder_config.vae_config(path / folders.get("vae", "vae") / "config.json")
+    family = _PIPELINES.get(kind) or family_of_unet(unet, bert=any(text.layout == "bert" for text in texts))
+    if family.joins:
+        unet = dataclasses.replace(unet, joins=family.joins)
+        vae = dataclasses.replace(vae, scaling_factor=family.scaling_factor or 1.0)  # as diffusers' pipelines decode
     if unet.added_numbers:  # XL reads the states before the last layer, as they are
         texts = [dataclasses.replace(text, skipped_layers=1, final_norm=False) for text in texts]
-    else:
+    elif not family.force_upcast:
         vae = dataclasses.replace(vae, force_upcast=False)
     reads_guidance = unet.guidance_dim is not None
     scheduler = index.get("scheduler")  # [library, class]
@@ -288,10 +351,16 @@ def _folder_model(path: Path, index: dict[str, Any]) -> ModelConfig:
         vae=vae,
         text_encoders=tuple(texts),
         schedule=dataclasses.replace(found.schedule, xl=bool(unet.added_numbers)),
+        noising=_noising(path) if family.noising else None,
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
         defaults=folder_config.own_defaults(path / GENERATION, found.defaults, reads_guidance=reads_guidance),
         notes=(found.guess, *found.notes) if found.guess and not (path / GENERATION).exists() else found.notes,
     )
+
+
+def _noising(path: Path) -> ScheduleConfig:
+    """How pictures to be enlarged are noised."""
+    return folder_schedule(path / "low_res_scheduler" / "scheduler_config.json", None, Defaults()).schedule
 
 
 def _check_vocabulary(vocabulary: Vocabulary, size: int, where: str) -> None:

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = (
-    "txt2img", "img2img", "batch", "upscale", "canny", "serve", "info", "show", "gallery", "pull", "models",
-    "samplers", "config", "schema", "completion", "man", "bench",
+    "txt2img", "img2img", "sample", "batch", "upscale", "canny", "vae", "serve", "info", "show", "gallery", "pull",
+    "models", "samplers", "config", "schema", "completion", "man", "bench",
 )  # fmt: skip
 OWN_OPTIONS = ("-h", "--help", "-V", "--version")
 COMPLETION = "_LDM_COMPLETE"  # the variable in which click's completion scripts ask
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number
-_DRAWING = ("txt2img", "img2img")
+_DRAWING = ("txt2img", "img2img", "sample")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from ldmcli.cli.arguments import STDIN
 from ldmcli.cli.options import REQUEST_OPTIONS, expanded
+from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.control import CONTROL_FIELDS
 from ldmcli.errors import BadDataError, MissingInputError, printable
 from ldmcli.image_prompt import IP_ADAPTER_FIELDS, NO_MASK
@@ -56,8 +57,8 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     def given(name: str) -> bool:
         return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
-    request, prompts = record["request"], context.params["prompts"]
-    names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *STEERING, "seed")
+    request, prompts = record["request"], context.params.get("prompts", ())
+    names = (*REQUEST_OPTIONS, *CONDITION_FIELDS, *IMAGE_FIELDS, *HIRES_FIELDS, *STEERING, "seed")
     found = {name: request[name] for name in names if name in request}
     for networks, _, *settings in (CONTROL_FIELDS, IP_ADAPTER_FIELDS):
         if given(networks):  # what is said of other networks is not for these

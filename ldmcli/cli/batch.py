@@ -187,7 +187,7 @@ def _checked(context: click.Context, file: str | None, options: dict[str, Any]) 
         raise click.UsageError("give a prompt FILE, - for standard input, or --status DIR.", context)
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("give --output DIR, or --dry-run to check the rows alone.", context)
-    if _STDIN in [options[name] for name in PICTURES]:
+    if _STDIN in [options.get(name) for name in PICTURES]:
         raise click.UsageError("a picture of a batch is a file; standard input is for rows.", context)
     if options["seed"] == -1:
         _log.warning("--seed -1 is a seed like others here, for the same command draws the same")

@@ -1,6 +1,5 @@
 """`ldm canny`: a picture's edges, as ControlNets for them are given."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ import click
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
 from ldmcli.cli.command import command, values
 from ldmcli.cli.options import file_options, json_option, option, verbosity_options
-from ldmcli.cli.output import choose_encoding, open_output
+from ldmcli.cli.output import choose_encoding, in_folder, open_output
 from ldmcli.control import CANNY_USUAL, thresholds
-from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import UsageError
 
 
@@ -40,9 +38,7 @@ def canny(image: str, output: str, as_json: bool, **options: Any) -> None:
     encoding = choose_encoding(output, **{name: options[name] for name in ("image_format", "quality", "lossless")})
     place = open_output(output, encoding, overwrite=options["overwrite"], as_json=as_json, one_image=True)
     if place.path and not place.is_file:
-        inside = place.path / f"{'edges' if image == STDIN else Path(image).stem}{encoding.ending}"
-        check_replaceable(inside, overwrite=place.overwrite)
-        place = dataclasses.replace(place, path=inside, is_file=True)
+        (place,) = in_folder(place, [f"{'edges' if image == STDIN else Path(image).stem}{encoding.ending}"])
     import numpy as np
     from PIL import Image
 

@@ -30,9 +30,10 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     """
     from ldmcli.adapters.adapter import is_adapter_folder
     from ldmcli.checkpoints.control_source import control_facts, is_control_folder
-    from ldmcli.checkpoints.families import IP_ADAPTER, STEERING
+    from ldmcli.checkpoints.file_kinds import AUTOENCODERS, IP_ADAPTER, STEERING
     from ldmcli.checkpoints.inspection import inspect
     from ldmcli.checkpoints.ip_adapter_source import ip_adapter_facts
+    from ldmcli.checkpoints.vae_source import autoencoder_facts, is_autoencoder_folder
     from ldmcli.hub.listing import find_here
 
     codes = []
@@ -43,12 +44,17 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
                 facts = {"kind": "weights", "is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
             elif is_control_folder(path):
                 facts = {"kind": "weights"} | control_facts(path)
+            elif is_autoencoder_folder(path):
+                facts = {"kind": "weights", "is": "autoencoder, diffusers folder"}
+                facts |= autoencoder_facts(path, allow_pickle=allow_pickle)
             else:
                 facts = inspect(path, allow_pickle=allow_pickle)
                 if facts.get("is") in ("LoRA", "unknown"):  # of some kinds no key's ending tells
                     facts |= _tried_adapter_facts(path, facts["is"], allow_pickle=allow_pickle)
                 if facts.get("is") in STEERING:
                     facts |= control_facts(path, allow_pickle=allow_pickle)
+                elif facts.get("is") in AUTOENCODERS:
+                    facts |= _autoencoder_facts(path, allow_pickle=allow_pickle)
                 elif facts.get("is") == IP_ADAPTER:
                     facts |= ip_adapter_facts(path, allow_pickle=allow_pickle)
                 elif facts["kind"] != "model":
@@ -88,7 +94,7 @@ def _adapter_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
 
 def _embedding_facts(path: Path, kind: str, *, allow_pickle: bool) -> dict[str, Any]:
     """What is to be said of an embedding, which files of no other kind may be too; nothing of others."""
-    from ldmcli.checkpoints.families import EMBEDDING
+    from ldmcli.checkpoints.file_kinds import EMBEDDING
 
     if kind not in (EMBEDDING, "unknown", ""):
         return {}
@@ -100,6 +106,16 @@ def _embedding_facts(path: Path, kind: str, *, allow_pickle: bool) -> dict[str, 
         if kind == EMBEDDING:
             raise
         return {}
+
+
+def _autoencoder_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:
+    """What is to be said of an autoencoder; of one that cannot be read, why."""
+    from ldmcli.checkpoints.vae_source import autoencoder_facts
+
+    try:
+        return autoencoder_facts(path, allow_pickle=allow_pickle)
+    except BadDataError as error:
+        return {"problem": str(error)}
 
 
 def _upscaler_facts(path: Path, *, allow_pickle: bool) -> dict[str, Any]:

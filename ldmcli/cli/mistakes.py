@@ -13,9 +13,10 @@ from ldmcli.cli.configured import all_commands
 from ldmcli.errors import printable
 
 _COMMANDS_MEANT = {
-    "txt2img": "generate gen draw t2i text2img text2image txt2image texttoimage create imagine make render run sample "
+    "txt2img": "generate gen draw t2i text2img text2image txt2image texttoimage create imagine make render run "
     "paint picture image prompt",
     "img2img": "i2i image2image img2image imagetoimage inpaint outpaint edit redraw variation variations",
+    "sample": "unconditional classconditional uncond",
     "batch": "batches many queue jobs file",
     "upscale": "upscaler enhance enlarge superres superresolution esrgan",
     "info": "inspect metadata exif pnginfo parameters describe cat",
@@ -103,7 +104,7 @@ _CLICK = (
     (r"(.*) is not in the range (\S+?)<=x<=(\S+?)\.?", r"\1 is not from \2 to \3"),
     (r"(.*) is not one of (.*?)\.?", None),
 )
-_STOP = 0.72  # how alike two words are, from which on one may be meant for the other
+_STOP = 0.75  # how alike two words are, from which on one may be meant for the other
 
 
 def asked_about(word: str, commands: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ from ldmcli.cli.option_types import (
     Prediction,
     Sampler,
     Schedule,
+    Seed,
     Size,
 )  # fmt: skip
 from ldmcli.cli.terminal import LogHandler
@@ -109,8 +110,7 @@ REQUEST_OPTIONS = (
     "guidance_interval", "prompt_syntax", "on_long_prompt", "clip_skip", "original_width", "original_height",
     "crop_left", "crop_top", "refiner_start", "loras", "embeddings",
 )  # fmt: skip
-_REQUEST = (
-    option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show."),
+_SAMPLING = (
     option("--size", type=Size(), metavar="WxH",
            help="Width and height in pixels.  [default: the model's own]"),
     option("-W", "--width", type=int, help="Pixels, as in --size."),
@@ -131,6 +131,10 @@ _REQUEST = (
            help="Take back what guidance adds to the contrast: 0 nothing, 1 all (Lin et al. use 0.7)."),
     option("--guidance-interval", type=Interval(), metavar="LOW:HIGH",
            help="Guide only at noise levels sigma from LOW to HIGH (Kynkäänniemi et al.; for SDXL 0.28:5.42)."),
+)  # fmt: skip
+_REQUEST = (
+    option("-n", "--negative-prompt", metavar="TEXT", default="", help="What the picture should not show."),
+    *_SAMPLING,
     option("--prompt-syntax", type=click.Choice(PROMPT_SYNTAXES), default="plain", show_default=True,
            help="weighted: (word:1.3), (word), [word], \\(, BREAK and <lora:NAME:WEIGHT> count; plain: what you type "
            "is what is read."),
@@ -169,6 +173,10 @@ _IMAGE = (
            "1.5]"),
     option("--depth", type=_FILE, metavar="FILE",
            help="The picture's depth map, for models that read one: grey of 8 or 16 bits, nearer is brighter."),
+    option("--noise-level", type=int,
+           help="How much noise a model that enlarges pictures adds to the picture first, 0 to 350.  [default: 20]"),
+    option("--patch", type=int, metavar="PIXELS",
+           help="How much of the picture's side such a model computes at once; 0 all.  [default: 128]"),
     option("--mask", type=_FILE, metavar="FILE|alpha",
            help="Repaint only what is white in this picture; alpha: where the picture itself is transparent."),
     option("--invert-mask", is_flag=True, help="Repaint what is black instead."),
@@ -201,7 +209,7 @@ def request_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request that the options give."""
     names = (*REQUEST_OPTIONS, *IMAGE_FIELDS, *HIRES_FIELDS, *STEERING)
     settings = {name: options[name] for name in names if name in options}
-    if options["refiner"] and settings["refiner_start"] is None:
+    if options["refiner"] and settings.get("refiner_start") is None:
         settings["refiner_start"] = REFINER_START
     return settings
 
@@ -312,11 +320,13 @@ dynamic_options = together(
 )  # fmt: skip
 
 
+sampling_options = together(*_SAMPLING)  # those of them that go without prompts
 request_options = together(*_REQUEST)  # what to draw, and how: REQUEST_OPTIONS
 image_options = together(*_IMAGE)  # which picture to draw on: IMAGE_FIELDS
 hires_options = together(*_HIRES)  # how to draw again in a larger size: HIRES_FIELDS
 model_options = together(*_MODEL)  # with which weights
 device_options = together(*_RUNTIME[:2])  # --dtype and --device alone
+tiling_option = _RUNTIME[-1]
 runtime_options = together(*_RUNTIME)  # where and how to compute
 
 
@@ -325,6 +335,32 @@ server_options = together(
     option("--no-server", is_flag=True, help="Do without the server of `ldm serve`, if there is one."),
     option("--keep", type=Duration(), metavar="TIME",
            help="Leave a server behind that ends after 90s, 10m, 1h … without work; the next command finds it."),
+)  # fmt: skip
+
+
+# How many pictures, and how they are written, of every command that draws as it is typed.
+output_options = together(
+    option("-s", "--seed", type=Seed(), metavar="INTEGER",
+           help="Seed of the first picture; -1 is random.  [default: random, reported]"),
+    option("-c", "--count", aliases=["--num-images", "--batch-count"], type=click.IntRange(1), default=1,
+           show_default=True, help="Pictures per prompt, with seeds SEED, SEED+1, …"),
+    option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
+           help="Pictures computed at once."),
+    option("-o", "--output", metavar="PATH", default=".",
+           help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]"),
+    file_options("--image-format", "--format"),
+    name_option,
+    show_option,
+    preview_options,
+    option("--from-image", metavar="FILE",
+           help="Run the request in this picture again, one of another program as far as it can be taken; options "
+           "given win over it."),
+    runtime_options,
+    server_options,
+    option("--overwrite", is_flag=True, help="Replace files that are there already."),
+    option("--no-metadata", is_flag=True, help="Write no prompt and settings into the picture."),
+    json_option("Report each picture as a JSON line."),
+    verbosity_options,
 )  # fmt: skip
 
 

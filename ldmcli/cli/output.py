@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ class Output:
         number = self._written.total()
         row = number // self.of_row + 1
         return self.name.of(record, row=row, id=str(row), number=number + 1)
+
+
+def in_folder(output: Output, names: Sequence[str]) -> list[Output]:
+    """A file of its own for each of these names, in the output's folder. Raises UsageError where two would be one, and
+    as `check_replaceable` does."""
+    assert output.path
+    places = [output.path / name for name in names]
+    for place, count in Counter(places).items():
+        if count > 1:
+            raise UsageError(f"{count} pictures would be written to {printable(str(place))}; do it in several runs.")
+        check_replaceable(place, overwrite=output.overwrite)
+    return [dataclasses.replace(output, path=place, is_file=True) for place in places]
 
 
 def choose_encoding(where: str, *, image_format: str | None, quality: int | None, lossless: bool) -> Encoding:

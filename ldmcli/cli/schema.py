@@ -24,9 +24,8 @@ def schema() -> None:
 
 def _described() -> dict[str, str]:
     """What the help says of each option, less its default."""
-    found: dict[str, str] = {}
-    for one in all_commands():
-        if one.name in ("txt2img", "img2img"):
-            options = (option for option in one.params if isinstance(option, click.Option))
-            found |= {option.name or "": re.sub(r"\s*\[default.*", "", option.help or "") for option in options}
+    commands, found = {one.name: one for one in all_commands()}, dict[str, str]()
+    for name in ("upscale", "sample", "txt2img", "img2img"):  # what the last says counts
+        options = (option for option in commands[name].params if isinstance(option, click.Option))
+        found |= {option.name or "": re.sub(r"\s*\[default.*", "", option.help or "") for option in options}
     return found

@@ -15,27 +15,20 @@ import click
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin, read_prompts
 from ldmcli.cli.command import command
-from ldmcli.cli.option_types import Seed, Whole
+from ldmcli.cli.option_types import Whole
 from ldmcli.cli.options import (
     dynamic_options,
     dynamic_prompts,
     expanded,
-    file_options,
     hires_options,
-    json_option,
     model_options,
     model_spec,
-    name_option,
     option,
-    preview_options,
+    output_options,
     request_options,
     request_settings,
-    runtime_options,
     runtime_spec,
-    server_options,
-    show_option,
     together,
-    verbosity_options,
 )
 from ldmcli.cli.output import Output, choose_encoding, open_output
 from ldmcli.cli.previews import Previews, preview_steps
@@ -43,6 +36,7 @@ from ldmcli.cli.resident import open_session
 from ldmcli.cli.steering_options import DrawingCommand, steering_options
 from ldmcli.cli.terminal import StepBar, loading, shows_pictures
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
+from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
@@ -69,27 +63,7 @@ drawing_options = together(
     hires_options,
     steering_options,
     dynamic_options,
-    option("-s", "--seed", type=Seed(), metavar="INTEGER",
-           help="Seed of the first picture; -1 is random.  [default: random, reported]"),
-    option("-c", "--count", aliases=["--num-images", "--batch-count"], type=click.IntRange(1), default=1,
-           show_default=True, help="Pictures per prompt, with seeds SEED, SEED+1, …"),
-    option("-b", "--batch-size", type=click.IntRange(1, 1024), default=1, show_default=True,
-           help="Pictures computed at once."),
-    option("-o", "--output", metavar="PATH", default=".",
-           help="A folder, a .png, .jpg or .webp file, or - for stdout.  [default: this folder]"),
-    file_options("--image-format", "--format"),
-    name_option,
-    show_option,
-    preview_options,
-    option("--from-image", metavar="FILE",
-           help="Run the request in this picture again, one of another program as far as it can be taken; options "
-           "given win over it."),
-    runtime_options,
-    server_options,
-    option("--overwrite", is_flag=True, help="Replace files that are there already."),
-    option("--no-metadata", is_flag=True, help="Write no prompt and settings into the picture."),
-    json_option("Report each picture as a JSON line."),
-    verbosity_options,
+    output_options,
 )  # fmt: skip
 
 
@@ -128,11 +102,16 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         take_over(context, options, record)
         if not prompts:
             prompts, options["dynamic_prompts"] = (record["request"]["prompt"],), False  # it is drawn already
+    unprompted = not prompts and options.get("image") is not None  # as some models draw on pictures
+    prompts = ("",) if unprompted else prompts
     _check_sources(context, prompts, options)
-    requests = _requests(prompts, options)
+    conditions = _conditions(options)
+    requests = _requests(prompts, options, conditions)
     preview = preview_steps(options)
     # 2. What the model is, from its headers; then every check that needs no weights.
     session = _open(options, record, encoding, preview)
+    if unprompted and session.token_limit:
+        _check_sources(context, (), options)
     if record and skips_otherwise(context, record, session.family):
         requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
     if not session.remote:
@@ -149,7 +128,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         encoding,
         overwrite=options["overwrite"],
         as_json=options["as_json"],
-        one_image=len(prompts) * options["count"] == 1 and STDIN not in prompts,
+        one_image=STDIN not in prompts and len(prompts) * len(conditions) * options["count"] == 1,
         name=options["name"],
         of_row=of_row,
     )
@@ -265,16 +244,28 @@ class _Written:
                 _log.warning("the %s is not the one the picture was made with; it will differ", printable(what))
 
 
-def _requests(prompts: Sequence[str], options: dict[str, Any]) -> Iterator[GenerationRequest]:
-    """The first request of each prompt; of each picture, where prompts are drawn by lot. Raises UsageError before any
-    prompt is read where an option is out of range."""
+def _conditions(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is drawn of each prompt: a class each, where there are several."""
+    given = {name: options[name] for name in CONDITION_FIELDS if options.get(name) not in (None, ())}
+    labels = given.get("label")
+    return [given | {"label": one} for one in labels] if isinstance(labels, tuple) else [given]
+
+
+def _requests(
+    prompts: Sequence[str], options: dict[str, Any], conditions: Sequence[dict[str, Any]]
+) -> Iterator[GenerationRequest]:
+    """The first request of each prompt and condition; of each picture, where prompts are drawn by lot. Raises
+    UsageError before any prompt is read where an option is out of range."""
     seed = int.from_bytes(os.urandom(_RANDOM_BYTES)) if options["seed"] is None else options["seed"]
-    if options.get("image") == STDIN:
-        options["image"] = picture_from_stdin()
+    for name in ("image", "map"):
+        if options.get(name) == STDIN:
+            options[name] = picture_from_stdin()
+            conditions = [one | {name: options[name]} if name in one else one for one in conditions]
     common = GenerationRequest(prompt="", seed=seed, **request_settings(options))
     if seed + options["count"] - 1 > MAX_SEED:
         raise UsageError(f"seed {seed} with --count {options['count']} goes past {MAX_SEED}, the largest seed.")
-    requests = (dataclasses.replace(common, prompt=prompt) for prompt in read_prompts(prompts))
+    of_each = [dataclasses.replace(common, **one) for one in conditions]
+    requests = (dataclasses.replace(one, prompt=prompt) for prompt in read_prompts(prompts) for one in of_each)
     draws = dynamic_prompts(options)
     if draws is None:
         return requests

@@ -3,18 +3,21 @@
 import contextlib
 import dataclasses
 import logging
+import os
+import secrets
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ldmcli.cli.arguments import STDIN, picture_from_stdin
 from ldmcli.cli.command import command, values
+from ldmcli.cli.option_types import Seed
 from ldmcli.cli.options import (
     device_options,
     expanded,
@@ -23,41 +26,60 @@ from ldmcli.cli.options import (
     option,
     server_options,
     show_option,
+    together,
     verbosity_options,
 )
-from ldmcli.cli.output import Output, choose_encoding, open_output
+from ldmcli.cli.output import Output, choose_encoding, in_folder, open_output
 from ldmcli.cli.resident import find_server
 from ldmcli.cli.terminal import bar, loading, shows_pictures
 from ldmcli.disk.opening import open_regular
-from ldmcli.disk.writing import check_replaceable
 from ldmcli.errors import BadDataError, MissingInputError, UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.linking import settle_down
 from ldmcli.speed.startup import quicken
 from ldmcli.upscaling.larger import Enlargement, larger_file, read_file
-from ldmcli.upscaling.target import Target, parse_size
-from ldmcli.upscaling.tiles import TILE
+from ldmcli.upscaling.target import Enlarger, Target, parse_size
 
 if TYPE_CHECKING:
     from ldmcli.cli.remote_upscale import RemoteWork
-    from ldmcli.upscaling.upscaler import Upscaler, UpscalerFile
+    from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
+_EMBEDDED, _PICKLES = "embedded", (".pth", ".pt", ".ckpt", ".bin")
+
+
+# Of models that draw pictures larger.
+_drawing_options = together(
+    option("-p", "--prompt", default="", metavar="TEXT", help="What is on the picture, for models that read prompts."),
+    option("-n", "--negative-prompt", default="", metavar="TEXT", help="What it should not show."),
+    option("--steps", type=int, help="Sampling steps.  [default: the model's own; 75 or 100]"),
+    option("-g", "--guidance-scale", "--cfg-scale", type=float,
+           help="How closely to follow the prompt.  [default: the model's own; 9]"),
+    option("--noise-level", type=int, help="Noise added to the picture first, 0 to 350.  [default: 20]"),
+    option("--eta", type=float,
+           help="Fresh noise in DDIM: 0 none, 1 as in DDPM.  [default: 1 for LDM super-resolution, 0 for SD's]"),
+    option("-s", "--seed", type=Seed(), metavar="INTEGER", help="Of the noise; -1 is random.  [default: random, "
+           "reported]"),
+)  # fmt: skip
+_DRAWING = ("prompt", "negative_prompt", "steps", "guidance_scale", "noise_level", "eta", "seed")
 
 
 @command(short_help="Make pictures larger, by a network trained for it.")
 @click.argument("pictures", metavar="IMAGE...", nargs=-1, required=True, shell_complete=values)
-@option("-m", "--upscaler", metavar="FILE", default="embedded", show_default=True,
-        help="The network: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, as .safetensors.")  # fmt: skip
-@option("--allow-pickle", is_flag=True, help="Read .pth files too, by torch's restricted unpickler alone.")
+@option("-m", "--upscaler", metavar="FILE", default=_EMBEDDED, show_default=True,
+        help="The network: ESRGAN, Real-ESRGAN, Compact, SwinIR, DAT, HAT and others, as .safetensors; or a model that "
+        "draws pictures larger: LDM super-resolution or SD's x4 upscaler, a file, a folder or ORG/NAME.")  # fmt: skip
+@option("--allow-pickle", is_flag=True, help="Read .pth and .ckpt files too, by torch's restricted unpickler alone.")
 @option("-o", "--output", metavar="PATH", required=True,
         help="A folder, a .png, .jpg or .webp file, or - for stdout.")  # fmt: skip
 @option("--scale", type=float, metavar="FACTOR", help="How many times as large.  [default: the network's own, often 4]")
 @option("--size", metavar="WxH", help="This size exactly, cut where the proportions differ; Wx or xH keep them.")
 @file_options("--image-format", "--format")
-@option("--tile", type=click.IntRange(0, 1 << 14), default=TILE, show_default=True, metavar="PIXELS",
-        help="Compute so much of a picture's side at once; 0 all. Smaller takes less memory.")  # fmt: skip
+@option("--tile", type=click.IntRange(0, 1 << 14), metavar="PIXELS",
+        help="Compute so much of a picture's side at once; 0 all. Smaller takes less memory.  [default: 256; 128 for "
+        "models that draw]")  # fmt: skip
+@_drawing_options
 @device_options
 @server_options
 @show_option
@@ -78,6 +100,7 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
     ldm upscale photo.jpg -o large.png
     ldm upscale *.png -m 4x-UltraSharp.safetensors --scale 2 -o large
     ldm upscale photo.jpg --size 1920x1080 -o wallpaper.webp --quality 85
+    ldm upscale small.png -m x4-upscaler.safetensors -p "a white cat" -o cat.png
     ldm txt2img "a rose" -o - | ldm upscale - -o rose.png
     """
     # 1. Everything that can be known before a network is read.
@@ -86,7 +109,7 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
     names = ("image_format", "quality", "lossless")
     encoding = choose_encoding(options["output"], **{name: options[name] for name in names})
     how = Enlargement(target, encoding, not options["no_metadata"], options["tile"])
-    work = _open(how, options)
+    work = _open(context, how, options)
     with _stdin_as_file(pictures) as sources:
         outputs = _outputs(sources, encoding, options)
         # 2. Each picture; the network is read once there is one.
@@ -104,13 +127,19 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
     context.exit(codes[0] if codes else 0)
 
 
-def _open(how: Enlargement, options: dict[str, Any]) -> "_Work | RemoteWork":
-    """The network, looked at: a server's, where there is one."""
+def _open(context: click.Context, how: Enlargement, options: dict[str, Any]) -> "_Work | RemoteWork":
+    """The network, looked at: a server's, where there is one, unless it is a model that draws."""
+    if _draws_larger(options["upscaler"], allow_pickle=options["allow_pickle"]):
+        return _drawing(how, options)
+    for name in _DRAWING:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} is for models that draw pictures larger; leave it out.")
 
     def here() -> _Work:
         from ldmcli.upscaling.upscaler import open_upscaler
 
-        return _Work(open_upscaler(options["upscaler"], allow_pickle=options["allow_pickle"]), how, options)
+        file = open_upscaler(options["upscaler"], allow_pickle=options["allow_pickle"])
+        return _Work(file.name, how, lambda: _loaded(file, options))
 
     server = find_server(options)
     if server is None:
@@ -118,6 +147,63 @@ def _open(how: Enlargement, options: dict[str, Any]) -> "_Work | RemoteWork":
     from ldmcli.cli.remote_upscale import RemoteWork
 
     return RemoteWork(server, how, options, here)
+
+
+def _draws_larger(name: str, *, allow_pickle: bool) -> bool:
+    """Whether `name` is a model that draws pictures larger, or a model's folder or name on the hub, rather than an
+    upscaler's file. Raises as `open_weights` does, for a file that is neither."""
+    if name in ("", _EMBEDDED):
+        return False
+    from ldmcli.checkpoints.families import ENLARGING
+    from ldmcli.checkpoints.file_kinds import describe_single_file, family_named
+    from ldmcli.checkpoints.files import open_weights
+
+    typed = expanded(name)
+    path: Path | None = typed
+    if not os.path.lexists(typed):  # else a client of a server spares itself what computes
+        from ldmcli.hub.listing import find_here
+
+        path = find_here(name)
+    if path is None:
+        return "/" in name and not name.startswith((".", "/", "~")) and not name.endswith((".safetensors", *_PICKLES))
+    if os.path.isdir(path):
+        return True
+    if not os.path.isfile(path) or (path.suffix in _PICKLES and not allow_pickle):
+        return False
+    weights = open_weights(path, allow_pickle=allow_pickle)
+    family = family_named(describe_single_file({key: info.shape for key, info in weights.tensors.items()}))
+    return family in ENLARGING
+
+
+def _drawing(how: Enlargement, options: dict[str, Any]) -> "_Work":
+    """A model that draws pictures larger, looked at."""
+    from ldmcli.session import Session
+    from ldmcli.session.diffusion_upscaler import DiffusionUpscaler
+    from ldmcli.spec import GenerationRequest, ModelSpec
+
+    runtime = RuntimeSpec(device=options["device"], dtype=options["dtype"])
+    session = Session(ModelSpec(model=options["upscaler"], allow_pickle=options["allow_pickle"]), runtime)
+    settings = {name: options[name] for name in _DRAWING}
+    if settings["eta"] is None:
+        settings["eta"] = 0.0 if session.config.noising else 1.0  # as their authors draw
+    seed = secrets.randbelow(1 << 32) if settings["seed"] is None else settings["seed"]
+    upscaler = DiffusionUpscaler(session, GenerationRequest(**settings | {"seed": seed}), how.tile)
+    if settings["seed"] is None:
+        _log.info("seed %d", seed)
+
+    def load() -> DiffusionUpscaler:
+        upscaler.load()
+        return upscaler
+
+    return _Work(session.name, how, load)
+
+
+def _loaded(file: "UpscalerFile", options: dict[str, Any]) -> Enlarger:
+    from ldmcli.speed.policy import choose_runtime
+    from ldmcli.upscaling.upscaler import Upscaler
+
+    runtime = choose_runtime(RuntimeSpec(device=options["device"], dtype=options["dtype"]))
+    return Upscaler(file, runtime, asked=options["dtype"] != "auto")
 
 
 @contextlib.contextmanager
@@ -153,20 +239,15 @@ def _outputs(sources: Sequence[Path], encoding: Encoding, options: dict[str, Any
         raise UsageError("-o - takes one picture, and there are more; give a folder to -o.")
     if output.path is None or output.is_file:
         return [output]
-    places = [output.path / f"{source.stem}{encoding.ending}" for source in sources]
-    for place, count in Counter(places).items():
-        if count > 1:
-            raise UsageError(f"{count} pictures would be written to {printable(str(place))}; enlarge them apart.")
-        check_replaceable(place, overwrite=overwrite)
-    return [dataclasses.replace(output, path=place, is_file=True) for place in places]
+    return in_folder(output, [f"{source.stem}{encoding.ending}" for source in sources])
 
 
 class _Work:
     """Enlarges pictures by one network, which is read when the first of them has been."""
 
-    def __init__(self, file: "UpscalerFile", how: Enlargement, options: dict[str, Any]) -> None:
-        self._file, self._how, self._options = file, how, options
-        self._upscaler: Upscaler | None = None
+    def __init__(self, name: str, how: Enlargement, load: Callable[[], Enlarger]) -> None:
+        self._name, self._how, self._load = name, how, load
+        self._upscaler: Enlarger | None = None
 
     def enlarge(self, source: Path, output: Output) -> None:
         """Read, enlarge, write and report one picture. Raises BadDataError where it cannot be read."""
@@ -177,15 +258,10 @@ class _Work:
             data, size = larger_file(picture, text, upscaler, self._how, partial(show, progress))
         report(source, output, data, size, upscaler.name, time.perf_counter() - started)
 
-    def _loaded(self) -> "Upscaler":
+    def _loaded(self) -> Enlarger:
         if self._upscaler is None:
-            from ldmcli.speed.policy import choose_runtime
-            from ldmcli.upscaling.upscaler import Upscaler
-
-            dtype = self._options["dtype"]
-            with contextlib.closing(loading(self._file.name)):
-                runtime = choose_runtime(RuntimeSpec(device=self._options["device"], dtype=dtype))
-                self._upscaler = Upscaler(self._file, runtime, asked=dtype != "auto")
+            with contextlib.closing(loading(self._name)):
+                self._upscaler = self._load()
             settle_down()
         return self._upscaler
 

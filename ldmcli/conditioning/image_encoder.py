@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmcli.config import ImageEncoderConfig
+from ldmcli.steering_config import ImageEncoderConfig
 
 
 class ImageEncoder(nn.Module):

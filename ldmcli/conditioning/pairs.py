@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldmcli.conditioning.condition_encoder import ConditionEncoder
 from ldmcli.conditioning.prompts import EncodedPrompt, PromptEncoder
 from ldmcli.config import ModelConfig, UNetConfig
 from ldmcli.fitting import FittedRequest
@@ -23,11 +24,15 @@ def is_guided(config: ModelConfig, request: FittedRequest) -> bool:
     return request.guidance_scale != 1 and not config.unet.guidance_dim
 
 
-def pairs(config: ModelConfig, prompts: PromptEncoder, requests: Sequence[FittedRequest]) -> list[Pair]:
-    """The conditionings of each request's negative prompt and prompt; without guidance, twice the prompt's. The
-    requests agree in all but prompts and seed."""
+def pairs(
+    config: ModelConfig, prompts: PromptEncoder | ConditionEncoder, requests: Sequence[FittedRequest]
+) -> list[Pair]:
+    """The conditionings of each request's negative prompt and prompt, or of nothing and what stands in a prompt's
+    place; without guidance, twice the latter. The requests agree in all but prompts and seed."""
     settings = requests[0]
     guided = is_guided(config, settings)
+    if isinstance(prompts, ConditionEncoder):
+        return prompts.pairs(requests, guided=guided)
     zeros = [config.zero_empty_negative and not r.negative_prompt for r in requests]
     texts = [r.prompt for r in requests]
     if guided:
@@ -50,11 +55,13 @@ def pairs(config: ModelConfig, prompts: PromptEncoder, requests: Sequence[Fitted
     return found
 
 
-def context_chunks(config: ModelConfig, prompts: PromptEncoder, request: FittedRequest) -> tuple[int, int]:
+def context_chunks(
+    config: ModelConfig, prompts: PromptEncoder | ConditionEncoder, request: FittedRequest
+) -> tuple[int, int]:
     """How many chunks long the contexts of the request's negative prompt and prompt are; requests drawn together must
     agree in both: padded to its neighbours' length a prompt would give a picture that depends on its batch."""
     chunked = request.on_long_prompt == "chunk"
-    if not chunked and request.prompt_syntax == "plain":
+    if (not chunked and request.prompt_syntax == "plain") or isinstance(prompts, ConditionEncoder):
         return 1, 1
     read = functools.partial(
         prompts.chunks, syntax=request.prompt_syntax, chunked=chunked, words=prompts.words(request)
@@ -75,6 +82,8 @@ def size_vector(pooled: Tensor, numbers: Tensor, config: UNetConfig) -> Tensor:
 def _conditioning(
     config: UNetConfig, request: FittedRequest, encoded: EncodedPrompt, *, negative: bool = False
 ) -> Conditioning:
+    if config.classes:
+        return Conditioning(encoded.context, torch.tensor([request.noise_level], device=encoded.context.device))
     if not config.added_numbers or encoded.pooled is None:
         return Conditioning(encoded.context)
     numbers = torch.tensor([_numbers(config, request, negative=negative)], dtype=torch.float32)

@@ -68,6 +68,8 @@ class ClipTokenizer:
     """Prompts to token ids. `max_length` counts the begin and end marks; `cleaned` mends and splits text as OpenCLIP
     does instead of as transformers does. `rows` is how many tokens the text encoder knows."""
 
+    marks = (_BOS, _EOS)
+
     def __init__(
         self, vocabulary: Vocabulary, max_length: int, *, cleaned: bool = False, rows: int | None = None
     ) -> None:
@@ -75,7 +77,7 @@ class ClipTokenizer:
         self._rows = rows
         self.max_length = max_length
         self.cleaned = cleaned
-        self.bos_id, self.eos_id = (self._checked(token, vocabulary.ids.get(token)) for token in (_BOS, _EOS))
+        self.bos_id, self.eos_id = (self._checked(token, vocabulary.ids.get(token)) for token in self.marks)
         pad = vocabulary.ids.get(vocabulary.pad_token)
         if pad is None:  # the backend, which takes time to make, knows the ids of added words
             pad = self._backend.token_to_id(vocabulary.pad_token)

@@ -67,7 +67,7 @@ def _coloured(request: FittedRequest) -> Canvas:
     picture = read_picture(request.image)
     mask = _mask_of(request, picture)
     picture = on_white(picture)
-    size = request.width, request.height
+    size = request.width // request.enlarges, request.height // request.enlarges
     if mask is None:
         return Canvas(_array(resized(picture, *size, request.resize)))
     if not (np.asarray(mask) > 127).any():

@@ -73,6 +73,7 @@ def infotext(
         "CFG scale": _number(request.guidance_scale) if request.guidance_scale is not None else "",
         "Image CFG scale": "" if request.image_guidance_scale is None else _number(request.image_guidance_scale),
         "Seed": str(request.seed),
+        "Label": "" if request.label is None else _quoted(str(request.label)),
         "Size": f"{request.width}x{request.height}" if request.width and request.height else "",
         "Model hash": model_hash[:10],
         "Model": _quoted(model_name),
@@ -184,12 +185,18 @@ def text_chunks(
 
 
 def with_upscaling(
-    text: Mapping[str, str], upscaler: str, *, by: float | None, size: tuple[int, int]
+    text: Mapping[str, str],
+    upscaler: str,
+    *,
+    by: float | None,
+    size: tuple[int, int],
+    settings: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The text of a picture that was enlarged: what it said before, and by what and how much (None: to `size`), as
-    A1111 writes that after its parameters; in our record under `upscaled`."""
+    """The text of a picture that was enlarged: what it said before, and by what, with which `settings`, and how much
+    (None: to `size`), as A1111 writes that after its parameters; in our record under `upscaled`."""
     amount = f"Postprocess upscale by: {_number(by)}" if by else f"Postprocess upscale to: {size[0]}x{size[1]}"
     said = f"{amount}, Postprocess upscaler: {_quoted(upscaler)}"
+    said += "".join(f", Postprocess {name}: {_quoted(value)}" for name, value in (settings or {}).items())
     before = text.get(PARAMETERS_KEYWORD, "")
     last = before.rpartition("\n")[2]
     joint = "" if not before else ", " if len(_PAIR.findall(last)) >= _FEWEST_PAIRS else "\n"

@@ -63,6 +63,12 @@ def read_depth(source: str | bytes) -> np.ndarray:
     return _decoded(_bytes_of(source), _named(source), _as_depth)
 
 
+def read_classes(source: str | bytes) -> np.ndarray:
+    """A semantic map (height, width) int64 by its path or its file's bytes: each pixel the number of its class, which a
+    palette may colour. Raises as `read_picture` does, and BadDataError for one that has colours."""
+    return _decoded(_bytes_of(source), _named(source), _as_classes)
+
+
 def facts_of(source: str | bytes, *, depth: bool = False) -> Facts:
     """What is known of a picture, or a depth map, read whole, once for each state of its file. Raises as `read_picture`
     and `read_depth` do."""
@@ -146,6 +152,14 @@ def _as_depth(picture: Image.Image, name: str) -> np.ndarray:
     if (colours.max(-1) - colours.min(-1)).max() > _GREY:
         raise BadDataError(f"{name} has colours, and a depth map is grey: nearer is brighter.")
     return colours.mean(-1, dtype=np.float32)
+
+
+def _as_classes(picture: Image.Image, name: str) -> np.ndarray:
+    if picture.mode not in ("1", "L", "P", *_WIDE):
+        raise BadDataError(
+            f"{name} is no semantic map: those are grey or have a palette, each pixel the number of its class."
+        )
+    return np.asarray(picture).astype(np.int64)
 
 
 def _in_colour(picture: Image.Image, name: str) -> Image.Image:

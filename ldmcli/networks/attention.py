@@ -179,6 +179,21 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
+class PixelAttention(Attention):
+    """Attention over all pixels of a feature map (batch, channels, height, width), behind a group norm and added to
+    it."""
+
+    def __init__(self, channels: int, groups: int, heads: int = 1, *, eps: float = 1e-6) -> None:
+        super().__init__(channels, heads, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        height, width = x.shape[2:]
+        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        h = super().forward(h, self.project(h))
+        return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
 def set_attention(module: nn.Module, attend: Attend) -> None:
     """Make every Attention inside `module` compute with `attend`."""
     for part in module.modules():

@@ -1,4 +1,5 @@
-"""CLIP's text transformer (Radford et al. 2021), which OpenAI and OpenCLIP train alike."""
+"""CLIP's text transformer (Radford et al. 2021), which OpenAI and OpenCLIP train alike; and, where tokens may look
+ahead, that of the latent diffusion paper (Rombach et al. 2022, section 4.3.1)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -43,24 +44,26 @@ class Embeddings(nn.Module):
         return tokens + self.position_embedding.weight[: ids.shape[1]]
 
 
-class CausalAttention(nn.Module):
-    """Attention of each token to itself and those before it."""
+class TokenAttention(nn.Module):
+    """Attention of each token to all; where causal, to itself and those before it."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = config.heads, config.causal
+        width, bias = config.hidden_size, config.attention_bias
+        inner = width if config.head_dim is None else config.heads * config.head_dim
         # In this order: OpenCLIP's files hold the three stacked so (see `checkpoints.key_map`).
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
-        self.out_proj = nn.Linear(channels, channels)
+        self.q_proj = nn.Linear(width, inner, bias=bias)
+        self.k_proj = nn.Linear(width, inner, bias=bias)
+        self.v_proj = nn.Linear(width, inner, bias=bias)
+        self.out_proj = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -83,7 +86,7 @@ class TextLayer(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.self_attn = CausalAttention(config.hidden_size, config.heads)
+        self.self_attn = TokenAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = FeedForward(config)
 

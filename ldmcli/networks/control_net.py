@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmcli.config import ControlConfig
 from ldmcli.networks.inputs import Conditioning
 from ldmcli.networks.layers import sinusoids
 from ldmcli.networks.unet import Encoder, TimeEmbedding, UNetContext
 from ldmcli.sampling.schedule import Step, at
+from ldmcli.steering_config import ControlConfig
 
 Hold = Callable[[list[Tensor]], list[Tensor]]
 _UNION_HEADS = 8  # of the Union networks' transformer; shapes do not tell

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmcli.config import IPAdapterConfig, UNetConfig
+from ldmcli.config import UNetConfig
 from ldmcli.networks.attention import KeysValues
 from ldmcli.networks.unet import UNetContext
+from ldmcli.steering_config import IPAdapterConfig
 
 _HEAD = 64  # numbers in a head of a resampler
 

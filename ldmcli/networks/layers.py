@@ -35,6 +35,50 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+class ScaleShiftResnet(ResnetBlock):
+    """A resnet block that may double the size by nearest neighbour, or halve it by means, before its first
+    convolution, where `resampling` is "up" or "down"; and that, where `scale_shift`, is scaled and shifted by what it
+    makes of the time step behind its second norm (Dhariwal and Nichol 2021, section 3)."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        eps: float,
+        time_channels: int,
+        scale_shift: bool = False,
+        resampling: str = "",
+    ) -> None:
+        super().__init__(channels, out_channels, groups=groups, eps=eps, time_channels=time_channels)
+        self.scale_shift, self.resampling = scale_shift, resampling
+        if scale_shift:
+            self.time_emb_proj = nn.Linear(time_channels, 2 * out_channels)
+
+    def forward(self, x: Tensor, activated_time: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """As a ResnetBlock; one that doubles may grow to exactly `size`."""
+        assert self.time_emb_proj is not None
+        h = self._resampled(F.silu(self.norm1(x), inplace=True), size)
+        h = self.conv1(h)
+        time = self.time_emb_proj(activated_time)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(F.silu(h, inplace=True))
+        x = self._resampled(x, size)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def _resampled(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        if self.resampling == "down":
+            return F.avg_pool2d(x, 2, ceil_mode=True)
+        if self.resampling == "up":
+            return F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
+        return x
+
+
 class Downsample(nn.Module):
     """Halve height and width with a strided convolution; `pad_end` pads only right and bottom, as SD's VAE does."""
 

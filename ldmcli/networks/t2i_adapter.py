@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmcli.config import AdapterConfig
+from ldmcli.steering_config import AdapterConfig
 
 
 class AdapterResnet(nn.Module):

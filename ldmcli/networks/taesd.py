@@ -45,7 +45,7 @@ class TinyDecoder(nn.Module):
 
 
 class TinyVAE(nn.Module):
-    """The decoding half of TAESD, to be used in place of an AutoencoderKL."""
+    """The decoding half of TAESD, to be used in place of an Autoencoder."""
 
     def __init__(self, config: TinyVAEConfig) -> None:
         super().__init__()

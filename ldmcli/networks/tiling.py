@@ -1,6 +1,6 @@
 """Decoding latents, and encoding pictures, in memory that does not grow with the picture, to the same numbers.
 
-The usual tiling decodes square tiles apart and blends their edges. A KL autoencoder's group norms then see other
+The usual tiling decodes square tiles apart and blends their edges. An autoencoder's group norms then see other
 numbers in each tile, and each tile gets a tone of its own, up to tens of levels of 255 off. Here a layer is computed
 for the whole picture before the next one is, strip by strip: norms see the whole picture and convolutions the rows
 around the strip, so there are no seams to hide. What a layer makes goes into a FeatureMap, out of memory where it is
@@ -12,6 +12,7 @@ TAESD has no norms: each of its pixels depends on a bounded region, so tiles wit
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from ldmcli.networks.feature_map import FeatureMap
 from ldmcli.networks.layers import Downsample, ResnetBlock, Upsample
 from ldmcli.networks.taesd import TinyVAE
-from ldmcli.networks.vae import AutoencoderKL, DiagonalGaussian, MidBlock, PixelAttention
+from ldmcli.networks.vae import Autoencoder, Block, PixelAttention, Posterior
 
 STRIP = 1 << 22  # numbers of a feature map that are worked on at a time, but ROWS rows at least:
 ROWS = 16  # two more are computed for each strip
@@ -29,7 +30,7 @@ TILE = 64  # latents along each side of what TAESD decodes at a time, margins ap
 
 
 @torch.no_grad()
-def decode_tiled(vae: AutoencoderKL | TinyVAE, latents: Tensor) -> Tensor:
+def decode_tiled(vae: Autoencoder | TinyVAE, latents: Tensor) -> Tensor:
     """What `vae.decode` gives for latents (batch, channels, height, width), but for rounding. Raises StorageError where
     the folder for temporary files has too little room."""
     if isinstance(vae, TinyVAE):
@@ -42,18 +43,19 @@ def decode_tiled(vae: AutoencoderKL | TinyVAE, latents: Tensor) -> Tensor:
         memory_format=torch.channels_last,
     )
     for one, into in zip(latents.split(1), image.split(1), strict=True):
-        _decode(vae, one.contiguous(memory_format=torch.channels_last), into)
+        _decode(vae, one, into)
     return image
 
 
-def _decode(vae: AutoencoderKL, latents: Tensor, image: Tensor) -> None:
+def _decode(vae: Autoencoder, latents: Tensor, image: Tensor) -> None:
     """Decode one picture's latents into `image`."""
     decoder = vae.decoder
     channels, height, width = decoder.conv_in.out_channels, *latents.shape[2:]
+    latents = vae.quantized(latents).contiguous(memory_format=torch.channels_last)
     x = FeatureMap(channels, height, width, like=latents)
     for a, _, rows, inside in _strips(height, channels * width):
         x.write(a, decoder.conv_in(vae.post_quant_conv(latents[:, :, rows]))[:, :, inside])
-    x = _through([*_middle(decoder.mid_block), *decoder.up_blocks.modules()], x)
+    x = _through(_layers(decoder.mid_block, *decoder.up_blocks), x)
     norm = x.norm(decoder.conv_norm_out)
     for a, b, rows, inside in _strips(x.height, x.width * x.channels):
         strip = F.silu(norm(x.read(rows)), inplace=True)
@@ -61,12 +63,12 @@ def _decode(vae: AutoencoderKL, latents: Tensor, image: Tensor) -> None:
 
 
 @torch.no_grad()
-def encode_tiled(vae: AutoencoderKL, images: Tensor) -> DiagonalGaussian:
+def encode_tiled(vae: Autoencoder, images: Tensor) -> Posterior:
     """What `vae.encode` gives for images (batch, 3, height, width), but for rounding. Raises as `decode_tiled` does."""
-    return DiagonalGaussian(torch.cat([_encode(vae, one) for one in images.split(1)]))
+    return vae.posterior(torch.cat([_encode(vae, one) for one in images.split(1)]))
 
 
-def _encode(vae: AutoencoderKL, image: Tensor) -> Tensor:
+def _encode(vae: Autoencoder, image: Tensor) -> Tensor:
     """The moments of one picture."""
     encoder = vae.encoder
     channels, height, width = encoder.conv_in.out_channels, *image.shape[2:]
@@ -74,7 +76,7 @@ def _encode(vae: AutoencoderKL, image: Tensor) -> Tensor:
     x = FeatureMap(channels, height, width, like=image)
     for a, _, rows, inside in _strips(height, channels * width):
         x.write(a, encoder.conv_in(image[:, :, rows])[:, :, inside])
-    x = _through([*encoder.down_blocks.modules(), *_middle(encoder.mid_block)], x)
+    x = _through(_layers(*encoder.down_blocks, encoder.mid_block), x)
     norm = x.norm(encoder.conv_norm_out)
     moments = [
         encoder.conv_out(F.silu(norm(x.read(rows)), inplace=True))[:, :, inside]
@@ -83,12 +85,12 @@ def _encode(vae: AutoencoderKL, image: Tensor) -> Tensor:
     return vae.quant_conv(torch.cat(moments, dim=2))
 
 
-def _middle(block: MidBlock) -> list[nn.Module]:
-    return [block.resnets[0], block.attentions[0], block.resnets[1]]
+def _layers(*blocks: nn.Module) -> list[nn.Module]:
+    return [layer for block in blocks for layer in cast(Block, block).layers]
 
 
 def _through(layers: Iterable[nn.Module], x: FeatureMap) -> FeatureMap:
-    """What layers make of x, which is lost, in the order they run; modules that only hold others are passed over."""
+    """What layers make of x, which is lost, in the order they run."""
     for layer in layers:
         if isinstance(layer, ResnetBlock):
             x = _resnet(layer, x)

@@ -44,31 +44,63 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
+    def project(self, context: Tensor) -> KeysValues:
+        """Keys and values of context (batch, tokens, context_dim), for `forward`."""
+        return self.attn2.project(context)
+
     def forward(self, x: Tensor, context: KeysValues) -> Tensor:
-        """x: (batch, tokens, channels); context: the keys and values that `attn2.project` gave."""
+        """x: (batch, tokens, channels); context: the keys and values that `project` gave."""
         normed = self.norm1(x)
-        x = x + self.attn1(normed, self.attn1.project(normed))
-        x = x + self.attn2(self.norm2(x), context)
+        first, second = self.read(normed, context)
+        x = x + self.attn1(normed, first)
+        x = x + self.attn2(self.norm2(x), second)
         return x + self.ff(self.norm3(x))
+
+    def read(self, normed: Tensor, context: KeysValues) -> tuple[KeysValues, KeysValues]:
+        """What the first and the second attention attend to, of the normed input and what `project` gave."""
+        return self.attn1.project(normed), context
+
+
+class CrossTransformerBlock(TransformerBlock):
+    """A transformer block whose first attention is to the context too. Its keys and values come first in what `project`
+    gives."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int) -> None:
+        super().__init__(channels, heads, context_dim)
+        self.attn1 = Attention(channels, heads, context_channels=context_dim)
+
+    def project(self, context: Tensor) -> KeysValues:
+        return (*self.attn1.project(context), *super().project(context))
+
+    def read(self, normed: Tensor, context: KeysValues) -> tuple[KeysValues, KeysValues]:
+        return context[:2], context[2:]
 
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map (batch, channels, height, width), added to it."""
 
     def __init__(
-        self, channels: int, heads: int, layers: int, context_dim: int, groups: int, *, linear_projection: bool
+        self,
+        channels: int,
+        heads: int,
+        layers: int,
+        context_dim: int,
+        groups: int,
+        *,
+        linear_projection: bool,
+        only_cross: bool = False,
     ) -> None:
         super().__init__()
+        block = CrossTransformerBlock if only_cross else TransformerBlock
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(layers))
+        self.transformer_blocks = nn.ModuleList(block(channels, heads, context_dim) for _ in range(layers))
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def project_context(self, context: Tensor) -> list[KeysValues]:
         """Cross-attention keys and values of each layer for context (batch, tokens, context_dim)."""
-        attentions = [cast(TransformerBlock, block).attn2 for block in self.transformer_blocks]
-        return [attention.project(context) for attention in attentions]
+        return [cast(TransformerBlock, block).project(context) for block in self.transformer_blocks]
 
     def forward(self, x: Tensor, context: list[KeysValues]) -> Tensor:
         linear = self.linear_projection  # a product of tokens, else a convolution of the map

@@ -1,4 +1,4 @@
-"""The cross-attention U-Net that predicts the noise in a latent (Rombach et al. 2022). Keys are diffusers' names."""
+"""The U-Net that predicts the noise in a latent (Rombach et al. 2022). Keys are diffusers' names."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmcli.config import UNetConfig
-from ldmcli.networks.attention import KeysValues
+from ldmcli.networks.attention import KeysValues, PixelAttention
 from ldmcli.networks.inputs import Conditioning
-from ldmcli.networks.layers import Downsample, ResnetBlock, Upsample, sinusoids
+from ldmcli.networks.layers import Downsample, ResnetBlock, ScaleShiftResnet, Upsample, sinusoids
 from ldmcli.networks.transformer import SpatialTransformer
 from ldmcli.sampling.denoiser import Model
 from ldmcli.sampling.noise import to_device
@@ -60,6 +60,17 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class SelfAttention(PixelAttention):
+    """Attention of a map to itself in a U-Net without a context."""
+
+    def project_context(self, context: Tensor | None) -> list[KeysValues]:
+        """Nothing: no context is read."""
+        return []
+
+    def forward(self, x: Tensor, context: list[KeysValues]) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
 class Block(nn.Module):
     """One level, on the way down, in the middle or on the way up: resnets, each but maybe the first with attention."""
 
@@ -67,19 +78,47 @@ class Block(nn.Module):
         self, config: UNetConfig, level: int, channels: list[tuple[int, int]], attentions: int, layers: int
     ) -> None:
         super().__init__()
-        norm, time = config.norm_groups, 4 * config.block_channels[0]
-        self.resnets = nn.ModuleList(
-            ResnetBlock(into, out, groups=norm, eps=config.norm_eps, time_channels=time) for into, out in channels
-        )
-        width, heads, linear = channels[-1][1], config.heads[level], config.linear_projection
+        self.resnets = nn.ModuleList(_resnet(config, into, out) for into, out in channels)
+        width = channels[-1][1]
         self.attentions = nn.ModuleList(
-            SpatialTransformer(width, heads, layers, config.context_dim, norm, linear_projection=linear)
+            _attention(config, level, width, layers, middle=isinstance(self, MidBlock))
             for _ in range(attentions if layers else 0)
         )
 
-    def project_context(self, context: Tensor) -> BlockContext:
+    def project_context(self, context: Tensor | None) -> BlockContext:
         """Cross-attention keys and values of each attention of the block."""
-        return [cast(SpatialTransformer, attention).project_context(context) for attention in self.attentions]
+        return [cast(SelfAttention, attention).project_context(context) for attention in self.attentions]
+
+
+def _resnet(config: UNetConfig, into: int, out: int, resampling: str = "") -> ResnetBlock:
+    time = 4 * config.block_channels[0]
+    if not (config.scale_shift or resampling):
+        return ResnetBlock(into, out, groups=config.norm_groups, eps=config.norm_eps, time_channels=time)
+    return ScaleShiftResnet(
+        into,
+        out,
+        groups=config.norm_groups,
+        eps=config.norm_eps,
+        time_channels=time,
+        scale_shift=config.scale_shift,
+        resampling=resampling,
+    )
+
+
+def _attention(config: UNetConfig, level: int, width: int, layers: int, *, middle: bool) -> nn.Module:
+    heads, groups = config.heads[level], config.norm_groups
+    if not config.context_dim:
+        return SelfAttention(width, groups, heads, eps=config.norm_eps)
+    only_cross = bool(config.only_cross_attention) and config.only_cross_attention[level] and not middle
+    return SpatialTransformer(
+        width,
+        heads,
+        layers,
+        config.context_dim,
+        groups,
+        linear_projection=config.linear_projection,
+        only_cross=only_cross,
+    )
 
 
 class DownBlock(Block):
@@ -92,7 +131,8 @@ class DownBlock(Block):
         channels = [(into if i == 0 else out, out) for i in range(count)]
         super().__init__(config, level, channels, count, config.attention[level])
         last = level == len(config.block_channels) - 1
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
+        halving = _resnet(config, out, out, "down") if config.resnet_resampling else Downsample(out)
+        self.downsamplers = nn.ModuleList([] if last else [halving])
 
     def forward(
         self, x: Tensor, time: Tensor, context: BlockContext, skips: list[Tensor], inner: Tensor | None = None
@@ -106,7 +146,7 @@ class DownBlock(Block):
         if inner is not None and self.attentions:
             x = skips[-1] = x + inner
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = downsample(x, time) if isinstance(downsample, ResnetBlock) else downsample(x)
             skips.append(x)
         if inner is not None and not self.attentions:
             x = skips[-1] = x + inner
@@ -137,7 +177,8 @@ class UpBlock(Block):
         count = config.layers_per_block + 1
         channels = [((below if i == 0 else out) + (above if i == count - 1 else out), out) for i in range(count)]
         super().__init__(config, level, channels, count, config.attention[level])
-        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(out)])
+        doubling = _resnet(config, out, out, "up") if config.resnet_resampling else Upsample(out)
+        self.upsamplers = nn.ModuleList([] if level == 0 else [doubling])
 
     def forward(self, x: Tensor, time: Tensor, context: BlockContext, skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
@@ -146,7 +187,8 @@ class UpBlock(Block):
                 x = self.attentions[i](x, context[i])
         for upsample in self.upsamplers:
             # Sizes that do not halve evenly on the way down come back to exactly what they were.
-            x = upsample(x, tuple(skips[-1].shape[2:]))
+            size = tuple(skips[-1].shape[2:])
+            x = upsample(x, time, size) if isinstance(upsample, ResnetBlock) else upsample(x, size)
         return x
 
 
@@ -165,6 +207,7 @@ class Encoder(nn.Module):
         self.time_embedding = TimeEmbedding(first, 4 * first, config.guidance_dim)
         added = config.pooled_dim + config.added_numbers * config.added_number_dim
         self.add_embedding = TimeEmbedding(added, 4 * first) if added else None
+        self.class_embedding = nn.Embedding(config.classes, 4 * first) if config.classes else None
         self.time_activation: nn.Module = nn.SiLU()  # every resnet starts with this: once is enough
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
         self.mid_block = MidBlock(config)
@@ -184,8 +227,9 @@ class Encoder(nn.Module):
         timesteps = torch.tensor([step.timestep for step in steps], dtype=torch.float32)
         embeddings = self.embed_time(to_device(timesteps, self.conv_in.weight.device), guidance_scale)
         embeddings = embeddings[:, None]  # (steps, 1, width)
-        if self.add_embedding is not None and conditioning.vector is not None:
-            embeddings = embeddings + self.add_embedding(conditioning.vector)  # (steps, batch, width)
+        embed = self.add_embedding or self.class_embedding
+        if embed is not None and conditioning.vector is not None:
+            embeddings = embeddings + embed(conditioning.vector)  # (steps, batch, width)
         return embeddings, context
 
     def embed_time(self, timesteps: Tensor, guidance_scale: float = 1.0) -> Tensor:
@@ -200,8 +244,8 @@ class Encoder(nn.Module):
             guidance = sinusoids(scale, config.guidance_dim, False, 1.0).to(dtype)
         return self.time_embedding(waves.to(dtype), guidance)
 
-    def project_context(self, context: Tensor) -> UNetContext:
-        """Cross-attention keys and values for a text context (batch, tokens, context_dim)."""
+    def project_context(self, context: Tensor | None) -> UNetContext:
+        """Cross-attention keys and values for a context (batch, tokens, context_dim), where there is any."""
         return [block.project_context(context) for block in self._blocks()]
 
     def encode(
@@ -221,7 +265,7 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """Noise prediction from latents, time and text."""
+    """Noise prediction from latents, time and what it is conditioned on."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)

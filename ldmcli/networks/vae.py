@@ -1,17 +1,30 @@
-"""The KL autoencoder between images and latents (Rombach et al. 2022, section 3.1). Keys are diffusers' names."""
+"""The autoencoders between images and latents (Rombach et al. 2022, section 3.1): with a KL penalty on the latents, or
+with a codebook of them (van den Oord et al. 2017; Esser et al. 2021). Keys are diffusers' names."""
 
 import itertools
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmcli.config import VAEConfig
-from ldmcli.networks.attention import Attention
+from ldmcli.networks.attention import PixelAttention
 from ldmcli.networks.layers import Downsample, ResnetBlock, Upsample
 
 _EPS = 1e-6
+_DISTANCES = 1 << 24  # from latents to codes, computed at a time
+
+
+class Posterior(Protocol):
+    """What an encoder makes of an image."""
+
+    mean: Tensor
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The latents that standard-normal noise, shaped as the mean, stands for."""
+        ...
 
 
 class DiagonalGaussian:
@@ -40,70 +53,72 @@ class DiagonalGaussian:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
-class PixelAttention(Attention):
-    """One head over all pixels of a feature map (batch, channels, height, width), added to it."""
+class Block(nn.Module):
+    """Resnets, each followed by attention where there are `attentions`."""
 
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__(channels, 1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        height, width = x.shape[2:]
-        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
-        h = super().forward(h, self.project(h))
-        return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-class MidBlock(nn.Module):
-    """Resnet, attention, resnet."""
-
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: list[int], groups: int, attentions: int) -> None:
+        """The resnets lead from each of `channels` to the next; `attentions` of them, the first ones, are followed by
+        one."""
         super().__init__()
-        self.resnets = _resnets([channels] * 3, groups)
-        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
+        self.resnets = nn.ModuleList(
+            ResnetBlock(into, out, groups=groups, eps=_EPS) for into, out in itertools.pairwise(channels)
+        )
+        self.attentions = nn.ModuleList(PixelAttention(channels[1], groups) for _ in range(attentions))
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """What is computed, in this order."""
+        pairs = itertools.zip_longest(self.resnets, self.attentions)
+        return [layer for pair in pairs for layer in pair if layer is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        return _through([self.resnets[0], self.attentions[0], self.resnets[1]], x)
+        return _through(self.layers, x)
 
 
-class DownBlock(nn.Module):
-    """Resnets, then half the size unless it is the last level."""
+class DownBlock(Block):
+    """A block, then half the size unless it is the last level."""
 
-    def __init__(self, channels: list[int], groups: int, *, last: bool) -> None:
-        super().__init__()
-        self.resnets = _resnets(channels, groups)
+    def __init__(self, channels: list[int], groups: int, *, attends: bool, last: bool) -> None:
+        super().__init__(channels, groups, attends * (len(channels) - 1))
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels[-1], pad_end=True)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _through([*self.resnets, *self.downsamplers], x)
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [*super().layers, *self.downsamplers]
 
 
-class UpBlock(nn.Module):
-    """Resnets, then double the size unless it is the last level."""
+class UpBlock(Block):
+    """A block, then double the size unless it is the last level."""
 
-    def __init__(self, channels: list[int], groups: int, *, last: bool) -> None:
-        super().__init__()
-        self.resnets = _resnets(channels, groups)
+    def __init__(self, channels: list[int], groups: int, *, attends: bool, last: bool) -> None:
+        super().__init__(channels, groups, attends * (len(channels) - 1))
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels[-1])])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _through([*self.resnets, *self.upsamplers], x)
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [*super().layers, *self.upsamplers]
 
 
 class Encoder(nn.Module):
-    """Images (batch, 3, height, width) in -1…1 to the moments of their latents."""
+    """Images (batch, 3, height, width) in -1…1 to what their latents are made of: moments, or for VQ the latents."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         levels, groups = config.block_channels, config.norm_groups
+        attends = config.attention or (False,) * len(levels)
         self.conv_in = nn.Conv2d(config.in_channels, levels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock([levels[max(i - 1, 0)]] + [out] * config.layers_per_block, groups, last=i == len(levels) - 1)
+            DownBlock(
+                [levels[max(i - 1, 0)]] + [out] * config.layers_per_block,
+                groups,
+                attends=attends[i],
+                last=i == len(levels) - 1,
+            )
             for i, out in enumerate(levels)
         )
-        self.mid_block = MidBlock(levels[-1], groups)
+        self.mid_block = Block([levels[-1]] * 3, groups, int(config.middle_attention))
         self.conv_norm_out = nn.GroupNorm(groups, levels[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(levels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(levels[-1], _moments(config) * _inner(config), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _through([self.conv_in, *self.down_blocks, self.mid_block, self.conv_norm_out], x)
@@ -111,15 +126,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (batch, latent_channels, height, width) to images in about -1…1."""
+    """Latents (batch, inner channels, height, width) to images in about -1…1."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         levels, groups = config.block_channels[::-1], config.norm_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, levels[0], 3, padding=1)
-        self.mid_block = MidBlock(levels[0], groups)
+        attends = config.attention[::-1] or (False,) * len(levels)
+        self.conv_in = nn.Conv2d(_inner(config), levels[0], 3, padding=1)
+        self.mid_block = Block([levels[0]] * 3, groups, int(config.middle_attention))
         self.up_blocks = nn.ModuleList(
-            UpBlock([levels[max(i - 1, 0)]] + [out] * (config.layers_per_block + 1), groups, last=i == len(levels) - 1)
+            UpBlock(
+                [levels[max(i - 1, 0)]] + [out] * (config.layers_per_block + 1),
+                groups,
+                attends=attends[i],
+                last=i == len(levels) - 1,
+            )
             for i, out in enumerate(levels)
         )
         self.conv_norm_out = nn.GroupNorm(groups, levels[-1], eps=_EPS)
@@ -130,7 +151,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(x, inplace=True))
 
 
-class AutoencoderKL(nn.Module):
+class Autoencoder(nn.Module):
     """Encoder and decoder with the 1×1 convolutions around the latents.
 
     Latents here are the autoencoder's own: whoever diffuses them multiplies by `config.scaling_factor`. Without
@@ -145,28 +166,104 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: VAEConfig, *, encoder: bool = True, decoder: bool = True) -> None:
         super().__init__()
         self.config = config
+        moments, inner, channels = _moments(config), _inner(config), config.latent_channels
         # In this order weights are drawn when one is trained, and optimizers count them.
         if encoder:
             self.encoder = Encoder(config)
         if decoder:
             self.decoder = Decoder(config)
         if encoder:
-            self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+            self.quant_conv = nn.Conv2d(moments * inner, moments * channels, 1)
         if decoder:
-            self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+            self.post_quant_conv = nn.Conv2d(channels, inner, 1)
 
-    def encode(self, images: Tensor) -> DiagonalGaussian:
+    def encode(self, images: Tensor) -> Posterior:
         """The posterior of images (batch, 3, height, width) in -1…1."""
-        return DiagonalGaussian(self.quant_conv(self.encoder(images)))
+        return self.posterior(self.quant_conv(self.encoder(images)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (batch, 3, height · factor, width · factor) of latents; not clamped."""
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(self.post_quant_conv(self.quantized(latents)))
+
+    def posterior(self, encoded: Tensor) -> Posterior:
+        """What the encoder's output says."""
+        raise NotImplementedError
+
+    def quantized(self, latents: Tensor) -> Tensor:
+        """The latents as the decoder reads them."""
+        return latents
 
 
-def _resnets(channels: list[int], groups: int) -> nn.ModuleList:
-    """Resnets from each of `channels` to the next."""
-    return nn.ModuleList(ResnetBlock(into, out, groups=groups, eps=_EPS) for into, out in itertools.pairwise(channels))
+class AutoencoderKL(Autoencoder):
+    """An autoencoder whose latents are drawn from normal distributions."""
+
+    def posterior(self, encoded: Tensor) -> DiagonalGaussian:
+        """Means first, then log variances, (batch, 2 · latent_channels, height, width)."""
+        return DiagonalGaussian(encoded)
+
+
+class AutoencoderVQ(Autoencoder):
+    """An autoencoder with a codebook. What is diffused are the encoder's latents as they are; the decoder reads of each
+    the nearest code (Rombach et al. 2022, section 3.1: the quantization layer belongs to the decoder)."""
+
+    def __init__(self, config: VAEConfig, *, encoder: bool = True, decoder: bool = True) -> None:
+        super().__init__(config, encoder=encoder, decoder=decoder)
+        self.quantize = Codebook(config.codes, config.latent_channels)
+
+    def posterior(self, encoded: Tensor) -> Posterior:
+        """The latents themselves."""
+        return _Point(encoded)
+
+    def quantized(self, latents: Tensor) -> Tensor:
+        """Of each latent (batch, channels, height, width) the nearest code."""
+        return self.quantize(self.quantize.nearest(latents)).to(latents.dtype)
+
+
+class Codebook(nn.Module):
+    """Codes by their numbers."""
+
+    def __init__(self, codes: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, channels)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """The codes (batch, channels, height, width) of numbers (batch, height, width)."""
+        return self.embedding(numbers).permute(0, 3, 1, 2)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """The number (batch, height, width) of the code that is nearest to each latent (batch, channels, height,
+        width), in float32."""
+        codes = self.embedding.weight.float()
+        flat = latents.float().permute(0, 2, 3, 1).flatten(0, 2)
+        half = codes.square().sum(1) / 2  # of |z - e|² what differs between codes is |e|² - 2 z·e
+        parts = flat.split(max(1, _DISTANCES // len(codes)))
+        found = torch.cat([torch.addmm(half, part, codes.T, alpha=-1).argmin(1) for part in parts])
+        return found.unflatten(0, (len(latents), *latents.shape[2:]))
+
+
+class _Point:
+    """A posterior without spread."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+
+    def at(self, noise: Tensor) -> Tensor:
+        return self.mean
+
+
+def autoencoder_of(config: VAEConfig, *, encoder: bool = True, decoder: bool = True) -> Autoencoder:
+    """The autoencoder that a configuration describes, or one half of it."""
+    kind = AutoencoderVQ if config.codes else AutoencoderKL
+    return kind(config, encoder=encoder, decoder=decoder)
+
+
+def _moments(config: VAEConfig) -> int:
+    """How many numbers the encoder gives for each latent."""
+    return 1 if config.codes else 2
+
+
+def _inner(config: VAEConfig) -> int:
+    return config.inner_channels or config.latent_channels
 
 
 def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmcli.config import AdapterConfig, ModelConfig
+from ldmcli.config import ModelConfig
 from ldmcli.control import TYPES, Control
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.canvas import Canvas
@@ -24,6 +24,7 @@ from ldmcli.pipeline.steering import Steerers
 from ldmcli.sampling.noise import to_device
 from ldmcli.sampling.schedule import Step
 from ldmcli.speed.offload import Stage
+from ldmcli.steering_config import AdapterConfig
 
 Network = ControlNet | T2IAdapter
 Hold = Callable[..., object]
@@ -102,6 +103,7 @@ class Steering:
             if part.positive_only and positive is None:
                 continue
             alone = part.positive_only and negative is not None
+            assert both.context is not None
             groups = len(both.context) // len(part.pictures)  # of all pictures each: negative prompts', and prompts'
             own = positive if alone else both
             assert own is not None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ldmcli.conditioning.condition_encoder import ConditionEncoder
 from ldmcli.conditioning.pairs import is_guided, pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import ModelConfig
@@ -19,6 +20,7 @@ from ldmcli.sampling.guidance import (
     guided,
     guided_on_image,
     in_interval,
+    in_patches,
     paired,
     with_channels,
     within,
@@ -38,13 +40,13 @@ _ALWAYS = (0.0, float("inf"))  # the guidance interval that leaves out no step
 
 @dataclasses.dataclass
 class DiffusionModel:
-    """A U-Net and its prompt encoder on their device. `call` computes in place of the U-Net where a compiler made it;
-    `graphs` records its steps and replays them."""
+    """A U-Net and what encodes its conditions on their device. `call` computes in place of the U-Net where a compiler
+    made it; `graphs` records its steps and replays them."""
 
     config: ModelConfig
     runtime: Runtime
     unet: UNet
-    prompts: PromptEncoder
+    prompts: PromptEncoder | ConditionEncoder
     call: Callable[..., Tensor] | None = None
     graphs: "Graphs | None" = None
     merger: "Merger | None" = None  # where adapters were merged
@@ -101,14 +103,14 @@ class DiffusionModel:
         image_scale = settings.image_guidance_scale
         if self.graphs:
             self.graphs.begin(calls=len(steps))
-        prepared = functools.partial(self._prepared, steps=steps, scale=scale, steering=steering)
+        prepared = functools.partial(self._prepared, steps=steps, settings=settings, steering=steering)
         is_pair = is_guided(self.config, settings)
         edits = is_pair and image_scale != 1 and self.config.unet.reads == "image"
         if edits:
             negative = [*map(without_channels, negative), *negative]
         if not is_pair:
             model = prepared([], positive)
-        elif negative[0].context.shape == positive[0].context.shape:
+        elif negative[0].tokens == positive[0].tokens:
             model = prepared(negative, positive)
         else:
             model = paired(prepared(negative, []), prepared([], positive), len(positive))
@@ -123,22 +125,26 @@ class DiffusionModel:
         def form(step: Step) -> tuple[object, ...]:
             return is_pair and within(interval, step), steering and steering.form(step)
 
-        return recorded(model, self.graphs, key=(scale, rescale, image_scale, steering and steering.key), form=form)
+        key = scale, rescale, image_scale, settings.patch, steering and steering.key
+        return recorded(model, self.graphs, key=key, form=form)
 
     def _prepared(
         self,
         negative: Sequence[Conditioning],
         positive: Sequence[Conditioning],
         steps: Sequence[Step],
-        scale: float,
+        settings: FittedRequest,
         steering: "Steering | None",
     ) -> Model:
         """The network prepared for these conditions, and before it what joins the latents and what steers."""
+        scale = settings.guidance_scale
         placed = self.runtime.device, self.runtime.dtype
         condition = joined([*negative, *positive]).to(*placed)
         hold = self.graphs.hold if self.graphs else _as_it_is
         beside = steering.beside(len(negative), len(positive)) if steering else ()
         model = self.unet.prepare(condition, steps, guidance_scale=scale, call=self.call, hold=hold, beside=beside)
+        if settings.patch:
+            model = in_patches(model, settings.patch)
         if condition.channels is not None:
             model = with_channels(model, hold(condition.channels))
         if steering is None or not steering.parts:

@@ -15,7 +15,7 @@ from ldmcli.errors import NotFiniteError
 from ldmcli.fitting import FittedRequest
 from ldmcli.hires import LATENT
 from ldmcli.networks.taesd import TinyVAE
-from ldmcli.networks.vae import AutoencoderKL, DiagonalGaussian
+from ldmcli.networks.vae import Autoencoder, Posterior
 from ldmcli.pipeline.diffusion import DiffusionModel
 from ldmcli.pipeline.enlarging import ReadUpscaler, enlarged_latents, enlarged_pixels
 from ldmcli.pipeline.previewing import Seen, linear_images
@@ -57,15 +57,15 @@ class Pipeline:
 
     runtime: Runtime
     model: DiffusionModel
-    vae: AutoencoderKL | TinyVAE
-    read_encoder: Callable[[], AutoencoderKL]
+    vae: Autoencoder | TinyVAE
+    read_encoder: Callable[[], Autoencoder]
     read_upscaler: ReadUpscaler
     networks: Steerers
     refiner: DiffusionModel | None = None
     tile_vae: bool = False
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     stage: Stage = dataclasses.field(default_factory=Stage)
-    _encoder: AutoencoderKL | None = None
+    _encoder: Autoencoder | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -123,7 +123,7 @@ class Pipeline:
         shape = channels, settings.height // factor, settings.width // factor
         noise = SeededNoise([request.seed for request in requests], shape, self.runtime.device)
         scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
-        starter = Starter(self._encoded, self._modes, self.runtime.device)
+        starter = Starter(self._encoded, self._modes, self.runtime.device, self.config.noising)
         start = starter.start(settings, canvases, noise, taken, scale, earlier)
         steering = None
         if settings.is_steered and taken:
@@ -182,7 +182,7 @@ class Pipeline:
         """The likeliest latents of pictures, as the autoencoder has them: not scaled."""
         return torch.cat([each.mean for each in self._posteriors(pictures)])
 
-    def _posteriors(self, pictures: Tensor) -> "list[DiagonalGaussian]":
+    def _posteriors(self, pictures: Tensor) -> "list[Posterior]":
         """What the autoencoder makes of pictures (batch, 3, height, width) in -1…1: one at a time, as in decoding."""
         if self._encoder is None:
             with torch.inference_mode(False):  # weights of that mode cannot be converted outside it
@@ -199,7 +199,7 @@ class Pipeline:
         with self.stopwatch.phase("vae"):
             return [encode(one.to(dtype, memory_format=torch.channels_last)) for one in pictures.split(1)]
 
-    def take_encoder(self, encoder: AutoencoderKL) -> None:
+    def take_encoder(self, encoder: Autoencoder) -> None:
         """Read pictures with this half of an autoencoder from now on."""
         self._encoder = encoder.to(next(self.vae.parameters()).dtype) if not self.runtime.half else encoder
         self.stage.add(encoder)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldmcli.config import ScheduleConfig
 from ldmcli.errors import BadDataError
 from ldmcli.fitting import FittedRequest
 from ldmcli.sampling.inpainting import Kept, noised
 from ldmcli.sampling.noise import SeededNoise, to_device
-from ldmcli.sampling.schedule import Step
+from ldmcli.sampling.schedule import Schedule, Step
 
 if TYPE_CHECKING:
     from ldmcli.images.canvas import Canvas
@@ -31,11 +32,13 @@ class Start:
 @dataclasses.dataclass(frozen=True)
 class Starter:
     """Makes starts. `encode` gives the latents of pictures (batch, 3, height, width) in -1…1 that a noise stands for in
-    their posteriors, and `modes` the likeliest ones, not scaled."""
+    their posteriors, and `modes` the likeliest ones, not scaled. `noising` is how pictures to be enlarged are noised,
+    where they are."""
 
     encode: Callable[[Tensor, Tensor], Tensor]
     modes: Callable[[Tensor], Tensor]
     device: torch.device
+    noising: ScheduleConfig | None = None
 
     def start(
         self,
@@ -49,20 +52,27 @@ class Starter:
         """What the first of the steps to be taken starts from. Each image's generator draws, as in diffusers, the noise
         of its picture's posterior, that of the start, and that of the posterior of what is not masked, read or not."""
         reads = settings.model_reads
-        if not canvases and reads != "mask" and earlier is None:
+        inpaints = reads in ("mask", "masked")
+        if not canvases and not inpaints and earlier is None:
             return Start(noise() * scale)
         pictures = self._pictures(canvases)
+        if reads == "low_res":
+            assert pictures is not None
+            if self.noising:
+                level = Schedule(self.noising).alphas_cumprod[settings.noise_level]
+                pictures = level.sqrt() * pictures + (1 - level).sqrt() * noise(pictures.shape[1])
+            return Start(noise() * scale, pictures)
         if reads == "image":
             assert pictures is not None
             return Start(noise() * scale, self.modes(pictures))
         strong = settings.strength == 1 and earlier is None
         image = earlier(noise) if earlier else None
-        if pictures is not None and (not strong or (settings.mask is not None and reads != "mask")):
+        if pictures is not None and (not strong or (settings.mask is not None and not inpaints)):
             image = self.encode(pictures, noise())
         fresh = noise()
         latents = fresh * scale
         depth = self._depths(canvases, fresh) if reads == "depth" else None
-        if settings.mask is None and reads != "mask":
+        if settings.mask is None and not inpaints:
             if image is not None:
                 latents = noised(image, fresh, taken[0]) if taken else image
             return Start(latents, depth)
@@ -76,9 +86,13 @@ class Starter:
                 new = noise() if settings.masked_content == "noise" else torch.zeros_like(image)
                 content = (1 - small) * image + small * new
             latents = noised(content, fresh, taken[0]) if taken else content
-        if reads != "mask":
+        if not inpaints:
             assert image is not None
             return Start(latents, depth, Kept(image, fresh, small))
+        if reads == "masked":
+            assert pictures is not None
+            black = pictures * (1 - masks) - masks  # what is masked is black there
+            return Start(latents, torch.cat([self.modes(black), 2 * small - 1], dim=1))
         unmasked = torch.zeros_like(masks).expand(-1, 3, -1, -1) if pictures is None else pictures * (1 - masks)
         return Start(latents, torch.cat([small, self.encode(unmasked, beside)], dim=1))
 

@@ -23,6 +23,47 @@ def with_channels(model: Callable[..., Tensor], channels: Tensor) -> Model:
     return run
 
 
+def in_patches(model: Callable[..., Tensor], size: int) -> Model:
+    """`model` computed by patches of `size` latents a side where there are more; patches overlap by half, and where
+    they do, each counts the more the further from its edge a latent lies: at every step, so that no seams arise. As
+    CompVis' latent-diffusion samples large pictures (Rombach et al. 2022, section 4.3.2)."""
+
+    def run(latents: Tensor, step: Step, *more: Any) -> Tensor:
+        height, width = latents.shape[2:]
+        if max(height, width) <= size:
+            return model(latents, step, *more)
+        rows, columns = min(size, height), min(size, width)
+        weights = _inwards(rows, columns, latents)
+        total, found = latents.new_zeros(1, 1, height, width), None
+        for top in _starts(height, rows):
+            for left in _starts(width, columns):
+                place = ..., slice(top, top + rows), slice(left, left + columns)
+                part = model(latents[place], step, *more) * weights
+                found = part.new_zeros(*part.shape[:2], height, width) if found is None else found
+                found[place] += part
+                total[place] += weights
+        assert found is not None
+        return found / total
+
+    return run
+
+
+def _starts(length: int, size: int) -> list[int]:
+    """Where windows of this size begin that cover a length, half of it apart or less."""
+    count = max(0, -(-(length - size) // (size // 2)))
+    return [min(i * (size // 2), length - size) for i in range(count + 1)]
+
+
+def _inwards(height: int, width: int, like: Tensor) -> Tensor:
+    """Of each place (height, width), how far from the nearest edge it is, as a share of its row or column; 0.01 at the
+    edge."""
+    shares = []
+    for length in (height, width):
+        line = torch.linspace(0, 1, length, dtype=like.dtype, device=like.device)
+        shares.append(torch.minimum(line, 1 - line))
+    return torch.minimum(shares[0][:, None], shares[1][None]).clamp(0.01, 0.5)
+
+
 def controlled(model: Callable[..., Tensor], residuals: Callable[[Tensor, Step], Any]) -> Model:
     """`model` with what to add inside the network, its third argument, for these latents and this step: what a control
     network computes once for the whole batch (Zhang et al. 2023, ControlNet)."""

@@ -20,9 +20,10 @@ class SeededNoise:
         self._shape = (1, *shape)
         self._device = device
 
-    def __call__(self) -> Tensor:
-        """The next draw, (len(seeds), *shape), float32, on the device."""
-        draws = [torch.randn(self._shape, generator=g, dtype=torch.float32) for g in self._generators]
+    def __call__(self, channels: int | None = None) -> Tensor:
+        """The next draw, (len(seeds), *shape), float32, on the device; with so many channels where given."""
+        shape = self._shape if channels is None else (1, channels, *self._shape[2:])
+        draws = [torch.randn(shape, generator=g, dtype=torch.float32) for g in self._generators]
         return to_device(torch.cat(draws), self._device)
 
 

@@ -93,6 +93,7 @@ def fitted_from_dict(sent: dict[str, Any]) -> FittedRequest:
     lists = {name: tuple(sent[name]) for name in ("guidance_interval", "embeddings")}
     lists["loras"] = tuple(LoRA(**lora) for lora in sent["loras"])
     lists["image_prompts"] = tuple(ImagePrompt(**each) for each in sent["image_prompts"])
+    lists["layout"] = sent["layout"] and tuple(map(tuple, sent["layout"]))
     lists["inputs"] = tuple((name, sha256) for name, sha256 in sent["inputs"])
     lists["controls"] = tuple(_control_from_dict(control) for control in sent["controls"])
     return FittedRequest(**(sent | lists | {"recorded": GenerationRequest(**sent["recorded"])}))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldmcli.conditioning.pairs import context_chunks
+from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.conditioning.words import Words
 from ldmcli.config import ModelConfig
 from ldmcli.errors import LdmError, NotFiniteError, TryAgainError, printable
@@ -88,7 +89,8 @@ class Drawer:
         """Draw for another session, which says what is merged for LoRAs and which words stand for embeddings."""
         self._uses = uses
         for model in self.pipeline.models:
-            model.prompts.words = words
+            if isinstance(model.prompts, PromptEncoder):
+                model.prompts.words = words
 
     def close(self) -> None:
         """Give the memory of recorded steps back."""

@@ -6,14 +6,15 @@ import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ldmcli.background import in_background
-from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae, on_meta
+from ldmcli.checkpoints.load import load_conditioner, load_text_encoders, load_unet, load_vae, on_meta
 from ldmcli.checkpoints.source import ModelSource, with_prediction_type
+from ldmcli.conditioning.condition_encoder import ConditionEncoder
 from ldmcli.conditioning.pairs import pairs
 from ldmcli.conditioning.prompts import PromptEncoder
 from ldmcli.config import UNDECIDED, TinyVAEConfig
@@ -21,7 +22,7 @@ from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
-from ldmcli.networks.vae import AutoencoderKL
+from ldmcli.networks.vae import Autoencoder, autoencoder_of
 from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
 from ldmcli.pipeline.steering import Networks, Steerers, encoder_dtype
 from ldmcli.session.opened import Opened
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
     from ldmcli.checkpoints.ip_adapter_source import IPAdapterSource
     from ldmcli.checkpoints.source import PartSource
     from ldmcli.conditioning.image_encoder import ImageEncoder
-    from ldmcli.config import ImageEncoderConfig
     from ldmcli.networks.ip_adapter import IPAdapter
     from ldmcli.pipeline.controlling import Network
+    from ldmcli.steering_config import ImageEncoderConfig
     from ldmcli.upscaling.upscaler import Upscaler, UpscalerFile
 
 
@@ -62,14 +63,14 @@ def load(
         kernels = in_background(lambda: runtime.try_kernels(skeletons), "try kernels")
         vae = in_background(lambda: _load_vae(opened, runtime, stage.home), "read VAE")
         read_encoder = functools.partial(_load_encoder, opened, runtime, stage)
-        encodes = any(request.encodes or request.model_reads == "mask" for request in first)
+        encodes = any(request.encodes or request.model_reads in ("mask", "masked") for request in first)
         vae_encoder = in_background(read_encoder, "read VAE encoder") if encodes else None
         networks = _steerers(opened, runtime, stage)
         steering = in_background(lambda: _read_networks(networks, first), "read what steers")
         prompts = []
         for source, _ in reading:
             with stopwatch.phase("weights"):
-                encoder = _text_encoders(opened, source, runtime, stage)
+                encoder = _encoders(opened, source, runtime, stage)
             with stopwatch.phase("text"):
                 for request in (request for request in first if not request.loras):  # else merging comes first
                     with contextlib.suppress(LdmError):  # what is wrong with it shows when it is drawn
@@ -148,7 +149,7 @@ def _read_unet(source: ModelSource, own: UNet | None, runtime: Runtime, stage: S
     return in_background(read, "read U-Net")
 
 
-def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> AutoencoderKL | TinyVAE:
+def _load_vae(opened: Opened, runtime: Runtime, device: torch.device) -> Autoencoder | TinyVAE:
     torch.set_num_threads(1)
     vae = opened.vae or opened.model.part("vae")
     return load_vae(vae, device, runtime.vae_dtype(vae.config), encoder=False)
@@ -165,15 +166,15 @@ def _skeletons(
         (on_meta(lambda: UNet(config)), runtime.dtype, latents)
     ]
     if not isinstance(vae, TinyVAEConfig):
-        parts.append((on_meta(lambda: AutoencoderKL(vae).decoder), runtime.vae_dtype(vae), image))
+        parts.append((on_meta(lambda: autoencoder_of(vae).decoder), runtime.vae_dtype(vae), image))
     return parts
 
 
-def _load_encoder(opened: Opened, runtime: Runtime, stage: Stage) -> AutoencoderKL:
+def _load_encoder(opened: Opened, runtime: Runtime, stage: Stage) -> Autoencoder:
     """The encoding half of the autoencoder, which pictures are read with."""
     part = opened.encoder
     encoder = load_vae(part, stage.home, runtime.vae_dtype(part.config), decoder=False)
-    assert isinstance(encoder, AutoencoderKL)
+    assert isinstance(encoder, Autoencoder)
     return runtime.prepare(encoder)
 
 
@@ -220,14 +221,27 @@ def _read_networks(networks: Steerers, first: Sequence[FittedRequest]) -> None:
             networks.encoders.named(networks.encoder_of(name))
 
 
-def _text_encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder:
+def _encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder | ConditionEncoder:
+    if source.config.condition != "text":
+        network = load_conditioner(source, stage.home, runtime.text_dtype)
+        if network is not None:
+            stage.add(network)
+        return ConditionEncoder(source.config, network, _map_of, stage.bring)
     encoders = load_text_encoders(source, stage.home, runtime.text_dtype)
     for encoder in encoders:
         stage.add(encoder.model)
     return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders], opened.words)
 
 
-def _model(source: ModelSource, runtime: Runtime, stage: Stage, unet: UNet, prompts: PromptEncoder) -> DiffusionModel:
+def _map_of(request: FittedRequest) -> Any:
+    from ldmcli.images.class_map import map_of
+
+    return map_of(request)
+
+
+def _model(
+    source: ModelSource, runtime: Runtime, stage: Stage, unet: UNet, prompts: PromptEncoder | ConditionEncoder
+) -> DiffusionModel:
     unet = runtime.prepare(unet)
     stage.add(unet)
     call = graphs = None

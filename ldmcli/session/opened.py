@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import (
+    CLASS_NAMES_ENDING,
     EMBEDDED_NAME,
     ModelSource,
     PartSource,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
-_SETTINGS = (".yaml", ".yml", ".json")  # endings of files beside weights
+_SETTINGS = (".yaml", ".yml", ".json", CLASS_NAMES_ENDING)  # endings of files beside weights
 _MAX_STAMPED = 1000  # files of a folder
 # Beside the model, what a picture depends on.
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler", "image_encoder")
@@ -88,7 +89,7 @@ class Opened:
             request = dataclasses.replace(request, refiner_start=REFINER_START)
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
-        prompt, request = self._with_loras(request)
+        prompt, request = self._with_loras(self.model.class_names.numbered(request))
         fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
         if fitted.is_steered:
             fitted = self.steering.checked(fitted, hashes)
@@ -158,6 +159,8 @@ class Opened:
         tags = split_tags(request.prompt)[1] if request.prompt_syntax == "weighted" else ()
         named = (self.adapters.adapter(lora) for lora in (*request.loras, *tags))  # which imports nothing without any
         adapters = [adapter for adapter in named if adapter.bundled]
+        if self.model.config.condition != "text":
+            return NO_WORDS
         if not (request.embeddings or self.spec.embedding_dir or adapters):
             return NO_WORDS
         return self._embedding_words.words(request.embeddings, adapters)
@@ -222,10 +225,13 @@ class Opened:
                 if not alike(facts[name], facts["image"]):
                     shapes = f"{facts[name].shape} and the picture {facts['image'].shape}"
                     warn_once(_log, f"the {name} is {shapes}, which is of another shape: it is stretched to that")
-            inputs, size = (
-                {name: each.sha256 for name, each in facts.items()},
-                (facts["image"].width, facts["image"].height),
-            )
+            inputs = {name: each.sha256 for name, each in facts.items()}
+            size = facts["image"].width, facts["image"].height
+        if request.map is not None:
+            from ldmcli.images.class_map import map_facts
+
+            facts_of_map = map_facts(request, self.model.config.conditioner)
+            inputs["map"], size = facts_of_map.sha256, (facts_of_map.width, facts_of_map.height)
         fitted = fit_to_model(request, self.model.config, size)
         if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
             warn_once(_log, "image_guidance_scale changes nothing where guidance_scale is 1")
@@ -286,13 +292,13 @@ class Opened:
     @property
     def token_limit(self) -> int:
         """How many tokens of a prompt the model reads, or of each chunk of it; begin and end marks not counted."""
-        return self.model.config.text_encoders[0].max_length - 2
+        return max((text.max_length - 2 for text in self.model.config.text_encoders[:1]), default=0)
 
     def cut_text(self, text: str, request: GenerationRequest | FittedRequest) -> str:
         """What of a prompt of `request` the model does not read: "" if it reads all. Raises UsageError if something is
         cut off and the request says that this is an error."""
         prompts = [self._tokenized(tokenizer, text, request) for tokenizer in self.model.tokenizers]
-        cut = max((prompt.cut_text for prompt in prompts), key=len)
+        cut = max((prompt.cut_text for prompt in prompts), key=len, default="")
         if cut and request.on_long_prompt == "error":
             raise UsageError(
                 f"a prompt is longer than the {self.token_limit} tokens the model reads; too much: “{printable(cut)}”."

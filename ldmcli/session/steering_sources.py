@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldmcli.checkpoints.source import PartSource, embedded_folder
-from ldmcli.config import AdapterConfig, ImageEncoderConfig, ModelConfig
+from ldmcli.config import ModelConfig
 from ldmcli.control import EMBEDDED_CONTROL, INPAINT, TYPES, Control
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.errors import UsageError, printable
 from ldmcli.fitting import FittedRequest
 from ldmcli.remarks import warn_once
 from ldmcli.spec import ModelSpec
+from ldmcli.steering_config import AdapterConfig, ImageEncoderConfig
 
 if TYPE_CHECKING:
     from ldmcli.checkpoints.control_source import ControlSource

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from ldmcli.errors import BadDataError
 from ldmcli.images.formats import Encoding, format_of_file
-from ldmcli.upscaling.target import Target, check_memory, upscaled
+from ldmcli.upscaling.target import Enlarger, Target, check_memory, upscaled
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldmcli.upscaling.upscaler import OnTile, Upscaler
+    from ldmcli.upscaling.upscaler import OnTile
 
 _log = logging.getLogger(__name__)
 
@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class Enlargement:
     """How pictures become larger files: how large, in what format, with or without what they say of themselves, in
-    tiles of so many pixels a side."""
+    tiles of so many pixels a side, or as many as suit."""
 
     target: Target
     encoding: Encoding
     metadata: bool
-    tile: int
+    tile: int | None
 
 
 def read_file(source: Path, how: Enlargement) -> "tuple[Image.Image, dict[str, str]]":
@@ -41,7 +41,7 @@ def read_file(source: Path, how: Enlargement) -> "tuple[Image.Image, dict[str, s
 
 
 def larger_file(
-    picture: "Image.Image", text: dict[str, str], upscaler: "Upscaler", how: Enlargement, on_tile: "OnTile"
+    picture: "Image.Image", text: dict[str, str], upscaler: Enlarger, how: Enlargement, on_tile: "OnTile"
 ) -> tuple[bytes, tuple[int, int]]:
     """The bytes of the larger picture's file, and its size. Raises UsageError where that is too large."""
     import numpy as np
@@ -56,7 +56,8 @@ def larger_file(
     large = upscaled(upscaler, np.asarray(picture), how.target, tile=how.tile, on_tile=on_tile)
     if how.metadata:
         exact = how.target.width or how.target.height
-        text = with_upscaling(text, upscaler.name, by=None if exact else how.target.scale or upscaler.scale, size=size)
+        by = None if exact else how.target.scale or upscaler.scale
+        text = with_upscaling(text, upscaler.name, by=by, size=size, settings=upscaler.settings)
     return encode_image(Image.fromarray(large), text, how.encoding), size
 
 

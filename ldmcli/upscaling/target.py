@@ -1,17 +1,17 @@
 """How large a picture is to become, and the way there: a network as often as it takes, then Lanczos."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from ldmcli.errors import UsageError, printable
 from ldmcli.spec import MAX_SIZE
 from ldmcli.speed.memory import gib, host_memory
-from ldmcli.upscaling.tiles import TILE
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ldmcli.upscaling.upscaler import OnTile, Upscaler
+    from ldmcli.upscaling.upscaler import OnTile
 
 MAX_SCALE = 64.0
 _MAX_PASSES = 3  # of a network: what it makes of its own pictures gets no better
@@ -53,8 +53,29 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
     return width, height
 
 
+class Enlarger(Protocol):
+    """What makes pictures `scale` times as large; `settings` are what its pictures depend on beside its weights."""
+
+    name: str
+    scale: int
+
+    @property
+    def settings(self) -> Mapping[str, str]: ...
+
+    def enlarged(
+        self, pixels: "np.ndarray", *, tile: int | None = None, on_tile: "OnTile | None" = None
+    ) -> "np.ndarray":
+        """See `Upscaler.enlarged`."""
+        ...
+
+
 def upscaled(
-    upscaler: "Upscaler", pixels: "np.ndarray", target: Target, *, tile: int = TILE, on_tile: "OnTile | None" = None
+    upscaler: Enlarger,
+    pixels: "np.ndarray",
+    target: Target,
+    *,
+    tile: int | None = None,
+    on_tile: "OnTile | None" = None,
 ) -> "np.ndarray":
     """`pixels` (height, width, 3 or 4) uint8 in the size of `target`, enlarged by the network, as often as that takes,
     three times at most, and brought to the exact size by Lanczos; what has other proportions is cut at both ends.

@@ -9,11 +9,12 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldmcli.checkpoints.families import describe_single_file, with_article
+from ldmcli.checkpoints.families import ENLARGING
+from ldmcli.checkpoints.file_kinds import describe_single_file, family_named, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
 from ldmcli.checkpoints.header import FLOATING
 from ldmcli.checkpoints.layout import UPSCALER
@@ -74,7 +75,8 @@ def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
     weights = open_weights(path, allow_pickle=allow_pickle, cure=_CURE)
     kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
     if kind != "unknown":
-        raise bad_file(path, f"is {with_article(kind)}, not an upscaler", _CURE)
+        cure = _CURE if family_named(kind) not in ENLARGING else "enlarge what is drawn with it by ldm upscale -m"
+        raise bad_file(path, f"is {with_article(kind)}, not an upscaler", cure)
     for key, info in weights.tensors.items():
         if len(info.shape) == 4 and info.dtype not in FLOATING:  # others may be places in a window, and such
             raise bad_file(path, f"has a convolution that holds no floating numbers ({key}: {info.dtype})", _CURE)
@@ -123,9 +125,14 @@ class Upscaler:
         """What spandrel calls it."""
         return str(self._net.architecture.name)
 
-    def enlarged(self, pixels: "np.ndarray", *, tile: int = TILE, on_tile: OnTile | None = None) -> "np.ndarray":
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Nothing."""
+        return {}
+
+    def enlarged(self, pixels: "np.ndarray", *, tile: int | None = None, on_tile: OnTile | None = None) -> "np.ndarray":
         """`pixels` (height, width, 3 or 4) uint8, `scale` times as large; RGB, or RGBA, whose transparency the network
-        enlarges apart. Memory: both pictures and what a tile of `tile` pixels a side takes; 0 takes all at once.
+        enlarges apart. Memory: both pictures and what a tile of `tile` pixels a side (256) takes; 0 takes all at once.
 
         Tiles differ from the whole only where what lies further away than OVERLAP tells. Numbers that are not finite
         are repeated in float32; out of memory, with smaller tiles. Raises LdmError where that does not help.
@@ -133,6 +140,7 @@ class Upscaler:
         import torch
 
         height, width = pixels.shape[:2]
+        tile = TILE if tile is None else tile
         check_memory(width * self.scale, height * self.scale)
         with self._lock, torch.inference_mode(), _without_warnings():
             while True:

@@ -15,7 +15,7 @@ import time
 import torch
 
 from ldmcli.checkpoints.load import on_meta
-from ldmcli.config import ControlConfig, ScheduleConfig, UNetConfig
+from ldmcli.config import ScheduleConfig, UNetConfig
 from ldmcli.networks.control_net import ControlNet
 from ldmcli.networks.inputs import Conditioning
 from ldmcli.networks.unet import Residuals, UNet
@@ -23,6 +23,7 @@ from ldmcli.sampling.guidance import controlled
 from ldmcli.sampling.schedule import Schedule
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.policy import choose_runtime
+from ldmcli.steering_config import ControlConfig
 
 
 def random_module(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

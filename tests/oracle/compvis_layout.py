@@ -47,6 +47,7 @@ def _unet_key(key: str, layers: int, attending: set[int]) -> str:
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "time_embedding.cond_proj": "time_embed.cond_proj",
+        "class_embedding": "label_emb",
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
         "conv_norm_out": "out.0",
@@ -90,6 +91,8 @@ def _vae_key(key: str, levels: int) -> str:
     for pattern, replacement in (
         (r"encoder\.down_blocks\.(\d)", r"encoder.down.\1"),
         (r"\.resnets\.(\d)\.(?=.*)", r".block.\1."),
+        (r"decoder\.up\.(\d)\.attentions\.(\d)\.", r"decoder.up.\1.attn.\2."),
+        (r"encoder\.down\.(\d)\.attentions\.(\d)\.", r"encoder.down.\1.attn.\2."),
         (r"\.(down|up)samplers\.0\.", r".\1sample."),
         (r"mid_block\.block\.0", "mid.block_1"),
         (r"mid_block\.block\.1", "mid.block_2"),

@@ -21,7 +21,7 @@ from oracle.random_model import SCHEDULER, clip_tokenizer
 from torch import Tensor, nn
 
 from ldmcli.checkpoints.files import WeightFile
-from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae, on_meta
+from ldmcli.checkpoints.load import load_conditioner, load_text_encoders, load_unet, load_vae, on_meta
 from ldmcli.checkpoints.source import ModelSource, open_model
 from ldmcli.conditioning.pairs import size_vector
 from ldmcli.config import TextEncoderConfig, UNetConfig
@@ -153,6 +153,8 @@ def loaded(source: ModelSource) -> dict[str, nn.Module]:
         modules: dict[str, Any] = {
             text.part: e.model for text, e in zip(source.config.text_encoders, texts, strict=True)
         }
+        if source.config.conditioner:
+            modules[source.config.conditioner.part] = load_conditioner(source, cpu, torch.float32)
         return modules | {
             part: load(source, cpu, torch.float32) for part, load in (("unet", load_unet), ("vae", load_vae))
         }

@@ -30,10 +30,11 @@ from training import Average, Clock, Recorded, Team, half_precision, learning_ra
 
 from ldmcli.checkpoints.load import load_text_encoders, load_unet, load_vae
 from ldmcli.checkpoints.source import ModelSource, embedded_model, open_model
-from ldmcli.config import ControlConfig, UNetConfig
+from ldmcli.config import UNetConfig
 from ldmcli.networks.control_net import ControlNet
 from ldmcli.networks.unet import Residuals
 from ldmcli.sampling.schedule import Schedule
+from ldmcli.steering_config import ControlConfig
 
 TEXT_DROPOUT = 0.12
 LOWEST = 150  # time step from which on the network learns; below, no more than texture is decided

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ldmcli.background import in_background
 from ldmcli.networks.attention import Attention, KeysValues
 from ldmcli.networks.layers import ResnetBlock
-from ldmcli.networks.transformer import GEGLU, SpatialTransformer, TransformerBlock
+from ldmcli.networks.transformer import GEGLU, CrossTransformerBlock, SpatialTransformer, TransformerBlock
 from ldmcli.networks.unet import Encoder
 from ldmcli.speed.cuda.kernels import add_and_norm, add_bias_residual, few_pixels, geglu, group_norm_silu
 from ldmcli.speed.modules import recast, replaced
@@ -32,6 +32,7 @@ def fuse(module: nn.Module) -> nn.Module:
         ResnetBlock: FusedResnetBlock,
         GEGLU: FusedGEGLU,
         TransformerBlock: FusedTransformerBlock,
+        CrossTransformerBlock: FusedCrossTransformerBlock,
         SpatialTransformer: FusedSpatialTransformer,
     }
 
@@ -127,10 +128,15 @@ class FusedTransformerBlock(TransformerBlock):
 
     def forward(self, x: Sum, context: KeysValues) -> Sum:  # type: ignore[override]
         h, normed = _normed(x, self.norm1)
-        h, normed = _normed(_attended(self.attn1, normed, self.attn1.project(normed), h), self.norm2)
-        h, normed = _normed(_attended(self.attn2, normed, context, h), self.norm3)
+        first, second = self.read(normed, context)
+        h, normed = _normed(_attended(self.attn1, normed, first, h), self.norm2)
+        h, normed = _normed(_attended(self.attn2, normed, second, h), self.norm3)
         last = cast(nn.Linear, self.ff.net[2])
         return F.linear(self.ff.net[0](normed), last.weight), _bias(last), h
+
+
+class FusedCrossTransformerBlock(FusedTransformerBlock, CrossTransformerBlock):
+    """The same where both attentions are to the context."""
 
 
 class FusedSpatialTransformer(SpatialTransformer):
