@@ -94,14 +94,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     # 1. The request: from the command line, over that of a picture.
     chosen = {name: options[name] for name in ("image_format", "quality", "lossless")}
     encoding, of_row = choose_encoding(options["output"], **chosen), options["count"]
-    record = None
-    if options["from_image"] is not None:
-        from ldmcli.cli.again import compare_networks, read_again, skips_otherwise, take_over
-
-        record = read_again(options["from_image"])
-        take_over(context, options, record)
-        if not prompts:
-            prompts, options["dynamic_prompts"] = (record["request"]["prompt"],), False  # it is drawn already
+    record, prompts = _with_record(context, prompts, options)
     unprompted = not prompts and options.get("image") is not None  # as some models draw on pictures
     prompts = ("",) if unprompted else prompts
     _check_sources(context, prompts, options)
@@ -112,8 +105,11 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     session = _open(options, record, encoding, preview)
     if unprompted and session.token_limit:
         _check_sources(context, (), options)
-    if record and skips_otherwise(context, record, session.family):
-        requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
+    if record:
+        from ldmcli.cli.again import compare_networks, skips_otherwise
+
+        if skips_otherwise(context, record, session.family):
+            requests = (dataclasses.replace(one, clip_skip=max(1, one.clip_skip - 1)) for one in requests)
     if not session.remote:
         link_ahead()
     fitted = _checked(requests, session, encoding, eager=STDIN not in prompts)
@@ -152,6 +148,22 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         drawn = written.checked(_counted(first, fitted, options))
         for picture in session.draw(drawn, batch_size=options["batch_size"], on_step=bar):
             written.put(picture)
+
+
+def _with_record(
+    context: click.Context, prompts: tuple[str, ...], options: dict[str, Any]
+) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The record of --from-image, where that is given, whose request takes the options' place; and the prompts."""
+    if options["from_image"] is None:
+        return None, prompts
+    from ldmcli.cli.again import read_again, take_over
+
+    record = read_again(options["from_image"])
+    take_over(context, options, record)
+    if prompts:
+        return record, prompts
+    options["dynamic_prompts"] = False  # it is drawn already
+    return record, (record["request"]["prompt"],)
 
 
 def _check_sources(context: click.Context, prompts: tuple[str, ...], options: dict[str, Any]) -> None:

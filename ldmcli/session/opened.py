@@ -33,13 +33,7 @@ from ldmcli.frozen import frozen
 from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
 from ldmcli.named_files import if_there
 from ldmcli.remarks import warn_once
-from ldmcli.spec import (
-    MASK_FIELDS,
-    REFINER_START,
-    GenerationRequest,
-    LoRA,
-    ModelSpec,
-)
+from ldmcli.spec import MASK_FIELDS, REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory, large
 
 if TYPE_CHECKING:
