@@ -97,16 +97,14 @@ def test_a_negative_prompt_takes_its_colour_away(draw: Draw) -> None:
 
 
 def test_red_heart_against_red(draw: Draw) -> None:
-    """A prompt that asks for red is not denied it; guidance by what "red" alone does not say turns it towards pink."""
+    """A prompt that asks for red is not denied it, however strong the guidance."""
     prompts = ["red heart on a white background"] * 4
-
-    def blue(pictures: np.ndarray) -> float:
-        return float(np.median([np.median(picture[foreground(picture)], axis=0)[2] for picture in pictures]))
-
     plain = draw(*prompts)
     assert [heart_colour(picture) for picture in plain] == ["red"] * 4
-    little, much = (blue(draw(*prompts, negative_prompt="red", guidance_scale=scale)) for scale in (2.5, 7.5))
-    assert blue(plain) + 5 < little < much - 20
+    for scale in (2.5, 7.5):
+        without = draw(*prompts, negative_prompt="red", guidance_scale=scale)
+        assert [heart_colour(picture) for picture in without] == ["red"] * 4
+        assert abs(without.astype(int) - plain).mean() > 0.5
 
 
 def test_unknown_words_leave_the_rest(draw: Draw) -> None:
