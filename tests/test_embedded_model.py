@@ -107,8 +107,9 @@ def test_red_heart_against_red(draw: Draw) -> None:
         assert abs(without.astype(int) - plain).mean() > 0.5
 
 
-def test_unknown_words_leave_the_rest(draw: Draw) -> None:
-    assert grounds(draw("a gramophone on a blue background", "zxqv, blue background")) == ["blue"] * 2
+def test_short_unknown_words_leave_the_background(draw: Draw) -> None:
+    prompts = ["zxqv, blue background", "a lighthouse on a red background", "a teapot on a green background"]
+    assert grounds(draw(*prompts)) == ["blue", "red", "green"]
 
 
 def test_make_demo_draws_256_pixels_a_side_by_the_models_own_network_as_spandrel_computes_it(tmp_path: Path) -> None:
