@@ -97,20 +97,19 @@ def test_a_negative_prompt_takes_its_colour_away(draw: Draw) -> None:
 
 
 def test_red_heart_against_red(draw: Draw) -> None:
-    """A prompt that asks for red is not denied it; guidance by what "red" alone does not say turns it towards pink."""
+    """A prompt that asks for red is not denied it, however strong the guidance."""
     prompts = ["red heart on a white background"] * 4
-
-    def blue(pictures: np.ndarray) -> float:
-        return float(np.median([np.median(picture[foreground(picture)], axis=0)[2] for picture in pictures]))
-
     plain = draw(*prompts)
     assert [heart_colour(picture) for picture in plain] == ["red"] * 4
-    little, much = (blue(draw(*prompts, negative_prompt="red", guidance_scale=scale)) for scale in (2.5, 7.5))
-    assert blue(plain) + 5 < little < much - 20
+    for scale in (2.5, 7.5):
+        without = draw(*prompts, negative_prompt="red", guidance_scale=scale)
+        assert [heart_colour(picture) for picture in without] == ["red"] * 4
+        assert abs(without.astype(int) - plain).mean() > 0.5
 
 
-def test_unknown_words_leave_the_rest(draw: Draw) -> None:
-    assert grounds(draw("a gramophone on a blue background", "zxqv, blue background")) == ["blue"] * 2
+def test_short_unknown_words_leave_the_background(draw: Draw) -> None:
+    prompts = ["zxqv, blue background", "a lighthouse on a red background", "a teapot on a green background"]
+    assert grounds(draw(*prompts)) == ["blue", "red", "green"]
 
 
 def test_make_demo_draws_256_pixels_a_side_by_the_models_own_network_as_spandrel_computes_it(tmp_path: Path) -> None:
