@@ -188,34 +188,10 @@ def fit_to_model(
     """The request with the model's own in place of what it leaves open; `picture` is the width and height of its image.
     Raises UsageError where the model cannot draw it: a size that is no whole number of latents, or more steps than its
     schedule has."""
-    multiple = config.size_multiple
-    usual = (config.default_size, config.default_size)
-    if picture and (request.inpaint_area == "whole" or request.mask is None):
-        across, down = (side * config.enlarges for side in picture)
-        usual = max(1, across // multiple) * multiple, max(1, down // multiple) * multiple
-    width = usual[0] if request.width is None else request.width
-    height = usual[1] if request.height is None else request.height
-    _check_size("size", width, height, multiple)
-    defaults = config.defaults
+    width, height = _size(request, config, picture)
     _check_inputs(request, config)
     _check_condition(request, config)
-    usual_guidance = defaults.guidance_scale if config.guidable else 1.0
-    own: dict[str, Any] = {
-        "width": width,
-        "height": height,
-        "sampler": defaults.sampler if request.sampler is None else request.sampler,
-        "steps": defaults.steps if request.steps is None else request.steps,
-        "guidance_scale": usual_guidance if request.guidance_scale is None else request.guidance_scale,
-    }
-    if config.unet.reads == "low_res":
-        own |= _enlarging(request, config)
-    elif config.unet.reads == "image":
-        usual_scale = None if own["guidance_scale"] == 1 else IMAGE_GUIDANCE  # unguided, it would change nothing
-        asked = request.image_guidance_scale
-        own["image_guidance_scale"] = usual_scale if asked is None else asked
-    else:
-        own["strength"] = _strength(request, own["steps"], 1.0 if config.unet.reads == "masked" else STRENGTH)
-    own |= _second_pass(request, own["steps"])
+    own = _choices(request, config) | {"width": width, "height": height}
     recorded = dataclasses.replace(request, **own)
     sampler = sampler_named(own["sampler"])
     check_fit(sampler, config.schedule, own["steps"], request.schedule)
@@ -248,6 +224,39 @@ def fit_to_model(
     }
     said = {name: value for name, value in vars(recorded).items() if name not in STEERING}
     return FittedRequest(recorded=recorded, **(said | filled))
+
+
+def _size(request: GenerationRequest, config: "ModelConfig", picture: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height; `picture` as for `fit_to_model`. Raises UsageError."""
+    multiple = config.size_multiple
+    usual = (config.default_size, config.default_size)
+    if picture and (request.inpaint_area == "whole" or request.mask is None):
+        across, down = (side * config.enlarges for side in picture)
+        usual = max(1, across // multiple) * multiple, max(1, down // multiple) * multiple
+    width = usual[0] if request.width is None else request.width
+    height = usual[1] if request.height is None else request.height
+    _check_size("size", width, height, multiple)
+    return width, height
+
+
+def _choices(request: GenerationRequest, config: "ModelConfig") -> dict[str, Any]:
+    """What is drawn with where the request leaves it open, but for the size."""
+    defaults = config.defaults
+    usual_guidance = defaults.guidance_scale if config.guidable else 1.0
+    own: dict[str, Any] = {
+        "sampler": defaults.sampler if request.sampler is None else request.sampler,
+        "steps": defaults.steps if request.steps is None else request.steps,
+        "guidance_scale": usual_guidance if request.guidance_scale is None else request.guidance_scale,
+    }
+    if config.unet.reads == "low_res":
+        own |= _enlarging(request, config)
+    elif config.unet.reads == "image":
+        usual_scale = None if own["guidance_scale"] == 1 else IMAGE_GUIDANCE  # unguided, it would change nothing
+        asked = request.image_guidance_scale
+        own["image_guidance_scale"] = usual_scale if asked is None else asked
+    else:
+        own["strength"] = _strength(request, own["steps"], 1.0 if config.unet.reads == "masked" else STRENGTH)
+    return own | _second_pass(request, own["steps"])
 
 
 def _check_second_pass(asked: str, own: dict[str, Any], config: "ModelConfig", schedule: str | None) -> None:

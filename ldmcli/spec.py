@@ -67,7 +67,6 @@ ALPHA = "alpha"  # as a mask: the picture's own transparency
 MAX_PADDING = 1 << 12
 MAX_BLUR = 512.0
 
-
 # What fields may be: from the first to the second, whole where these are; or one of some words.
 RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
     "seed": (0, MAX_SEED), "steps": (1, MAX_STEPS), "guidance_scale": (0.0, MAX_GUIDANCE), "width": (1, MAX_SIZE),
