@@ -14,6 +14,8 @@ _T = TypeVar("_T")
 def frozen(cls: type[_T]) -> type[_T]:
     """`dataclasses.dataclass(frozen=True)`, by functions that all such classes share."""
     dataclasses.dataclass(init=False, repr=False, eq=False)(cls)
+    # Without class variables, which `dataclasses` keeps among them and takes no values of.
+    cls.__dataclass_fields__ = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore
     for name, shared in _SHARED.items():
         setattr(cls, name, shared)
     return cls

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,6 +13,7 @@ from ldmcli.frozen import frozen
 
 
 class _Fields:
+    kind: ClassVar[str] = "of the class"
     name: str
     size: int = 3
     tags: tuple[str, ...] = dataclasses.field(default_factory=tuple)
