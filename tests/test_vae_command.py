@@ -13,6 +13,7 @@ from oracle.seeded import seeded_pixels, seeded_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ldmcli.checkpoints.latents_file import open_latents, read_latents
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.vae_source import open_autoencoder
 from ldmcli.config import VAEConfig
@@ -165,6 +166,54 @@ def test_what_is_no_latents(folders: dict[str, Path], tmp_path: Path) -> None:
     refused({"codes": torch.full((1, 4, 4), CODES)}, vq, tmp_path, f"codes from {CODES} to {CODES}", "0 to 49")
     refused({"codes": torch.full((1, 4, 4), -1)}, vq, tmp_path, "codes from -1 to -1")
     refused({"codes": torch.zeros(1, 4, 4, dtype=torch.int32)}, folders["kl"], tmp_path, "has no codebook")
+
+
+def test_pictures_are_read_one_at_a_time(folders: dict[str, Path], tmp_path: Path) -> None:
+    """However much a file holds: 300 GB here, which take no place on the disk."""
+    count, size = 100_000, 3 * (1 << 9) ** 2 * 4
+    info = {"dtype": "F32", "shape": [count, 3, 1 << 9, 1 << 9], "data_offsets": [0, count * size]}
+    header = json.dumps({"latents": info}).encode()
+    path = tmp_path / "many.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + count * size)
+    config = open_autoencoder(folders["vq"]).config
+    first = next(iter(read_latents(*open_latents(path, config)[:2], config)))
+    assert first.shape == (3, 1 << 9, 1 << 9)
+
+
+def test_a_file_of_more_than_can_be_written_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    refused({"codes": torch.zeros(100_001, 1, 1, dtype=torch.uint8)}, folders["vq"], tmp_path, "100001 pictures")
+    save_file({"latents": torch.zeros(1, 3, 1, 8192)}, tmp_path / "wide.safetensors")
+    wide = ldm_here("vae", "decode", tmp_path / "wide.safetensors", "-m", folders["vq"], "-o", tmp_path / "wide.webp")
+    assert_refused(wide, 2, "16384×2 is too large for WebP")
+
+
+def test_other_tensors_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    tensors = {"latents": torch.zeros(1, 3, 4, 4), "codes": torch.zeros(1, 4, 4, dtype=torch.int32)}
+    for extra in ({}, {"mask": torch.zeros(1)}):
+        save_file(tensors | extra, tmp_path / "l.safetensors")
+        done = ldm_here(
+            "vae", "decode", tmp_path / "l.safetensors", "-m", folders["vq"], "-o", tmp_path / "l.png", "--overwrite"
+        )
+        assert done.code == 0, done
+        assert ("more than is decoded: mask" in done.err) is bool(extra)
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "options", "words"),
+    [
+        ("encode", "kl", ("--quality", "50"), "--quality is for ldm vae decode"),
+        ("encode", "kl", ("--seed", "7"), "--seed is for latents that are drawn; add --sample"),
+        ("encode", "vq", ("--sample",), "--sample is for KL autoencoders"),
+        ("decode", "kl", ("--sample",), "--sample is for ldm vae encode"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    way: str, kind: str, options: tuple[str, ...], words: str, folders: dict[str, Path], picture: Path, tmp_path: Path
+) -> None:
+    assert_refused(ldm_here("vae", way, picture, "-m", folders[kind], "-o", tmp_path / "out", *options), 2, words)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

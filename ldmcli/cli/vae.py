@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ldmcli.cli.command import command, values
 from ldmcli.cli.option_types import Device, Seed
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ldmcli.session.autoencoding import Autoencoding
 
 _ENDING = ".safetensors"
+_OF_WAY = {"encode": ("sample", "seed"), "decode": ("image_format", "quality", "lossless")}  # of no use the other way
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +59,8 @@ _log = logging.getLogger(__name__)
 @option("--overwrite", is_flag=True, help="Replace files that are there already.")
 @json_option("Report each file as a JSON line.")
 @verbosity_options
-def vae(way: str, files: tuple[str, ...], **options: Any) -> None:
+@click.pass_context
+def vae(context: click.Context, way: str, files: tuple[str, ...], **options: Any) -> None:
     """Encode each picture FILE as latents, or decode the latents in each FILE to pictures; print each new file's path.
 
     A file of latents holds `latents` (pictures, channels, height, width) as the autoencoder gives them, not scaled, and
@@ -70,17 +73,32 @@ def vae(way: str, files: tuple[str, ...], **options: Any) -> None:
     ldm vae encode *.png -m vq-f4 -o latents
     """
     # 1. Everything that can be known before weights are read.
+    _check_options(context, way)
     paths = [expanded(name) for name in files]
     for path in paths:
         with open_regular(path, ("", "name a file")):
             pass
     source = _open(options["model"], allow_pickle=options["allow_pickle"])
     work = _Work(source, options, encodes=way == "encode")
+    if options["sample"] and source.config.codes:
+        raise UsageError("--sample is for KL autoencoders, and a codebook leaves nothing to draw; leave it out.")
     # 2. Each file; the weights are read once there is one.
     if way == "encode":
         _encode(paths, work, options)
     else:
         _decode(paths, work, options)
+
+
+def _check_options(context: click.Context, way: str) -> None:
+    """Raise UsageError where an option was typed that would change nothing."""
+    for other, names in _OF_WAY.items():
+        for name in names:
+            typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            option_name = f"--{name.replace('_', '-')}"
+            if typed and way != other:
+                raise UsageError(f"{option_name} is for ldm vae {other}; leave it out.")
+            if typed and name == "seed" and not context.params["sample"]:
+                raise UsageError("--seed is for latents that are drawn; add --sample, or leave it out.")
 
 
 class _Work:
@@ -200,6 +218,9 @@ def _decode(paths: Sequence[Path], work: _Work, options: dict[str, Any]) -> None
     )
     if output.path is None and total > 1:
         raise UsageError(f"-o - takes one picture, and there are {total}; give a folder to -o.")
+    for file, name, _ in sources:
+        height, width = (side * config.factor for side in file.tensors[name].shape[-2:])
+        encoding.check_size(width, height)
     outputs = [output]
     if output.path and not output.is_file:
         stems = [
@@ -224,7 +245,6 @@ def _picture(pixels: "np.ndarray", encoding: Encoding) -> tuple[bytes, tuple[int
     from ldmcli.images.encode import encode_image
 
     picture = Image.fromarray(pixels)
-    encoding.check_size(*picture.size)
     return encode_image(picture, {}, encoding), picture.size
 
 
