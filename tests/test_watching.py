@@ -208,6 +208,9 @@ def test_runs_that_nobody_draws(tmp_path: Path) -> None:
     assert watched.records[-1].items() >= expected.items()
     assert_refused(ldm_here("batch", "--watch", tmp_path / "nowhere"), 66, "nowhere", "no run")
     assert_refused(ldm_here("batch", "--watch", tmp_path, "--status", tmp_path), 2, "--status", "--watch")
+    for unheeded in (["rows.jsonl"], ["--output", "x"], ["--steps", "3"], ["--dry-run"]):
+        for look in ("--watch", "--status"):
+            assert_refused(ldm_here("batch", look, out, *unheeded), 2, "draw nothing; leave out")
 
 
 def test_facts_stand_in_columns(run: Path) -> None:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ldmcli.cli.command import command, values
 from ldmcli.cli.option_types import Duration, RowFormat, Shard
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _STDIN = "-"
 _SOME_FAILED = 3
+_LOOKS = ("status", "watch", "failed", "as_json")  # what --status and --watch heed
 _SMALL_BATCH = 8  # of a small model on a CPU: the fastest of 1 to 16, with a thread each
 _WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
 
@@ -170,15 +172,26 @@ def _looked_at(context: click.Context, options: dict[str, Any]) -> bool:
     as_json, folder = options["as_json"], options["status"]
     if options["failed"] and not folder:
         raise click.UsageError("--failed goes with --status DIR.", context)
+    if folder and options["watch"]:
+        raise click.UsageError("--status and --watch exclude each other; leave out one.", context)
+    if folder or options["watch"]:
+        _check_only_looks(context)
     if options["watch"]:
-        if folder:
-            raise click.UsageError("--status and --watch exclude each other; leave out one.", context)
         counts = watch_run(Path(options["watch"]), as_json=as_json)
         context.exit(_SOME_FAILED if counts.failed else 0)
     if not folder:
         return False
     (print_failures if options["failed"] else print_status)(Path(folder), as_json=as_json)
     return True
+
+
+def _check_only_looks(context: click.Context) -> None:
+    """Raise UsageError where something is typed that would be of no effect, for nothing is drawn."""
+    for name in context.params:
+        if name not in _LOOKS and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            (parameter,) = (one for one in context.command.params if one.name == name)
+            shown = "a prompt FILE" if name == "file" else parameter.opts[0]
+            raise click.UsageError(f"--status and --watch draw nothing; leave out {shown}.", context)
 
 
 def _checked(context: click.Context, file: str | None, options: dict[str, Any]) -> str:
