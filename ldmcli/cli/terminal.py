@@ -122,6 +122,8 @@ def hindrance() -> str:
     """Why standard output shows no pictures; "" where it does."""
     if not sys.stdout.isatty():
         return "standard output is no terminal"
+    if not all(os.get_terminal_size(sys.stdout.fileno())):  # as pseudo-terminals have it until someone says how large
+        return "the terminal says that its size is 0 (`stty columns 80 rows 24` sets it)"
     return "TERM says that this terminal has no colours" if os.environ.get("TERM", "dumb") == "dumb" else ""
 
 
