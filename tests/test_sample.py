@@ -11,6 +11,7 @@ from cli_support import Result, assert_refused, ldm_here, pixels
 from paper_models import PUBLISHED, class_map, small, write_model
 from PIL import Image
 
+from ldmcli.conditioning.class_names import ClassNames
 from ldmcli.images.metadata import read_record
 
 FAST = ("--steps", "2", "--device", "cpu", "--dtype", "fp32", "--no-server")
@@ -165,6 +166,17 @@ def test_what_cannot_be_meant_is_one_sentence(name: str, folder: Path, tmp_path:
         path.write_text(json.dumps([{"label": 1, "box": sides}] * count))
         words = ("--layout", str(path))
     assert_refused(sample(folder, model, *words, *FAST, "-o", tmp_path / "out"), code, said)
+
+
+def test_a_layout_that_says_something_twice_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "boxes.json").write_text('[{"label": 1, "label": 2, "box": [0, 0, 1, 1]}]')
+    result = sample(folder, "layout2img", "--layout", tmp_path / "boxes.json", *FAST, "-o", tmp_path / "out")
+    assert_refused(result, 65, "field 'label' is there twice")
+
+
+def test_lines_of_names_end_as_editors_count_them() -> None:
+    names = ClassNames("tench\u2028\x0b\x1c\x85 Tinca\r\ngoldfish\nshark")
+    assert [names.number(name) for name in ("goldfish", "shark")] == [1, 2]
 
 
 def test_prompts_are_refused_by_models_that_read_none(folder: Path, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def _format_of(path: Path | None) -> str:
 def _json_row(row: int, line: Line, prompt_column: str | None) -> RawRow:
     """The row of a JSON object; null fields are left out."""
     try:
-        found = _JSON.decode(line.text)
+        found = JSON.decode(line.text)
     except json.JSONDecodeError as error:  # its own text counts lines too, within the row
         return RawRow(row, line.number, None, f"the row is not valid JSON: {error.msg} at character {error.pos + 1}.")
     except (ValueError, RecursionError) as error:
@@ -214,7 +214,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_once)  # one: to make it costs more than to read a row
+JSON = json.JSONDecoder(object_pairs_hook=_once)  # one: to make it costs more than to read a row
 
 
 def _table_row(row: int, record: Record, columns: list[_Column], *, decimal_comma: bool) -> RawRow:

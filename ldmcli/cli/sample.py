@@ -64,8 +64,7 @@ def sample(context: click.Context, **options: Any) -> None:
 
 def layout_of_file(path: Path) -> Any:
     """What the JSON file holds. Raises BadDataError where it is none, MissingInputError, StorageError."""
-    import json
-
+    from ldmcli.batch.reading import JSON
     from ldmcli.disk.opening import bad_file, open_regular
 
     cure = 'write a list of {"label": 17, "box": [0, 0, 0.5, 1]}'
@@ -74,6 +73,6 @@ def layout_of_file(path: Path) -> Any:
     if len(data) > _MAX_LAYOUT:
         raise bad_file(path, f"is over {_MAX_LAYOUT >> 20} MiB", cure)
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return JSON.decode(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise bad_file(path, f"is not valid JSON: {error}", cure) from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import io
 from collections.abc import Iterator
 
 from ldmcli.conditions import Label
@@ -13,7 +14,9 @@ class ClassNames:
     """Names of classes, those of a number a line, with commas between: `goldfish, Carassius auratus`."""
 
     def __init__(self, text: str) -> None:
-        self.names = tuple(line.strip() for line in text.splitlines())
+        self.names = tuple(
+            line.strip() for line in io.StringIO(text, newline=None)
+        )  # str.splitlines has other ends too
 
     def numbered(self, request: GenerationRequest) -> GenerationRequest:
         """The request with classes' numbers in place of their names; itself where no name is listed. Raises as
