@@ -32,8 +32,8 @@ def in_terminal(
     term: str = "xterm-256color",
     size: tuple[int, ...] = (24, 80, 800, 480),
 ) -> str:
-    """What `ldm ARGUMENTS` writes to a terminal of 80 columns and 24 lines, or of another `size`, which has typed `answers` before anything is
-    asked; `stdin` is a pipe's."""
+    """What `ldm ARGUMENTS` writes to a terminal of 24 lines and 80 columns, or another `size` in these and pixels, that
+    has typed `answers` before anything is asked; `stdin` is a pipe's."""
     controller, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", *size))
     without_echo = termios.tcgetattr(terminal)
