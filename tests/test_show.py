@@ -168,7 +168,7 @@ def test_a_model_of_its_own_latents_is_decoded_for_previews() -> None:
     with Session(runtime=RuntimeSpec(device="cpu", dtype="fp32")) as session:
         (drawn,) = session.draw([GenerationRequest("a red apple", seed=7, steps=3)], on_step=see)
         assert len(seen) == 3
-        assert np.abs(seen[-1].astype(int) - drawn.pixels()).mean() < 1, "the last step predicts the picture"
+        assert np.abs(seen[-1].astype(int) - drawn.pixels()).mean() < 3, "the last step predicts the picture"
 
 
 def test_published_maps_of_latents_to_colours() -> None:
