@@ -143,6 +143,7 @@ REFUSED: dict[str, tuple[int, str, tuple[Any, ...], str]] = {
     "no class": (2, "cin256", (), "the model reads a class; give one, as `ldm sample --label CLASS`"),
     "class of none": (2, "celeba256", ("--label", "1"), "label is not for this model, which reads nothing"),
     "guided": (2, "celeba256", ("-g", "3"), "guidance_scale is not for this model"),
+    "rescaled": (2, "celeba256", ("--guidance-rescale", "0.5"), "guidance_rescale is not for this model"),
     "guided without null": (2, "layout2img", ("--layout", "boxes.json", "-g", "3"), "guidance_scale is not for this"),
     "box outside": (2, "layout2img", ([0.5, 0, 1.2, 1],), "is not inside the picture"),
     "box of nothing": (2, "layout2img", ([0.5, 0, 0.5, 1],), "has no area"),
