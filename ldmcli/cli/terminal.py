@@ -122,7 +122,9 @@ def hindrance() -> str:
     """Why standard output shows no pictures; "" where it does."""
     if not sys.stdout.isatty():
         return "standard output is no terminal"
-    return "TERM says that this terminal has no colours" if os.environ.get("TERM", "dumb") == "dumb" else ""
+    if os.environ.get("TERM", "dumb") == "dumb":
+        return "TERM says that this terminal has no colours"
+    return "" if all(os.get_terminal_size(sys.stdout.fileno())) else "this terminal gives no size (see stty cols, rows)"
 
 
 def shows_pictures(asked: bool) -> bool:
