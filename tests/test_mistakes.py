@@ -28,6 +28,7 @@ def test_a_first_argument_that_is_no_command_is_drawn(tmp_path: Path) -> None:
     result = ldm("a red cat", *DRAW, "-s", "1", "-o", tmp_path)
     assert (result.code, result.paths) == (0, [tmp_path / "ldm-1.png"])
     assert Image.open(tmp_path / "ldm-1.png").text["parameters"].startswith("a red cat\n")
+    assert ": \n" not in ldm_here("info", tmp_path / "ldm-1.png").out.decode()  # nothing where there is nothing to say
 
 
 @pytest.mark.parametrize(
@@ -67,11 +68,16 @@ def test_options_of_img2img_alone_make_it_one(tmp_path: Path) -> None:
         (["apple.png"], "ldm info apple.png"),
         (["-m", "x", "batch", "prompts.txt"], "behind batch"),
         (["--no-such\x1b[31m"], "no option"),
+        (["a cat", "--plms"], "did you mean --sampler plms"),
     ],
 )
 def test_a_near_miss_of_a_command_is_asked_about_and_not_drawn(words: list[str], told: str, tmp_path: Path) -> None:
     assert_refused(ldm_here(*words, cwd=tmp_path), 2, told)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_leads_to_those_that_are(tmp_path: Path) -> None:
+    assert_refused(ldm_here("txt2img", "x", "-m", "sd15", cwd=tmp_path), 66, "sd15 does not exist", "ldm models lists")
 
 
 # ---- names of other programs ----

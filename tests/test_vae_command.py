@@ -92,6 +92,7 @@ def test_there_and_back(kind: str, folders: dict[str, Path], picture: Path, tmp_
         decoded = ((vae.decode(wanted)[0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0)
     assert torch.allclose(tensors["latents"], wanted, atol=1e-5)
     assert said["latents"] == [1, CONFIGS[kind].latent_channels, 8, 12]
+    assert ldm_here("info", "--json", tmp_path / "l.safetensors").records[0]["is"] == "file of latents"
     (path,) = ldm_here(
         "vae", "decode", tmp_path / "l.safetensors", "-m", folders[kind], "-o", tmp_path / "back.png"
     ).paths

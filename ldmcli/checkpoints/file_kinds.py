@@ -213,6 +213,7 @@ _PARTS_ALONE = (
     Kind(EMBEDDING, keys=("emb_params", "clip_l", "clip_g"), at_most=4, cure=_EMBED),
     Kind(EMBEDDING, ("<",), at_most=4, cure=_EMBED),
     Kind(EMBEDDING, ("string_to_param",), cure=_EMBED),
+    Kind("file of latents", keys=("latents", "codes"), at_most=2, cure="ldm vae decode makes pictures of it"),
 )
 
 KINDS = (*_ORIGINAL, *_TRANSFORMERS, *_ADAPTERS, *_PARTS_ALONE)

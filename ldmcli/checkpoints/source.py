@@ -217,7 +217,12 @@ def open_model(path: Path, *, allow_pickle: bool = False, own_vae: bool = True) 
     """
     if os.path.isdir(path):  # unlike Path.is_dir, never raises
         return _open_folder(path, allow_pickle)
-    return model_of_file(open_weights(path, allow_pickle=allow_pickle), own_vae=own_vae)
+    try:
+        file = open_weights(path, allow_pickle=allow_pickle)
+    except MissingInputError as error:
+        hint = "ldm models lists those at hand, ORG/NAME is one of the Hugging Face hub"
+        raise MissingInputError(f"{str(error).removesuffix('.')}; {hint}.") from None
+    return model_of_file(file, own_vae=own_vae)
 
 
 def model_of_file(file: WeightFile, *, own_vae: bool = True) -> ModelSource:

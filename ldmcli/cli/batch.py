@@ -251,7 +251,7 @@ def _run(job: "Job", found: "Survey | None", engine: "Engine", options: dict[str
         rows = found.rows if found else None
         run = Run(folder, rows=rows, retry_failed=options["retry_failed"], **limits)
         if found:
-            _log.info("%d rows, %d pictures, %d of them done", found.rows, found.images, run.counts().images)
+            _log.info("rows: %d, pictures: %d, done before: %d", found.rows, found.images, run.counts().images)
         with _stopping() as stop:
             _draw(run, job, found, engine, stop, options)
         if run.rows is not None and not found:

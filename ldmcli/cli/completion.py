@@ -81,7 +81,7 @@ complete -c ldm -f -a '(__ldm_completion)'
 """
 
 
-@command(short_help="Print what has a shell complete words.")
+@command(short_help="Print a script that has a shell complete words.")
 @click.argument("shell", metavar="bash|zsh|fish", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print a script that has your shell complete commands, options, files, models, samplers and LoRAs.

@@ -129,7 +129,7 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     """Nested facts as aligned `name: value` lines, safe to print."""
     lines = []
     for name, value in facts.items():
-        if value is None or value == []:
+        if value is None or value in ([], ""):
             continue  # not said
         label = f"{indent}{name.replace('_', ' ')}:"
         if isinstance(value, dict):

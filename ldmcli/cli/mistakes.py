@@ -89,6 +89,7 @@ _WITH_VALUE = {
     "fp16": "--dtype fp16", "half": "--dtype fp16", "bf16": "--dtype bf16", "fp32": "--dtype fp32",
     "nohalf": "--dtype fp32", "cpu": "--device cpu", "cuda": "--device cuda", "gpu": "--device cuda",
     "medvram": "--low-vram", "lowvram": "--low-vram", "karras": "--schedule karras",
+    "plms": "--sampler plms", "ddim": "--sampler ddim", "dpm": "--sampler dpmpp-2m", "dpmsolver": "--sampler dpmpp-2m",
 }  # fmt: skip
 _FILES = {
     (".png", ".jpg", ".jpeg", ".webp"): "ldm info {0} tells what it is, ldm img2img -i {0} draws on it, ldm upscale "

@@ -36,7 +36,9 @@ _WAIT_S = 10.0  # for a server to stop
         "[default: as many as -m names, 1 at least]")  # fmt: skip
 @http_options
 @runtime_options
-@option("--status", is_flag=True, help="Tell what the server does, and whether there is one: exit code 66 if not.")
+@option("--status", is_flag=True,
+        help="Tell what the server does, and whether this program agrees with it so as to use it; exit code 66 where "
+        "there is none.")  # fmt: skip
 @option("--stop", is_flag=True, help="End the server; commands go on by themselves.")
 @json_option("With --status: as a JSON object.")
 @verbosity_options

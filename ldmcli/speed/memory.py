@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # In errors without a class of their own: of torch's CPU allocator, of the CUDA runtime and of its libraries.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-_MANY_TIMES, _LARGE = 16, 2048**2  # times the usual number of pixels, and pixels
+_MANY_TIMES, _LARGE = 16, 1024**2  # times the usual number of pixels, and pixels
 _TILED = 12 + 3  # bytes of a pixel that are in memory at once however it is decoded: as float32 and as uint8
 
 
