@@ -460,3 +460,19 @@ def test_sd_parsers_reads_the_same(tmp_path: Path, name: str) -> None:
         return
     assert [one.value for one in theirs.prompts] in ([ours.fields["prompt"]], [])  # no texts over links there
     assert theirs.negative_prompts[0].value.replace("embedding:", "") == ours.fields["negative_prompt"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a1111.png", "sd.cpp.png", "swarm.png", "swarm.jpg", "invoke.png", "dream.png", "easy.png"]
+)
+def test_sd_prompt_reader_reads_the_same(tmp_path: Path, name: str) -> None:
+    """Of what it reads; its other forms are A1111's JPEG and WebP, Fooocus, Draw Things and ComfyUI, of which it makes
+    errors or other texts here (1.3.5). It wants windows, and so is no dependency of the tests."""
+    pytest.importorskip("piexif")
+    reader = pytest.importorskip("sd_prompt_reader.image_data_reader")
+    path = CORPUS[name][0](tmp_path / name)
+    ours, theirs = read_foreign(path), reader.ImageDataReader(str(path))
+    assert ours is not None
+    assert (theirs.positive, theirs.negative) == (ours.fields["prompt"], ours.fields.get("negative_prompt", ""))
+    for key, field in (("seed", "seed"), ("steps", "steps"), ("cfg", "guidance_scale")):
+        assert float(theirs.parameter[key]) == float(ours.fields[field])
