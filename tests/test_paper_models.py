@@ -9,8 +9,9 @@ import torch
 from graph_support import FakeRecorder, load_plainly, recording
 from oracle.compvis_layout import vae_state
 from oracle.test_key_lists import loaded, write_hollow
-from paper_models import PUBLISHED, UNET, Model, class_map, shapes_of, small, unet_shapes, write_model
+from paper_models import PUBLISHED, UNET, Model, class_map, shapes_of, small, state_of, unet_shapes, write_model
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldmcli.checkpoints.families import PAPER
 from ldmcli.checkpoints.file_kinds import describe_single_file
@@ -19,6 +20,7 @@ from ldmcli.checkpoints.load import load_unet, on_meta
 from ldmcli.checkpoints.single_file import unet_from_shapes
 from ldmcli.checkpoints.source import open_model
 from ldmcli.config import VAEConfig
+from ldmcli.errors import BadDataError
 from ldmcli.fitting import fit_to_model
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import autoencoder_of
@@ -135,3 +137,18 @@ def test_recorded_steps_draw_the_same(name: str, settings: dict[str, Any], tmp_p
         request = fit_to_model(asked, plain.config)
         assert torch.equal(graphed.draw([request]).latents, plain.draw([request]).latents)
     assert recorder.recordings
+
+
+def test_a_header_says_how_many_groups_norms_have(tmp_path: Path) -> None:
+    state = state_of(small("cin256"))
+    path = tmp_path / "grouped.safetensors"
+    save_file(state, path, metadata={"norm_groups": "8"})
+    config = open_model(path).config
+    assert (config.unet.norm_groups, config.vae.norm_groups) == (8, 8)
+    for wrong in ("0", "-8", "eight", "9" * 40):
+        save_file(state, path, metadata={"norm_groups": wrong})
+        with pytest.raises(BadDataError, match="norm_groups"):
+            open_model(path)
+    save_file(state, path, metadata={"norm_groups": "7"})
+    with pytest.raises(BadDataError, match="7 norm groups"):
+        open_model(path)

@@ -1,0 +1,41 @@
+"""What the small model of semantic maps that comes along can do, judged by colours."""
+
+from pathlib import Path
+
+import numpy as np
+from cli_support import ldm_here, pixels
+from PIL import Image
+
+FOLDER = Path(__file__).parents[1] / "weights" / "tiny-glyphs"
+MODEL = FOLDER / "map.safetensors"
+FAST = ("--steps", "20", "--device", "cpu", "--dtype", "fp32", "--no-server", "-s", "1", "-o")
+COLOURS = {"red": (215, 50, 50), "green": (80, 160, 80), "blue": (50, 100, 220), "yellow": (250, 215, 70)}
+
+
+def named(colours: np.ndarray) -> str:
+    """The nearest of COLOURS to the median of colours (…, 3)."""
+    median = np.median(colours.reshape(-1, 3), axis=0)
+    return min(COLOURS, key=lambda name: float(np.square(median - COLOURS[name]).sum()))
+
+
+def test_info_says_what_it_is() -> None:
+    printed = ldm_here("info", MODEL).out.decode()
+    assert "is: semantic synthesis latent diffusion\n" in printed
+    assert "conditioned on: map\n" in printed
+    listed = (FOLDER / "map.classes.txt").read_text().splitlines()
+    assert f"classes: {len(listed)}\n" in printed
+
+
+def test_a_map_says_what_is_where(tmp_path: Path) -> None:
+    number = {name: i for i, name in enumerate((FOLDER / "map.classes.txt").read_text().splitlines())}
+    down, across = np.mgrid[0:64, 0:128]
+    classes = np.full((64, 128), number["blue background"])
+    for name, middle in (("lemon", 32), ("red heart", 96)):
+        classes[(down - 32) ** 2 + (across - middle) ** 2 < 24**2] = number[name]
+    Image.fromarray(classes.astype(np.uint8)).save(tmp_path / "map.png")
+    result = ldm_here("sample", "-m", MODEL, "--map", tmp_path / "map.png", *FAST, tmp_path / "drawn.png")
+    assert result.code == 0, result.err
+    drawn = pixels(tmp_path / "drawn.png")
+    assert drawn.shape == (64, 128, 3)
+    places = {"blue": drawn[:6], "yellow": drawn[24:40, 24:40], "red": drawn[24:40, 88:104]}
+    assert {name: named(place) for name, place in places.items()} == {name: name for name in places}
