@@ -133,7 +133,7 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("unet", {"transformer_layers_per_block": [1, 10**6]}, "1000000 transformer layers"),
     ("unet", {"sample_size": 1 << 24}, "picture size"),
     ("unet", {"out_channels": 8}, "gives 8"),
-    ("unet", {"in_channels": 7}, "another kind of U-Net (7 input channels)"),
+    ("unet", {"in_channels": 6}, "another kind of U-Net (6 input channels)"),
     ("unet", {"norm_eps": -1}, "norm_eps"),
     ("unet", {"freq_shift": 4}, "freq_shift"),
     ("unet", {"cross_attention_dim": 32}, "not of one model"),

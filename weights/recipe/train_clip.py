@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from training import half_precision, known_emoji, learning_rate, load, log, save_atomically, set_learning_rate
 
 from ldmcli.config import TextEncoderConfig
-from ldmcli.networks.clip import CausalAttention, FeedForward, TextTransformer
+from ldmcli.networks.clip import TokenAttention, FeedForward, TextTransformer
 
 
 def text_config(vocabulary: int, width: int) -> TextEncoderConfig:
@@ -48,7 +48,7 @@ def start_as_clip(text_encoder: TextTransformer) -> None:
     for module in text_encoder.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, CausalAttention):
+        elif isinstance(module, TokenAttention):
             for project in (module.q_proj, module.k_proj, module.v_proj):
                 nn.init.normal_(project.weight, std=into_sum)
             nn.init.normal_(module.out_proj.weight, std=width**-0.5)
