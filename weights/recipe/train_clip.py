@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from training import half_precision, known_emoji, learning_rate, load, log, save_atomically, set_learning_rate
 
 from ldmcli.config import TextEncoderConfig
-from ldmcli.networks.clip import TokenAttention, FeedForward, TextTransformer
+from ldmcli.networks.clip import FeedForward, TextTransformer, TokenAttention
 
 
 def text_config(vocabulary: int, width: int) -> TextEncoderConfig:
