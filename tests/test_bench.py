@@ -14,8 +14,8 @@ from cli_support import Result, assert_refused, ldm_here, start, tiny_model, tin
 
 from ldmcli import bench as clocks
 from ldmcli.checkpoints.source import open_model
-from ldmcli.cli.bench import _words
-from ldmcli.cli.bench import bench as command
+from ldmcli.cli.bench_command import _words
+from ldmcli.cli.bench_command import bench as command
 from ldmcli.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
@@ -160,7 +160,7 @@ def parent_of(stat: Path) -> int:
 def test_the_bench_itself_imports_nothing_heavy() -> None:
     # Its own peak is the least that it can tell of a cold start.
     heavy = "[m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules]"
-    code = f"import sys; import ldmcli.bench, ldmcli.cli.bench; print({heavy})"
+    code = f"import sys; import ldmcli.bench, ldmcli.cli.bench_command; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -23,6 +23,8 @@ from ldmcli.speed.memory import is_out_of_memory
 _MAX_USAGE_ERROR = 500  # characters: click quotes whole arguments
 _UNHEARD_S = 2.0  # after which a signal that had no effect is raised again
 _CLOSED_PIPE = 141  # 128 + the signal's number
+# Modules whose command has the name of another room's file.
+_ELSEWHERE = {name: f"{name}_command" for name in ("bench", "config", "vae")}
 
 
 class _Terminated(BaseException):
@@ -30,7 +32,7 @@ class _Terminated(BaseException):
 
 
 class _Commands(click.Group):
-    """Each command is the function of the same name in a module of that name, imported when it is run: the options of
+    """Each command is the function of the same name in a module of its own, imported when it is run: the options of
     all of them take longer than most need."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -39,7 +41,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(f"ldmcli.cli.{cmd_name}"), cmd_name)
+        module = importlib.import_module(f"ldmcli.cli.{_ELSEWHERE.get(cmd_name, cmd_name)}")
+        command = getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command
 
