@@ -19,6 +19,7 @@ from ldmcli.networks.attention import (
     Attention,
     math_attention,
     or_sdpa,
+    ready_attention,
     sdpa_attention,
     set_attention,
 )
@@ -148,6 +149,28 @@ def test_a_choice_that_cannot_be_met_is_refused(name: str, told: str) -> None:
         choose_runtime(RuntimeSpec(device="cpu", dtype="fp32", attention=name))
 
 
+def test_one_picture_alone_is_drawn_without_what_is_compiled_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in {"is_available": True, "device_count": 1, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    many, one = (choose_runtime(RuntimeSpec(), alone=alone) for alone in (False, True))
+    assert (many.kernels, many.alone) == ("auto", False)
+    assert (one.kernels, one.alone) == ("torch", True)
+    chosen = choose_runtime(RuntimeSpec(kernels="triton", attention="flash"), alone=True)
+    assert (chosen.kernels, chosen.alone, chosen.attention) == ("triton", False, "flash")
+    assert choose_runtime(RuntimeSpec(compile=True), alone=True).kernels == "auto"
+    assert choose_runtime(RuntimeSpec(device="cpu", dtype="fp32"), alone=True) == choose_runtime(
+        RuntimeSpec(device="cpu", dtype="fp32")
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_among_a_prompts_tokens(causal: bool) -> None:
+    query, key, value = tensors(77, 77, 8)
+    hidden = torch.full((77, 77), -torch.inf).triu(1) if causal else torch.zeros(77, 77)
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + hidden
+    assert torch.allclose(ready_attention(query, key, value, causal=causal), scores.softmax(-1) @ value, atol=1e-5)
+
+
 def test_xformers_is_not_imported_before_it_is_used() -> None:
     """Nor Triton: the import of either takes long."""
     modules = "ldmcli.networks.attention, ldmcli.speed.policy"
@@ -208,7 +231,7 @@ def recorded(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[tor
 @pytest.mark.cuda
 @on_gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 1e-3), (FP16, 2e-3), (BF16, 2e-2)], ids=str)
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", [*ATTENTIONS, "ready"])
 def test_real_shapes_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """As exact as the number type allows, called at once, and from a CUDA graph with other numbers in the same
     place."""
@@ -218,7 +241,7 @@ def test_real_shapes_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -
             attention.check_xformers(torch.device("cuda"), dtype)
         except (NotImplementedError, RuntimeError) as refusal:  # it was built for another torch
             pytest.skip(str(refusal).partition("\n")[0])
-    attend, errors = ATTENTIONS[name], {}
+    attend, errors = (ATTENTIONS | {"ready": ready_attention})[name], {}
     for shape in REAL:
         inputs = on_card(shape, dtype, 0)
         at_once = error(attend(*inputs), *inputs)

@@ -119,12 +119,13 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
         return
     if record:
         compare_networks(record, first)
+    session.alone = STDIN not in prompts and len(prompts) * len(conditions) * options["count"] == 1
     output = open_output(
         options["output"],
         encoding,
         overwrite=options["overwrite"],
         as_json=options["as_json"],
-        one_image=STDIN not in prompts and len(prompts) * len(conditions) * options["count"] == 1,
+        one_image=session.alone,
         name=options["name"],
         of_row=of_row,
     )

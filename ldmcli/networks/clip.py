@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmcli.config import TextEncoderConfig
+from ldmcli.networks.attention import ready_attention
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class TokenAttention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        out = ready_attention(query, key, value, causal=self.causal)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -84,6 +84,7 @@ class RemoteSession:
         self._connection, self._open_here = connection, open_here
         self.here: Session | None = None  # what draws since the server does not
         self.stopwatch = Stopwatch()
+        self.alone = False  # as a Session's, which does not matter to a server
         self._runtime_spec, self._encoding, self._metadata = runtime, encoding, metadata
         self._preview = preview
         self._facts: dict[str, Any] = {}

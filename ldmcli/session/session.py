@@ -75,6 +75,7 @@ class Session:
         LdmError for what is not there or not as it should be."""
         self.runtime_spec = runtime
         self.stopwatch = Stopwatch()
+        self.alone = False  # whether one picture is all that is to be drawn; to be said before `runtime` is asked for
         self._opened = open_spec(model, half=runtime.dtype != "fp32", fetched=fetched)
         self._exact = exact
         self._runtime: Runtime | None = None
@@ -163,7 +164,7 @@ class Session:
         if self._runtime is None:
             from ldmcli.speed.policy import choose_runtime, wait_for
 
-            self._runtime = choose_runtime(self.runtime_spec)
+            self._runtime = choose_runtime(self.runtime_spec, alone=self.alone)
             if self._exact:
                 self.stopwatch.settle = wait_for(self._runtime.device)
             model = dataclasses.replace(self._opened.model, half=self._runtime.half)

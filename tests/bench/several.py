@@ -49,23 +49,24 @@ def measure(job: Job, batches: Sequence[int], rounds: int, found: dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="ldm-several-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         workers = {(one.name, batch): worker(one, job, batch, folder) for one in BOTH for batch in batches}
-        right = worker(REFERENCE, dataclasses.replace(job, dtype="fp32"), 1, folder)
+        if 1 in batches:  # the only size whose error is told
+            workers["right", 0] = worker(REFERENCE, dataclasses.replace(job, dtype="fp32"), 1, folder)
         try:
-            with ThreadPoolExecutor(len(workers) + 1) as pool:
+            with ThreadPoolExecutor(len(workers)) as pool:
                 drawn = [pool.submit(first, each, folder / f"{who} {batch}.npz")
                          for (who, batch), each in workers.items()]  # fmt: skip
-                first(right, folder / "right.npz")
                 for future in drawn:
                     future.result()
-            right.kill()
+            if 1 in batches:
+                workers.pop(("right", 0)).kill()
             for who, batch in workers:
                 if batch == 1:
-                    found[f"{who}, error"] = parity(folder / "right.npz", folder / f"{who} {batch}.npz", job.dtype)
+                    found[f"{who}, error"] = parity(folder / "right 0.npz", folder / f"{who} {batch}.npz", job.dtype)
                     yield f"{who}: {found[f'{who}, error']}"
             for batch in batches:
                 yield from timed({one.name: workers[one.name, batch] for one in BOTH}, job, batch, rounds, found)
         finally:
-            for each in (right, *workers.values()):
+            for each in workers.values():
                 each.kill()
 
 
