@@ -1,4 +1,4 @@
-"""What the small model of semantic maps that comes along can do, judged by colours."""
+"""What the small models of semantic maps and of classes that come along can do, judged by colours."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from cli_support import ldm_here, pixels
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "weights" / "tiny-glyphs"
-MODEL = FOLDER / "map.safetensors"
+MODEL, CLASSES = FOLDER / "map.safetensors", FOLDER / "class.safetensors"
 FAST = ("--steps", "20", "--device", "cpu", "--dtype", "fp32", "--no-server", "-s", "1", "-o")
 COLOURS = {"red": (215, 50, 50), "green": (80, 160, 80), "blue": (50, 100, 220), "yellow": (250, 215, 70)}
 
@@ -39,3 +39,22 @@ def test_a_map_says_what_is_where(tmp_path: Path) -> None:
     assert drawn.shape == (64, 128, 3)
     places = {"blue": drawn[:6], "yellow": drawn[24:40, 24:40], "red": drawn[24:40, 88:104]}
     assert {name: named(place) for name, place in places.items()} == {name: name for name in places}
+
+
+def test_a_class_is_drawn_by_its_name_or_number(tmp_path: Path) -> None:
+    names = (FOLDER / "class.classes.txt").read_text().splitlines()
+    wanted = {"red heart": "red", "green heart": "green", "blue heart": "blue", "lemon": "yellow"}
+    labels = ["red heart", str(names.index("green heart")), "blue heart", "lemon"]
+    given = [word for label in labels for word in ("--label", label)]
+    result = ldm_here("sample", "-m", CLASSES, *given, "-g", "3", *FAST, tmp_path)
+    assert result.code == 0, result.err
+    drawn = [pixels(path) for path in result.paths]
+    assert {picture.shape for picture in drawn} == {(64, 64, 3)}  # the file says so
+    assert [named(picture[24:40, 24:40]) for picture in drawn] == list(wanted.values())
+
+
+def test_info_says_what_the_model_of_classes_is() -> None:
+    printed = ldm_here("info", CLASSES).out.decode()
+    assert "is: class-conditional latent diffusion\n" in printed
+    assert "conditioned on: label\n" in printed
+    assert "default size: 64x64\n" in printed

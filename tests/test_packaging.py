@@ -105,10 +105,12 @@ def test_the_embedded_control_network_is_the_one_described() -> None:
     assert (ROOT / "ldmcli" / "weights" / file.parent.name).resolve() == file.parent
 
 
-def test_the_model_of_maps_is_the_one_described() -> None:
-    folder = ROOT / "weights" / "tiny-glyphs"
-    assert sorted(path.name for path in folder.iterdir()) == ["map.classes.txt", "map.png", "map.safetensors"]
-    digest = hashlib.sha256((folder / "map.safetensors").read_bytes()).hexdigest()
-    assert f"`tiny-glyphs/map.safetensors`: `{digest}`" in (ROOT / "weights" / "README.md").read_text()
-    assert (folder / "map.safetensors").stat().st_size < 4_000_000
+def test_the_small_models_of_maps_and_classes_are_those_described() -> None:
+    folder, described = ROOT / "weights" / "tiny-glyphs", (ROOT / "weights" / "README.md").read_text()
+    files = ["class.classes.txt", "class.safetensors", "map.classes.txt", "map.png", "map.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    for model in folder.glob("*.safetensors"):
+        digest = hashlib.sha256(model.read_bytes()).hexdigest()
+        assert f"`tiny-glyphs/{model.name}`: `{digest}`" in " ".join(described.split())
+        assert model.stat().st_size < 4_000_000
     assert sum(path.stat().st_size for path in (ROOT / "weights").rglob("*") if path.is_file()) < 40_000_000

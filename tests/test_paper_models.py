@@ -139,16 +139,18 @@ def test_recorded_steps_draw_the_same(name: str, settings: dict[str, Any], tmp_p
     assert recorder.recordings
 
 
-def test_a_header_says_how_many_groups_norms_have(tmp_path: Path) -> None:
+def test_a_header_says_how_many_groups_norms_have_and_how_large_latents_are(tmp_path: Path) -> None:
     state = state_of(small("cin256"))
     path = tmp_path / "grouped.safetensors"
-    save_file(state, path, metadata={"norm_groups": "8"})
+    save_file(state, path, metadata={"norm_groups": "8", "sample_size": "12"})
     config = open_model(path).config
     assert (config.unet.norm_groups, config.vae.norm_groups) == (8, 8)
-    for wrong in ("0", "-8", "eight", "9" * 40):
-        save_file(state, path, metadata={"norm_groups": wrong})
-        with pytest.raises(BadDataError, match="norm_groups"):
-            open_model(path)
+    assert config.default_size == 12 * config.vae.factor
+    for name in ("norm_groups", "sample_size"):
+        for wrong in ("0", "-8", "eight", "9" * 40):
+            save_file(state, path, metadata={name: wrong})
+            with pytest.raises(BadDataError, match=name):
+                open_model(path)
     save_file(state, path, metadata={"norm_groups": "7"})
     with pytest.raises(BadDataError, match="7 norm groups"):
         open_model(path)

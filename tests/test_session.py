@@ -29,6 +29,8 @@ from ldmcli.pipeline.pipeline import Pipeline
 from ldmcli.session.drawing import DeviceLostError
 from ldmcli.session.picture import Picture
 from ldmcli.session.session import CancelledError, Progress
+from ldmcli.spec import RuntimeSpec
+from ldmcli.speed import policy
 from ldmcli.speed.offload import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -516,3 +518,23 @@ def test_numbers_that_are_never_finite_fail_the_picture(part: str, dtype: str) -
             picture.pixels()
         handle.remove()
         assert len(drawn(broken, asked(1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "alone"), [(["a pear"], True), (["a pear", "a fig"], False), (["a", "-c", "2"], False)]
+)
+def test_a_command_says_whether_it_draws_one_picture_alone(
+    words: list[str], alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[bool] = []
+
+    choose = policy.choose_runtime
+
+    def heard_of(spec: RuntimeSpec, *, alone: bool) -> policy.Runtime:
+        heard.append(alone)
+        return choose(spec, alone=alone)
+
+    monkeypatch.setattr(policy, "choose_runtime", heard_of)
+    drawn = ldm_here("txt2img", "-m", tiny_model(), *words, "--steps", "1", "-o", tmp_path, "--no-server")
+    assert drawn.code == 0, drawn
+    assert heard == [alone]

@@ -15,6 +15,7 @@ def test_captions_begin_with_what_varies() -> None:
     assert caption(request, ["guidance_scale", "steps"]) == "guidance scale 7.5 · steps 20 · a cat"
     assert caption(request, ["loras", "schedule"]) == "loras x.st · a cat"
     assert caption(request, []) == "a cat"
+    assert caption({"prompt": "", "label": 22, "steps": 20}, ["steps", "label"]) == "steps 20 · class 22"
 
 
 def test_a_grids_sheet_and_gallery_show_its_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

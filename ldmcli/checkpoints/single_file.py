@@ -59,7 +59,7 @@ _TYPES = _YAML_TYPES | {
 }
 _VELOCITY_KEYS = ("ss_v_parameterization", "v_parameterization", "v_pred", "modelspec.v_pred")
 _ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "rescale_betas_zero_snr", "modelspec.ztsnr")
-_GROUPS_KEY = "norm_groups"
+_HEADER_NUMBERS = ("norm_groups", "sample_size")  # what shapes cannot tell
 _LEVELS, _SIGNALS = "alphas_cumprod", "low_scale_model.sqrt_alphas_cumprod"
 _SCALE, _SCALE_ROUNDING = "scale_factor", 4e-3  # of the coarsest type, bfloat16
 # How far from the usual schedule levels stored in a type may lie and still be it, rounded: a share, and at least.
@@ -70,12 +70,13 @@ _SAME = (1e-5, 0.0)
 
 def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelConfig:
     """The configuration of a checkpoint in the original layout, whose tensors have these `shapes`; what they cannot
-    tell (head counts, groups unless its header does) is the family's, as is a VAE that the file lacks.
+    tell (head counts; groups and size unless its header does) is the family's, as is a VAE that the file lacks.
 
     Raises BadDataError naming the tensor that is missing or of an unexpected rank.
     """
     unet, vae = _under(shapes, UNET_PREFIX), _under(shapes, VAE_PREFIX)
-    family = dataclasses.replace(family, norm_groups=_norm_groups(file, family.norm_groups))
+    numbers = {name: _number(file, name, getattr(family, name)) for name in _HEADER_NUMBERS}
+    family = dataclasses.replace(family, **numbers)
     usual_vae = VAEConfig(
         norm_groups=family.norm_groups,
         scaling_factor=scaling_of_file(file, family),
@@ -97,13 +98,12 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
         )
 
 
-def _norm_groups(file: WeightFile, usual: int) -> int:
-    """Into how many groups norms divide channels, where the header's metadata say. Raises BadDataError where that is no
-    number above 0."""
-    word = file.metadata.get(_GROUPS_KEY, str(usual)).strip()
+def _number(file: WeightFile, name: str, usual: int) -> int:
+    """What the header's metadata say of that name. Raises BadDataError where it is no number above 0."""
+    word = file.metadata.get(name, str(usual)).strip()
     if re.fullmatch(r"[1-9][0-9]{0,5}", word):
         return int(word)
-    raise bad_file(file.path, f"has {_GROUPS_KEY} {printable(word, 100)} in its header, no number above 0", _AGAIN)
+    raise bad_file(file.path, f"has {name} {printable(word, 100)} in its header, no number above 0", _AGAIN)
 
 
 def scaling_of_file(file: WeightFile, family: Family) -> float:

@@ -21,7 +21,7 @@ from ldmcli.disk.writing import check_may_write, is_marked, prepare_folder, writ
 from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
 from ldmcli.gallery.html import MARK, Card, Page, render
 from ldmcli.gallery.redraw import command
-from ldmcli.gallery.varied import valued
+from ldmcli.gallery.varied import drawn_from, valued
 from ldmcli.images.formats import ENDINGS
 from ldmcli.images.metadata import read_record
 from ldmcli.spec import GenerationRequest
@@ -188,8 +188,7 @@ def _card(
     for name, value in origin.items():
         if text := valued(value):
             fields[name if name not in fields else f"{name} (input)"] = text
-    prompt = str(request.get("prompt", ""))
-    return Card(anchor, prompt, path, size, fields, command(request, model) if path else "", fault)
+    return Card(anchor, drawn_from(request), path, size, fields, command(request, model) if path else "", fault)
 
 
 def _found(path: str, folder: Path, base: str) -> tuple[str, str]:

@@ -10,10 +10,17 @@ _SHOWN = 60  # characters of a value
 
 
 def caption(request: Mapping[str, Any], varied: Sequence[str]) -> str:
-    """The prompt, after the values of the fields that a grid varied."""
-    others = (name for name in varied if name != "prompt")
+    """The prompt, or the class where there is none, after the values of the fields that a grid varied."""
+    last = drawn_from(request)
+    others = (name for name in varied if name != "prompt" and (name != "label" or request.get("prompt")))
     values = [f"{name.replace('_', ' ')} {text[:_SHOWN]}" for name in others if (text := valued(request.get(name)))]
-    return " · ".join([*values, str(request.get("prompt", ""))])
+    return " · ".join([*values, last])
+
+
+def drawn_from(request: Mapping[str, Any]) -> str:
+    """The prompt, or the class of a picture that has none."""
+    label = valued(request.get("label"))
+    return valued(request.get("prompt")) or (f"class {label}" if label else "")
 
 
 def fields_of_grid(folder: Path) -> list[str]:

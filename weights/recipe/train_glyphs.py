@@ -165,14 +165,15 @@ def original(module: nn.Module, config: NetworkConfig, prefix: str) -> dict[str,
 
 
 def export(glyphs: Glyphs, vae: AutoencoderKL, names: list[str], path: Path) -> None:
-    """One file, whose header says how many groups its norms have, since the paper's own have 32; and beside it the
-    names of its classes, a line each."""
+    """One file, whose header says how many groups its norms have, since the paper's own have 32, and how large its
+    latents are; and beside it the names of its classes, a line each."""
     state = original(glyphs.unet, glyphs.unet.config, UNET_PREFIX)
     state |= original(glyphs.encoder, glyphs.condition, "cond_stage_model.")
     decoder = original(vae, vae.config, VAE_PREFIX).items()
     state |= {name: weight for name, weight in decoder if ".encoder." not in name and ".quant_conv." not in name}
     state["scale_factor"] = torch.tensor(vae.config.scaling_factor)
-    write_weights(path, state, {"norm_groups": str(vae.config.norm_groups)})
+    size = CPU.size // vae.config.factor
+    write_weights(path, state, {"norm_groups": str(vae.config.norm_groups), "sample_size": str(size)})
     grounds = [f"{name} background" for name in BACKGROUND_NAMES if isinstance(glyphs.condition, MapConfig)]
     path.with_suffix(CLASS_NAMES_ENDING).write_text("\n".join([*names, *grounds]) + "\n", encoding="utf-8")
 
