@@ -59,7 +59,7 @@ _TYPES = _YAML_TYPES | {
 }
 _VELOCITY_KEYS = ("ss_v_parameterization", "v_parameterization", "v_pred", "modelspec.v_pred")
 _ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "rescale_betas_zero_snr", "modelspec.ztsnr")
-_HEADER_NUMBERS = ("norm_groups", "sample_size")  # what shapes cannot tell
+_GROUPS_KEY, _SIZE_KEY = "norm_groups", "sample_size"
 _LEVELS, _SIGNALS = "alphas_cumprod", "low_scale_model.sqrt_alphas_cumprod"
 _SCALE, _SCALE_ROUNDING = "scale_factor", 4e-3  # of the coarsest type, bfloat16
 # How far from the usual schedule levels stored in a type may lie and still be it, rounded: a share, and at least.
@@ -75,8 +75,8 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
     Raises BadDataError naming the tensor that is missing or of an unexpected rank.
     """
     unet, vae = _under(shapes, UNET_PREFIX), _under(shapes, VAE_PREFIX)
-    numbers = {name: _number(file, name, getattr(family, name)) for name in _HEADER_NUMBERS}
-    family = dataclasses.replace(family, **numbers)
+    groups, size = _number(file, _GROUPS_KEY, family.norm_groups), _number(file, _SIZE_KEY, family.sample_size)
+    family = dataclasses.replace(family, norm_groups=groups, sample_size=size)
     usual_vae = VAEConfig(
         norm_groups=family.norm_groups,
         scaling_factor=scaling_of_file(file, family),

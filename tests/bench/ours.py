@@ -4,16 +4,34 @@ import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from bench import serving
 from bench.contenders import Job
 
 from ldmcli.bench import drawn
+from ldmcli.images.encode import encode_pixels
 from ldmcli.session import Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
 from ldmcli.speed.cpu.heap import keep_freed_memory
 from ldmcli.speed.cpu.threads import choose_threads
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Drawn:
+    """A picture (height, width, 3) uint8 that is encoded as the commands do."""
+
+    def __init__(self, pixels: "np.ndarray") -> None:
+        self.pixels = pixels
+
+    def save(self, file: IO[bytes], kind: str) -> None:
+        assert kind == "PNG"
+        file.write(encode_pixels(self.pixels, {}))
+
+    def __array__(self, *kind: Any, **more: Any) -> "np.ndarray":
+        return self.pixels
 
 
 class Ours(serving.Serving):
@@ -49,14 +67,12 @@ class Ours(serving.Serving):
         }
 
     def pictures(self, steps: int, prompt: str, on_step: serving.OnStep, *, decode: bool) -> Iterable[Any]:
-        from PIL import Image
-
         def step(progress: Any) -> None:
             if progress.done:
                 on_step(progress.latents)
 
         found = drawn(self.session, self.requests(steps, prompt), step, decode=decode)
-        return (Image.fromarray(picture.pixels()) for picture in found) if decode else list(found)
+        return (Drawn(picture.pixels()) for picture in found) if decode else list(found)
 
     def floor(self) -> dict[str, Any]:
         """The floor under the job's times (ldmcli.bench)."""
