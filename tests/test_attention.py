@@ -157,7 +157,8 @@ def test_one_picture_alone_is_drawn_without_what_is_compiled_first(monkeypatch: 
     assert (one.kernels, one.alone) == ("torch", True)
     chosen = choose_runtime(RuntimeSpec(kernels="triton", attention="flash"), alone=True)
     assert (chosen.kernels, chosen.alone, chosen.attention) == ("triton", False, "flash")
-    assert choose_runtime(RuntimeSpec(compile=True), alone=True).kernels == "auto"
+    for other in (RuntimeSpec(compile=True), RuntimeSpec(dtype="fp32")):  # whose pictures are those of a server
+        assert choose_runtime(other, alone=True).kernels == "auto"
     assert choose_runtime(RuntimeSpec(device="cpu", dtype="fp32"), alone=True) == choose_runtime(
         RuntimeSpec(device="cpu", dtype="fp32")
     )

@@ -123,7 +123,7 @@ def choose_runtime(spec: RuntimeSpec = USUAL, *, alone: bool = False) -> Runtime
         raise UsageError("dtype fp16 is for GPUs and very slow on a CPU; use --dtype bf16 or fp32 there.")
     if spec.kernels == "triton" and not cuda:
         raise UsageError("--kernels triton needs a CUDA device; use --kernels auto or torch on a CPU.")
-    alone = alone and cuda and not spec.compile
+    alone = alone and cuda and dtype != "fp32" and not spec.compile  # in float32, pictures of all commands are equal
     if spec.low_vram and not cuda:
         _log.info("--low-vram is for GPUs and does nothing on a CPU")
     return Runtime(
