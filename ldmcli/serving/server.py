@@ -20,6 +20,7 @@ from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
 from ldmcli.named_files import if_there, with_files
 from ldmcli.remarks import heard_by
+from ldmcli.serving.openings import Openings
 from ldmcli.serving.place import agreement, in_folder, peer_is_user
 from ldmcli.serving.upscalers import Upscalers, UpscalerSpec
 from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send
@@ -43,7 +44,7 @@ class Server:
         self.work = work
         self._idle = idle
         self._agreement = agreement()
-        self.upscalers = Upscalers()
+        self.openings, self.upscalers = Openings(), Upscalers()
         self._started = time.monotonic()
         self._clients: set[_Client] = set()
         self._woken, self._wake = socket.socketpair()
@@ -189,8 +190,8 @@ class _Client:
 
     def open(self, cwd: str, model: dict[str, Any], runtime: dict[str, Any], fetched: dict[str, str]) -> Any:
         self._folder, self._runtime = cwd, RuntimeSpec(**runtime)
+        self._session = self._server.openings.session(cwd, ModelSpec(**model), self._runtime, fetched, self._repeat)
         with in_folder(cwd):
-            self._session = Session(ModelSpec(**model), self._runtime, fetched=fetched)
             self._model = self._session.resolved
         if self._session.undecided:
             self._share()
@@ -373,6 +374,11 @@ class _Client:
     def _tell(self, record: logging.LogRecord) -> None:
         if record.levelno >= self._level:
             self._out.put({"log": record.name, "level": record.levelno, "text": self._as_typed(record.getMessage())})
+
+    def _repeat(self, record: logging.LogRecord) -> None:
+        """Tell what was said of files that are as they were."""
+        self._said.add(record.getMessage())
+        self._tell(record)
 
     def _as_typed(self, text: str) -> str:
         """A sentence with files called as the client calls them."""
