@@ -114,10 +114,8 @@ def measure(prompts: int, steps: int, options: Sequence[str], model: str | None,
         path.read_bytes() == (folder / "with" / path.name).read_bytes() for path in (folder / "without").iterdir()
     )
     print(f"a command with a server computes for {min(cpu):.3f} s itself, in the median {statistics.median(cpu):.3f}")
-    print(
-        f"a command with a server over a warm picture: {min(served) - min(alone):.3f} s of the least, {over:.3f} in the "
-        f"median of pairs; the same bytes: {same}"
-    )
+    least = min(served) - min(alone)
+    print(f"over a warm picture: {least:.3f} s between the least, {over:.3f} in the median pair; same bytes: {same}")
 
 
 if __name__ == "__main__":
