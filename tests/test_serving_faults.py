@@ -171,6 +171,7 @@ def test_a_server_is_told_of_and_stopped(path: Path) -> None:
 
 def test_a_server_without_work_ends(path: Path, tmp_path: Path) -> None:
     served = Served(path, "--idle", "1s", "-m", str(tiny_model()))
+    until(lambda: ldm_here("serve", "--status", env=served.env).code == 66, "its end, for all that it is asked")
     assert served.process.wait(60) == 0
     assert not path.exists()
 

@@ -170,7 +170,8 @@ class _Client:
         at_once = _AT_ONCE.get(str(name)) if agreed or name in ("status", "stop") else None
         later = _LATER.get(str(name)) if agreed else None
         self._jobs = [job for job in self._jobs if not job.done]
-        self._server.worked()
+        if name != "status":  # whoever watches keeps no server from its end
+            self._server.worked()
         try:
             if at_once:
                 self._out.put({"reply": at_once(self, **message)})
