@@ -13,9 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cli_support import chunk, tiny_model, until
-from http_support import call, connected, serving
+from cli_support import chunk, pixels, tiny_model, until
+from http_support import RUNTIME, call, connected, serving
+from paper_models import class_map, small, write_model
+from PIL import Image
 
+from ldmcli import GenerationRequest, ModelSpec, Session
 from ldmcli.errors import UsageError
 from ldmcli.serving.http import limits, listening
 from ldmcli.serving.http.a1111_fields import read_asked
@@ -32,8 +35,6 @@ TOKEN = "correct-horse-battery"
 
 
 def png(width: int = 16, height: int = 16, mode: str = "RGB", colour: Any = 128, kind: str = "PNG") -> bytes:
-    from PIL import Image
-
     file = io.BytesIO()
     Image.new(mode, (width, height), colour).save(file, kind)
     return file.getvalue()
@@ -127,7 +128,7 @@ def test_settings_for_one_call_choose_model_and_clip_skip() -> None:
 def test_clip_skip_counts_layers_as_it_does_there() -> None:
     found = asked({"override_settings": {"CLIP_stop_at_last_layers": 2}})
     base, large = (
-        SimpleNamespace(family=family, unet=SimpleNamespace(reads=""))
+        SimpleNamespace(family=family, unet=SimpleNamespace(reads=""), guidable=True)
         for family in ("Stable Diffusion 1", "Stable Diffusion XL base")
     )
     assert found.adapted(found.requests[0], base).clip_skip == 2
@@ -136,7 +137,9 @@ def test_clip_skip_counts_layers_as_it_does_there() -> None:
 
 def test_models_that_edit_pictures_get_their_own_guidance(caplog: pytest.LogCaptureFixture) -> None:
     found = asked({"init_images": [PNG], "image_cfg_scale": 1.2, "denoising_strength": 0.75}, on_image=True)
-    edits, draws = (SimpleNamespace(family="", unet=SimpleNamespace(reads=reads)) for reads in ("image", ""))
+    edits, draws = (
+        SimpleNamespace(family="", unet=SimpleNamespace(reads=reads), guidable=True) for reads in ("image", "")
+    )
     edited, drawn = (found.adapted(found.requests[0], config) for config in (edits, draws))
     assert (edited.strength, edited.image_guidance_scale) == (None, 1.2)
     assert (drawn.strength, drawn.image_guidance_scale) == (0.75, None)
@@ -149,6 +152,66 @@ def test_what_is_not_known_is_warned_of() -> None:
     ]
 
 
+def test_fields_that_are_not_known_are_each_or_together_warned_of() -> None:
+    warnings = asked({"prompt": ""} | {f"x{i}": 1 for i in range(23)}).warnings
+    assert len(warnings) == 21
+    assert warnings[-1] == "3 more fields are not known here, and change nothing"
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"guidance_scale": 2}, "cfg_scale is"), ({"strength": 0.5}, "denoising_strength is"),
+        ({"hires": "2"}, "enable_hr is"), ({"loras": ["a"]}, "<lora:NAME:WEIGHT> in the prompt is"),
+        ({"crop_left": 8}, "calls."), ({"control_net": ["a"]}, "calls."), ({"depth": "a.png"}, "calls."),
+    ],
+)  # fmt: skip
+def test_this_programs_own_names_are_refused_and_lead_to_theirs(given: dict[str, Any], instead: str) -> None:
+    with pytest.raises(Refused, match=instead) as refused:
+        asked(given)
+    assert refused.value.field == next(iter(given))
+    assert asked(dict.fromkeys(given)).warnings == []  # null is left out
+
+
+def test_fields_of_the_other_call_change_nothing_where_they_are_off() -> None:
+    both = {"init_images": [], "mask": None, "resize_mode": 1, "inpainting_fill": 2, "mask_blur": 9}
+    assert asked({"prompt": ""} | both).warnings == []
+    both = {"init_images": [PNG], "enable_hr": False, "hr_scale": 2, "hr_upscaler": "Latent", "hr_cfg": 3}
+    assert asked(both, on_image=True).warnings == []
+
+
+@pytest.mark.parametrize("sends", [asked, lambda given: read_generation(given)[0]], ids=["a1111", "openai"])
+def test_what_models_read_that_read_no_prompts_can_be_sent(sends: Any) -> None:
+    boxes = [{"label": 3, "box": [0.1, 0, 0.5, 1]}]
+    assert sends({"label": 207}).requests[0].label == 207
+    assert sends({"label": "tree frog"}).requests[0].label == "tree frog"
+    for layout in (boxes, json.dumps(boxes)):
+        assert sends({"layout": layout}).requests[0].layout == ((3, 0.1, 0.0, 0.5, 1.0),)
+    assert sends({"map": f"data:image/png;base64,{PNG}"}).requests[0].map == png()
+    wrong = {
+        "label": ["", " ", -1, 1.5, True, [1], "x" * 10_000, 1 << 40],
+        "layout": ["/etc/passwd", "boxes.json", "[" * 5000, 7, {"label": 1}, [[1, 2]], [[0, 0, 0, 2, 2]], [[]] * 1001],
+        "map": ["/etc/passwd", "http://127.0.0.1/map.png", "", 7, base64.b64encode(bomb()).decode()],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(Refused) as refused:
+                sends({name: value})
+            assert refused.value.field == name
+
+
+def test_a_form_may_have_what_models_read_that_read_no_prompts() -> None:
+    first = read_edit({"label": "3", "layout": "[[3, 0, 0, 1, 1]]"}, {"image": [png()], "map": [png()]})[0].requests[0]
+    assert (first.label, first.layout, first.map) == (3, ((3, 0.0, 0.0, 1.0, 1.0),), png())
+
+
+def test_guidance_that_clients_always_send_is_left_out_where_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    found = asked({"map": PNG, "cfg_scale": 7})
+    config = SimpleNamespace(family="", unet=SimpleNamespace(reads=""), guidable=False)
+    assert found.adapted(found.requests[0], config).guidance_scale is None
+    assert "cfg_scale changes nothing" in caplog.text
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -159,6 +222,7 @@ def test_what_is_not_known_is_warned_of() -> None:
         {"enable_hr": True, "hr_prompt": "other"}, {"enable_hr": True, "hr_sampler_name": "DDIM"},
         {"enable_hr": True, "hr_upscaler": "/etc/passwd"}, {"sampler_name": "DPM adaptive"}, {"scheduler": "Turbo"},
         {"seed_resize_from_w": 512}, {"initial_noise_multiplier": 0.9}, {"disable_extra_networks": True},
+        {"firstpass_image": PNG}, {"token_merging_ratio": 0.5}, {"controlnet_units": [{}]}, {"init_images": [PNG]},
         {"batch_size": 10, "n_iter": 10}, {"steps": 10_000}, {"prompt": "x" * 40_000}, {"width": 1 << 30},
     ],
 )  # fmt: skip
@@ -201,8 +265,6 @@ def test_openais_fields_that_are_refused(given: dict[str, Any]) -> None:
 
 
 def test_an_edit_repaints_what_is_transparent() -> None:
-    from PIL import Image
-
     mask = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (0, 0, 8, 16))
     file = io.BytesIO()
@@ -424,6 +486,55 @@ def test_loras_are_only_found_in_their_folder(url: str, tmp_path: Path) -> None:
 )
 def test_sizes_are_limited(url: str, given: dict[str, Any]) -> None:
     assert call(url, TXT2IMG, {"prompt": "a cat"} | given)[0] == 422
+
+
+# ---- models that read no prompts ----
+
+
+@pytest.mark.parametrize("kind", ["label", "layout", "map"])
+def test_models_that_read_no_prompts_draw_what_is_sent(kind: str, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(class_map(16, 16, 5)).save(file, "PNG")
+    name, sent, meant = {
+        "label": ("cin256-v2", "tench", 1),
+        "layout": ("layout2img", [[3, 0.1, 0, 0.5, 1]], ((3, 0.1, 0.0, 0.5, 1.0),)),
+        "map": ("semantic", base64.b64encode(file.getvalue()).decode(), file.getvalue()),
+    }[kind]
+    model = tmp_path / "model.safetensors"
+    write_model(model, small(name))
+    model.with_suffix(".classes.txt").write_text("goldfish\ntench\n")
+    session = Session(ModelSpec(str(model)), RUNTIME)
+
+    def drawn(**fields: Any) -> list[Any]:
+        (picture,) = session.draw(
+            [GenerationRequest("", seed=1, steps=2, width=16, height=16, **{kind: meant} | fields)]
+        )
+        return pixels(session.encode(picture)).tolist()
+
+    with serving(model) as url:
+        status, _, answer = call(url, GENERATE, {kind: sent, "seed": 1, "steps": 2, "size": "16x16"})
+        assert status == 200, answer
+        assert pixels(base64.b64decode(answer["data"][0]["b64_json"])).tolist() == drawn()
+        size = {"width": 16, "height": 16, "steps": 2, "seed": 1, "sampler_name": "DDIM", "eta": 0}
+        status, _, answer = call(url, TXT2IMG, {kind: sent, "prompt": "", "cfg_scale": 7.0} | size)
+        assert status == 200, answer
+        guidance = 7.0 if kind == "label" else None
+        info = json.loads(answer["info"])
+        assert pixels(base64.b64decode(answer["images"][0])).tolist() == drawn(guidance_scale=guidance)
+        assert [one.partition(" ")[0] for one in info["warnings"]] == ([] if guidance else ["cfg_scale"])
+        assert "map" not in answer["parameters"] or answer["parameters"]["map"] is None
+        for path, given in ((GENERATE, {"size": "16x16"}), (TXT2IMG, size)):
+            status, _, answer = call(url, path, {kind: sent, "prompt": "a fox", **given})
+            assert status in (400, 422)
+            assert "prompt is not for this model" in str(answer)
+
+
+def test_models_that_read_prompts_refuse_by_name_what_they_do_not_read(url: str) -> None:
+    for name, sent in (("label", 1), ("layout", [[1, 0, 0, 1, 1]]), ("map", PNG)):
+        for path in (GENERATE, TXT2IMG):
+            status, _, answer = call(url, path, {"prompt": "a fox", name: sent})
+            assert status in (400, 422)
+            assert f"{name} is not for this model" in str(answer)
 
 
 # ---- who may come in ----

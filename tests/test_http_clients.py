@@ -234,7 +234,7 @@ def test_webuiapi_gets_what_python_draws(webui: Any) -> None:
     answer = webui.txt2img(
         prompt=APPLE, negative_prompt="a (dog:1.2)", seed=7, width=64, height=64, batch_size=2, n_iter=2
     )
-    assert answer.info["all_seeds"] == [7, 8, 9, 10]
+    assert (answer.info["all_seeds"], answer.info["warnings"]) == ([7, 8, 9, 10], [])
     fields = {"negative_prompt": "a (dog:1.2)", "steps": 2, "guidance_scale": 7.0, **EULER_A}
     files = list(map(base64.b64decode, answer.json["images"]))
     assert files == drawn_together(APPLE, (7, 8, 9, 10), width=64, height=64, **fields, **WEIGHTED)
@@ -268,7 +268,7 @@ def test_webuiapi_draws_on_pictures(webui: Any) -> None:
     fields |= {"guidance_scale": 7.0, **EULER_A, "width": 64, "height": 64, "mask_padding": 0}
     wanted = drawn("a green apple", 3, image=picture, mask=file.getvalue(), **fields, **WEIGHTED)
     assert (pixels(base64.b64decode(answer.json["images"][0])) == pixels(wanted)).all()
-    assert answer.parameters["init_images"] is None
+    assert (answer.parameters["init_images"], answer.info["warnings"]) == (None, [])
 
 
 def test_webuiapi_draws_a_second_pass(webui: Any) -> None:
@@ -278,7 +278,7 @@ def test_webuiapi_draws_a_second_pass(webui: Any) -> None:
     fields = {"hires": "1.5", "hires_strength": 0.7, "hires_steps": 1, "hires_upscaler": "latent", "steps": 2}
     wanted = drawn(APPLE, 1, width=64, height=64, guidance_scale=7.0, **EULER_A, **fields, **WEIGHTED)
     assert base64.b64decode(answer.json["images"][0]) == wanted
-    assert answer.image.size == (96, 96)
+    assert (answer.image.size, answer.info["warnings"]) == ((96, 96), [])
 
 
 def test_webuiapi_chooses_a_model_and_its_loras(webui: Any, loras: Path) -> None:

@@ -17,6 +17,7 @@ from control_support import random_control
 from control_support import write as write_network
 from image_prompt_support import random_encoder, write_ip_adapter
 from paper_models import class_map, small, write_model
+from picture_models import small as small_of_pictures
 from PIL import Image
 from test_lora import lora_for
 
@@ -103,6 +104,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, family_models: Any) -> Path:
     (folder / "rows.jsonl").write_text('{"prompt": "a fox", "count": 3}\n{"prompt": "an owl", "steps": 2}\n')
     for name, model in (("class", "cin256-v2"), ("layout", "layout2img"), ("map", "semantic")):
         write_model(folder / f"{name}.safetensors", small(model))
+    write_model(folder / "bsr.safetensors", small_of_pictures("bsr_sr"))
     (folder / "class.classes.txt").write_text("goldfish\ntench\n")
     (folder / "boxes.json").write_text('[{"label": 3, "box": [0.1, 0, 0.5, 1]}]')
     Image.fromarray(class_map(32, 24, 5)).save(folder / "classes.png")
@@ -130,6 +132,7 @@ SMALL = ("-W", "32", "-H", "24")
 _SHOWN = ("--ip-adapter", "base.safetensors")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "embedded": ("txt2img", "a red apple", *FAST),
+    "bare": ("a red apple", *FAST, "-o", "new/"),
     "several": ("txt2img", "an apple", "a pear", "-c", "3", "-b", "2", *FAST),
     "json": ("txt2img", "a fox", *TINY, "--json", "-c", "2"),
     "webp": ("txt2img", "a fox", *TINY, "-o", "a.webp", "--lossless"),
@@ -181,6 +184,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--device",
         "cpu",
     ),
+    "upscale by a file": ("upscale", "a.png", "-m", "larger.safetensors", "-o", "b.png", "--device", "cpu"),
+    "drawn larger": ("upscale", "a.png", "clear.png", "-m", "bsr.safetensors", "-o", "l/", *FAST, "--json"),
+    "drawn larger by patches": ("upscale", "a.png", "-m", "bsr.safetensors", "-o", "b.webp", *FAST, "--tile", "16"),
+    "drawn larger in vain": ("upscale", "a.png", "-m", "bsr.safetensors", "-o", "b.png", "--noise-level", "9"),
+    "drawn larger from nothing": ("upscale", "bad.png", "-m", "bsr.safetensors", "-o", "b.png", *FAST),
+    "drawn larger by none": ("upscale", "a.png", "-m", "model", "-o", "b.png", *FAST),
     "piped upscale": ("upscale", "-", "-o", "-", "--device", "cpu", "--dtype", "fp32", "--scale", "1.5"),
     "class": ("sample", "-m", "class.safetensors", "--label", "tench", "--label", "4", *FAST, *SMALL),
     "layout": ("sample", "-m", "layout.safetensors", "--layout", "boxes.json", "--json", *FAST, *SMALL),
@@ -233,13 +242,13 @@ def test_a_command_does_the_same_with_a_server(name: str, served: Served, files:
         assert served.status()["drawn"] - before == drawn - read
 
 
-@pytest.mark.parametrize("command", ["embedded", "img2img", "upscale"])
+@pytest.mark.parametrize("command", ["embedded", "img2img", "upscale", "upscale by a file", "drawn larger by patches"])
 def test_a_client_imports_nothing_that_computes(command: str, served: Served, files: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from ldmcli.cli import run; code = run(sys.argv[1:]); "
         "print(code, sorted({'torch', 'PIL', 'numpy', 'tokenizers', 'ldmcli.session'} & set(sys.modules)))"
     )
-    words = [*COMMANDS[command], "-o", str(tmp_path / "new.png")]
+    words = [*COMMANDS[command], "-o", str(tmp_path / "new.webp")]
     done = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=files, env=environment(served.env), capture_output=True, check=True
     )

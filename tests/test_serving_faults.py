@@ -171,6 +171,7 @@ def test_a_server_is_told_of_and_stopped(path: Path) -> None:
 
 def test_a_server_without_work_ends(path: Path, tmp_path: Path) -> None:
     served = Served(path, "--idle", "1s", "-m", str(tiny_model()))
+    until(lambda: ldm_here("serve", "--status", env=served.env).code == 66, "its end, for all that it is asked")
     assert served.process.wait(60) == 0
     assert not path.exists()
 
@@ -348,3 +349,33 @@ def check_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     elsewhere.parent.chmod(0o755)
     assert not is_safe(elsewhere)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_user_gets_no_answer() -> None:
+    """Neither through the socket as it is nor through one that was opened to all; and its commands use none of ours."""
+    with tempfile.TemporaryDirectory(prefix="l") as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "s.sock"
+        served = Served(path)
+        try:
+            for mode, refused in ((0o600, PermissionError), (0o666, ConnectionError)):
+                path.chmod(mode)
+                with pytest.raises(refused):
+                    greet_as_another(path)
+            assert served.status()["clients"] == 0
+        finally:
+            assert "Traceback" not in served.end()
+
+
+def greet_as_another(path: Path) -> None:
+    """What another user's program gets for greeting."""
+    with socket.socket(socket.AF_UNIX) as client:
+        os.seteuid(65534)
+        try:
+            assert not is_safe(path)
+            client.connect(str(path))
+            send(client, {"hello": place.agreement(), "level": 10})
+            receive(client)
+        finally:
+            os.seteuid(0)

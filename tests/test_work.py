@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_support import lora_for, noise, write
-from cli_support import tiny_model
+from cli_support import copy_model, replace, tiny_model
 
 from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
 from ldmcli.errors import UsageError
+from ldmcli.serving.openings import Openings
 from ldmcli.serving.work import Busy, Job, Work
 from ldmcli.session import CancelledError, Picture, loading
+from ldmcli.session import session as session_module
 
 RUNTIME = RuntimeSpec(device="cpu", dtype="fp32", threads=1)
 
@@ -177,3 +179,36 @@ def test_work_that_is_closed_ends_its_jobs() -> None:
         job.wait(60)
     with pytest.raises(Busy):
         collected(work, request(2))
+
+
+def test_a_model_is_looked_at_again_only_where_a_file_has_changed(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is said of opening it is said each time."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("here", "there"):
+        model = copy_model(tmp_path / folder / "model")
+        (model / "scheduler").mkdir(exist_ok=True)
+        replace(model / "scheduler" / "scheduler_config.json", {"_class_name": "KDPM2DiscreteScheduler"})
+    looked, open_spec, openings = list[str](), session_module.open_spec, Openings()
+    monkeypatch.setattr(session_module, "open_spec", lambda *a, **k: looked.append("") or open_spec(*a, **k))
+
+    def opened(folder: str = "here", model: str = "model") -> tuple[int, int]:
+        """How often files were looked at, and how often it was said what their sampler is, by now and now."""
+        said = list[str]()
+        session = openings.session(
+            str(tmp_path / folder), ModelSpec(model), RUNTIME, {}, lambda record: said.append(record.getMessage())
+        )
+        assert session.fit(request(1)).prompt == "a fox"
+        return len(looked), sum("KDPM2DiscreteScheduler" in text for text in said)
+
+    assert [opened(), opened(), opened("there"), opened(), opened("there")] == [(1, 1), (1, 1), (2, 1), (2, 1), (2, 1)]
+    replace(tmp_path / "here" / "model" / "tokenizer" / "special_tokens_map.json", {})
+    assert [opened(), opened(), opened("there")] == [(3, 1), (3, 1), (3, 1)]
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "model").symlink_to(tmp_path / "here" / "model")
+    monkeypatch.setenv("LDM_MODELS", str(named))
+    assert [opened("named", "model"), opened(".", "model"), opened(".", "model")] == [(4, 1), (5, 1), (5, 1)]
+    (tmp_path / "model").symlink_to(tmp_path / "there" / "model")  # which is nearer than the folder of models
+    assert opened(".", "model") == (6, 1)

@@ -109,9 +109,8 @@ _STOP = 0.75  # how alike two words are, from which on one may be meant for the 
 
 
 def asked_about(word: str, commands: Iterable[str]) -> str:
-    """A question about a first argument that is no command and probably no prompt; "" where it may be drawn."""
-    if not word.strip() or word != word.strip() or re.search(r"\s", word):
-        return ""
+    """A question about a first argument, a single word, that is no command and probably no prompt; "" where it may be
+    drawn."""
     name, shown = _bare(word), printable(word, 60)
     for endings, advice in _FILES.items():
         if word.lower().endswith(endings):

@@ -56,10 +56,11 @@ class _Commands(click.Group):
     def _missing_command(self, ctx: click.Context, args: Sequence[str]) -> list[str]:
         """The command that was left out; none where that is not to be told, which click then says."""
         if not args[0].startswith("-") or args[0] in ("-", "--"):
-            from ldmcli.cli.mistakes import asked_about
+            if args[0].split() == [args[0]]:  # a word alone
+                from ldmcli.cli.mistakes import asked_about
 
-            if question := asked_about(args[0], COMMANDS):
-                raise click.UsageError(question, ctx)
+                if question := asked_about(args[0], COMMANDS):
+                    raise click.UsageError(question, ctx)
             return ["txt2img"]
         name = args[0].partition("=")[0]
         for command in ("txt2img", "img2img"):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ldmcli.cli.output import Output
 from ldmcli.cli.terminal import bar
 from ldmcli.cli.upscale import report, show
-from ldmcli.serving.client import is_of_process
+from ldmcli.serving.client import fetched_of, is_of_process
 from ldmcli.serving.connection import Connection, GoneError, RefusedError
+from ldmcli.spec import RuntimeSpec
 from ldmcli.upscaling.larger import Enlargement
 
 if TYPE_CHECKING:
@@ -23,15 +24,25 @@ _log = logging.getLogger(__name__)
 class RemoteWork:
     """Has a server enlarge pictures; what it does not do, this process does."""
 
-    def __init__(self, connection: Connection, how: Enlargement, options: dict[str, Any], here: "Callable[[], _Work]"):
+    def __init__(
+        self,
+        connection: Connection,
+        how: Enlargement,
+        options: dict[str, Any],
+        drawing: dict[str, Any] | None,
+        here: "Callable[[], _Work]",
+    ) -> None:
+        """`drawing`: the settings of a model that draws."""
         self._connection, self._how, self._here = connection, how, here
         self._home: _Work | None = None
-        names = ("allow_pickle", "device", "dtype")
-        settings = {"cwd": os.getcwd(), "upscaler": options["upscaler"]} | {name: options[name] for name in names}
-        if is_of_process(options["upscaler"]):
+        name, settings = options["upscaler"], {each: options[each] for each in ("allow_pickle", "device", "dtype")}
+        if is_of_process(name):
             self._come_home()
-        else:
-            self._ask("open_upscaler", **settings)
+            return
+        runtime = RuntimeSpec(device=options["device"], dtype=options["dtype"])
+        fetched = fetched_of([name], runtime) if drawing else {}
+        settings |= {"upscaler": name, "drawing": drawing, "tile": how.tile, "fetched": fetched}
+        self._ask("open_upscaler", cwd=os.getcwd(), **settings)
 
     def enlarge(self, source: Path, output: Output) -> None:
         """As `_Work.enlarge` of `upscale`."""

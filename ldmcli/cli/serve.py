@@ -46,10 +46,10 @@ _WAIT_S = 10.0  # for a server to stop
 def serve(context: click.Context, **options: Any) -> None:
     """Keep models in memory until Ctrl-C, --stop or --idle ends it.
 
-    txt2img, img2img, batch and upscale of the same user find the server by themselves and draw the same pictures,
-    without loading the model; --no-server has them do without. It listens on a Unix socket in $XDG_RUNTIME_DIR, or
-    where LDM_SERVER says, which only you can open. --dtype, --device and the like are for the models that -m names;
-    each command brings its own.
+    txt2img, img2img, sample, batch and upscale of the same user find the server by themselves and draw the same
+    pictures, without loading the model; --no-server has them do without. It listens on a Unix socket in
+    $XDG_RUNTIME_DIR, or where LDM_SERVER says, which only you can open. --dtype, --device and the like are for the
+    models that -m names; each command brings its own.
 
     \b
     Examples:

@@ -43,7 +43,6 @@ from ldmcli.upscaling.target import Enlarger, Target, parse_size
 
 if TYPE_CHECKING:
     from ldmcli.cli.remote_upscale import RemoteWork
-    from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
 _EMBEDDED, _PICKLES = "embedded", (".pth", ".pt", ".ckpt", ".bin")
@@ -128,25 +127,28 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
 
 
 def _open(context: click.Context, how: Enlargement, options: dict[str, Any]) -> "_Work | RemoteWork":
-    """The network, looked at: a server's, where there is one, unless it is a model that draws."""
-    if _draws_larger(options["upscaler"], allow_pickle=options["allow_pickle"]):
-        return _drawing(how, options)
-    for name in _DRAWING:
+    """The network, or the model that draws, looked at: a server's, where there is one."""
+    draws = _draws_larger(options["upscaler"], allow_pickle=options["allow_pickle"])
+    for name in () if draws else _DRAWING:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name.replace('_', '-')} is for models that draw pictures larger; leave it out.")
+    settings = {name: options[name] for name in _DRAWING} if draws else None
+    if settings and settings["seed"] is None:
+        settings["seed"] = secrets.randbelow(1 << 32)
 
     def here() -> _Work:
-        from ldmcli.upscaling.upscaler import open_upscaler
+        return _drawing(how, options, settings) if settings else _network(how, options)
 
-        file = open_upscaler(options["upscaler"], allow_pickle=options["allow_pickle"])
-        return _Work(file.name, how, lambda: _loaded(file, options))
+    work: _Work | RemoteWork
+    if server := find_server(options):
+        from ldmcli.cli import remote_upscale
 
-    server = find_server(options)
-    if server is None:
-        return here()
-    from ldmcli.cli.remote_upscale import RemoteWork
-
-    return RemoteWork(server, how, options, here)
+        work = remote_upscale.RemoteWork(server, how, options, settings, here)
+    else:
+        work = here()
+    if settings and options["seed"] is None:
+        _log.info("seed %d", settings["seed"])
+    return work
 
 
 def _draws_larger(name: str, *, allow_pickle: bool) -> bool:
@@ -175,21 +177,15 @@ def _draws_larger(name: str, *, allow_pickle: bool) -> bool:
     return family in ENLARGING
 
 
-def _drawing(how: Enlargement, options: dict[str, Any]) -> "_Work":
+def _drawing(how: Enlargement, options: dict[str, Any], settings: dict[str, Any]) -> "_Work":
     """A model that draws pictures larger, looked at."""
     from ldmcli.session import Session
     from ldmcli.session.diffusion_upscaler import DiffusionUpscaler
-    from ldmcli.spec import GenerationRequest, ModelSpec
+    from ldmcli.spec import ModelSpec
 
     runtime = RuntimeSpec(device=options["device"], dtype=options["dtype"])
     session = Session(ModelSpec(model=options["upscaler"], allow_pickle=options["allow_pickle"]), runtime)
-    settings = {name: options[name] for name in _DRAWING}
-    if settings["eta"] is None:
-        settings["eta"] = 0.0 if session.config.noising else 1.0  # as their authors draw
-    seed = secrets.randbelow(1 << 32) if settings["seed"] is None else settings["seed"]
-    upscaler = DiffusionUpscaler(session, GenerationRequest(**settings | {"seed": seed}), how.tile)
-    if settings["seed"] is None:
-        _log.info("seed %d", seed)
+    upscaler = DiffusionUpscaler(session, settings, how.tile)
 
     def load() -> DiffusionUpscaler:
         upscaler.load()
@@ -198,12 +194,20 @@ def _drawing(how: Enlargement, options: dict[str, Any]) -> "_Work":
     return _Work(session.name, how, load)
 
 
-def _loaded(file: "UpscalerFile", options: dict[str, Any]) -> Enlarger:
-    from ldmcli.speed.policy import choose_runtime
-    from ldmcli.upscaling.upscaler import Upscaler
+def _network(how: Enlargement, options: dict[str, Any]) -> "_Work":
+    """A network, looked at."""
+    from ldmcli.upscaling.upscaler import open_upscaler
 
-    runtime = choose_runtime(RuntimeSpec(device=options["device"], dtype=options["dtype"]))
-    return Upscaler(file, runtime, asked=options["dtype"] != "auto")
+    file = open_upscaler(options["upscaler"], allow_pickle=options["allow_pickle"])
+
+    def load() -> Enlarger:
+        from ldmcli.speed.policy import choose_runtime
+        from ldmcli.upscaling.upscaler import Upscaler
+
+        runtime = choose_runtime(RuntimeSpec(device=options["device"], dtype=options["dtype"]))
+        return Upscaler(file, runtime, asked=options["dtype"] != "auto")
+
+    return _Work(file.name, how, load)
 
 
 @contextlib.contextmanager

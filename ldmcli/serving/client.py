@@ -137,8 +137,8 @@ class RemoteSession:
         if any(map(is_of_process, (*names, model.image_encoder))):
             self._come_home(None)
             return
-        fetched = {name: _fetched(name, self._runtime_spec) for name in names[:3] if name and _is_of_hub(name)}
         where, runtime = os.getcwd(), self._runtime_spec
+        fetched = fetched_of(names[:3], runtime)
         self._facts = self._ask("open", lambda session: {}, cwd=where, model=model, runtime=runtime, fetched=fetched)
 
     def fit(self, request: GenerationRequest) -> FittedRequest:
@@ -274,11 +274,11 @@ def is_of_process(path: str | bytes | None) -> bool:
     return os.path.realpath(os.path.expanduser(path)).startswith(_OF_PROCESSES)
 
 
-def _is_of_hub(name: str) -> bool:
-    return "/" in name and not os.path.lexists(os.path.expanduser(name))
-
-
-def _fetched(name: str, runtime: RuntimeSpec) -> str:
+def fetched_of(names: Iterable[str | None], runtime: RuntimeSpec) -> dict[str, str]:
+    """Where models of the hub are that have these names, fetched if need be. Raises LdmError."""
+    wanted = [name for name in names if name and "/" in name and not os.path.lexists(os.path.expanduser(name))]
+    if not wanted:
+        return {}
     from ldmcli.hub.listing import find_model
 
-    return os.path.abspath(find_model(name, half=runtime.dtype != "fp32"))
+    return {name: os.path.abspath(find_model(name, half=runtime.dtype != "fp32")) for name in wanted}

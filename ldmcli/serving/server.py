@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ldmcli import __version__
@@ -20,15 +19,13 @@ from ldmcli.fitting import FittedRequest
 from ldmcli.images.formats import Encoding
 from ldmcli.named_files import if_there, with_files
 from ldmcli.remarks import heard_by
+from ldmcli.serving.openings import Openings
 from ldmcli.serving.place import agreement, in_folder, peer_is_user
-from ldmcli.serving.upscalers import Upscalers, UpscalerSpec
+from ldmcli.serving.upscalers import Enlarging, Upscalers
 from ldmcli.serving.wire import error_to_dict, fitted_from_dict, receive, send
 from ldmcli.serving.work import Busy, Job, Work
 from ldmcli.session import Picture, Progress, Session
 from ldmcli.spec import GenerationRequest, ModelSpec, RuntimeSpec
-from ldmcli.upscaling.larger import Enlargement, larger_file, read_file
-from ldmcli.upscaling.target import Target
-from ldmcli.upscaling.upscaler import EMBEDDED_UPSCALER, open_upscaler
 
 _MAX_CLIENTS = 256
 _POLL_S = 0.05  # between looks for room in the queue
@@ -43,7 +40,7 @@ class Server:
         self.work = work
         self._idle = idle
         self._agreement = agreement()
-        self.upscalers = Upscalers()
+        self.openings, self.upscalers = Openings(), Upscalers()
         self._started = time.monotonic()
         self._clients: set[_Client] = set()
         self._woken, self._wake = socket.socketpair()
@@ -134,7 +131,7 @@ class _Client:
         self._folder, self._model, self._runtime = "/", ModelSpec(), RuntimeSpec()
         self._session: Session | None = None
         self._typed: dict[str, str] = {}  # what files are called by the client, by their paths
-        self._upscaler = UpscalerSpec(EMBEDDED_UPSCALER)
+        self.enlarging = Enlarging(server.work, server.openings, server.upscalers, self._repeat, self._out.put)
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._read, self._write)]
 
     def start(self) -> None:
@@ -173,7 +170,8 @@ class _Client:
         at_once = _AT_ONCE.get(str(name)) if agreed or name in ("status", "stop") else None
         later = _LATER.get(str(name)) if agreed else None
         self._jobs = [job for job in self._jobs if not job.done]
-        self._server.worked()
+        if name != "status":  # whoever watches keeps no server from its end
+            self._server.worked()
         try:
             if at_once:
                 self._out.put({"reply": at_once(self, **message)})
@@ -189,8 +187,8 @@ class _Client:
 
     def open(self, cwd: str, model: dict[str, Any], runtime: dict[str, Any], fetched: dict[str, str]) -> Any:
         self._folder, self._runtime = cwd, RuntimeSpec(**runtime)
+        self._session = self._server.openings.session(cwd, ModelSpec(**model), self._runtime, fetched, self._repeat)
         with in_folder(cwd):
-            self._session = Session(ModelSpec(**model), self._runtime, fetched=fetched)
             self._model = self._session.resolved
         if self._session.undecided:
             self._share()
@@ -243,14 +241,6 @@ class _Client:
 
     def runtime(self) -> dict[str, str]:
         return self._opened.runtime.to_dict()
-
-    def open_upscaler(self, cwd: str, upscaler: str, allow_pickle: bool, device: str, dtype: str) -> str:
-        self._folder = cwd
-        with in_folder(cwd):
-            file = open_upscaler(upscaler, allow_pickle=allow_pickle)
-        known = upscaler if upscaler == EMBEDDED_UPSCALER else os.path.join(cwd, file.weights.path)
-        self._upscaler = UpscalerSpec(known, allow_pickle, device, dtype)
-        return file.name
 
     def status(self) -> dict[str, Any]:
         return self._server.status()
@@ -310,22 +300,9 @@ class _Client:
         return job
 
     def enlarge(self, source: str, how: dict[str, Any]) -> Job:
-        asked = how | {"target": Target(**how["target"]), "encoding": Encoding(**how["encoding"])}
-        enlargement, spec = Enlargement(**asked), self._upscaler
-        with in_folder(self._folder):
-            picture, text = read_file(Path(source), enlargement)
-
-        def enlarge(job: Job) -> None:
-            def on_tile(done: int, total: int) -> None:
-                job.check()
-                self._out.put({"event": "tile", "done": done, "total": total})
-
-            upscaler, started = self._server.upscalers.get(spec), time.perf_counter()
-            data, size = larger_file(picture, text, upscaler, enlargement, on_tile)
-            seconds = time.perf_counter() - started
-            self._out.put({"event": "picture", "data": data, "size": size, "name": upscaler.name, "seconds": seconds})
-
-        return self._patiently(lambda: self._work.call(enlarge, on_warning=self._tell, on_done=self._done))
+        enlarge, session = self.enlarging.prepared(source, how), self.enlarging.session
+        call = functools.partial(self._work.call, enlarge, session=session, on_warning=self._tell, on_done=self._done)
+        return self._patiently(call)
 
     def _done(self, error: BaseException | None) -> None:
         self._server.worked()
@@ -374,6 +351,11 @@ class _Client:
         if record.levelno >= self._level:
             self._out.put({"log": record.name, "level": record.levelno, "text": self._as_typed(record.getMessage())})
 
+    def _repeat(self, record: logging.LogRecord) -> None:
+        """Tell what was said of files that are as they were."""
+        self._said.add(record.getMessage())
+        self._tell(record)
+
     def _as_typed(self, text: str) -> str:
         """A sentence with files called as the client calls them."""
         for there, here in self._typed.items():
@@ -384,7 +366,7 @@ class _Client:
 _AT_ONCE: dict[str, Callable[..., Any]] = {
     "open": _Client.open, "fit": _Client.fit, "cut_text": _Client.cut_text, "embeddings": _Client.embeddings,
     "word_hint": _Client.word_hint,
-    "runtime": _Client.runtime, "open_upscaler": _Client.open_upscaler,
+    "runtime": _Client.runtime, "open_upscaler": lambda client, **given: client.enlarging.open(**given),
     "status": _Client.status, "stop": _Client.stop,
 }  # fmt: skip
 _LATER: dict[str, Callable[..., Job]] = {"load": _Client.load, "draw": _Client.draw, "enlarge": _Client.enlarge}

@@ -85,12 +85,19 @@ class Work:
         self,
         function: Callable[[Job], object],
         *,
+        session: Session | None = None,
         on_warning: Listener | None = None,
         on_done: OnDone | None = None,
     ) -> Job:
-        """Have the device do other work when its turn comes: `function` gets the job, whose `check` it calls often.
-        Raises Busy."""
-        return self._put(Job(None, function=function, on_warning=on_warning, on_done=on_done))
+        """Have the device do other work when its turn comes: `function` gets the job, whose `check` it calls often, and
+        may draw with `session`, of which the model is there. Raises Busy."""
+
+        def work(job: Job) -> None:
+            if session is not None:
+                self._read(session, (), [job])
+            function(job)
+
+        return self._put(Job(session, function=work, on_warning=on_warning, on_done=on_done))
 
     def session(self, model: ModelSpec, runtime: RuntimeSpec) -> Session:
         """The session that draws such requests, opened from headers; opened anew where a file of its weights has

@@ -21,16 +21,19 @@ _FIELDS = ("steps", "sampler", "guidance_scale", "eta", "noise_level", "seed", "
 
 
 class DiffusionUpscaler:
-    """A session's model that makes pictures `scale` times as large; `request` says how: a prompt, steps, a seed."""
+    """A session's model that makes pictures `scale` times as large; `settings` say how: a prompt, steps, a seed."""
 
-    def __init__(self, session: Session, request: GenerationRequest, tile: int | None = None) -> None:
-        """`tile` is what will be asked for. Raises BadDataError where the model is none that does, UsageError where it
-        cannot draw as the request says."""
+    def __init__(self, session: Session, settings: Mapping[str, Any], tile: int | None = None) -> None:
+        """`settings` are fields of a request, an `eta` of None being the model's own; `tile` is what will be asked for.
+        Raises BadDataError where the model is none that does, UsageError where it cannot draw as they say."""
         config = session.config
         if config.unet.reads != "low_res":
             raise BadDataError(f"{shown(Path(session.name))} is a {config.family} model, and enlarges no pictures.")
         self.name, self.scale = session.name, config.enlarges
-        self._session, self._request = session, request
+        eta = settings["eta"]
+        if eta is None:
+            eta = 0.0 if config.noising else 1.0  # as their authors draw
+        self._session, self._request = session, GenerationRequest(**dict(settings) | {"eta": eta})
         session.fit(self._of(np.zeros((8, 8, 3), np.uint8), tile))  # to know that it can
 
     @property

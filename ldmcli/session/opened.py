@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
-_SETTINGS = (".yaml", ".yml", ".json", CLASS_NAMES_ENDING)  # endings of files beside weights
+_SETTINGS = (".yaml", ".yml", ".json", ".vocab.txt", CLASS_NAMES_ENDING)  # endings of files beside weights
 _MAX_STAMPED = 1000  # files of a folder
 # Beside the model, what a picture depends on.
 _OTHER_WEIGHTS = ("vae", "refiner", "prediction_type", "upscaler", "image_encoder")
@@ -362,9 +362,9 @@ def _stamps(opened: Opened) -> tuple[object, ...]:
     paths = [each.path for each in (opened.model, opened.vae, opened.refiner, upscaler) if each]
     found: list[object] = []
     for path in paths:
-        files = [str(path), *(str(path.with_suffix(ending)) for ending in _SETTINGS)]
+        files = [path, path.parent / "vocab.txt", *(path.with_suffix(ending) for ending in _SETTINGS)]
         if os.path.isdir(path):
-            files = sorted(os.path.join(at, name) for at, _, names in os.walk(path) for name in names)[:_MAX_STAMPED]
+            files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names)[:_MAX_STAMPED]
         for file in files:
             with contextlib.suppress(OSError):
                 status = os.stat(file)

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -69,14 +70,16 @@ class Session:
         *,
         exact: bool = False,
         fetched: Mapping[str, str] | None = None,
+        opened: Opened | None = None,
     ) -> None:
-        """Look at the model's files, fetching what the hub has, but for what is `fetched` already, paths by name.
-        `exact`: wait for the device at the end of every phase, so that the stopwatch's times are the device's. Raises
-        LdmError for what is not there or not as it should be."""
+        """Look at the model's files, fetching what the hub has, but for what is `fetched` already, paths by name; not
+        where they are `opened`. `exact`: wait for the device at the end of every phase, so that the stopwatch's times
+        are the device's. Raises LdmError for what is not there or not as it should be."""
         self.runtime_spec = runtime
         self.stopwatch = Stopwatch()
         self.alone = False  # whether one picture is all that is to be drawn; to be said before `runtime` is asked for
-        self._opened = open_spec(model, half=runtime.dtype != "fp32", fetched=fetched)
+        self._opened = opened or open_spec(model, half=runtime.dtype != "fp32", fetched=fetched)
+        self._as_opened = self._opened  # before the model was asked for what its files do not say
         self._exact = exact
         self._runtime: Runtime | None = None
         self._unet: UNet | None = None  # where it had to be read to know what the model is
@@ -105,6 +108,17 @@ class Session:
     def changed(self) -> bool:
         """Whether a file of the model is another now than the one that was opened, or gone."""
         return self._opened.changed
+
+    def again(self, fetched: Mapping[str, str]) -> "Session | None":
+        """Another session of the same files, which are not looked at again; None where one has changed, or a name leads
+        elsewhere now."""
+        from ldmcli.hub.listing import find_here
+
+        paths = self._opened.paths
+        if self.changed or paths != {name: Path(fetched.get(name) or find_here(name) or "") for name in paths}:
+            return None
+        unused = dataclasses.replace(self._as_opened, _upscalers={}, _library=[])
+        return Session(unused.spec, self.runtime_spec, opened=unused)
 
     def refresh(self) -> None:
         """Look at embeddings anew when they are next asked for; files of LoRAs are compared at every use."""

@@ -1,8 +1,9 @@
-"""What `ldm serve` saves: twenty commands in a loop and the first picture, with and without it; and a warm Session.
+"""What `ldm serve` saves: commands with and without it, and pictures of a warm Session, in turn.
 
     python tests/bench/resident.py [--prompts N] [--steps N] [--model MODEL]
 
-Prints medians in seconds. The server and the commands are processes of their own, on the CPU in float32.
+Prints minima and medians in seconds, and what Python itself takes of each command. The server and the commands are
+processes of their own, on the CPU in float32; the program's files are compiled, as they are after a first run.
 """
 
 import argparse
@@ -46,16 +47,19 @@ def prompt(number: int) -> str:
     return f"a {ANIMALS[number % len(ANIMALS)]} on a background of colour {number}"
 
 
-def warm(prompts: int, steps: int, model: str | None) -> list[float]:
-    """Seconds of each picture, from prompt to PNG, of a Session that has drawn before."""
-    with Session(ModelSpec(model), RuntimeSpec(device="cpu", dtype="fp32")) as session:
+def warm(session: Session, number: int, steps: int) -> Callable[[], object]:
+    """A picture of a Session that has drawn before, from the prompt to the PNG."""
 
-        def draw(number: int) -> None:
-            (picture,) = session.draw([GenerationRequest(prompt(number), seed=number, steps=steps)])
-            session.encode(picture)
+    def draw() -> None:
+        (picture,) = session.draw([GenerationRequest(prompt(number), seed=number, steps=steps)])
+        session.encode(picture)
 
-        draw(prompts)
-        return [timed(lambda number=number: draw(number)) for number in range(prompts)]  # type: ignore[misc]
+    return draw
+
+
+def python(statement: str) -> Callable[[], object]:
+    """Python, which starts, does this and ends."""
+    return lambda: subprocess.run([sys.executable, "-c", statement], check=True)
 
 
 def main() -> None:
@@ -65,31 +69,53 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--model")
     given = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with which every start compiles the program
     options = ["--steps", str(given.steps), "--device", "cpu", "--dtype", "fp32"]
     options += ["--model", given.model] if given.model else []
     with tempfile.TemporaryDirectory(prefix="ldm-bench-") as name:
         folder = Path(name)
         os.environ["LDM_SERVER"] = str(folder / "s.sock")
-        without = [timed(command(number, options, folder / "without")) for number in range(given.prompts)]
         server = subprocess.Popen([*LDM, "serve", "-q"])
         try:
             while subprocess.run([*LDM, "serve", "--status"], capture_output=True, check=False).returncode:
                 time.sleep(0.1)
-            before = computed()
-            served = [timed(command(number, options, folder / "with")) for number in range(given.prompts)]
-            client = (computed() - before) / given.prompts
+            measure(given.prompts, given.steps, options, given.model, folder)
         finally:
             server.terminate()
             server.wait()
-        same = all(
-            path.read_bytes() == (folder / "with" / path.name).read_bytes() for path in (folder / "without").iterdir()
-        )
-    alone = warm(given.prompts, given.steps, given.model)
-    for what, seconds in (("commands alone", without), ("commands with a server", served), ("a warm Session", alone)):
-        print(f"{what}: {statistics.median(seconds):.3f} s a picture, first {seconds[0]:.3f}, all {sum(seconds):.2f}")
-    over = statistics.median(served) - statistics.median(alone)
-    print(f"a command with a server computes for {client:.3f} s itself")
-    print(f"a command with a server over a warm picture: {over:.3f} s; the same bytes: {same}")
+
+
+def measure(prompts: int, steps: int, options: Sequence[str], model: str | None, folder: Path) -> None:
+    """Draw every prompt in each way, and print what that took."""
+    ways = ("commands alone", "commands with a server", "a warm Session", "python -c pass", "python -c 'import click'")
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: list[float] = []
+    with Session(ModelSpec(model), RuntimeSpec(device="cpu", dtype="fp32")) as session:
+        warm(session, prompts, steps)()
+        for number in range(prompts):
+            works = (
+                command(number, [*options, "--no-server"], folder / "without"),
+                command(number, options, folder / "with"),
+                warm(session, number, steps),
+                python("pass"),
+                python("import click"),
+            )
+            for way, work in zip(ways, works, strict=True):
+                before = computed()
+                seconds[way].append(timed(work))
+                if way == ways[1]:
+                    cpu.append(computed() - before)
+    for way, each in seconds.items():
+        least, median = min(each), statistics.median(each)
+        print(f"{way}: least {least:.3f} s, median {median:.3f}, first {each[0]:.3f}, all {sum(each):.2f}")
+    served, alone = (seconds[way] for way in ways[1:3])
+    over = statistics.median(one - other for one, other in zip(served, alone, strict=True))
+    same = all(
+        path.read_bytes() == (folder / "with" / path.name).read_bytes() for path in (folder / "without").iterdir()
+    )
+    print(f"a command with a server computes for {min(cpu):.3f} s itself, in the median {statistics.median(cpu):.3f}")
+    least = min(served) - min(alone)
+    print(f"over a warm picture: {least:.3f} s between the least, {over:.3f} in the median pair; same bytes: {same}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ldmcli.serving.http.uploads import picture_bytes
 from ldmcli.serving.http.values import Values
 from ldmcli.session import CancelledError, Session
 
-_PICTURES = ("init_images", "mask")  # which an answer does not repeat
+_PICTURES = ("init_images", "mask", "map")  # which an answer does not repeat
 _FLAGS = {"send_images": True, "include_init_images": False}  # which say what an answer holds
 _PAIR = re.compile(r'(\w[\w \-/]{0,50}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # of an infotext's last line
 _MAX_LINE = 8000  # characters

@@ -1,10 +1,11 @@
-"""AUTOMATIC1111's fields as requests. What would change a picture and is not drawn here is refused by name, unless it
-has the value at which it changes nothing, as clients send dozens; what is not known at all is warned of."""
+"""AUTOMATIC1111's fields as requests, and label, layout and map beyond them. What would change a picture and is not
+drawn here is refused by name, unless it has the value at which it changes nothing, as clients send dozens; what is not
+known at all is warned of."""
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldmcli.config import ModelConfig
@@ -13,7 +14,7 @@ from ldmcli.hires import MAX_SCALE
 from ldmcli.images.metadata import SCHEDULE_TITLES
 from ldmcli.sampling.catalogue import SAMPLERS
 from ldmcli.sampling.names import sampler_of, schedule_of
-from ldmcli.serving.http.asked import Asked, requests_of
+from ldmcli.serving.http.asked import Asked, conditions_of, requests_of
 from ldmcli.serving.http.limits import MAX_PICTURES, MAX_STEPS, Refused
 from ldmcli.serving.http.uploads import mask_of, picture_bytes
 from ldmcli.serving.http.values import Values
@@ -51,12 +52,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mask_round": (True,),
     "latent_mask": ("",),
     "hr_additional_modules": ([], ["Use same choices"]),
+    "firstpass_image": ("",),
+    "token_merging_ratio": (0,),
+    "token_merging_ratio_hr": (0,),
+    "controlnet_units": ([],),
 }
+# … and those that are for the other call, which clients send to both.
+_OF_IMAGES_ALONE: dict[str, tuple[Any, ...]] = {"init_images": ([], [""]), "mask": ("",)}
+_OF_TEXT_ALONE: dict[str, tuple[Any, ...]] = {"enable_hr": (False,)}
 # Those that change none, and those that change none without what they belong to.
 _IDLE = (
     "subseed", "sampler_index", "script_args", "refiner_switch_at", "do_not_save_samples",
     "do_not_save_grid", "override_settings_restore_afterwards", "send_images", "include_init_images", "comments",
-    "force_task_id",
+    "force_task_id", "seed_enable_extras",
 )  # fmt: skip
 _OF_HIRES = (
     "hr_scale", "hr_resize_x", "hr_resize_y", "hr_upscaler", "hr_second_pass_steps", "hr_checkpoint_name",
@@ -66,6 +74,16 @@ _OF_MASK = (
     "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding",
     "inpainting_mask_invert",
 )  # fmt: skip
+# What this program's own names of settings are called there.
+_CALLED = {
+    "guidance_scale": "cfg_scale", "sampler": "sampler_name", "schedule": "scheduler", "image": "init_images",
+    "strength": "denoising_strength", "resize": "resize_mode", "masked_content": "inpainting_fill",
+    "inpaint_area": "inpaint_full_res", "mask_padding": "inpaint_full_res_padding",
+    "invert_mask": "inpainting_mask_invert", "image_guidance_scale": "image_cfg_scale", "hires": "enable_hr",
+    "hires_strength": "denoising_strength", "hires_steps": "hr_second_pass_steps", "hires_upscaler": "hr_upscaler",
+    "loras": "<lora:NAME:WEIGHT> in the prompt",
+}  # fmt: skip
+_MAX_UNKNOWN = 20  # fields of which each is warned of
 _SAME = ("", "None", "Use same sampler", "Use same scheduler", "Use same checkpoint")
 _NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None", ""),
@@ -97,23 +115,28 @@ def read_asked(given: Mapping[str, Any], *, on_image: bool) -> Asked:
         "prompt_syntax": "weighted",
         "on_long_prompt": "chunk",
         **_sampler(values),
+        **conditions_of(values),
     }
     settings |= _eta(values, settings["sampler"])
     settings |= _image(values) if on_image else _hires(values, settings)
     model, clip_skip = _overrides(values)
     image_guidance = values.number("image_cfg_scale", 0, MAX_GUIDANCE)
-    for name, neutral in _NEUTRAL.items():
+    for name, neutral in (_NEUTRAL | (_OF_TEXT_ALONE if on_image else _OF_IMAGES_ALONE)).items():
         _check_neutral(name, values.raw(name), neutral)
     _check_scripts(values)
     count = (values.whole("batch_size", 1, MAX_PICTURES) or 1) * (values.whole("n_iter", 1, MAX_PICTURES) or 1)
     if count > MAX_PICTURES:
         raise Refused(f"batch_size × n_iter is {count}; at most {MAX_PICTURES} are drawn.", field="n_iter")
-    for name in _IDLE:
+    for name in (*_IDLE, *(_OF_HIRES if on_image else (*_OF_MASK, "resize_mode"))):
         values.raw(name)
     requests = requests_of(settings | {"clip_skip": clip_skip}, values.seed(), count)
     keeps_model = model is not None and not values.flag("override_settings_restore_afterwards", True)
     warnings = ["save_images is true, and nothing is saved here"] if values.flag("save_images") else []
-    warnings += [f"{printable(name, 60)} is not known here, and changes nothing" for name in values.unread()[:20]]
+    unknown = values.unread()
+    _check_own_names(unknown)
+    warnings += [f"{printable(name, 60)} is not known here, and changes nothing" for name in unknown[:_MAX_UNKNOWN]]
+    if more := unknown[_MAX_UNKNOWN:]:
+        warnings.append(f"{len(more)} more fields are not known here, and change nothing")
     return Asked(
         requests, model, warnings=warnings, keeps_model=keeps_model, adapted=functools.partial(_adapted, image_guidance)
     )
@@ -121,9 +144,12 @@ def read_asked(given: Mapping[str, Any], *, on_image: bool) -> Asked:
 
 def _adapted(image_guidance: float | None, request: GenerationRequest, config: ModelConfig) -> GenerationRequest:
     """The request as it is meant for a model. There clip skip counts from the last layer, which SDXL never reads, and
-    `image_guidance` is for models that edit pictures alone."""
+    `image_guidance` is for models that edit pictures alone. Clients send cfg_scale to models that know no guidance."""
     if request.clip_skip > 1 and config.family.startswith("Stable Diffusion XL"):
         request = dataclasses.replace(request, clip_skip=request.clip_skip - 1)
+    if not config.guidable and request.guidance_scale not in (None, 1):
+        _log.warning("cfg_scale changes nothing with a model that knows no drawing without its condition")
+        request = dataclasses.replace(request, guidance_scale=None)
     if config.unet.reads != "image":
         return request
     if request.strength not in (None, 1):
@@ -255,6 +281,16 @@ def _overrides(values: Values) -> tuple[str | None, int]:
     clip_skips = (own.whole("CLIP_stop_at_last_layers", 1, MAX_CLIP_SKIP), values.whole("clip_skip", 1, MAX_CLIP_SKIP))
     check_settings({name: own.raw(name) for name in own.unread()}, "override_settings")
     return model, clip_skips[0] or clip_skips[1] or 1
+
+
+def _check_own_names(unread: Sequence[str]) -> None:
+    """Raise Refused for what this program knows as a setting of a picture, which these calls name otherwise or not at
+    all."""
+    settings = {field.name for field in dataclasses.fields(GenerationRequest)}
+    for name in unread:
+        if name in settings:
+            instead = f"; {_CALLED[name]} is" if name in _CALLED else ""
+            raise Refused(f"{name} is no field of AUTOMATIC1111's calls{instead}.", field=name)
 
 
 def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:

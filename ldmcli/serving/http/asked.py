@@ -1,13 +1,17 @@
 """What a client asks for, in this program's words."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ldmcli.conditions import CONDITION_FIELDS, read_label, read_layout
 from ldmcli.config import ModelConfig
 from ldmcli.errors import UsageError
 from ldmcli.images.formats import Encoding
 from ldmcli.serving.http.limits import Refused
+from ldmcli.serving.http.uploads import picture_bytes
+from ldmcli.serving.http.values import Values
 from ldmcli.spec import MAX_SEED, GenerationRequest
 
 
@@ -35,3 +39,26 @@ def requests_of(settings: Mapping[str, Any], seed: int, count: int) -> list[Gene
     except UsageError as error:
         raise Refused(str(error)) from None
     return [dataclasses.replace(first, seed=seed + i) for i in range(count)]
+
+
+def conditions_of(values: Values) -> dict[str, Any]:
+    """What is sent for models that read no prompts, in fields that neither OpenAI nor AUTOMATIC1111 has: a `label`, a
+    class's number or name; a `layout`, a list or the JSON of one; a `map`, a picture in base64. Raises Refused."""
+    readers = {"label": read_label, "layout": _read_layout, "map": lambda value: picture_bytes(value, "map")}
+    found = {}
+    for name in CONDITION_FIELDS:
+        if (value := values.raw(name)) is not None:
+            try:
+                found[name] = readers[name](value)
+            except UsageError as error:
+                raise Refused(str(error), field=name) from None
+    return found
+
+
+def _read_layout(value: Any) -> Any:
+    if isinstance(value, str):  # as forms have it
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UsageError("layout is no JSON.") from None
+    return read_layout(value)

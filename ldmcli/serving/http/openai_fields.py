@@ -1,5 +1,5 @@
-"""OpenAI's fields as requests, and a few beyond them: seed, steps, guidance_scale and others by this program's names.
-What is not known is refused, as there."""
+"""OpenAI's fields as requests, and a few beyond them: seed, steps, guidance_scale, label and others by this program's
+names. What is not known is refused, as there."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import Encoding
 from ldmcli.serving.http.a1111_fields import sampler_called, schedule_called
-from ldmcli.serving.http.asked import Asked, requests_of
+from ldmcli.serving.http.asked import Asked, conditions_of, requests_of
 from ldmcli.serving.http.limits import MAX_STEPS, Refused
 from ldmcli.serving.http.uploads import checked_picture, has_transparency, mask_of_transparency
 from ldmcli.serving.http.values import Values
@@ -36,11 +36,13 @@ def read_edit(given: Mapping[str, Any], files: Mapping[str, list[bytes]]) -> tup
     images = [data for name in ("image", "image[]") for data in files.get(name, [])]
     masks = files.get("mask", [])
     for name in files:
-        if name not in ("image", "image[]", "mask"):
+        if name not in ("image", "image[]", "mask", "map"):
             raise _unknown(name)
     if len(images) != 1 or len(masks) > 1:
         raise Refused(f"image must be one file, and there are {len(images)}; mask one or none.", field="image")
     settings["image"] = checked_picture(images[0], "image")
+    if maps := files.get("map"):
+        settings["map"] = checked_picture(maps[0], "map")
     if masks:
         settings["mask"] = mask_of_transparency(checked_picture(masks[0], "mask"), "mask")
     elif has_transparency(images[0]):
@@ -54,7 +56,8 @@ def read_edit(given: Mapping[str, Any], files: Mapping[str, list[bytes]]) -> tup
 
 def _settings(values: Values) -> dict[str, Any]:
     """The fields of a request that both calls have."""
-    if "prompt" not in values:
+    conditions = conditions_of(values)
+    if "prompt" not in values and not conditions:
         raise Refused("prompt is missing.", field="prompt", code="missing_required_parameter")
     width, height = _size(values)
     sampler, own = None, None
@@ -73,6 +76,7 @@ def _settings(values: Values) -> dict[str, Any]:
         "clip_skip": values.whole("clip_skip", 1, MAX_CLIP_SKIP) or 1,
         "prompt_syntax": values.choice("prompt_syntax", {name: name for name in PROMPT_SYNTAXES}, "plain"),
         "on_long_prompt": "chunk",
+        **conditions,
     }
 
 
