@@ -258,10 +258,17 @@ class _Written:
 
 
 def _conditions(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is drawn of each prompt: a class each, where there are several."""
-    given = {name: options[name] for name in CONDITION_FIELDS if options.get(name) not in (None, ())}
+    """What is drawn of each prompt: a class each, where there are several, or a row of embeddings."""
+    names = (*CONDITION_FIELDS, "embedding_row")
+    given = {name: options[name] for name in names if options.get(name) not in (None, ())}
     labels = given.get("label")
-    return [given | {"label": one} for one in labels] if isinstance(labels, tuple) else [given]
+    if isinstance(labels, tuple):
+        return [given | {"label": one} for one in labels]
+    if "image_embedding" in given and "embedding_row" not in given:
+        from ldmcli.checkpoints.image_embedding_file import count_rows
+
+        return [given | {"embedding_row": row} for row in range(count_rows(given["image_embedding"]))]
+    return [given]
 
 
 def _requests(

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import LdmError
 from ldmcli.spec import PICTURES, STEERING_PICTURES, GenerationRequest
 
@@ -26,10 +27,16 @@ def command(request: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         return ""
     if _STDIN in (asked.prompt, *(getattr(asked, name) for name in PICTURES)):
         return ""
+    if asked.layout is not None:
+        return ""  # which is a file where it is typed
     if any(_STDIN in getattr(asked, name) for name in STEERING_PICTURES):
         return ""
-    words = ["ldm", "txt2img" if asked.image is None else "img2img"]
-    words += ["--prompt", asked.prompt] if asked.prompt.startswith("-") else [asked.prompt]
+    samples = any(getattr(asked, name) is not None for name in CONDITION_FIELDS)
+    words = ["ldm", "sample" if samples else "txt2img" if asked.image is None else "img2img"]
+    if samples:
+        words += ["--prompt", asked.prompt] if asked.prompt else []
+    else:
+        words += ["--prompt", asked.prompt] if asked.prompt.startswith("-") else [asked.prompt]
     for name, option in _WEIGHTS.items():
         if isinstance(model.get(name), str) and model[name]:
             words += [option, model[name]]

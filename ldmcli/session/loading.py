@@ -17,7 +17,7 @@ from ldmcli.checkpoints.source import ModelSource, with_prediction_type
 from ldmcli.conditioning.condition_encoder import ConditionEncoder
 from ldmcli.conditioning.pairs import pairs
 from ldmcli.conditioning.prompts import PromptEncoder
-from ldmcli.config import UNDECIDED, TinyVAEConfig
+from ldmcli.config import UNDECIDED, ImageEmbeddingConfig, TinyVAEConfig
 from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
 from ldmcli.networks.taesd import TinyVAE
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ldmcli.checkpoints.control_source import ControlSource
     from ldmcli.checkpoints.ip_adapter_source import IPAdapterSource
     from ldmcli.checkpoints.source import PartSource
+    from ldmcli.conditioning.image_embedding import ImageEmbeddings
     from ldmcli.conditioning.image_encoder import ImageEncoder
     from ldmcli.networks.ip_adapter import IPAdapter
     from ldmcli.pipeline.controlling import Network
@@ -97,6 +98,7 @@ def load(
         refiner,
         stopwatch=stopwatch,
         stage=stage,
+        embeddings=_embeddings(opened.model, runtime),
     )
     if vae_encoder:
         pipeline.take_encoder(vae_encoder.result())
@@ -222,7 +224,7 @@ def _read_networks(networks: Steerers, first: Sequence[FittedRequest]) -> None:
 
 
 def _encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder | ConditionEncoder:
-    if source.config.condition != "text":
+    if "text" not in source.config.conditions:
         network = load_conditioner(source, stage.home, runtime.text_dtype)
         if network is not None:
             stage.add(network)
@@ -231,6 +233,18 @@ def _encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stag
     for encoder in encoders:
         stage.add(encoder.model)
     return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders], opened.words)
+
+
+def _embeddings(source: ModelSource, runtime: Runtime) -> "ImageEmbeddings | None":
+    config = source.config
+    if not isinstance(config.conditioner, ImageEmbeddingConfig):
+        return None
+    from ldmcli.checkpoints.image_embedding_file import read_embedding
+    from ldmcli.conditioning.image_embedding import ImageEmbeddings
+
+    assert config.noising is not None
+    noiser: Any = load_conditioner(source, runtime.device, torch.float32)
+    return ImageEmbeddings(config.unet, noiser, config.noising, read_embedding, runtime.device)
 
 
 def _map_of(request: FittedRequest) -> Any:
