@@ -264,10 +264,11 @@ def _conditions(options: dict[str, Any]) -> list[dict[str, Any]]:
     labels = given.get("label")
     if isinstance(labels, tuple):
         return [given | {"label": one} for one in labels]
-    if "image_embedding" in given and "embedding_row" not in given:
+    if given.get("image_embedding") and "embedding_row" not in given:
         from ldmcli.checkpoints.image_embedding_file import count_rows
 
-        return [given | {"embedding_row": row} for row in range(count_rows(given["image_embedding"]))]
+        rows = count_rows(given["image_embedding"], allow_pickle=options["allow_pickle"])
+        return [given | {"embedding_row": row} for row in range(rows)]
     return [given]
 
 

@@ -98,7 +98,7 @@ def load(
         refiner,
         stopwatch=stopwatch,
         stage=stage,
-        embeddings=_embeddings(opened.model, runtime),
+        embeddings=_embeddings(opened, runtime),
     )
     if vae_encoder:
         pipeline.take_encoder(vae_encoder.result())
@@ -235,16 +235,18 @@ def _encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stag
     return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders], opened.words)
 
 
-def _embeddings(source: ModelSource, runtime: Runtime) -> "ImageEmbeddings | None":
-    config = source.config
+def _embeddings(opened: Opened, runtime: Runtime) -> "ImageEmbeddings | None":
+    """What makes embeddings ready to be read, where the model reads any."""
+    config = opened.model.config
     if not isinstance(config.conditioner, ImageEmbeddingConfig):
         return None
     from ldmcli.checkpoints.image_embedding_file import read_embedding
     from ldmcli.conditioning.image_embedding import ImageEmbeddings
 
     assert config.noising is not None
-    noiser: Any = load_conditioner(source, runtime.device, torch.float32)
-    return ImageEmbeddings(config.unet, noiser, config.noising, read_embedding, runtime.device)
+    noiser: Any = load_conditioner(opened.model, runtime.device, torch.float32)
+    read = functools.partial(read_embedding, allow_pickle=opened.spec.allow_pickle)
+    return ImageEmbeddings(config.unet, noiser, config.noising, read, runtime.device)
 
 
 def _map_of(request: FittedRequest) -> Any:

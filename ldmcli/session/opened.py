@@ -227,7 +227,9 @@ class Opened:
             from ldmcli.checkpoints.image_embedding_file import check_embedding
 
             conditioner: Any = self.model.config.conditioner
-            inputs["image_embedding"] = check_embedding(request, conditioner, hashes)
+            inputs["image_embedding"] = check_embedding(
+                request, conditioner, hashes, allow_pickle=self.spec.allow_pickle
+            )
         if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
             warn_once(_log, "image_guidance_scale changes nothing where guidance_scale is 1")
         if fitted.hires and fitted.hires_upscaler not in (LATENT, LANCZOS):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from oracle.original_layout import original_state
 from oracle.random_families import build_parts
 from oracle.random_model import SCHEDULER, clip_tokenizer, randomise, randomise_pipeline
 from torch import Tensor
@@ -41,6 +42,26 @@ def unclip(width: int = WIDTH, *, statistics: bool = True) -> Any:
     )
     randomise_pipeline(pipeline, tuple(parts), seed=0)
     return pipeline
+
+
+def original(pipeline: Any, *, statistics: bool = True) -> dict[str, Tensor]:
+    """The pipeline as one file in the original layout: with the image encoder, and the noise's levels; and with the
+    embeddings' statistics, which not every such file has."""
+    parts = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
+    state = {name: tensor.contiguous() for name, tensor in original_state(parts).items()}
+    levels = pipeline.image_noising_scheduler.alphas_cumprod
+    state |= {f"noise_augmentor.{name}": levels.clone() for name in ("betas", "alphas_cumprod", "alphas_cumprod_prev")}
+    state |= {"noise_augmentor.sqrt_alphas_cumprod": levels.sqrt(), "embedder.model.visual.proj": torch.zeros(4, 4)}
+    if statistics:
+        normalizer = pipeline.image_normalizer.state_dict()
+        state |= {f"noise_augmentor.data_{name}": tensor for name, tensor in normalizer.items()}
+    return state
+
+
+def published(width: int) -> dict[str, Any]:
+    """The parts of the published models in full size: of embeddings of ViT-H, 1024 numbers, and of ViT-L, 768."""
+    sizes = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * width}
+    return build_parts("sd2-v", small=False, **sizes)
 
 
 def embeddings(rows: int, width: int = WIDTH) -> Tensor:
