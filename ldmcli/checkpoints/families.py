@@ -70,6 +70,11 @@ class Family:
     betas: tuple[float, float] = (0.00085, 0.012)
     noising: Noising | None = None
 
+    @property
+    def enlarges(self) -> bool:
+        """Whether its models draw pictures larger: `ldm upscale` takes them beside upscalers."""
+        return self.joins == "low_res"
+
 
 _CLIP_L = TextPart("text_encoder", "cond_stage_model.transformer.")
 _VIT_H = TextPart("text_encoder", "cond_stage_model.model.", "openclip", skipped_layers=1, layers=24)
@@ -163,8 +168,7 @@ SD_UPSCALER = dataclasses.replace(
     betas=(1e-4, 0.02),
     noising=Noising(ScheduleConfig(beta_start=1e-4, beta_end=0.02)),
 )
-ENLARGING = (SUPER_RESOLUTION, SD_UPSCALER)  # what `ldm upscale` takes beside upscalers
-FAMILIES = (SD1, SD2, UNCLIP, SDXL, REFINER, *PAPER, *ENLARGING, INPAINTING)
+FAMILIES = (SD1, SD2, UNCLIP, SDXL, REFINER, *PAPER, SUPER_RESOLUTION, SD_UPSCALER, INPAINTING)
 # By the width of the text that cross-attention reads.
 CONTEXTS = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
 

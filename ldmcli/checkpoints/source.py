@@ -161,17 +161,20 @@ class ModelSource:
         return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip, rows=text.vocab_size)
 
     def _bert_tokenizer(self, text: TextEncoderConfig) -> ClipTokenizer:
-        from ldmcli.conditioning.wordpiece import VOCABULARY, bert_tokenizer, tokenizer_of_file
+        from ldmcli.conditioning.wordpiece import FOLDERS, VOCABULARY, bert_tokenizer, tokenizer_of_file
 
         size = text.max_length, text.vocab_size
         if not self.single_file:
             return bert_tokenizer(self.path / "tokenizer", *size)
         own, shared = self.path.with_suffix(f".{VOCABULARY}"), self.path.parent / VOCABULARY
         found = next((path for path in (own, shared) if os.path.lexists(path)), None)
+        folder = next((name for name in FOLDERS if os.path.isdir(self.path.parent / name)), None)
+        if found is None and folder:
+            return bert_tokenizer(self.path.parent / folder, *size)
         if found is None:
             raise MissingInputError(
                 f"{shown(self.path)} needs BERT's vocabulary for its prompts; put that of bert-base-uncased beside it, "
-                f"as {own.name} or {VOCABULARY}."
+                f"as {own.name} or {VOCABULARY}, or in a folder {FOLDERS[0]}."
             )
         return tokenizer_of_file(found, *size)
 
