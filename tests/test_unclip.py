@@ -1,6 +1,7 @@
 """`ldm sample --image-embedding`: embeddings as they are typed, in rows and in pictures; and what cannot be meant."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from cli_support import Result, assert_refused, ldm_here, pixels
+from image_prompt_support import random_encoder
+from oracle.seeded import seeded_pixels
 from oracle.unclip_models import WIDTH, embeddings, original, unclip
 from paper_models import small, write_model
+from PIL import Image
 from safetensors.torch import save_file
 from test_serving import Served
 
@@ -44,6 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (found / "cut.safetensors").write_bytes((found / "rows.safetensors").read_bytes()[:100])
     (found / "text.safetensors").write_text("hello")
     torch.save({"image_embeds": rows}, found / "rows.pt")
+    Image.fromarray(seeded_pixels(50, 41)).save(found / "a.png")
+    vision = random_encoder()  # of another width
+    vision.save_pretrained(found / "other")
     return found
 
 
@@ -67,6 +74,30 @@ def test_each_row_is_a_picture(folder: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         (alone,) = drawn(folder, tmp_path / words[-1], *words, "-p", "a cat")
         assert (alone == found[1]).all()
+
+
+def test_a_picture_is_embedded_by_the_models_own_encoder(folder: Path, tmp_path: Path) -> None:
+    given = ("--image-embedding", folder / "a.png", "-p", "a cat")
+    (first,) = drawn(folder, tmp_path / "first.png", *given)
+    assert set(read_record(tmp_path / "first.png")["inputs"]) == {"image_embedding", "image_encoder"}
+    again = ldm_here("sample", "--from-image", tmp_path / "first.png", *FAST[-5:], "-o", tmp_path / "again.png")
+    assert (again.code, again.err) == (0, "")
+    assert (pixels(tmp_path / "again.png") == first).all()
+    named = ("--image-encoder", folder / "model" / "image_encoder")
+    assert run(folder, *given, *named, "-o", tmp_path / "b.png", model="file.safetensors").err == ""
+    assert_refused(run(folder, *given, "-o", tmp_path / "c.png", model="file.safetensors"), 66, "--image-encoder")
+    other = ("--image-encoder", folder / "other", "-o", tmp_path / "d.png")
+    assert_refused(run(folder, *given, *other), 65, "and the model reads 40")
+    row = ("--embedding-row", "1", "-o", tmp_path / "e.png")
+    assert_refused(run(folder, *given, *row), 2, "embedding_row 1 is for a file of embeddings")
+
+
+def test_an_encoder_that_is_fed_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    path = tmp_path / "model" / "feature_extractor" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    result = run(tmp_path, "--image-embedding", folder / "a.png", "-o", tmp_path / "a.png")
+    assert_refused(result, 65, "image_mean is [0.5, 0.5, 0.5], which this version cannot run")
 
 
 def test_prompts_and_noise_change_the_picture(folder: Path, tmp_path: Path) -> None:

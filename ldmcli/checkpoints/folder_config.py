@@ -63,6 +63,14 @@ _VAE_USUAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_PROCESSOR_USUAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), (True, None)),
+    "image_mean": ([0.48145466, 0.4578275, 0.40821073],),
+    "image_std": ([0.26862954, 0.26130258, 0.27577711],),
+    "resample": (3,),
+}
+
+
 class Fields:
     """The fields of one JSON file, each read with its type checked: what is no value of its kind is refused by name.
     `values` are the file's where they were read before."""
@@ -354,6 +362,14 @@ def text_encoder_config(path: Path, part: str, kind: str) -> TextEncoderConfig:
 def image_embedding_config(path: Path) -> ImageEmbeddingConfig:
     """How embeddings are scaled, as an image normalizer's `config.json` describes it."""
     return ImageEmbeddingConfig(Fields(path).whole("embedding_dim", 768), statistics=True)
+
+
+def check_processor(path: Path, size: int) -> None:
+    """Raise BadDataError where a folder's `preprocessor_config.json`, if it has one, has pictures come to an image
+    encoder otherwise than CLIP's do: their middle squares of `size` pixels a side."""
+    if os.path.lexists(path):
+        sides: tuple[Any, ...] = (size, {"shortest_edge": size}, {"height": size, "width": size})
+        Fields(path).require(_PROCESSOR_USUAL | {"size": sides, "crop_size": sides})
 
 
 def own_defaults(path: Path, usual: Defaults, *, reads_guidance: bool = False) -> Defaults:

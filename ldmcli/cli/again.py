@@ -178,6 +178,8 @@ def _steered_again(name: str, paths: Sequence[str], hashes: dict[str, str]) -> I
 def compare_networks(record: dict[str, Any], fitted: "FittedRequest") -> None:
     """Say so where a network of the same name is another than steered the picture."""
     before, now = record.get("inputs", {}), dict(fitted.inputs)
+    if before.get("image_encoder", now.get("image_encoder")) != now.get("image_encoder"):
+        _log.warning("the image encoder is not the one the picture was made with; it will differ")
     for field in STEERING_NETWORKS:
         names = zip(record["request"].get(field, ()), getattr(fitted.recorded, field), strict=False)
         for i, (one, other) in enumerate(names):

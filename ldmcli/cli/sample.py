@@ -34,7 +34,8 @@ _CONDITIONS = together(
            help="A semantic map: a picture, grey or with a palette, whose pixels are numbers of classes, 255 for none; "
            "its size is the result's unless --size is given."),
     option("--image-embedding", type=click.Path(), metavar="FILE",
-           help="For unCLIP models: CLIP's embedding of a picture, or rows of them, a picture each; safetensors."),
+           help="For unCLIP models: CLIP's embedding of a picture, or rows of them, a picture each, in safetensors; or "
+           "the picture itself, where the model's folder has an image encoder, or --image-encoder names one."),
     option("--embedding-row", type=int, metavar="ROW", help="Draw only this row, from 0 on.  [default: every one]"),
     option("--noise-level", type=int,
            help="How much noise is added to the embedding first, 0 to 999: more varies more.  [default: 0]"),

@@ -38,7 +38,7 @@ from ldmcli.cli.terminal import StepBar, loading, shows_pictures
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import UsageError, printable
-from ldmcli.images.formats import Encoding
+from ldmcli.images.formats import Encoding, format_of_file
 from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
 from ldmcli.speed.linking import link_ahead, settle_down
 from ldmcli.stopwatch import process_age
@@ -264,10 +264,11 @@ def _conditions(options: dict[str, Any]) -> list[dict[str, Any]]:
     labels = given.get("label")
     if isinstance(labels, tuple):
         return [given | {"label": one} for one in labels]
-    if given.get("image_embedding") and "embedding_row" not in given:
+    embeddings = given.get("image_embedding")
+    if embeddings and "embedding_row" not in given and not format_of_file(expanded(embeddings)):
         from ldmcli.checkpoints.image_embedding_file import count_rows
 
-        rows = count_rows(given["image_embedding"], allow_pickle=options["allow_pickle"])
+        rows = count_rows(embeddings, allow_pickle=options["allow_pickle"])
         return [given | {"embedding_row": row} for row in range(rows)]
     return [given]
 

@@ -9,13 +9,13 @@ from ldmcli.conditioning.pairs import added_vector
 from ldmcli.config import ScheduleConfig, UNetConfig
 from ldmcli.fitting import FittedRequest
 from ldmcli.networks.conditioners import EmbeddingNoiser
-from ldmcli.sampling.noise import SeededNoise, to_device
+from ldmcli.sampling.noise import SeededNoise
 from ldmcli.sampling.schedule import Schedule
 
 
 class ImageEmbeddings:
-    """What makes vectors of requests' embeddings: `read` gives a request's (1, width), in float32 on the host, and
-    `noiser` noises it on `noising`'s levels."""
+    """What makes vectors of requests' embeddings: `read` gives a request's (1, width) in float32, and `noiser`
+    noises it on `noising`'s levels, on the `device`."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class ImageEmbeddings:
         """What is added to time embeddings, (batch, width), before what it projects. Each image's generator draws its
         embedding's noise, before that of its latents, as in diffusers."""
         level = requests[0].noise_level
-        embeddings = to_device(torch.cat([self._read(request) for request in requests]), self._device)
+        embeddings = torch.cat([self._read(request).to(self._device) for request in requests])
         noised = self._noiser(embeddings, noise.of(embeddings.shape[1]), self._levels[level])
         numbers = torch.full((len(requests), 1), float(level), device=self._device)
         return added_vector(noised, numbers, self._unet)

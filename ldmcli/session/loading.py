@@ -26,6 +26,7 @@ from ldmcli.networks.vae import Autoencoder, autoencoder_of
 from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
 from ldmcli.pipeline.steering import Networks, Steerers, encoder_dtype
 from ldmcli.session.opened import Opened
+from ldmcli.session.steering_sources import is_picture
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
@@ -98,7 +99,7 @@ def load(
         refiner,
         stopwatch=stopwatch,
         stage=stage,
-        embeddings=_embeddings(opened, runtime),
+        embeddings=_embeddings(opened, runtime, networks, stage),
     )
     if vae_encoder:
         pipeline.take_encoder(vae_encoder.result())
@@ -235,17 +236,26 @@ def _encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stag
     return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders], opened.words)
 
 
-def _embeddings(opened: Opened, runtime: Runtime) -> "ImageEmbeddings | None":
+def _embeddings(opened: Opened, runtime: Runtime, networks: Steerers, stage: Stage) -> "ImageEmbeddings | None":
     """What makes embeddings ready to be read, where the model reads any."""
     config = opened.model.config
     if not isinstance(config.conditioner, ImageEmbeddingConfig):
         return None
-    from ldmcli.checkpoints.image_embedding_file import read_embedding
     from ldmcli.conditioning.image_embedding import ImageEmbeddings
+
+    def read(request: FittedRequest) -> torch.Tensor:
+        assert request.image_embedding is not None
+        if not is_picture(request.image_embedding):
+            from ldmcli.checkpoints.image_embedding_file import read_embedding
+
+            return read_embedding(request, allow_pickle=opened.spec.allow_pickle)
+        from ldmcli.pipeline.image_prompting import features_of
+
+        encoder = str(opened.steering.embedder().path)
+        return features_of(networks, stage, encoder, request.image_embedding, "embedding").float()
 
     assert config.noising is not None
     noiser: Any = load_conditioner(opened.model, runtime.device, torch.float32)
-    read = functools.partial(read_embedding, allow_pickle=opened.spec.allow_pickle)
     return ImageEmbeddings(config.unet, noiser, config.noising, read, runtime.device)
 
 

@@ -87,7 +87,7 @@ class Opened:
         fitted = dataclasses.replace(self._fitted(request, hashes), prompt=prompt)
         if fitted.is_steered:
             fitted = self.steering.checked(fitted, hashes)
-        if self.spec.image_encoder and not request.ip_adapter:
+        if self.spec.image_encoder and not (request.ip_adapter or "image_encoder" in dict(fitted.inputs)):
             warn_once(_log, "image_encoder is for a request with an ip_adapter, and changes nothing without one")
         if note := self.model.config.schedule.of(fitted.sampler).note:
             warn_once(_log, note)
@@ -224,12 +224,7 @@ class Opened:
             inputs["map"], size = facts_of_map.sha256, (facts_of_map.width, facts_of_map.height)
         fitted = fit_to_model(request, self.model.config, size)
         if fitted.image_embedding is not None:
-            from ldmcli.checkpoints.image_embedding_file import check_embedding
-
-            conditioner: Any = self.model.config.conditioner
-            inputs["image_embedding"] = check_embedding(
-                request, conditioner, hashes, allow_pickle=self.spec.allow_pickle
-            )
+            inputs |= self.steering.embedding(request, hashes)
         if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
             warn_once(_log, "image_guidance_scale changes nothing where guidance_scale is 1")
         if fitted.hires and fitted.hires_upscaler not in (LATENT, LANCZOS):
@@ -243,7 +238,7 @@ class Opened:
         """The networks that requests name, and what those read."""
         from ldmcli.session.steering_sources import SteeringSources
 
-        return SteeringSources(self.spec, self.model.config)
+        return SteeringSources(self.spec, self.model.config, self.model.path)
 
     def hires_upscaler(self, name: str) -> "UpscalerFile":
         """The network that second passes name; another once its file is. Raises as `open_upscaler` does."""

@@ -9,13 +9,16 @@ import torch
 from conftest import open_session
 from diffusers import DDIMScheduler, StableUnCLIPImg2ImgPipeline
 from oracle.original_layout import original_state
+from oracle.seeded import seeded_pixels
 from oracle.test_key_lists import loaded, shapes, write_hollow
 from oracle.unclip_models import embeddings, original, published, unclip
+from PIL import Image
 from safetensors.torch import save_file
 
-from ldmcli import GenerationRequest
+from ldmcli import GenerationRequest, ModelSpec, RuntimeSpec, Session
 from ldmcli.checkpoints.key_map import disk_names
 from ldmcli.checkpoints.source import open_model
+from ldmcli.errors import MissingInputError
 
 SEED, PROMPT, UNWANTED = 3, "a red apple", "blue"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +78,25 @@ def test_ddim(eta: float, model: tuple[Any, Path]) -> None:
     other.set_progress_bar_config(disable=True)
     found = ours(folder / "model", steps=4, sampler="ddim", eta=eta, noise_level=700)
     assert_alike(found, other, num_inference_steps=4, eta=eta, noise_level=700)
+
+
+def test_a_picture_is_embedded_by_the_folders_own_encoder(model: tuple[Any, Path]) -> None:
+    """And by one that is named, where there is none."""
+    pipeline, folder = model
+    Image.fromarray(seeded_pixels(50, 41)).save(folder / "picture.png")
+    settings = {"steps": 3, "noise_level": 20, "embedding_row": None, "image_embedding": str(folder / "picture.png")}
+    shown = {"image": Image.open(folder / "picture.png"), "image_embeds": None}
+    found = ours(folder / "model", **settings)
+    assert_alike(found, pipeline, num_inference_steps=3, noise_level=20, **shown)
+    save_file(original(pipeline), folder / "alone.safetensors")
+    with pytest.raises(MissingInputError, match="--image-encoder"):
+        ours(folder / "alone.safetensors", **settings)
+    named = ModelSpec(str(folder / "alone.safetensors"), image_encoder=str(folder / "model" / "image_encoder"))
+    with Session(named, RuntimeSpec(device="cpu", dtype="fp32", cache=False)) as session:
+        settings |= {"steps": 1, "sampler": "ddim", "width": 64, "height": 64}
+        (picture,) = session.draw([GenerationRequest(PROMPT, seed=SEED, **settings)])
+    wanted = ours(folder / "model", **settings)[0]
+    assert (picture.latents - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
 def test_pictures_drawn_together_have_their_own_embeddings_and_noise(model: tuple[Any, Path]) -> None:

@@ -16,7 +16,7 @@ def unclip(width: int = WIDTH, *, statistics: bool = True) -> Any:
     ViT-H."""
     from diffusers import DDPMScheduler, PNDMScheduler, StableUnCLIPImg2ImgPipeline
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     parts = build_parts(
         "sd2-v", small=True, class_embed_type="projection", projection_class_embeddings_input_dim=2 * width
@@ -33,7 +33,7 @@ def unclip(width: int = WIDTH, *, statistics: bool = True) -> Any:
     randomise(vision, torch.Generator().manual_seed(2))
     pipeline = StableUnCLIPImg2ImgPipeline(
         **parts,
-        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         image_encoder=vision.eval(),
         image_normalizer=normalizer,
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
