@@ -37,6 +37,11 @@ _AGAIN = "download or convert it again"
 _NUMBER_DIM = 256  # sinusoids for each of SDXL's added numbers
 _IMAGENET = 1000  # classes; a table of any other number has one more, which stands for none
 _BERT_HEADS = 8
+_VIT_L = 768  # numbers of its embeddings, in units of whose deviation its model was trained; that of ViT-H was not
+_NO_STATISTICS = (
+    "the file has no statistics of its embeddings, in units of which they are noised: each number is taken to have "
+    "mean 0 and deviation 1, which changes pictures a little, and more with --noise-level."
+)
 _MAX_BLOCKS = 64  # Stable Diffusion's U-Net has 12; the time to look at a file grows with their number
 # Where each layout of a text encoder has its tokens, its layers and in each the wider one, and its positions.
 _CLIP_NAMES = (
@@ -87,6 +92,7 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
     schedule = schedule_of_file(file, family)
     with named_shape_errors(file.path, f"{family.name} model"):
         config = _unet(unet, family)
+        conditioner = _conditioner(shapes, family.conditioner) if family.conditioner else None
         return ModelConfig(
             family=family.name,
             unet=config,
@@ -96,7 +102,8 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
             zero_empty_negative=family.zero_empty_negative,
             defaults=family.defaults if config.guidance_dim is None else LCM_DEFAULTS,
             noising=_noising(file, family.noising) if family.noising else None,
-            conditioner=_conditioner(shapes, family.conditioner) if family.conditioner else None,
+            conditioner=conditioner,
+            notes=(_NO_STATISTICS,) if conditioner == ImageEmbeddingConfig(_VIT_L, statistics=False) else (),
         )
 
 

@@ -145,4 +145,5 @@ def test_published_files_load_whole(width: int, tmp_path: Path) -> None:
     wanted = {name for name in state if name.startswith("model.diffusion_model.")}
     assert {name for found in names.values() for name in found} == wanted
     assert source.config.default_size == 768
+    assert any("no statistics" in note for note in source.config.notes) == (width == 768)
     assert source.config.schedule.prediction_type == "v_prediction"
