@@ -109,6 +109,7 @@ OTHERS: list[tuple[str, Shapes]] = [
     ("SDXL U-Net only (original keys)", SDXL_UNET),
     ("unknown",
      SD1_UNET | VAE | keys("cond_stage_model.transformer.attn_layers.layers.0.0.weight")),
+    ("retrieval-augmented latent diffusion (RDM)", original_unet(16) | VAE),
     ("Stable Diffusion image-variations model", SD1_UNET | VAE | keys("cond_stage_model.model.visual.conv1.weight")),
     ("Stable Diffusion 1.x checkpoint without its text encoder", SD1_UNET | VAE),
     ("Stable Diffusion 1.x checkpoint without its VAE", SD1_UNET | CLIP),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cli_support import Result, assert_refused, ldm_here, pixels
+from graph_support import FakeRecorder, load_plainly, recording
 from image_prompt_support import random_encoder
 from oracle.seeded import seeded_pixels
 from oracle.unclip_models import WIDTH, embeddings, original, unclip
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_serving import Served
 
+from ldmcli.fitting import fit_to_model
 from ldmcli.gallery.redraw import command
 from ldmcli.images.metadata import read_record
 from ldmcli.spec import GenerationRequest
@@ -98,6 +100,45 @@ def test_an_encoder_that_is_fed_otherwise_is_refused(folder: Path, tmp_path: Pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
     result = run(tmp_path, "--image-embedding", folder / "a.png", "-o", tmp_path / "a.png")
     assert_refused(result, 65, "image_mean is [0.5, 0.5, 0.5], which this version cannot run")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("image_normalizer/diffusion_pytorch_model.safetensors", "has no diffusion_pytorch_model.safetensors"),
+        ("image_normalizer/config.json", "config.json is missing"),
+        ("image_noising_scheduler/scheduler_config.json", "scheduler_config.json is missing"),
+    ],
+)
+def test_folders_that_lack_something_say_so(part: str, said: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / part).unlink()
+    assert_refused(run(tmp_path, "--image-embedding", folder / "one.safetensors"), 66, said)
+
+
+def test_a_folder_whose_parts_are_of_two_models_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    for part, changes, said in (
+        ("image_normalizer", {"embedding_dim": 41}, "reads embeddings of width 40, its normalizer scales 41"),
+        ("unet", {"projection_class_embeddings_input_dim": 81}, "its class embedding is not that of an unCLIP model"),
+        ("unet", {"class_embed_type": "timestep"}, 'class_embed_type is "timestep", which this version cannot run'),
+    ):
+        path = tmp_path / "model" / part / "config.json"
+        kept = path.read_text()
+        path.write_text(json.dumps(json.loads(kept) | changes))
+        assert_refused(run(tmp_path, "--image-embedding", folder / "one.safetensors"), 65, said)
+        path.write_text(kept)
+
+
+def test_recorded_steps_draw_the_same(folder: Path) -> None:
+    plain = load_plainly(folder / "model")
+    graphed = recording(plain, FakeRecorder())
+    for row in range(2):
+        asked = GenerationRequest(
+            "", image_embedding=str(folder / "rows.safetensors"), embedding_row=row, steps=4, width=64, height=64
+        )
+        request = fit_to_model(asked, plain.config)
+        assert torch.equal(graphed.draw([request]).latents, plain.draw([request]).latents)
 
 
 def test_prompts_and_noise_change_the_picture(folder: Path, tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ _ORIGINAL = (
     Kind(INPAINTING.name, _PARTS, keys=_PLAIN, joined=4,
          without=("cond_stage_model.model.", "cond_stage_model.transformer.", "conditioner.", _LABEL),
          family=INPAINTING),
+    Kind("retrieval-augmented latent diffusion (RDM)", _PARTS, channels=16, without=_UNCONDITIONED, whole=True),
     Kind("Stable Diffusion image-variations model", (*_PARTS, "cond_stage_model.model.visual."), whole=True),
     Kind("Stable Diffusion 1.x checkpoint without its text encoder", _PARTS,
          without=("cond_stage_model.", "conditioner.", _LABEL), linear=False),

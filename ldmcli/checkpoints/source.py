@@ -375,8 +375,11 @@ def _folder_conditioner(path: Path, family: Family) -> ImageEmbeddingConfig | No
 
 
 def _noising(folder: Path) -> ScheduleConfig:
-    """How pictures to be enlarged, or their embeddings, are noised."""
-    return folder_schedule(folder / "scheduler_config.json", None, Defaults()).schedule
+    """How pictures to be enlarged, or their embeddings, are noised. Raises MissingInputError where nothing says so."""
+    path = folder / "scheduler_config.json"
+    if not os.path.lexists(path):
+        raise MissingInputError(f"{shown(path)} is missing; the model folder is incomplete.")
+    return folder_schedule(path, None, Defaults()).schedule
 
 
 def _check_vocabulary(vocabulary: Vocabulary, size: int, where: str) -> None:
