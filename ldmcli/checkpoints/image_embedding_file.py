@@ -52,7 +52,7 @@ def read_embedding(request: FittedRequest, *, allow_pickle: bool = False) -> "Te
 
 def _opened(path: str, allow_pickle: bool) -> tuple[WeightFile, TensorInfo]:
     """The file with the one tensor that holds embeddings; and what of it is known, as (rows, width)."""
-    file = open_weights(Path(path).expanduser(), allow_pickle=allow_pickle, cure=_CURE)
+    file = open_weights(Path(path), allow_pickle=allow_pickle, cure=_CURE)
     names = [name for name in EMBEDS if name in file.tensors] or list(file.tensors)
     if len(names) != 1:
         what = f"{len(names)} tensors, and none of them called {EMBEDS[0]}" if names else "no tensor"

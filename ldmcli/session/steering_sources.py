@@ -153,7 +153,7 @@ class SteeringSources:
 
 def is_picture(path: str) -> bool:
     """Whether an embedding is to be made of this file, a picture, rather than read from it."""
-    return format_of_file(Path(path).expanduser()) is not None
+    return format_of_file(Path(path)) is not None
 
 
 def _changed(*parts: PartSource[Any]) -> bool:
