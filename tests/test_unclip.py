@@ -163,6 +163,7 @@ def test_a_record_draws_the_same_picture_again(folder: Path, tmp_path: Path) -> 
     typed = command(request, record["model"])
     assert "ldm sample --prompt 'a cat' --model" in typed
     assert "--embedding-row 2 --noise-level 300" in typed
+    assert command(request | {"loras": [{"name": "a"}]}, record["model"]) == ""
     (other,) = drawn(folder, tmp_path / "b", "--from-image", path, "--image-embedding", "one.safetensors")
     assert (other != first).any()
 
