@@ -23,6 +23,7 @@ from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
 from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.syntax import parse
 from ldmcli.conditioning.tokenizer import ClipTokenizer
+from ldmcli.conditioning.wordpiece import FOLDERS, VOCABULARY
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
@@ -360,7 +361,8 @@ def _stamps(opened: Opened) -> tuple[object, ...]:
     paths = [each.path for each in (opened.model, opened.vae, opened.refiner, upscaler) if each]
     found: list[object] = []
     for path in paths:
-        files = [path, path.parent / "vocab.txt", *(path.with_suffix(ending) for ending in _SETTINGS)]
+        files = [path, *(path.parent / name / VOCABULARY for name in ("", *FOLDERS))]
+        files += [path.with_suffix(ending) for ending in _SETTINGS]
         if os.path.isdir(path):
             files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names)[:_MAX_STAMPED]
         for file in files:
