@@ -24,6 +24,15 @@ def checked_picture(name: str, value: Any) -> str | bytes:
     return value
 
 
+def checked_path(name: str, value: Any) -> str:
+    """A file's path as text."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    check_text(name, value, MAX_NAME_BYTES)
+    if not value:
+        raise UsageError(f"{name} is empty; name a file.")
+    return str(value)
+
+
 def check_text(name: str, value: Any, most: int = MAX_PROMPT_BYTES) -> None:
     if not isinstance(value, str):
         raise UsageError(f"{name} must be text, not {type(value).__name__}.")

@@ -1,4 +1,5 @@
-"""What a request says to models that are conditioned on something else than prompts: a class, a layout, a map."""
+"""What a request says to models that are conditioned on something else than prompts: a class, a layout, a map, an
+embedding of a picture."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from ldmcli.errors import UsageError, printable
 MAX_LABEL = 1 << 24
 MAX_BOXES = 1000
 # What a request names with each, by what a model is conditioned on.
-CONDITION_FIELDS = ("label", "layout", "map")
+CONDITION_FIELDS = ("label", "layout", "map", "image_embedding")
 Label = int | str  # a class's number, or its name where the model has a list of them
 Box = tuple[Label, float, float, float, float]  # a class, and left, top, right and bottom as shares of the picture
 

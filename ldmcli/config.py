@@ -2,14 +2,18 @@
 
 import dataclasses
 import itertools
+import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from ldmcli.condition_config import ClassesConfig, ImageEmbeddingConfig, MapConfig
 from ldmcli.frozen import frozen
 from ldmcli.spacings import RESPACED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+COSINE = "squaredcos_cap_v2"  # diffusers' name for the schedule of Nichol & Dhariwal 2021
+BETA_SCHEDULES = ("linear", "scaled_linear", COSINE)
 UNDECIDED = "undecided"  # a prediction type that only the network itself can tell
 
 
@@ -44,7 +48,7 @@ class UNetConfig:
     linear_projection: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
-    pooled_dim: int = 0  # width of the pooled prompt that is added to the time embedding (SDXL); 0: none is
+    pooled_dim: int = 0  # width of the pooled prompt (SDXL) or image (unCLIP) added to the time embedding; 0: none is
     added_numbers: int = 0  # sizes and the like that are added with it, each as `added_number_dim` sinusoids
     added_number_dim: int = 256
     guidance_dim: int | None = None  # sinusoids of the guidance scale, for models distilled to read it (LCM)
@@ -61,6 +65,11 @@ class UNetConfig:
         picture, to enlarge it; "depth" a depth map; "map" a semantic map; "unknown" something else."""
         kinds = {0: "", self.out_channels + 1: "mask", self.out_channels: "image", 1: "depth"}
         return kinds.get(self.in_channels - self.out_channels, "unknown") if self.joins is None else self.joins
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether sizes are among the numbers that are added (SDXL); unCLIP has one, a noise level."""
+        return self.added_numbers > 1
 
     @property
     def skip_channels(self) -> tuple[int, ...]:
@@ -196,28 +205,7 @@ class LayoutConfig(TextEncoderConfig):
         return (self.max_length - 2) // 3
 
 
-@frozen
-class ClassesConfig:
-    """A table of class embeddings, of `hidden_size` each. `null` is the one that stands for no class, which guidance
-    needs."""
-
-    kind: ClassVar[str] = "label"
-    classes: int
-    hidden_size: int
-    null: int | None = None
-    part: str = "class_embedder"
-
-
-@frozen
-class MapConfig:
-    """Semantic maps of so many `classes` as `channels` that join the latents: halved as often as the autoencoder
-    does."""
-
-    kind: ClassVar[str] = "map"
-    classes: int
-    channels: int
-    halvings: int
-    part: str = "map_encoder"
+ConditionerConfig = LayoutConfig | ClassesConfig | MapConfig | ImageEmbeddingConfig
 
 
 @frozen
@@ -237,6 +225,15 @@ class Walk:
     uncorrected: tuple[int, ...] = ()
     mixes_velocities: bool = False
     timestep_scaling: float = 10.0
+
+
+def cosine_betas(count: int) -> list[float]:
+    """So many betas whose signal falls as a cosine squared (Nichol & Dhariwal 2021, section 3.2)."""
+
+    def level(share: float) -> float:
+        return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return [min(1 - level((i + 1) / count) / level(i / count), 0.999) for i in range(count)]
 
 
 @frozen
@@ -348,22 +345,22 @@ class ModelConfig:
     zero_empty_negative: bool = False  # an empty negative prompt is zeros, not the encoded empty text
     defaults: Defaults = Defaults()
     notes: tuple[str, ...] = ()  # what whoever draws with it should hear once
-    noising: ScheduleConfig | None = None  # how a picture to be enlarged is noised; None: not
-    conditioner: LayoutConfig | ClassesConfig | MapConfig | None = None  # of what it is conditioned on beside prompts
+    noising: ScheduleConfig | None = None  # how a picture to be enlarged, or its embedding, is noised; None: not
+    conditioner: ConditionerConfig | None = None  # of what it is conditioned on beside prompts
 
     @property
-    def condition(self) -> str:
-        """What a request has to say for it: "text", "label", "layout", "map", or "" nothing."""
-        return "text" if self.text_encoders else self.conditioner.kind if self.conditioner else ""
+    def conditions(self) -> tuple[str, ...]:
+        """What a request says for it: "text"; "label", "layout", "map" or "image_embedding", which has to be there."""
+        return (*["text"] * bool(self.text_encoders), *([self.conditioner.kind] if self.conditioner else []))
 
     @property
     def guidable(self) -> bool:
         """Whether it can be drawn with without its condition, which guidance leads away from."""
-        return self.condition == "text" or getattr(self.conditioner, "null", None) is not None
+        return "text" in self.conditions or getattr(self.conditioner, "null", None) is not None
 
     def pools(self, text: TextEncoderConfig) -> bool:
         """Whether `text`, one of the text encoders, gives the pooled prompts that the U-Net reads: the last does."""
-        return bool(self.unet.pooled_dim) and text.part == self.text_encoders[-1].part
+        return self.unet.reads_sizes and text.part == self.text_encoders[-1].part
 
     @property
     def enlarges(self) -> int:

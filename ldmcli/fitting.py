@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ldmcli import hires
+from ldmcli.condition_config import ImageEmbeddingConfig
 from ldmcli.conditions import CONDITION_FIELDS, Box, Label
 from ldmcli.control import Control, controls_of
 from ldmcli.errors import UsageError
@@ -70,6 +71,8 @@ class FittedRequest:
     label: Label | None
     layout: tuple[Box, ...] | None
     map: str | bytes | None
+    image_embedding: str | None
+    embedding_row: int
     image: str | bytes | None
     strength: float
     resize: str
@@ -99,7 +102,7 @@ class FittedRequest:
     def settings(self) -> tuple[object, ...]:
         """What pictures that are drawn together must agree in: all but prompts, seed and pictures."""
         own = {"recorded", "prompt", "negative_prompt", "seed", "inputs", "controls", "image_prompts"}
-        own |= {*PICTURES, *CONDITION_FIELDS}
+        own |= {*PICTURES, *CONDITION_FIELDS, "embedding_row"}
         steered = [each.settings for each in self.controls] + [each.settings for each in self.image_prompts]
         given = (self.image is None, self.mask is None, *steered)
         return (*given, *(value for name, value in vars(self).items() if name not in own))
@@ -200,6 +203,7 @@ def fit_to_model(
         "image_guidance_scale": 1.0 if recorded.image_guidance_scale is None else recorded.image_guidance_scale,
         "noise_level": recorded.noise_level or 0,
         "patch": recorded.patch or 0,
+        "embedding_row": recorded.embedding_row or 0,
         "model_reads": config.unet.reads,
         "enlarges": config.enlarges,
         "hires_strength": own.get("hires_strength", 0.0),
@@ -234,6 +238,8 @@ def _choices(request: GenerationRequest, config: "ModelConfig") -> dict[str, Any
         "steps": defaults.steps if request.steps is None else request.steps,
         "guidance_scale": usual_guidance if request.guidance_scale is None else request.guidance_scale,
     }
+    if ImageEmbeddingConfig.kind in config.conditions:
+        own |= {"embedding_row": request.embedding_row or 0, "noise_level": request.noise_level or 0}
     if config.unet.reads == "low_res":
         own |= _enlarging(request, config)
     elif config.unet.reads == "image":

@@ -45,7 +45,7 @@ class ImagePrompt:
         names = list(dict.fromkeys(place.transformer for place in unet.cross_attentions))
         if self.blocks == "all":
             return names
-        found = [name for name in names if f"{name}.".startswith(_BLOCKS[self.blocks, bool(unet.added_numbers)])]
+        found = [name for name in names if f"{name}.".startswith(_BLOCKS[self.blocks, unet.reads_sizes])]
         if not found:
             raise UsageError(f"ip_adapter_blocks {self.blocks} are none of this model's blocks; leave it out.")
         return found

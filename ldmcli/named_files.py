@@ -10,12 +10,12 @@ from ldmcli.disk.opening import without_home
 from ldmcli.fitting import FittedRequest
 from ldmcli.hires import UPSCALERS
 from ldmcli.image_prompt import NO_MASK
-from ldmcli.spec import ALPHA, PICTURES, STEERING_FILES, GenerationRequest
+from ldmcli.spec import ALPHA, INPUT_FILES, STEERING_FILES, GenerationRequest
 
 
 def named_files(request: GenerationRequest) -> list[str]:
     """Every path that it names, or name of the hub, as it is typed."""
-    given = [*(getattr(request, name) for name in PICTURES)]
+    given = [*(getattr(request, name) for name in INPUT_FILES)]
     given += [one for name in STEERING_FILES for one in getattr(request, name)]
     words = (ALPHA, EMBEDDED_CONTROL, NO_MASK)
     found = [name for name in given if isinstance(name, str) and name not in words]
@@ -30,7 +30,7 @@ def with_files(request: FittedRequest, change: Callable[[str], str]) -> FittedRe
     def there(name: Any) -> Any:
         return change(name) if isinstance(name, str) else name
 
-    found: dict[str, Any] = {name: there(getattr(request, name)) for name in PICTURES if name != "mask"}
+    found: dict[str, Any] = {name: there(getattr(request, name)) for name in INPUT_FILES if name != "mask"}
     found["mask"] = request.mask if request.mask == ALPHA else there(request.mask)
     if request.hires and request.hires_upscaler not in UPSCALERS:
         found["hires_upscaler"] = there(request.hires_upscaler)
@@ -68,7 +68,7 @@ def _network(name: str, change: Callable[[str], str]) -> str:
 
 def shareable(request: GenerationRequest) -> GenerationRequest:
     """The request as it may stand in a picture that is given away."""
-    paths = {name: getattr(request, name) for name in (*PICTURES, "hires_upscaler")}
+    paths = {name: getattr(request, name) for name in (*INPUT_FILES, "hires_upscaler")}
     shown: dict[str, Any] = {name: without_home(path) for name, path in paths.items() if isinstance(path, str)}
     for name in STEERING_FILES:
         if values := getattr(request, name):

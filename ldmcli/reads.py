@@ -1,7 +1,7 @@
 """What a model reads: a request that lacks it, or has what the model does not read, is refused."""
 
 from ldmcli.conditions import CONDITION_FIELDS, Label
-from ldmcli.config import ClassesConfig, LayoutConfig, ModelConfig
+from ldmcli.config import ClassesConfig, ImageEmbeddingConfig, LayoutConfig, ModelConfig
 from ldmcli.errors import UsageError, printable
 from ldmcli.spec import ENLARGING_FIELDS, MAX_NOISE_LEVEL, NOISE_LEVEL, GenerationRequest
 
@@ -12,6 +12,7 @@ _READS = {
     "label": ("a class", "sample --label CLASS"),
     "layout": ("a layout", "sample --layout FILE"),
     "map": ("a semantic map", "sample --map FILE"),
+    "image_embedding": ("an embedding of a picture", "sample --image-embedding FILE"),
     "low_res": ("a picture alone", ""),
     "masked": ("a picture and a mask alone", ""),
 }
@@ -47,17 +48,19 @@ def check_inputs(request: GenerationRequest, config: "ModelConfig") -> None:
 def check_condition(request: GenerationRequest, config: "ModelConfig") -> None:
     """Raise UsageError where the request lacks what the model is conditioned on, or has what it does not read."""
     given = [name for name in CONDITION_FIELDS if getattr(request, name) is not None]
-    if config.condition != "text":
+    if "text" not in config.conditions:
         texts = ("prompt", "negative_prompt", "embeddings", "ip_adapter")
         given += [name for name in texts if getattr(request, name)]
         given += ["clip_skip"] if request.clip_skip > 1 else []
-    own = config.condition
+    own = config.conditions[-1] if config.conditions else ""
     reads, command = _READS[own or config.unet.reads]
-    if other := [name for name in given if name != own]:
+    if other := [name for name in given if name not in config.conditions]:
         cure = f"draw with `ldm {command}`" if command else "leave it out"
         raise UsageError(f"{other[0]} is not for this model, which reads {reads}; {cure}.")
-    if own not in ("text", "") and not given:
+    if own not in ("text", "", *given):
         raise UsageError(f"the model reads {reads}; give one, as `ldm {command}`.")
+    if request.embedding_row is not None and request.image_embedding is None:
+        raise UsageError("embedding_row is for a request with an image_embedding; give one, or leave it out.")
     conditioner = config.conditioner
     if not config.guidable:
         _check_unguided(request)
@@ -72,22 +75,30 @@ def check_condition(request: GenerationRequest, config: "ModelConfig") -> None:
 
 def _check_enlarging(request: GenerationRequest, config: "ModelConfig") -> None:
     if config.unet.reads != "low_res":
+        embeds = ImageEmbeddingConfig.kind in config.conditions
         for name in ENLARGING_FIELDS:
-            if getattr(request, name) is not None:
+            if getattr(request, name) is not None and not (embeds and name == "noise_level"):
                 raise UsageError(f"{name} is for a model that enlarges pictures, and this is none; leave it out.")
+        if embeds and config.noising:
+            _check_level(request.noise_level or 0, config.noising.training_steps - 1)
         return
     if request.image is None:
         raise UsageError("the model enlarges pictures; give it one, as `ldm upscale` does.")
     for name in ("strength", "mask"):
         if getattr(request, name) is not None:
             raise UsageError(f"{name} is not for a model that enlarges pictures; leave it out.")
-    known = config.noising and min(config.noising.training_steps, config.unet.classes or MAX_NOISE_LEVEL + 1) - 1
-    level = NOISE_LEVEL if request.noise_level is None else request.noise_level
-    if known and level > known:
-        raise UsageError(f"noise_level {level} is over {known}, the highest that the model knows.")
+    most = MAX_NOISE_LEVEL + 1
+    if config.noising:
+        level = NOISE_LEVEL if request.noise_level is None else request.noise_level
+        _check_level(level, min(config.noising.training_steps, config.unet.classes or most, most) - 1)
     if request.noise_level is not None and config.noising is None:
         raise UsageError("noise_level is for a model that was trained on noised pictures, and this was not; leave it "
                          "out.")  # fmt: skip
+
+
+def _check_level(level: int, most: int) -> None:
+    if level > most:
+        raise UsageError(f"noise_level {level} is over {most}, the highest that the model knows.")
 
 
 def _check_unguided(request: GenerationRequest) -> None:

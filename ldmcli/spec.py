@@ -5,8 +5,6 @@ nothing heavy.
 """
 
 import dataclasses
-import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +16,7 @@ from ldmcli.checks import (
     check_whole,
     checked_interval,
     checked_names,
+    checked_path,
     checked_picture,
 )
 from ldmcli.conditions import CONDITION_FIELDS, Box, Label, read_label, read_layout
@@ -26,6 +25,7 @@ from ldmcli.errors import BadDataError, UsageError, printable
 from ldmcli.frozen import frozen
 from ldmcli.hires import UPSCALERS, read_hires, read_upscaler
 from ldmcli.image_prompt import IP_ADAPTER_FIELDS, read_ip_adapter
+from ldmcli.lora import LoRA, read_loras
 from ldmcli.sampling.catalogue import check_spacing, sampler_named
 from ldmcli.sampling.names import sampler_of, schedule_of
 
@@ -41,13 +41,12 @@ MAX_SIZE = 1 << 17
 MAX_GUIDANCE = 1000.0
 MAX_CLIP_SKIP = 128
 MAX_EMBEDDINGS = 256
-MAX_LORAS = 64
-MAX_LORA_WEIGHT = 1000.0
 REFINER_START = 0.8  # where a refiner takes over unless asked: its authors' choice
 PROMPT_SYNTAXES = ("plain", "weighted")
 LONG_PROMPTS = ("warn", "error", "chunk")
 KERNELS = ("auto", "triton", "torch")
 PICTURES = ("image", "mask", "depth", "map")  # fields that name a picture
+INPUT_FILES = (*PICTURES, "image_embedding")  # … or another file that says what to draw
 ENLARGING_FIELDS = ("noise_level", "patch")  # of models that enlarge pictures
 # Fields that only a mask gives a meaning, and all that say what is drawn on, and how.
 MASK_FIELDS = ("invert_mask", "mask_blur", "masked_content", "inpaint_area", "mask_padding", "paste_back")
@@ -56,6 +55,8 @@ IMAGE_FIELDS = (
 )  # fmt: skip
 HIRES_FIELDS = ("hires", "hires_strength", "hires_steps", "hires_upscaler")
 NOISE_LEVEL, MAX_NOISE_LEVEL = 20, 350  # training steps of noise on a picture that is enlarged: its authors' numbers
+MAX_TRAINING_STEPS = 10_000
+MAX_ROWS = 100_000  # of a file of embeddings
 MIN_PATCH = 16
 PATCH = 128  # latents a side that are computed at once unless asked, of a picture that is enlarged
 STRENGTH = 0.75  # how much of a given picture is drawn anew unless asked
@@ -73,9 +74,9 @@ RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
     "height": (1, MAX_SIZE), "eta": (0.0, 1.0), "guidance_rescale": (0.0, 1.0), "clip_skip": (1, MAX_CLIP_SKIP),
     "original_width": (1, MAX_SIZE), "original_height": (1, MAX_SIZE), "crop_left": (0, MAX_SIZE),
     "crop_top": (0, MAX_SIZE), "refiner_start": (0.0, 1.0), "strength": (0.0, 1.0),
-    "image_guidance_scale": (0.0, MAX_GUIDANCE), "noise_level": (0, MAX_NOISE_LEVEL), "patch": (0, MAX_SIZE),
+    "image_guidance_scale": (0.0, MAX_GUIDANCE), "noise_level": (0, MAX_TRAINING_STEPS - 1), "patch": (0, MAX_SIZE),
     "mask_blur": (0.0, MAX_BLUR), "mask_padding": (0, MAX_PADDING), "hires_strength": (0.0, 1.0),
-    "hires_steps": (1, MAX_STEPS),
+    "hires_steps": (1, MAX_STEPS), "embedding_row": (0, MAX_ROWS - 1),
 }  # fmt: skip
 CHOICES = {
     "prompt_syntax": PROMPT_SYNTAXES,
@@ -84,65 +85,6 @@ CHOICES = {
     "masked_content": MASKED_CONTENTS,
     "inpaint_area": INPAINT_AREAS,
 }
-
-
-@frozen
-class LoRA:
-    """A LoRA or another adapter: `name` is its file, its folder, ORG/NAME[/FILE] of the hub, or what it is called in
-    the folder of LoRAs. `weight` scales its changes to the U-Net, `text_weight` those to the text encoders.
-
-    Fitting fills in `path`, as which it is found again, and `sha256`, of its numbers. `in_prompt`: a prompt names it.
-    Raises UsageError where a field cannot be meant.
-    """
-
-    name: str
-    weight: float = 1.0
-    text_weight: float = 1.0
-    path: str = ""
-    sha256: str = ""
-    in_prompt: bool = False
-
-    def __post_init__(self) -> None:
-        for text in (self.name, self.path, self.sha256):
-            check_text("a LoRA's name", text)
-        if not self.name:
-            raise UsageError("a LoRA has no name; give its file.")
-        check_number("a LoRA's weight", self.weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
-        check_number("a LoRA's text_weight", self.text_weight, -MAX_LORA_WEIGHT, MAX_LORA_WEIGHT)
-
-    @property
-    def what(self) -> tuple[object, ...]:
-        """What it does to a picture, wherever its file lies."""
-        return self.sha256 or self.path or self.name, self.weight, self.text_weight
-
-    @classmethod
-    def read(cls, value: Any) -> "LoRA":
-        """A LoRA as options and rows write it: FILE, FILE:WEIGHT, FILE:WEIGHT:TEXT_WEIGHT, or an object with the fields
-        of this class, whose text_weight is the weight unless it is given. Raises UsageError."""
-        if isinstance(value, LoRA):
-            return value
-        if isinstance(value, Mapping):
-            names = [field.name for field in dataclasses.fields(cls)]
-            unknown = [name for name in value if name not in names]
-            if unknown or "name" not in value:
-                wrong = f"no field {printable(repr(unknown[0]))}" if unknown else "to have a name"
-                raise UsageError(f"a LoRA has {wrong}; its fields are {', '.join(names[:4])}.")
-            return cls(**({"text_weight": value.get("weight", 1.0)} | dict(value)))
-        if not isinstance(value, str):
-            raise UsageError(f"a LoRA is FILE:WEIGHT or an object, not {printable(repr(value))}.")
-        name, weights = value, list[float]()
-        while len(weights) < 2 and not os.path.lexists(name):
-            rest, colon, last = name.rpartition(":")
-            try:
-                weights = [float(last), *weights] if colon else weights
-            except ValueError:
-                break
-            if not colon:
-                break
-            name = rest
-        if not name or not all(map(math.isfinite, weights)):
-            raise UsageError(f"{printable(repr(value))} is not FILE, FILE:WEIGHT or FILE:WEIGHT:TEXT_WEIGHT.")
-        return cls(name, *((weights[0], weights[-1]) if weights else ()))
 
 
 @frozen
@@ -156,7 +98,9 @@ class GenerationRequest:
     textual-inversion embeddings, whose words stand for vectors in the prompts.
 
     Models that draw no prompts read a `label`, the number or the name of a class; a `layout`, classes and boxes, see
-    ldmcli/conditions.py; or a `map`, the path or bytes of a picture that has a class number for each pixel.
+    ldmcli/conditions.py; or a `map`, the path or bytes of a picture that has a class number for each pixel. unCLIP
+    models read an `image_embedding` beside the prompt, the path of a safetensors file, of which it is the
+    `embedding_row`, noised up to the training step `noise_level`.
 
     `image` is the path of a picture to start from, or the bytes of its file; `strength` how much of it is drawn anew, 1
     all; `resize` how it comes to the size. `mask`, a path or bytes too, or "alpha" for the picture's own transparency,
@@ -205,6 +149,8 @@ class GenerationRequest:
     label: Label | None = None
     layout: tuple[Box, ...] | None = None
     map: str | bytes | None = None
+    image_embedding: str | None = None
+    embedding_row: int | None = None
     image: str | bytes | None = None
     strength: float | None = None
     resize: str = "stretch"
@@ -294,6 +240,8 @@ class GenerationRequest:
         for name in PICTURES:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, checked_picture(name, getattr(self, name)))
+        if self.image_embedding is not None:
+            object.__setattr__(self, "image_embedding", checked_path("image_embedding", self.image_embedding))
         if self.patch is not None and 0 < self.patch < MIN_PATCH:
             raise UsageError(f"patch {self.patch} is less than {MIN_PATCH}; 0 takes the whole picture at once.")
         for name in ("invert_mask", "paste_back"):
@@ -316,7 +264,9 @@ class GenerationRequest:
         given = {name: "-" for name in PICTURES if isinstance(getattr(self, name), bytes)}
         parts = ((self.image, IMAGE_FIELDS), (self.hires, HIRES_FIELDS))
         left_out = {name for part, names in parts if part is None for name in names}
-        left_out |= {name for name in (*CONDITION_FIELDS, *ENLARGING_FIELDS) if getattr(self, name) is None}
+        left_out -= {"noise_level"}  # which embeddings have too
+        maybe = (*CONDITION_FIELDS, "embedding_row", *ENLARGING_FIELDS)
+        left_out |= {name for name in maybe if getattr(self, name) is None}
         if self.control_net or self.ip_adapter_mask:
             left_out -= {"resize"}
         said = {name: value for name, value in vars(self).items() if name not in left_out}
@@ -384,17 +334,3 @@ class RuntimeSpec:
     low_vram: bool = False
     vae_tiling: bool = False
     cache: bool = True
-
-
-def read_loras(value: Any) -> tuple[LoRA, ...]:
-    """A list of LoRAs, each as `LoRA.read` takes it; or one alone; or several in one text, with semicolons between.
-    Raises UsageError."""
-    if isinstance(value, str):
-        value = [one.strip() for one in value.split(";") if one.strip()]
-    elif isinstance(value, LoRA | Mapping):
-        value = [value]
-    if not isinstance(value, list | tuple):
-        raise UsageError(f"loras {printable(repr(value))} is not a list of FILE:WEIGHT texts or of objects.")
-    if len(value) > MAX_LORAS:
-        raise UsageError(f"loras has {len(value)} entries; at most {MAX_LORAS} are accepted.")
-    return tuple(map(LoRA.read, value))

@@ -36,6 +36,11 @@ def test_equal_settings_share_a_batch() -> None:
         ("loras", ("a",)),
     ):
         assert numbers(batches([item(0), item(1, **{field: value})], 2)) == [[0], [1]]
+    for field, values in (
+        ("label", (1, 2)), ("layout", ((), ((1, 0, 0, 1, 1),))), ("map", ("a", "b")), ("embedding_row", (1, 2)),
+    ):  # fmt: skip
+        each = [item(i, **{field: value}) for i, value in enumerate(values)]
+        assert numbers(batches(each, 2)) == [[0, 1]], "what each picture has of its own"
     assert numbers(batches([], 4)) == []
 
 

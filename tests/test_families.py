@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmcli.checkpoints.families import REFINER, SD1, SD2, SD2_NOISE, SD_UPSCALER, SDXL, Family
+from ldmcli.checkpoints.families import REFINER, SD1, SD2, SD2_NOISE, SD_UPSCALER, SDXL, UNCLIP, Family
 from ldmcli.checkpoints.file_kinds import KINDS, describe_single_file, require_family
 from ldmcli.errors import BadDataError
 
@@ -74,6 +74,7 @@ MODELS: list[tuple[Family, str, Shapes]] = [
         SD1_UNET | VAE | CLIP | {"model_ema.decay": (), "alphas_cumprod": (1000,)},
     ),
     (SD2, "Stable Diffusion 2.x checkpoint", SD2_UNET | VAE | OPEN_CLIP),
+    (UNCLIP, "Stable Diffusion 2.x unCLIP", SDXL_UNET | VAE | OPEN_CLIP | keys("noise_augmentor.betas")),
     (SDXL, "SDXL checkpoint", SDXL_UNET | VAE | SDXL_TEXT),
     (SDXL, "SDXL checkpoint", SDXL_UNET | VAE | SDXL_TEXT | keys("v_pred", "ztsnr")),
     (SD1, "Stable Diffusion 1.x inpainting (9 input channels)", original_unet(9) | VAE | CLIP),
@@ -99,7 +100,6 @@ MODELS: list[tuple[Family, str, Shapes]] = [
 ]
 
 OTHERS: list[tuple[str, Shapes]] = [
-    ("Stable Diffusion 2.x unCLIP", SDXL_UNET | VAE | OPEN_CLIP),
     ("Stable Diffusion 2.x checkpoint without its VAE", SD2_UNET | OPEN_CLIP),
     ("SDXL in EDM's formulation (Playground 2.5, CosXL)", SDXL_UNET | VAE | SDXL_TEXT | keys("edm_mean", "edm_std")),
     ("SDXL in EDM's formulation (Playground 2.5, CosXL)",
@@ -109,6 +109,7 @@ OTHERS: list[tuple[str, Shapes]] = [
     ("SDXL U-Net only (original keys)", SDXL_UNET),
     ("unknown",
      SD1_UNET | VAE | keys("cond_stage_model.transformer.attn_layers.layers.0.0.weight")),
+    ("retrieval-augmented latent diffusion (RDM)", original_unet(16) | VAE),
     ("Stable Diffusion image-variations model", SD1_UNET | VAE | keys("cond_stage_model.model.visual.conv1.weight")),
     ("Stable Diffusion 1.x checkpoint without its text encoder", SD1_UNET | VAE),
     ("Stable Diffusion 1.x checkpoint without its VAE", SD1_UNET | CLIP),
@@ -174,8 +175,9 @@ def test_messages_read_as_sentences() -> None:
         "model.safetensors is a LoRA, not a whole model; "
         "name the model it was made for with --model, and this with --lora."
     )
-    assert message(SDXL_UNET | VAE | OPEN_CLIP) == (
-        "model.safetensors looks like Stable Diffusion 2.x unCLIP; this version reads Stable "
+    variations = keys("cond_stage_model.model.visual.conv1.weight")
+    assert message(SD1_UNET | VAE | variations) == (
+        "model.safetensors looks like Stable Diffusion image-variations model; this version reads Stable "
         "Diffusion 1.x, 2.x and XL and the latent diffusion paper's models."
     )
     assert "an IP-Adapter" in message(keys("image_proj.a", "ip_adapter.b"))

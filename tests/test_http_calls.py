@@ -200,6 +200,13 @@ def test_what_models_read_that_read_no_prompts_can_be_sent(sends: Any) -> None:
             assert refused.value.field == name
 
 
+@pytest.mark.parametrize("sends", [asked, lambda given: read_generation(given)[0]], ids=["a1111", "openai"])
+def test_files_of_embeddings_are_not_opened_for_clients(sends: Any) -> None:
+    with pytest.raises(Refused) as refused:
+        sends({"prompt": "a", "image_embedding": "/etc/passwd"})
+    assert "image_embedding" in str(refused.value)
+
+
 def test_a_form_may_have_what_models_read_that_read_no_prompts() -> None:
     first = read_edit({"label": "3", "layout": "[[3, 0, 0, 1, 1]]"}, {"image": [png()], "map": [png()]})[0].requests[0]
     assert (first.label, first.layout, first.map) == (3, ((3, 0.0, 0.0, 1.0, 1.0),), png())

@@ -519,6 +519,15 @@ def test_models_whose_parts_are_called_otherwise_are_fetched_whole() -> None:
     assert set(found) == {file for file in files if file.startswith(("model_index", "unet", "vqvae"))}
 
 
+def test_of_unclip_models_what_scales_and_noises_embeddings_is_fetched_too() -> None:
+    parts = ("unet", "vae", "image_normalizer")
+    index = {part: ["diffusers", "Any"] for part in (*parts, "image_noising_scheduler", "image_encoder")}
+    wanted = [f"{part}/{name}" for part in parts for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+    wanted += ["model_index.json", "image_noising_scheduler/scheduler_config.json"]
+    files = [*wanted, "image_encoder/config.json", "image_encoder/model.safetensors"]
+    assert set(needed_files("a/b", files, lambda name: index, half=False)) == set(wanted)
+
+
 def test_an_embedding_is_fetched_by_the_name_of_its_repository(hub: Hub, run: Any, tmp_path: Path) -> None:
     tensors = {"<toy>": torch.ones(16)}
     hub.add("lab/toy", {"README.md": b"x", "learned_embeds.safetensors": save(tensors), "concept_images/0.jpeg": b"x"})

@@ -1,5 +1,6 @@
 """The models of the latent diffusion paper: told apart, loaded whole."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from graph_support import FakeRecorder, load_plainly, recording
 from oracle.compvis_layout import vae_state
 from oracle.test_key_lists import loaded, write_hollow
 from paper_models import PUBLISHED, UNET, Model, class_map, shapes_of, small, state_of, unet_shapes, write_model
+from picture_models import PICTURED
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -89,21 +91,31 @@ def test_queries_keys_and_values_of_each_head_are_taken_from_its_rows(tmp_path: 
         assert torch.equal(layer.weight.reshape(heads, 32, 128), per_head[:, i])
 
 
-@pytest.mark.parametrize("name", NAMES)
+_F4 = VAEConfig(latent_channels=3, block_channels=(128, 256, 512), codes=8192)
+_KL_F8 = VAEConfig(block_channels=(128, 256, 512, 512))
+_VQ_F8 = VAEConfig(block_channels=(128, 256, 256, 512), attention=(False, False, False, True), codes=16384)
+STAGES = {
+    "churches256": _KL_F8,
+    "txt2img-1p4B": _KL_F8,
+    "cin256": _VQ_F8,
+    "inpainting_big": dataclasses.replace(_F4, middle_attention=False),
+}  # where it is not VQ f4
+
+
+@pytest.mark.parametrize("name", [*NAMES, *PICTURED])
 def test_published_checkpoints_load_whole(name: str, tmp_path: Path) -> None:
-    model = PUBLISHED[name]
-    stage = VAEConfig(
-        latent_channels=model.out_channels,
-        block_channels={3: (128, 256, 512), 4: (128, 256, 512, 512)}[model.out_channels],
-        codes=8192 if model.quantizes else 0,
-    )
+    """With the first stage that each was published with; inpainting's encodes its condition too, and is there twice."""
+    model, stage = {**PUBLISHED, **PICTURED}[name], STAGES.get(name, _F4)
     with torch.device("meta"):
-        state = vae_state(autoencoder_of(stage).state_dict())
-        state |= {key: torch.empty(shape) for key, shape in shapes_of(model).items()}
+        first = vae_state(autoencoder_of(stage).state_dict())
+        state = first | {key: torch.empty(shape) for key, shape in shapes_of(model).items()}
+        if name == "inpainting_big":
+            state |= {key.replace("first_stage_model", "cond_stage_model"): tensor for key, tensor in first.items()}
     source = open_model(write_hollow(tmp_path / f"{name}.safetensors", state))
     if model.text and model.text[3] == 77:
         lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(30518))]
         (tmp_path / "vocab.txt").write_text("\n".join(lines))
+    assert source.config.vae == dataclasses.replace(stage, scaling_factor=source.config.vae.scaling_factor)
     keys = {part: source.part(part).keys() for part in source.parts}
     read = {part: sum(math.prod(file.tensors[key].shape) for key, file in keys[part].items()) for part in keys}
     modules = loaded(source)

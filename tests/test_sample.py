@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,13 @@ def test_a_text_model_without_its_vocabulary_says_where_it_goes(folder: Path, tm
     model.symlink_to(folder / "txt2img-1p4B.safetensors")
     refused = ldm_here("txt2img", "a fox", "-m", model, *FAST)
     assert_refused(refused, 66, "needs BERT's vocabulary", "bert.vocab.txt or vocab.txt")
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(folder / "txt2img-1p4B.vocab.txt", tmp_path / "tokenizer" / "vocab.txt")
+    beside = ldm_here("txt2img", "a fox", "-m", model, *SIZED, "--size", "80x48", "-s", "1", "-o", tmp_path / "a.png")
+    own = sample(folder, "txt2img-1p4B", "a fox", *SIZED, "--size", "80x48", "-s", "1", "-o", tmp_path / "b.png",
+                 command="txt2img")  # fmt: skip
+    assert (beside.code, own.code) == (0, 0), beside.err
+    assert (pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")).all()
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")
     assert_refused(ldm_here("txt2img", "a fox", "-m", model, *FAST), 65, "it has no [CLS]")
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(200))]))

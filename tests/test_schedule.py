@@ -227,8 +227,8 @@ def test_own_levels_that_are_none_are_refused(levels: tuple[float, ...]) -> None
 
 
 def test_an_unknown_beta_schedule_is_refused() -> None:
-    with pytest.raises(BadDataError, match="squaredcos"):
-        Schedule(ScheduleConfig(beta_schedule="squaredcos_cap_v2"))
+    with pytest.raises(BadDataError, match="sigmoid"):
+        Schedule(ScheduleConfig(beta_schedule="sigmoid"))
 
 
 @pytest.mark.parametrize(

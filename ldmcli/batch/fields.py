@@ -20,8 +20,8 @@ from ldmcli.sampling.names import sampler_of, schedule_of
 from ldmcli.spacings import SPACINGS
 from ldmcli.spec import (
     ALPHA,
+    INPUT_FILES,
     MAX_SEED,
-    PICTURES,
     STEERING,
     STEERING_FILES,
     STEERING_PICTURES,
@@ -54,6 +54,7 @@ SYNONYMS = {
     "loras": "lora",
     "label": "class class_label class_id",
     "map": "semantic_map segmentation",
+    "image_embedding": "image_embeds image_embeddings",
     "image": "init_image init_img input_image image_path image_file source_image",
     "mask": "mask_image mask_path mask_file inpaint_mask",
     "strength": "denoising_strength denoise denoise_strength",
@@ -218,7 +219,7 @@ def located(name: str, value: Any, folder: Path) -> Any:
     if name in STEERING_FILES and isinstance(value, tuple):
         anyway = name in STEERING_PICTURES
         return tuple(one if one == NO_MASK else _placed(one, folder, anyway=anyway) for one in value)
-    words: dict[str, tuple[str, ...]] = dict.fromkeys(PICTURES, ())
+    words: dict[str, tuple[str, ...]] = dict.fromkeys(INPUT_FILES, ())
     words |= {"mask": (ALPHA,), "hires_upscaler": UPSCALERS}
     if name in words and isinstance(value, str) and value not in ("", *words[name]) and "\0" not in value:
         return value if "://" in value else os.path.abspath(folder / value)

@@ -14,14 +14,13 @@ from ldmcli.control import MODES, TYPES
 from ldmcli.entries import MAX_ENTRIES, MAX_STRENGTH
 from ldmcli.hires import MAX_SCALE
 from ldmcli.image_prompt import BLOCKS
+from ldmcli.lora import MAX_LORA_WEIGHT, MAX_LORAS
 from ldmcli.sampling.catalogue import SAMPLERS
 from ldmcli.spacings import SPACINGS
 from ldmcli.spec import (
     CHOICES,
+    INPUT_FILES,
     MAX_EMBEDDINGS,
-    MAX_LORA_WEIGHT,
-    MAX_LORAS,
-    PICTURES,
     RANGES,
     STEERING,
     GenerationRequest,
@@ -99,7 +98,7 @@ _FIELDS: dict[str, Schema] = {
     **{name: {"type": "string", "enum": list(words)} for name, words in CHOICES.items()},
     **{name: _one_or_more(_OF_STEERING.get(name, _NAME), MAX_ENTRIES) for name in STEERING},
     **dict.fromkeys((PROMPT, "negative_prompt"), _TEXT),
-    **dict.fromkeys((*PICTURES, "hires_upscaler"), _NAME),
+    **dict.fromkeys((*INPUT_FILES, "hires_upscaler"), _NAME),
     "label": _LABEL,
     "layout": {"type": "array", "items": _BOX, "maxItems": MAX_BOXES},
     **dict.fromkeys(("invert_mask", "paste_back"), _FLAG),

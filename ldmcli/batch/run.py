@@ -11,13 +11,15 @@ from ldmcli.batch.fields import OWN, REQUEST_FIELDS
 from ldmcli.batch.items import BadRow, Item, Outcome
 from ldmcli.batch.ledger import Counts, Ledger
 from ldmcli.batch.manifest import ManifestWriter
+from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.spec import PICTURES
 
 _WINDOW = 1024  # pictures that come while one waits
 _INPUT = "input"  # the manifest of rows that no worker ever sees
 
 Engine = Callable[..., Iterator[Outcome]]  # of the batches, and stop=
-_settings = operator.attrgetter(*(f"request.{name}" for name in REQUEST_FIELDS if name not in (*OWN, *PICTURES)))
+_OF_EACH = (*OWN, *PICTURES, *CONDITION_FIELDS, "embedding_row")  # what pictures that are drawn together may differ in
+_settings = operator.attrgetter(*(f"request.{name}" for name in REQUEST_FIELDS if name not in _OF_EACH))
 
 
 class Run:

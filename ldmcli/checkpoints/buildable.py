@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ldmcli.config import (
+    COSINE,
     ClassesConfig,
+    ImageEmbeddingConfig,
     LayoutConfig,
     MapConfig,
     ModelConfig,
@@ -17,16 +19,17 @@ from ldmcli.config import (
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
+    cosine_betas,
 )
 from ldmcli.errors import BadDataError
-from ldmcli.spec import MAX_SIZE
+from ldmcli.spec import MAX_SIZE, MAX_TRAINING_STEPS
 
 _MAX_LAYERS = 128  # of one kind in one place; the deepest known models have 32
 _MAX_DIMENSION = 1 << 24
 _MAX_VAE_LEVELS = 8
 _TOKENS = range(3, 4097)  # begin and end marks and something between them; CLIP reads 77
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
-_TRAINING_STEPS = range(2, 10_001)
+_TRAINING_STEPS = range(2, MAX_TRAINING_STEPS + 1)
 _BETAS = (1e-6, 0.999)  # below, float32 cannot tell 1 - beta from 1
 _PLANES = 3  # of a picture
 _APART = "they are not of one model"
@@ -44,6 +47,8 @@ def betas_of(schedule: ScheduleConfig) -> Sequence[float]:
     """The betas; NaN where a start or an end below 0 has no square root."""
     if schedule.betas is not None:
         return schedule.betas
+    if schedule.beta_schedule == COSINE:
+        return cosine_betas(schedule.training_steps)
     power = 0.5 if schedule.beta_schedule == "scaled_linear" else 1.0
     if schedule.beta_start < 0 or schedule.beta_end < 0:
         return [math.nan]
@@ -159,12 +164,16 @@ def _fit_faults(config: ModelConfig) -> Iterator[str]:
     unet, vae, texts = config.unet, config.vae, config.text_encoders
     width, pooled = sum(text.hidden_size for text in texts), texts[-1].projection_dim or 0 if texts else 0
     writes = "the text encoder writes" if len(texts) == 1 else "the text encoders write"
+    if isinstance(config.conditioner, ImageEmbeddingConfig):
+        pooled = config.conditioner.hidden_size
     if isinstance(config.conditioner, LayoutConfig | ClassesConfig):
         width, writes = config.conditioner.hidden_size, f"the {config.conditioner.kind} encoder writes"
     if unet.context_dim != width:
         yield f"the U-Net reads contexts of width {unet.context_dim}, {writes} {width}; {_APART}"
     if unet.pooled_dim not in (0, pooled):
-        yield f"the U-Net reads pooled prompts of width {unet.pooled_dim}, the text encoder writes {pooled}; {_APART}"
+        what = "pooled prompts" if unet.reads_sizes else "embeddings"
+        writes = "the text encoder writes" if unet.reads_sizes else "its normalizer scales"
+        yield f"the U-Net reads {what} of width {unet.pooled_dim}, {writes} {pooled}; {_APART}"
     if len({text.max_length for text in texts}) > 1:
         yield "the text encoders read different numbers of tokens"
     if (

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ldmcli.config import Defaults, UNetConfig
+from ldmcli.config import COSINE, Defaults, ScheduleConfig, UNetConfig
 from ldmcli.frozen import frozen
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,6 +35,16 @@ class ConditionPart:
 
 
 @frozen
+class Noising:
+    """How a picture to be enlarged, or the embedding of one, is noised: by this schedule, unless levels behind `prefix`
+    in a single file, or the scheduler in this `folder` of diffusers, say otherwise."""
+
+    schedule: ScheduleConfig
+    prefix: str = "low_scale_model."
+    folder: str = "low_res_scheduler"
+
+
+@frozen
 class Family:
     """What a family's models share and shapes do not tell; sample sizes are in latents, that for v-prediction being
     another where given. A prediction type of None has to be found out from what the network computes; a scaling factor
@@ -58,7 +68,12 @@ class Family:
     averaged: bool = False
     joins: str | None = None
     betas: tuple[float, float] = (0.00085, 0.012)
-    noising: tuple[float, float] | None = None  # betas of what noises a picture to be enlarged
+    noising: Noising | None = None
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether its models draw pictures larger: `ldm upscale` takes them beside upscalers."""
+        return self.joins == "low_res"
 
 
 _CLIP_L = TextPart("text_encoder", "cond_stage_model.transformer.")
@@ -86,6 +101,18 @@ REFINER = dataclasses.replace(
     SDXL, name="Stable Diffusion XL refiner", texts=_REFINER_TEXTS, added_numbers=5, zero_empty_negative=False
 )
 SD2_NOISE = dataclasses.replace(SD2, prediction_type="epsilon")  # as those for inpainting and for depth were trained
+# They are noised as karlo's are (Lee et al. 2022).
+UNCLIP = dataclasses.replace(
+    SD2,
+    name="Stable Diffusion 2.x unCLIP",
+    sample_size=96,
+    v_sample_size=None,
+    prediction_type="v_prediction",
+    added_numbers=1,
+    defaults=Defaults(steps=20, guidance_scale=10.0),
+    conditioner=ConditionPart("image_embedding", "image_normalizer", "noise_augmentor.data_"),
+    noising=Noising(ScheduleConfig(beta_schedule=COSINE), "noise_augmentor.", "image_noising_scheduler"),
+)
 # The models of the latent diffusion paper (Rombach et al. 2022, appendix).
 _BERT = TextPart("text_encoder", "cond_stage_model.transformer.", "bert")
 _UNGUIDED = Defaults(guidance_scale=1.0)
@@ -139,21 +166,20 @@ SD_UPSCALER = dataclasses.replace(
     defaults=Defaults(steps=75, guidance_scale=9.0),
     joins="low_res",
     betas=(1e-4, 0.02),
-    noising=(1e-4, 0.02),
+    noising=Noising(ScheduleConfig(beta_start=1e-4, beta_end=0.02)),
 )
-ENLARGING = (SUPER_RESOLUTION, SD_UPSCALER)  # what `ldm upscale` takes beside upscalers
-FAMILIES = (SD1, SD2, SDXL, REFINER, *PAPER, *ENLARGING, INPAINTING)
+FAMILIES = (SD1, SD2, UNCLIP, SDXL, REFINER, *PAPER, SUPER_RESOLUTION, SD_UPSCALER, INPAINTING)
 # By the width of the text that cross-attention reads.
 CONTEXTS = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name, 1280: REFINER.name}
 
 
 def family_of_unet(unet: UNetConfig, *, bert: bool = False) -> Family:
-    """The family of a diffusers U-Net: XL adds six numbers to the time step, its refiner five; 2.x projects by linear
-    layers where 1.x convolves. `bert`: it reads the text of the paper's transformer; of its two models, the smaller has
-    latents of three channels."""
+    """The family of a diffusers U-Net: XL adds six numbers to the time step, its refiner five, unCLIP one; 2.x projects
+    by linear layers where 1.x convolves. `bert`: it reads the text of the paper's transformer; of its two models, the
+    smaller has latents of three channels."""
     if not unet.context_dim:
         return SCALE_SHIFT if unet.scale_shift else UNCONDITIONAL
     if bert:
         return TEXT_256 if unet.out_channels == 3 else TEXT_LDM
-    added = {family.added_numbers: family for family in (SDXL, REFINER)}
+    added = {family.added_numbers: family for family in (SDXL, REFINER, UNCLIP)}
     return added.get(unet.added_numbers) or (SD2 if unet.linear_projection else SD1)

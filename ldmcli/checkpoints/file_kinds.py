@@ -24,6 +24,7 @@ from ldmcli.checkpoints.families import (
     SUPER_RESOLUTION,
     TEXT_256,
     TEXT_LDM,
+    UNCLIP,
     UNCONDITIONAL,
     Family,
     Shapes,
@@ -37,6 +38,7 @@ IP_ADAPTER = "IP-Adapter"  # named with --ip-adapter
 STEERING = (CONTROL_NET, CONTROL_LORA, CONTROL_UNION, T2I_ADAPTER)
 KL_AUTOENCODER, VQ_AUTOENCODER = "VAE only", "VQ autoencoder only"
 AUTOENCODERS = (KL_AUTOENCODER, VQ_AUTOENCODER)
+EMBEDS = ("image_embeds", "image_embedding")  # what files of image embeddings call them
 READ = "Stable Diffusion 1.x, 2.x and XL and the latent diffusion paper's models"  # what can be drawn with, in errors
 
 
@@ -102,7 +104,7 @@ _ORIGINAL = (
     Kind("Stable Diffusion 2.x depth (5 input channels)", (*_PARTS, *_SD2), channels=5, family=SD2_NOISE),
     Kind("Stable Diffusion 2.x inpainting (9 input channels)", (*_PARTS, *_SD2), channels=9, family=SD2_NOISE),
     Kind("Stable Diffusion 2.x upscaler (7 input channels)", (*_PARTS, *_SD2), channels=7, family=SD_UPSCALER),
-    Kind("Stable Diffusion 2.x unCLIP", (*_SD2, _LABEL), whole=True),
+    Kind(UNCLIP.name, (*_PARTS, *_SD2, f"{_LABEL}0."), channels=4, family=UNCLIP),
     Kind("Stable Diffusion 2.x checkpoint", (*_PARTS, *_SD2), channels=4, family=SD2),
     Kind("Stable Diffusion 1.x inpainting (9 input channels)", _PARTS, keys=_CLIP, channels=9, linear=False,
          without=("conditioner.", _LABEL), family=SD1),
@@ -136,6 +138,7 @@ _ORIGINAL = (
     Kind(INPAINTING.name, _PARTS, keys=_PLAIN, joined=4,
          without=("cond_stage_model.model.", "cond_stage_model.transformer.", "conditioner.", _LABEL),
          family=INPAINTING),
+    Kind("retrieval-augmented latent diffusion (RDM)", _PARTS, channels=16, without=_UNCONDITIONED, whole=True),
     Kind("Stable Diffusion image-variations model", (*_PARTS, "cond_stage_model.model.visual."), whole=True),
     Kind("Stable Diffusion 1.x checkpoint without its text encoder", _PARTS,
          without=("cond_stage_model.", "conditioner.", _LABEL), linear=False),
@@ -213,6 +216,9 @@ _PARTS_ALONE = (
     Kind(EMBEDDING, keys=("emb_params", "clip_l", "clip_g"), at_most=4, cure=_EMBED),
     Kind(EMBEDDING, ("<",), at_most=4, cure=_EMBED),
     Kind(EMBEDDING, ("string_to_param",), cure=_EMBED),
+    Kind(
+        "file of image embeddings", keys=EMBEDS, at_most=1, cure="name an unCLIP model, and this with --image-embedding"
+    ),
     Kind("file of latents", keys=("latents", "codes"), at_most=2, cure="ldm vae decode makes pictures of it"),
 )
 

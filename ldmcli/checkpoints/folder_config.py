@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldmcli.config import Defaults, TextEncoderConfig, UNetConfig, VAEConfig
+from ldmcli.config import Defaults, ImageEmbeddingConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ldmcli.disk.opening import read_json, shown
 from ldmcli.errors import BadDataError, printable
 from ldmcli.sampling.catalogue import SAMPLERS
@@ -22,7 +22,8 @@ _MAX_WHOLE = 1 << 24
 # Fields whose other values mean a network that is not built here: {field: the values that mean "as usual"}.
 _UNET_USUAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("center_input_sample", "dual_cross_attention"), (False,)),
-    **dict.fromkeys(("class_embed_type", "encoder_hid_dim_type", "timestep_post_act"), (None,)),
+    **dict.fromkeys(("encoder_hid_dim_type", "timestep_post_act"), (None,)),
+    "class_embed_type": (None, "projection"),
     **dict.fromkeys(("attention_type", "resnet_time_scale_shift"), ("default",)),
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
     "act_fn": ("silu", "swish"),
@@ -59,6 +60,14 @@ _VAE_USUAL: dict[str, tuple[Any, ...]] = {
     "norm_type": ("group",),
     "shift_factor": (None, 0),
     "latents_mean": (None,),
+}
+
+
+_PROCESSOR_USUAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), (True, None)),
+    "image_mean": ([0.48145466, 0.4578275, 0.40821073],),
+    "image_std": ([0.26862954, 0.26130258, 0.27577711],),
+    "resample": (3,),
 }
 
 
@@ -281,7 +290,13 @@ def bert_config(path: Path) -> TextEncoderConfig:
 
 
 def _added(fields: Fields, pooled_dim: int) -> dict[str, Any]:
-    """What SDXL adds to the time step: a pooled prompt of `pooled_dim`, and six numbers or, in its refiner, five."""
+    """What SDXL adds to the time step: a pooled prompt of `pooled_dim`, and six numbers or, in its refiner, five; what
+    unCLIP does: an embedding, and a noise level in as many numbers."""
+    if fields.get("class_embed_type") is not None:
+        dim, odd = divmod(fields.whole("projection_class_embeddings_input_dim", 2048, low=2), 2)
+        if odd or fields.get("addition_embed_type") is not None:
+            raise BadDataError(f"{fields.shown}: its class embedding is not that of an unCLIP model.")
+        return {"pooled_dim": dim, "added_numbers": 1, "added_number_dim": dim}
     if fields.get("addition_embed_type") is None:
         return {}
     width = fields.whole("projection_class_embeddings_input_dim", 2816)
@@ -342,6 +357,19 @@ def text_encoder_config(path: Path, part: str, kind: str) -> TextEncoderConfig:
         eos_token_id=fields.whole("eos_token_id", 49407, low=0),
         projection_dim=fields.whole("projection_dim", 512) if kind == WITH_PROJECTION else None,
     )
+
+
+def image_embedding_config(path: Path) -> ImageEmbeddingConfig:
+    """How embeddings are scaled, as an image normalizer's `config.json` describes it."""
+    return ImageEmbeddingConfig(Fields(path).whole("embedding_dim", 768), statistics=True)
+
+
+def check_processor(path: Path, size: int) -> None:
+    """Raise BadDataError where a folder's `preprocessor_config.json`, if it has one, has pictures come to an image
+    encoder otherwise than CLIP's do: their middle squares of `size` pixels a side."""
+    if os.path.lexists(path):
+        sides: tuple[Any, ...] = (size, {"shortest_edge": size}, {"height": size, "width": size})
+        Fields(path).require(_PROCESSOR_USUAL | {"size": sides, "crop_size": sides})
 
 
 def own_defaults(path: Path, usual: Defaults, *, reads_guidance: bool = False) -> Defaults:

@@ -14,7 +14,7 @@ from typing import Any
 from ldmcli.checkpoints.buildable import betas_of
 from ldmcli.checkpoints.families import LCM_DEFAULTS
 from ldmcli.checkpoints.folder_config import MAX_CONFIG_BYTES, Fields
-from ldmcli.config import Defaults, ScheduleConfig, Walk
+from ldmcli.config import BETA_SCHEDULES, Defaults, ScheduleConfig, Walk
 from ldmcli.disk.opening import read_json
 from ldmcli.errors import BadDataError, printable
 from ldmcli.frozen import frozen
@@ -192,7 +192,7 @@ def _as_read_by(sampler: str, path: Path, said: Mapping[str, Any]) -> ScheduleCo
         training_steps=training_steps,
         beta_start=fields.number("beta_start", 0.0),
         beta_end=fields.number("beta_end", 0.0),
-        beta_schedule=fields.choice("beta_schedule", "", ("linear", "scaled_linear")),
+        beta_schedule=fields.choice("beta_schedule", "", BETA_SCHEDULES),
         betas=fields.numbers("trained_betas", training_steps),
         spacing=fields.choice("timestep_spacing", "", ("leading", "linspace", "trailing")),
         steps_offset=fields.whole("steps_offset", 0, low=0),

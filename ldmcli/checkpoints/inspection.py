@@ -63,7 +63,7 @@ def _model(source: ModelSource) -> dict[str, Any]:
         "is": _kind(source.single_file) if source.single_file else f"{config.family}, diffusers folder",
         "family": config.family,
         "reads": config.unet.reads or None,
-        "conditioned_on": config.condition or "nothing",
+        "conditioned_on": ", ".join(config.conditions) or "nothing",
         "prediction_type": _UNKNOWN if prediction_type == UNDECIDED else prediction_type,
         "zero_terminal_snr": config.schedule.starts_without_signal,
         "defaults": dataclasses.asdict(config.defaults),

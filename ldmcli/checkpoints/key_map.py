@@ -6,7 +6,15 @@ The tables are made for one configuration, since the original layout numbers blo
 import re
 from collections.abc import Callable, Iterable
 
-from ldmcli.config import ClassesConfig, MapConfig, TextEncoderConfig, TinyVAEConfig, UNetConfig, VAEConfig
+from ldmcli.config import (
+    ClassesConfig,
+    ImageEmbeddingConfig,
+    MapConfig,
+    TextEncoderConfig,
+    TinyVAEConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from ldmcli.steering_config import AdapterConfig, ControlConfig, ImageEncoderConfig, IPAdapterConfig
 
 NetworkConfig = (
@@ -20,7 +28,10 @@ NetworkConfig = (
     | ImageEncoderConfig
     | ClassesConfig
     | MapConfig
+    | ImageEmbeddingConfig
 )
+# Whose keys are the same in both layouts.
+_SAME_NAMES = (IPAdapterConfig, ImageEncoderConfig, ClassesConfig, MapConfig, ImageEmbeddingConfig)
 DiskNames = dict[str, list[str]]
 
 # Inside a resnet: (canonical, original).
@@ -108,7 +119,7 @@ IGNORED_ORIGINAL = re.compile(
     r"|cond_stage_model\.(logit_scale$|transformer\.(vision_model\.|visual_projection|text_projection|logit_scale))"
     r"|conditioner\.embedders\.\d\.(logit_scale$|transformer\.(text_projection|logit_scale))"
     r"|.*\.model\.(logit_scale|attn_mask)$|(.*\.)?position_ids$|model_ema$|scale_factor$|global_step$|denoiser\.sigmas$"
-    r"|v_pred$|ztsnr$|depth_model\.|low_scale_model\.|(cond_stage_model\.transformer\.)?to_logits\."
+    r"|v_pred$|ztsnr$|depth_model\.|low_scale_model\.|noise_augmentor\.|embedder\.|(cond_stage_model\.transformer\.)?to_logits\."
     r"|cond_stage_model\.(encoder\.|decoder\.|quant|post_quant|loss\.)"  # the first stage once more
 )
 
@@ -152,7 +163,9 @@ def _namer(config: NetworkConfig, original: bool) -> Callable[[str], list[str]]:
     plain = isinstance(config, UNetConfig) and not config.context_dim
     if plain and not original:
         return lambda key: [key, _replace_part(key, _OLD_VAE_PARTS) if ".attentions." in key else key]
-    if not original or isinstance(config, IPAdapterConfig | ImageEncoderConfig | ClassesConfig | MapConfig):
+    if isinstance(config, UNetConfig) and not original:
+        return lambda key: [key, key.replace("add_embedding.", "class_embedding.")]  # the latter of unCLIP
+    if not original or isinstance(config, _SAME_NAMES):
         return lambda key: [key]
     if isinstance(config, AdapterConfig):
         return lambda key: [_adapter_name(key, config)]

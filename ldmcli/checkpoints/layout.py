@@ -15,8 +15,8 @@ ADAPTER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # in folders of
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside its file
 # The latent diffusion paper's models call their parts otherwise: "vqvae" even where it is none, "bert".
 OTHER_FOLDERS = {"vae": "vqvae", "text_encoder": "bert"}
-_SCHEDULERS = ("scheduler", "low_res_scheduler")
-_NETWORKS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert")
+_SCHEDULERS = ("scheduler", "low_res_scheduler", "image_noising_scheduler")
+_NETWORKS = ("unet", "vae", "vqvae", "text_encoder", "text_encoder_2", "bert", "image_normalizer")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MAX_SHARDS = 1000

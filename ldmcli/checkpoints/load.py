@@ -20,7 +20,7 @@ from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError
 from ldmcli.networks.clip import TextTransformer
-from ldmcli.networks.conditioners import ClassEmbedder, MapEncoder
+from ldmcli.networks.conditioners import ClassEmbedder, EmbeddingNoiser, MapEncoder
 from ldmcli.networks.taesd import TinyVAE
 from ldmcli.networks.unet import UNet
 from ldmcli.networks.vae import Autoencoder, autoencoder_of
@@ -36,6 +36,7 @@ _SCALES = re.compile(
 
 _CONDITIONERS: dict[str, Callable[[Any], nn.Module]] = {
     "label": ClassEmbedder, "layout": TextTransformer, "map": MapEncoder,
+    "image_embedding": EmbeddingNoiser,
 }  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]

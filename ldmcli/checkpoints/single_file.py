@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ldmcli.checkpoints.buildable import betas_of
-from ldmcli.checkpoints.families import LCM_DEFAULTS, ConditionPart, Family, Shapes, TextPart
+from ldmcli.checkpoints.families import LCM_DEFAULTS, ConditionPart, Family, Noising, Shapes, TextPart
 from ldmcli.checkpoints.files import WeightFile, read_numbers
 from ldmcli.checkpoints.key_map import UNET_PREFIX, VAE_PREFIX
 from ldmcli.config import (
     UNDECIDED,
     ClassesConfig,
+    ConditionerConfig,
+    ImageEmbeddingConfig,
     LayoutConfig,
     MapConfig,
     ModelConfig,
@@ -35,6 +37,11 @@ _AGAIN = "download or convert it again"
 _NUMBER_DIM = 256  # sinusoids for each of SDXL's added numbers
 _IMAGENET = 1000  # classes; a table of any other number has one more, which stands for none
 _BERT_HEADS = 8
+_VIT_L = 768  # numbers of its embeddings, in units of whose deviation its model was trained; that of ViT-H was not
+_NO_STATISTICS = (
+    "the file has no statistics of its embeddings, in units of which they are noised: each number is taken to have "
+    "mean 0 and deviation 1, which changes pictures a little, and more with --noise-level."
+)
 _MAX_BLOCKS = 64  # Stable Diffusion's U-Net has 12; the time to look at a file grows with their number
 # Where each layout of a text encoder has its tokens, its layers and in each the wider one, and its positions.
 _CLIP_NAMES = (
@@ -60,7 +67,7 @@ _TYPES = _YAML_TYPES | {
 _VELOCITY_KEYS = ("ss_v_parameterization", "v_parameterization", "v_pred", "modelspec.v_pred")
 _ZERO_SNR_KEYS = ("ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "rescale_betas_zero_snr", "modelspec.ztsnr")
 _GROUPS_KEY, _SIZE_KEY = "norm_groups", "sample_size"
-_LEVELS, _SIGNALS = "alphas_cumprod", "low_scale_model.sqrt_alphas_cumprod"
+_LEVELS, _SIGNALS = "alphas_cumprod", "sqrt_alphas_cumprod"
 _SCALE, _SCALE_ROUNDING = "scale_factor", 4e-3  # of the coarsest type, bfloat16
 # How far from the usual schedule levels stored in a type may lie and still be it, rounded: a share, and at least.
 _ROUNDING = {"F16": (2e-3, 0.0), "BF16": (1e-2, 0.0)}
@@ -85,16 +92,18 @@ def config_of_file(file: WeightFile, shapes: Shapes, family: Family) -> ModelCon
     schedule = schedule_of_file(file, family)
     with named_shape_errors(file.path, f"{family.name} model"):
         config = _unet(unet, family)
+        conditioner = _conditioner(shapes, family.conditioner) if family.conditioner else None
         return ModelConfig(
             family=family.name,
             unet=config,
             vae=vae_from_shapes(vae, usual_vae) if vae else usual_vae,
             text_encoders=tuple(_text(_under(shapes, text.prefix), text) for text in family.texts),
-            schedule=dataclasses.replace(schedule, xl=bool(family.added_numbers)),
+            schedule=dataclasses.replace(schedule, xl=config.reads_sizes),
             zero_empty_negative=family.zero_empty_negative,
             defaults=family.defaults if config.guidance_dim is None else LCM_DEFAULTS,
             noising=_noising(file, family.noising) if family.noising else None,
-            conditioner=_conditioner(shapes, family.conditioner) if family.conditioner else None,
+            conditioner=conditioner,
+            notes=(_NO_STATISTICS,) if conditioner == ImageEmbeddingConfig(_VIT_L, statistics=False) else (),
         )
 
 
@@ -175,6 +184,7 @@ def unet_from_shapes(shapes: Shapes, added_numbers: int) -> UNetConfig:
             level_done = False
     plain = "middle_block.1.qkv.weight" in shapes
     added = shapes["label_emb.0.0.weight"][1] if added_numbers else 0
+    number_dim = added // 2 if added_numbers == 1 else _NUMBER_DIM  # an embedding and its noise level are as wide
     guidance = shapes.get("time_embed.cond_proj.weight")
     time_rows = shapes.get("middle_block.0.emb_layers.1.weight", channels[-1:])[0]
     return UNetConfig(
@@ -185,9 +195,9 @@ def unet_from_shapes(shapes: Shapes, added_numbers: int) -> UNetConfig:
         middle_attention=_depth(shapes, "middle_block.1."),
         context_dim=0 if plain else shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         linear_projection=not plain and len(shapes["middle_block.1.proj_in.weight"]) == 2,
-        pooled_dim=added - added_numbers * _NUMBER_DIM if added else 0,
+        pooled_dim=added - added_numbers * number_dim if added else 0,
         added_numbers=added_numbers,
-        added_number_dim=_NUMBER_DIM,
+        added_number_dim=number_dim,
         guidance_dim=guidance[1] if guidance else None,
         only_cross_attention=tuple(cross) if any(cross) else (),
         scale_shift=time_rows != channels[-1],
@@ -224,8 +234,10 @@ def vae_from_shapes(shapes: Shapes, usual: VAEConfig) -> VAEConfig:
     )
 
 
-def _conditioner(shapes: Shapes, part: ConditionPart) -> LayoutConfig | ClassesConfig | MapConfig:
+def _conditioner(shapes: Shapes, part: ConditionPart) -> ConditionerConfig:
     own = _under(shapes, part.prefix)
+    if part.kind == ImageEmbeddingConfig.kind:
+        return ImageEmbeddingConfig(shapes[f"{UNET_PREFIX}label_emb.0.0.weight"][1] // 2, statistics="std" in own)
     if part.kind == LayoutConfig.kind:
         return LayoutConfig(part=part.part, **_bert(own))
     if part.kind == ClassesConfig.kind:
@@ -300,12 +312,12 @@ def schedule_of_file(file: WeightFile, family: Family) -> ScheduleConfig:
     return _with_levels(usual, file, read_numbers(file, _LEVELS), _LEVELS) if _LEVELS in file.tensors else usual
 
 
-def _noising(file: WeightFile, betas: tuple[float, float]) -> ScheduleConfig:
-    """How pictures to be enlarged are noised: as the file's levels say, else with these betas."""
-    usual = ScheduleConfig(beta_start=betas[0], beta_end=betas[1])
-    if _SIGNALS not in file.tensors:
-        return usual
-    return _with_levels(usual, file, [signal**2 for signal in read_numbers(file, _SIGNALS)], _SIGNALS)
+def _noising(file: WeightFile, noising: Noising) -> ScheduleConfig:
+    """How pictures to be enlarged, or their embeddings, are noised: as the file's levels say, else as is usual."""
+    signals = noising.prefix + _SIGNALS
+    if signals not in file.tensors:
+        return noising.schedule
+    return _with_levels(noising.schedule, file, [signal**2 for signal in read_numbers(file, signals)], signals)
 
 
 def _from_metadata(metadata: Mapping[str, str], path: Path) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from ldmcli.background import in_background
 from ldmcli.checkpoints import folder_config
 from ldmcli.checkpoints.buildable import check_buildable
-from ldmcli.checkpoints.families import FAMILIES, SD_UPSCALER, SUPER_RESOLUTION, family_of_unet
+from ldmcli.checkpoints.families import FAMILIES, SD_UPSCALER, SUPER_RESOLUTION, Family, family_of_unet
 from ldmcli.checkpoints.file_kinds import READ, require_family
 from ldmcli.checkpoints.files import WeightFile, open_sharded, open_weights
 from ldmcli.checkpoints.folder_schedule import folder_schedule
@@ -25,7 +25,7 @@ from ldmcli.checkpoints.layout import GENERATION, INDEX, OTHER_FOLDERS, UPSCALER
 from ldmcli.conditioning.class_names import ClassNames
 from ldmcli.conditioning.known_words import WordList
 from ldmcli.conditioning.tokenizer import ClipTokenizer, Vocabulary, clip_vocabulary, vocabulary_from_folder
-from ldmcli.config import Defaults, ModelConfig, ScheduleConfig, TextEncoderConfig
+from ldmcli.config import Defaults, ImageEmbeddingConfig, ModelConfig, ScheduleConfig, TextEncoderConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import listing, read_json, read_text, shown
 from ldmcli.errors import BadDataError, MissingInputError, printable
@@ -161,17 +161,20 @@ class ModelSource:
         return ClipTokenizer(vocabulary, text.max_length, cleaned=openclip, rows=text.vocab_size)
 
     def _bert_tokenizer(self, text: TextEncoderConfig) -> ClipTokenizer:
-        from ldmcli.conditioning.wordpiece import VOCABULARY, bert_tokenizer, tokenizer_of_file
+        from ldmcli.conditioning.wordpiece import FOLDERS, VOCABULARY, bert_tokenizer, tokenizer_of_file
 
         size = text.max_length, text.vocab_size
         if not self.single_file:
             return bert_tokenizer(self.path / "tokenizer", *size)
         own, shared = self.path.with_suffix(f".{VOCABULARY}"), self.path.parent / VOCABULARY
         found = next((path for path in (own, shared) if os.path.lexists(path)), None)
+        folder = next((name for name in FOLDERS if os.path.isdir(self.path.parent / name)), None)
+        if found is None and folder:
+            return bert_tokenizer(self.path.parent / folder, *size)
         if found is None:
             raise MissingInputError(
                 f"{shown(self.path)} needs BERT's vocabulary for its prompts; put that of bert-base-uncased beside it, "
-                f"as {own.name} or {VOCABULARY}."
+                f"as {own.name} or {VOCABULARY}, or in a folder {FOLDERS[0]}."
             )
         return tokenizer_of_file(found, *size)
 
@@ -337,7 +340,7 @@ def _folder_model(path: Path, index: dict[str, Any], folders: Mapping[str, str])
     if family.joins:
         unet = dataclasses.replace(unet, joins=family.joins)
         vae = dataclasses.replace(vae, scaling_factor=family.scaling_factor or 1.0)  # as diffusers' pipelines decode
-    if unet.added_numbers:  # XL reads the states before the last layer, as they are
+    if unet.reads_sizes:  # XL reads the states before the last layer, as they are
         texts = [dataclasses.replace(text, skipped_layers=1, final_norm=False) for text in texts]
     elif not family.force_upcast:
         vae = dataclasses.replace(vae, force_upcast=False)
@@ -355,17 +358,28 @@ def _folder_model(path: Path, index: dict[str, Any], folders: Mapping[str, str])
         unet=unet,
         vae=vae,
         text_encoders=tuple(texts),
-        schedule=dataclasses.replace(found.schedule, xl=bool(unet.added_numbers)),
-        noising=_noising(path) if family.noising else None,
+        schedule=dataclasses.replace(found.schedule, xl=unet.reads_sizes),
+        noising=_noising(path / family.noising.folder) if family.noising else None,
+        conditioner=_folder_conditioner(path, family),
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", family.zero_empty_negative)),
         defaults=folder_config.own_defaults(path / GENERATION, found.defaults, reads_guidance=reads_guidance),
         notes=(found.guess, *found.notes) if found.guess and not (path / GENERATION).exists() else found.notes,
     )
 
 
-def _noising(path: Path) -> ScheduleConfig:
-    """How pictures to be enlarged are noised."""
-    return folder_schedule(path / "low_res_scheduler" / "scheduler_config.json", None, Defaults()).schedule
+def _folder_conditioner(path: Path, family: Family) -> ImageEmbeddingConfig | None:
+    """What a folder's conditions other than prompts are: embeddings, for diffusers has no other."""
+    if family.conditioner is None:
+        return None
+    return folder_config.image_embedding_config(path / family.conditioner.part / "config.json")
+
+
+def _noising(folder: Path) -> ScheduleConfig:
+    """How pictures to be enlarged, or their embeddings, are noised. Raises MissingInputError where nothing says so."""
+    path = folder / "scheduler_config.json"
+    if not os.path.lexists(path):
+        raise MissingInputError(f"{shown(path)} is missing; the model folder is incomplete.")
+    return folder_schedule(path, None, Defaults()).schedule
 
 
 def _check_vocabulary(vocabulary: Vocabulary, size: int, where: str) -> None:

@@ -19,6 +19,7 @@ from ldmcli.spec import (
     ALPHA,
     HIRES_FIELDS,
     IMAGE_FIELDS,
+    INPUT_FILES,
     PICTURES,
     STEERING,
     STEERING_FILES,
@@ -58,9 +59,9 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
         return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
     request, prompts = record["request"], context.params.get("prompts", ())
-    names = (*REQUEST_OPTIONS, *CONDITION_FIELDS, *IMAGE_FIELDS, *HIRES_FIELDS, *STEERING, "seed")
+    names = (*REQUEST_OPTIONS, *CONDITION_FIELDS, "embedding_row", *IMAGE_FIELDS, *HIRES_FIELDS, *STEERING, "seed")
     found = {name: request[name] for name in names if name in request}
-    for networks, _, *settings in (CONTROL_FIELDS, IP_ADAPTER_FIELDS):
+    for networks, _, *settings in (CONTROL_FIELDS, IP_ADAPTER_FIELDS, ("image_embedding", "", "embedding_row")):
         if given(networks):  # what is said of other networks is not for these
             found = {name: value for name, value in found.items() if name not in settings}
     found |= {name: record["runtime"][name] for name in _RUNTIME_OPTIONS if name in record["runtime"]}
@@ -79,7 +80,7 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     options.update({name: value for name, value in found.items() if not given(name)})
     options["embeddings"] += tuple(_embeddings_again(options, record, prompts))
     options["model_given"] = given("model")
-    for name in PICTURES:
+    for name in INPUT_FILES:
         if not given(name) and name in request and options[name] is not None:
             options[name] = _picture_again(name, options[name], record.get("inputs", {}).get(name))
     for name in STEERING_FILES:
@@ -145,11 +146,20 @@ def _picture_again(name: str, path: str, sha256: str | None) -> str:
         said = name.replace("_", " ")
         option = name.replace("_", "-")
         raise MissingInputError(f"the picture's {said} came from {where}; give that with --{option}.")
-    from ldmcli.images.pixels import facts_of
-
-    if facts_of(found, depth=name == "depth").sha256 != sha256:
+    if _sha256(name, found) != sha256:
         _log.warning("the %s %s is not the one the picture was made with; it will differ", name, printable(found))
     return found
+
+
+def _sha256(name: str, path: str) -> str:
+    """That of a picture, which is looked at, or of another file."""
+    if name not in PICTURES and name not in STEERING_PICTURES:
+        from ldmcli.disk.hashes import FileHashes
+
+        return FileHashes().sha256(Path(path))
+    from ldmcli.images.pixels import facts_of
+
+    return facts_of(path, depth=name == "depth").sha256
 
 
 def _steered_again(name: str, paths: Sequence[str], hashes: dict[str, str]) -> Iterator[str]:
@@ -168,6 +178,8 @@ def _steered_again(name: str, paths: Sequence[str], hashes: dict[str, str]) -> I
 def compare_networks(record: dict[str, Any], fitted: "FittedRequest") -> None:
     """Say so where a network of the same name is another than steered the picture."""
     before, now = record.get("inputs", {}), dict(fitted.inputs)
+    if before.get("image_encoder", now.get("image_encoder")) != now.get("image_encoder"):
+        _log.warning("the image encoder is not the one the picture was made with; it will differ")
     for field in STEERING_NETWORKS:
         names = zip(record["request"].get(field, ()), getattr(fitted.recorded, field), strict=False)
         for i, (one, other) in enumerate(names):

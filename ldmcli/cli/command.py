@@ -12,8 +12,8 @@ from ldmcli.conditioning.hints import argument_hints
 
 # What everyone needs, in the order of the help; then the groups, each with its parameters, or * for all that begin so.
 _FIRST = (
-    "prompt", "image", "label", "layout", "map", "negative_prompt", "model", "output", "size", "steps", "sampler",
-    "guidance_scale", "seed", "count",
+    "prompt", "image", "label", "layout", "map", "image_embedding", "negative_prompt", "model", "output", "size",
+    "steps", "sampler", "guidance_scale", "seed", "count",
 )  # fmt: skip
 _GROUPS = {
     "Rows": "format prompt_column grid strict sheet",
@@ -22,9 +22,9 @@ _GROUPS = {
     "crop_top hires*",
     "Model": "vae refiner refiner_start prediction_type allow_pickle",
     "Prompt": "prompt_syntax on_long_prompt clip_skip dynamic_prompts wildcard_dir",
-    "Pictures in": "from_image strength noise_level patch image_guidance* depth* resize mask* invert_mask inpaint_area "
-    "paste_back",
-    "Adapters": "lora* embedding* control_* canny ip_* image_encoder",
+    "Pictures in": "from_image embedding_row strength noise_level patch image_guidance* depth* resize mask* "
+    "invert_mask inpaint_area paste_back",
+    "Adapters": "lora* embeddings embedding_dir control_* canny ip_* image_encoder",
     "Output": "image_format quality lossless name upscaler overwrite no_metadata as_json json_file preview* show",
     "Machine": "batch_size device dtype low_vram vae_tiling attention kernels no_cuda_graph compile threads no_cache "
     "no_server keep",

@@ -249,7 +249,7 @@ _MODEL = (
            help="Make each picture larger by this network, as `ldm upscale` does; embedded: by the model's own, where "
            "its folder has one, else by a general one that comes along."),
     option("--image-encoder", metavar="MODEL",
-           help="The CLIP vision model, a folder or file, for IP-Adapters that have none beside them."),
+           help="The CLIP vision model, a folder or file, for IP-Adapters and unCLIP models without one beside them."),
     option("--prediction-type", type=Prediction(),
            help="What the U-Net was trained to predict (noise, v, or the picture), where the files do not tell it "
            "right."),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ldmcli.cli.command import command
 from ldmcli.cli.option_types import Name
@@ -20,7 +21,7 @@ from ldmcli.cli.txt2img import draw
 
 _MAX_LAYOUT = 1 << 20  # bytes of a file
 # What the commands that draw prompts have beside these, as it is where nobody says otherwise.
-_NO_PROMPT = {"embeddings": (), "negative_prompt": "", "dynamic_prompts": False}
+_NO_PROMPT = {"embeddings": (), "dynamic_prompts": False}
 
 _CONDITIONS = together(
     option("--label", type=Name(), multiple=True, metavar="CLASS",
@@ -32,10 +33,18 @@ _CONDITIONS = together(
     option("--map", type=click.Path(allow_dash=True), metavar="FILE",
            help="A semantic map: a picture, grey or with a palette, whose pixels are numbers of classes, 255 for none; "
            "its size is the result's unless --size is given."),
+    option("--image-embedding", type=click.Path(), metavar="FILE",
+           help="For unCLIP models: CLIP's embedding of a picture, or rows of them, a picture each, in safetensors; or "
+           "the picture itself, where the model's folder has an image encoder, or --image-encoder names one."),
+    option("--embedding-row", type=int, metavar="ROW", help="Draw only this row, from 0 on.  [default: every one]"),
+    option("--noise-level", type=int,
+           help="How much noise is added to the embedding first, 0 to 999: more varies more.  [default: 0]"),
+    option("-p", "--prompt", metavar="TEXT", default="", help="What the picture shows, for models that read that too."),
+    option("-n", "--negative-prompt", metavar="TEXT", default="", help="What it should not show, for these."),
 )  # fmt: skip
 
 
-@command(short_help="Draw without prompts: classes, layouts, maps, or nothing.")
+@command(short_help="Draw classes, layouts, maps, embeddings, or nothing.")
 @_CONDITIONS
 @model_options
 @sampling_options
@@ -43,10 +52,11 @@ _CONDITIONS = together(
 @output_options
 @click.pass_context
 def sample(context: click.Context, **options: Any) -> None:
-    """Draw with a model that reads no prompts, and print the path of each picture.
+    """Draw with a model that reads no prompts, or more than those, and print the path of each picture.
 
     The latent diffusion paper has such models: of faces and bedrooms, which read nothing, of ImageNet's classes, of
-    layouts and of semantic maps. `ldm info` says what one reads.
+    layouts and of semantic maps. unCLIP models read an embedding of a picture beside a prompt. `ldm info` says what
+    one reads.
 
     \b
     Examples:
@@ -54,12 +64,21 @@ def sample(context: click.Context, **options: Any) -> None:
     ldm sample -m cin256-v2.safetensors --label 207 --label "tree frog" -g 3
     ldm sample -m layout2img.safetensors --layout boxes.json
     ldm sample -m semantic.safetensors --map map.png
+    ldm sample -m sd21-unclip-h.safetensors --image-embedding fox.safetensors -p "a painting"
 
     Every option can be set by environment too: LDM_LABEL, LDM_MODEL, LDM_STEPS, …
     """
     if options["layout"] is not None:
         options["layout"] = layout_of_file(expanded(options["layout"]))
-    draw(context, ("",), options | _NO_PROMPT)
+
+    def typed(name: str) -> bool:
+        return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+    if options["image_embedding"] is None:  # prompts of the environment are meant for others
+        options |= {name: "" for name in ("prompt", "negative_prompt") if not typed(name)}
+    prompts = (options.pop("prompt"),)
+    recorded = options["from_image"] is not None and not typed("prompt")
+    draw(context, () if recorded else prompts, options | _NO_PROMPT)
 
 
 def layout_of_file(path: Path) -> Any:

@@ -38,7 +38,7 @@ from ldmcli.cli.terminal import StepBar, loading, shows_pictures
 from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
 from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import UsageError, printable
-from ldmcli.images.formats import Encoding
+from ldmcli.images.formats import Encoding, format_of_file
 from ldmcli.spec import MAX_SEED, GenerationRequest, RuntimeSpec
 from ldmcli.speed.linking import link_ahead, settle_down
 from ldmcli.stopwatch import process_age
@@ -258,10 +258,19 @@ class _Written:
 
 
 def _conditions(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is drawn of each prompt: a class each, where there are several."""
-    given = {name: options[name] for name in CONDITION_FIELDS if options.get(name) not in (None, ())}
+    """What is drawn of each prompt: a class each, where there are several, or a row of embeddings."""
+    names = (*CONDITION_FIELDS, "embedding_row")
+    given = {name: options[name] for name in names if options.get(name) not in (None, ())}
     labels = given.get("label")
-    return [given | {"label": one} for one in labels] if isinstance(labels, tuple) else [given]
+    if isinstance(labels, tuple):
+        return [given | {"label": one} for one in labels]
+    embeddings = given.get("image_embedding")
+    if embeddings and "embedding_row" not in given and not format_of_file(expanded(embeddings)):
+        from ldmcli.checkpoints.image_embedding_file import count_rows
+
+        rows = count_rows(embeddings, allow_pickle=options["allow_pickle"])
+        return [given | {"embedding_row": row} for row in range(rows)]
+    return [given]
 
 
 def _requests(

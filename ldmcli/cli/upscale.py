@@ -156,7 +156,6 @@ def _draws_larger(name: str, *, allow_pickle: bool) -> bool:
     upscaler's file. Raises as `open_weights` does, for a file that is neither."""
     if name in ("", _EMBEDDED):
         return False
-    from ldmcli.checkpoints.families import ENLARGING
     from ldmcli.checkpoints.file_kinds import describe_single_file, family_named
     from ldmcli.checkpoints.files import open_weights
 
@@ -174,7 +173,7 @@ def _draws_larger(name: str, *, allow_pickle: bool) -> bool:
         return False
     weights = open_weights(path, allow_pickle=allow_pickle)
     family = family_named(describe_single_file({key: info.shape for key, info in weights.tensors.items()}))
-    return family in ENLARGING
+    return family is not None and family.enlarges
 
 
 def _drawing(how: Enlargement, options: dict[str, Any], settings: dict[str, Any]) -> "_Work":

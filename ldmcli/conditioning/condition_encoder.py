@@ -40,7 +40,7 @@ class ConditionEncoder:
         if self.network is None:
             return [(Conditioning(), Conditioning())] * len(requests)
         self.bring(self.network)
-        wanted = _ENCODE[self.config.condition](self, requests)
+        wanted = _ENCODE[self.config.conditions[0]](self, requests)
         if not guided:
             return list(zip(wanted, wanted, strict=True))
         conditioner = self.config.conditioner

@@ -72,9 +72,9 @@ def context_chunks(
     return read(request.negative_prompt), positive
 
 
-def size_vector(pooled: Tensor, numbers: Tensor, config: UNetConfig) -> Tensor:
-    """What SDXL adds to every time embedding, (batch, width): pooled prompts (batch, pooled_dim) and sinusoids of
-    picture sizes (batch, added_numbers); Podell et al. 2023, section 2.2."""
+def added_vector(pooled: Tensor, numbers: Tensor, config: UNetConfig) -> Tensor:
+    """What is added to every time embedding, (batch, width): pooled prompts (batch, pooled_dim) and sinusoids of sizes
+    (batch, added_numbers) in SDXL (Podell et al. 2023, section 2.2); embeddings and their noise level in unCLIP."""
     waves = sinusoids(numbers.flatten(), config.added_number_dim, config.flip_sin_to_cos, config.freq_shift)
     return torch.cat([pooled, waves.unflatten(0, numbers.shape).flatten(1).to(pooled)], dim=1)
 
@@ -87,7 +87,7 @@ def _conditioning(
     if not config.added_numbers or encoded.pooled is None:
         return Conditioning(encoded.context)
     numbers = torch.tensor([_numbers(config, request, negative=negative)], dtype=torch.float32)
-    return Conditioning(encoded.context, size_vector(encoded.pooled, numbers, config))
+    return Conditioning(encoded.context, added_vector(encoded.pooled, numbers, config))
 
 
 def _numbers(config: UNetConfig, r: FittedRequest, *, negative: bool) -> list[float]:

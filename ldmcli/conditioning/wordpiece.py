@@ -4,6 +4,7 @@ The rules (accents off, lower case, Chinese characters apart, punctuation apart)
 BertTokenizer for `bert-base-uncased`, with which the latent diffusion paper's text models were trained.
 """
 
+import io
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ldmcli.disk.opening import read_json, read_text, shown
 from ldmcli.errors import BadDataError, MissingInputError, printable
 
 VOCABULARY = "vocab.txt"
+FOLDERS = ("tokenizer", "bert-base-uncased")  # beside a single file
 _WHOLE = "tokenizer.json"
 _MAX_BYTES = 16 << 20
 _MARKS = ("[CLS]", "[SEP]")
@@ -63,8 +65,9 @@ def bert_tokenizer(folder: Path, max_length: int, rows: int) -> BertTokenizer:
 
 def tokenizer_of_file(path: Path, max_length: int, rows: int, *, lowercase: bool = True) -> BertTokenizer:
     """The tokenizer of a vocabulary, a token a line in the order of their ids. Raises as `bert_tokenizer`."""
-    lines = read_text(path, _MAX_BYTES).splitlines()
-    return _tokenizer(path, {line: i for i, line in enumerate(lines)}, max_length, rows, lowercase=lowercase)
+    lines = io.StringIO(read_text(path, _MAX_BYTES), newline=None)  # str.splitlines has other ends of lines too
+    ids = {line.rstrip("\n"): i for i, line in enumerate(lines)}
+    return _tokenizer(path, ids, max_length, rows, lowercase=lowercase)
 
 
 def _tokenizer(path: Path, ids: dict[str, int], max_length: int, rows: int, *, lowercase: bool) -> BertTokenizer:

@@ -9,9 +9,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ldmcli.errors import BadDataError, UsageError
+from ldmcli.lora import MAX_LORAS, LoRA
 from ldmcli.sampling.catalogue import SAMPLERS, check_spacing
 from ldmcli.sampling.names import sampler_of, schedule_of
-from ldmcli.spec import HIRES_FIELDS, MAX_LORAS, GenerationRequest, LoRA
+from ldmcli.spec import HIRES_FIELDS, GenerationRequest
 
 _TYPES = {field.name: field.type for field in dataclasses.fields(GenerationRequest)}
 _BESIDE: dict[str, dict[str, Any]] = {"schedule": {"sampler": "euler"}, "eta": {"sampler": "ddim"}}

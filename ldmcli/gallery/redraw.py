@@ -5,11 +5,14 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import LdmError
-from ldmcli.spec import PICTURES, STEERING_PICTURES, GenerationRequest
+from ldmcli.spec import PICTURES, STEERING, STEERING_PICTURES, GenerationRequest
 
 _STDIN = "-"  # in place of a picture that was given as data
 _OWN = {"prompt", "negative_prompt", "seed", "width", "height", "loras", "embeddings", "canny"}
+# What `ldm sample` has no option for, or takes as a file, and rows may say.
+_NOT_SAMPLED = ("layout", "image", "loras", "embeddings", "prompt_syntax", "on_long_prompt", "clip_skip", *STEERING)
 _FLAGS = {"invert_mask": "--invert-mask", "paste_back": "--no-paste-back"}  # where they are not as usual
 # Of a model's identity: options by their names there.
 _WEIGHTS = {
@@ -28,8 +31,14 @@ def command(request: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         return ""
     if any(_STDIN in getattr(asked, name) for name in STEERING_PICTURES):
         return ""
-    words = ["ldm", "txt2img" if asked.image is None else "img2img"]
-    words += ["--prompt", asked.prompt] if asked.prompt.startswith("-") else [asked.prompt]
+    samples = any(getattr(asked, name) is not None for name in CONDITION_FIELDS)
+    if samples and any(getattr(asked, name) != getattr(GenerationRequest, name) for name in _NOT_SAMPLED):
+        return ""
+    words = ["ldm", "sample" if samples else "txt2img" if asked.image is None else "img2img"]
+    if samples:
+        words += ["--prompt", asked.prompt] if asked.prompt else []
+    else:
+        words += ["--prompt", asked.prompt] if asked.prompt.startswith("-") else [asked.prompt]
     for name, option in _WEIGHTS.items():
         if isinstance(model.get(name), str) and model[name]:
             words += [option, model[name]]

@@ -1,6 +1,7 @@
 """A request's picture brought to the size it is drawn in, what of it is repainted, and the result put back into it."""
 
 import dataclasses
+import logging
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -8,8 +9,10 @@ from PIL import Image, ImageFilter, ImageOps
 from ldmcli.errors import BadDataError
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.pixels import Facts, facts_of, grey_of, on_white, read_depth, read_picture
+from ldmcli.remarks import warn_once
 from ldmcli.spec import ALPHA, PICTURES, GenerationRequest
 
+_log = logging.getLogger(__name__)
 _NOTHING = "the mask leaves nothing to repaint: white is what is repainted; see --invert-mask."
 _FLAT = "the depth map is the same everywhere, so it says nothing; nearer is brighter."
 _OPAQUE = "the picture has no transparency that could be its mask; name a --mask file."
@@ -123,8 +126,9 @@ def surroundings(mask: np.ndarray, padding: int, aspect: float) -> Box:
 
 
 def input_facts(request: GenerationRequest) -> dict[str, Facts]:
-    """Of each picture that the request names, its size and hash. Raises as `read_picture` and `read_depth` do, and
-    BadDataError where the mask can repaint nothing, or the depth map is flat."""
+    """Of each picture that the request names, its size and hash; it says so where one is to be stretched. Raises as
+    `read_picture` and `read_depth` do, and BadDataError where the mask can repaint nothing, or the depth map is
+    flat."""
     given = {name: getattr(request, name) for name in PICTURES if (name, getattr(request, name)) != ("mask", ALPHA)}
     found = {name: facts_of(value, depth=name == "depth") for name, value in given.items() if value is not None}
     if request.mask == ALPHA and not found["image"].transparent:
@@ -135,10 +139,14 @@ def input_facts(request: GenerationRequest) -> dict[str, Facts]:
             raise BadDataError(_NOTHING)
     if "depth" in found and found["depth"].greys[0] == found["depth"].greys[1]:
         raise BadDataError(_FLAT)
+    for name in found.keys() - {"image"}:
+        if not _alike(found[name], found["image"]):
+            shapes = f"{found[name].shape} and the picture {found['image'].shape}"
+            warn_once(_log, f"the {name} is {shapes}, which is of another shape: it is stretched to that")
     return found
 
 
-def alike(one: Facts, other: Facts) -> bool:
+def _alike(one: Facts, other: Facts) -> bool:
     """Whether two pictures are of about the same shape, whatever their sizes."""
     across, down = one.width * other.height, one.height * other.width
     return abs(across - down) <= 0.02 * max(across, down)

@@ -1,10 +1,11 @@
-"""Small networks for conditions other than prompts: class labels and semantic maps. Keys are the original code's."""
+"""Small networks for conditions other than prompts: class labels, semantic maps, embeddings of pictures. Keys are the
+original code's."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmcli.config import ClassesConfig, MapConfig
+from ldmcli.condition_config import ClassesConfig, ImageEmbeddingConfig, MapConfig
 
 
 class ClassEmbedder(nn.Module):
@@ -41,3 +42,18 @@ class MapEncoder(nn.Module):
         for _ in range(self.halvings):
             x = F.interpolate(x, scale_factor=0.5, mode="bilinear")
         return x
+
+
+class EmbeddingNoiser(nn.Module):
+    """Noise on embeddings of pictures, in units of the deviation that those have (Ramesh et al. 2022, unCLIP)."""
+
+    def __init__(self, config: ImageEmbeddingConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.mean = nn.Parameter(torch.zeros(1, width)) if config.statistics else None
+        self.std = nn.Parameter(torch.ones(1, width)) if config.statistics else None
+
+    def forward(self, embeddings: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """Embeddings (batch, hidden_size) with so much noise that the share `level` of their variance is left."""
+        mean, std = (0.0, 1.0) if self.mean is None or self.std is None else (self.mean, self.std)
+        return (level.sqrt() * ((embeddings - mean) / std) + (1 - level).sqrt() * noise) * std + mean

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ldmcli.conditioning.condition_encoder import ConditionEncoder
@@ -71,16 +72,23 @@ class DiffusionModel:
         steps: Sequence[Step],
         stage: Stage,
         channels: Tensor | None = None,
+        vectors: Tensor | None = None,
         steering: "Steering | None" = None,
     ) -> Denoiser:
         """The denoiser of a batch of requests that agree in all but prompts, seed and pictures, for latents of this
         batch, behind which it joins `channels` if it reads any, steered by `steering`; what does not depend on the
-        latents is computed here, once. `steps` are those of the whole run."""
+        latents is computed here, once. `steps` are those of the whole run; `vectors` (batch, width), of embeddings, are
+        added to their time embeddings, and zeros guided away from."""
         found = pairs(self.config, self.prompts, requests)
         if channels is not None and self.config.unet.reads:
             found = [
                 (dataclasses.replace(one, channels=own), dataclasses.replace(other, channels=own))
                 for (one, other), own in zip(found, channels.split(1), strict=True)
+            ]
+        if vectors is not None:
+            found = [
+                (dataclasses.replace(one, vector=torch.zeros_like(own)), dataclasses.replace(other, vector=own))
+                for (one, other), own in zip(found, vectors.split(1), strict=True)
             ]
         networks = steering.networks if steering else []
         stage.bring(self.unet, *networks)

@@ -66,11 +66,11 @@ def image_prompts(
         prompts = [request.image_prompts[place] for request in requests]
         adapter = networks.adapters.named(settings.adapter)
         encoder, reads = networks.encoder_of(settings.adapter), adapter.config.reads
-        features = torch.cat([_features(networks, stage, encoder, prompt.image, reads) for prompt in prompts])
+        features = torch.cat([features_of(networks, stage, encoder, prompt.image, reads) for prompt in prompts])
         if reads == "embedding":
             blank = torch.zeros_like(features[:1])
         else:
-            blank = _features(networks, stage, encoder, None, reads)
+            blank = features_of(networks, stage, encoder, None, reads)
         masks = None
         if settings.mask is not None:
             masks = torch.from_numpy(np.stack([*map(_mask, requests, canvases or itertools.repeat(None), prompts)]))
@@ -85,7 +85,7 @@ def image_prompts(
     return ImagePrompts(len(requests), tuple(negatives), tuple(positives))
 
 
-def _features(networks: Steerers, stage: Stage, encoder: str, image: str | bytes | None, reads: str) -> Tensor:
+def features_of(networks: Steerers, stage: Stage, encoder: str, image: str | bytes | None, reads: str) -> Tensor:
     """What an image encoder says of a picture (1, …), or of none."""
     key = encoder, reads, _BLANK if image is None else facts_of(image).sha256
     network = networks.encoders.named(encoder)

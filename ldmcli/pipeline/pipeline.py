@@ -31,6 +31,7 @@ from ldmcli.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from ldmcli.adapters.adapter import Use
+    from ldmcli.conditioning.image_embedding import ImageEmbeddings
     from ldmcli.images.canvas import Canvas
 
 _log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Pipeline:
     read_upscaler: ReadUpscaler
     networks: Steerers
     refiner: DiffusionModel | None = None
+    embeddings: "ImageEmbeddings | None" = None
     tile_vae: bool = False
     stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
     stage: Stage = dataclasses.field(default_factory=Stage)
@@ -123,6 +125,7 @@ class Pipeline:
         shape = channels, settings.height // factor, settings.width // factor
         noise = SeededNoise([request.seed for request in requests], shape, self.runtime.device)
         scale = schedule.first_scale(steps, settings.sampler, settings.schedule)
+        vectors = self.embeddings(requests, noise) if self.embeddings else None
         starter = Starter(self._encoded, self._modes, self.runtime.device, self.config.noising)
         start = starter.start(settings, canvases, noise, taken, scale, earlier)
         steering = None
@@ -137,7 +140,7 @@ class Pipeline:
             # 2. Prompts and guidance make a denoiser of the model, once for all its steps.
             with self.stopwatch.phase("text"):
                 steers = steering if model is self.model else None
-                denoise = model.denoiser(requests, steps, self.stage, start.channels, steers)
+                denoise = model.denoiser(requests, steps, self.stage, start.channels, vectors, steers)
                 if start.kept:
                     denoise = start.kept.beside(denoise, taken[0])
                 denoise = seen = Seen(denoise)

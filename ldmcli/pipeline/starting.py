@@ -50,7 +50,8 @@ class Starter:
         earlier: Earlier | None = None,
     ) -> Start:
         """What the first of the steps to be taken starts from. Each image's generator draws, as in diffusers, the noise
-        of its picture's posterior, that of the start, and that of the posterior of what is not masked, read or not."""
+        of its picture's posterior, that of the start, and that of the posterior of what is not masked, read or not; as
+        in CompVis' code, the model that reads `masked` has none of the last."""
         reads = settings.model_reads
         inpaints = reads in ("mask", "masked")
         if not canvases and not inpaints and earlier is None:
@@ -76,7 +77,7 @@ class Starter:
             if image is not None:
                 latents = noised(image, fresh, taken[0]) if taken else image
             return Start(latents, depth)
-        beside = noise()
+        beside = fresh if reads == "masked" else noise()  # for that the likeliest latents count, as with CompVis
         masks = self._masks(settings, canvases, len(fresh))
         factor = settings.height // fresh.shape[2]
         small = masks[:, :, ::factor, ::factor]

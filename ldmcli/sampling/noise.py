@@ -22,8 +22,11 @@ class SeededNoise:
 
     def __call__(self, channels: int | None = None) -> Tensor:
         """The next draw, (len(seeds), *shape), float32, on the device; with so many channels where given."""
-        shape = self._shape if channels is None else (1, channels, *self._shape[2:])
-        draws = [torch.randn(shape, generator=g, dtype=torch.float32) for g in self._generators]
+        return self.of(*(self._shape[1:] if channels is None else (channels, *self._shape[2:])))
+
+    def of(self, *shape: int) -> Tensor:
+        """The next draw, (len(seeds), *shape), of another shape than the latents'."""
+        draws = [torch.randn((1, *shape), generator=g, dtype=torch.float32) for g in self._generators]
         return to_device(torch.cat(draws), self._device)
 
 

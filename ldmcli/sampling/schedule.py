@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ldmcli.config import ScheduleConfig, Walk
+from ldmcli.config import BETA_SCHEDULES, COSINE, ScheduleConfig, Walk, cosine_betas
 from ldmcli.errors import BadDataError
 from ldmcli.sampling.catalogue import Sampler, check_fit, sampler_named
 from ldmcli.spacings import RESPACED
@@ -285,4 +285,6 @@ def _betas(config: ScheduleConfig) -> Tensor:
         return torch.linspace(start, end, count, dtype=torch.float32)
     if config.beta_schedule == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32).square()
-    raise BadDataError(f"beta_schedule {config.beta_schedule!r} is not known; linear and scaled_linear are.")
+    if config.beta_schedule == COSINE:
+        return torch.tensor(cosine_betas(count), dtype=torch.float32)
+    raise BadDataError(f"beta_schedule {config.beta_schedule!r} is not known; {', '.join(BETA_SCHEDULES)} are.")

@@ -17,7 +17,7 @@ from ldmcli.checkpoints.source import ModelSource, with_prediction_type
 from ldmcli.conditioning.condition_encoder import ConditionEncoder
 from ldmcli.conditioning.pairs import pairs
 from ldmcli.conditioning.prompts import PromptEncoder
-from ldmcli.config import UNDECIDED, TinyVAEConfig
+from ldmcli.config import UNDECIDED, ImageEmbeddingConfig, TinyVAEConfig
 from ldmcli.errors import LdmError
 from ldmcli.fitting import FittedRequest
 from ldmcli.networks.taesd import TinyVAE
@@ -26,6 +26,7 @@ from ldmcli.networks.vae import Autoencoder, autoencoder_of
 from ldmcli.pipeline.pipeline import DiffusionModel, Pipeline
 from ldmcli.pipeline.steering import Networks, Steerers, encoder_dtype
 from ldmcli.session.opened import Opened
+from ldmcli.session.steering_sources import is_picture
 from ldmcli.speed.offload import Stage
 from ldmcli.speed.policy import Runtime
 from ldmcli.stopwatch import Stopwatch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ldmcli.checkpoints.control_source import ControlSource
     from ldmcli.checkpoints.ip_adapter_source import IPAdapterSource
     from ldmcli.checkpoints.source import PartSource
+    from ldmcli.conditioning.image_embedding import ImageEmbeddings
     from ldmcli.conditioning.image_encoder import ImageEncoder
     from ldmcli.networks.ip_adapter import IPAdapter
     from ldmcli.pipeline.controlling import Network
@@ -97,6 +99,7 @@ def load(
         refiner,
         stopwatch=stopwatch,
         stage=stage,
+        embeddings=_embeddings(opened, runtime, networks, stage),
     )
     if vae_encoder:
         pipeline.take_encoder(vae_encoder.result())
@@ -222,7 +225,7 @@ def _read_networks(networks: Steerers, first: Sequence[FittedRequest]) -> None:
 
 
 def _encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stage) -> PromptEncoder | ConditionEncoder:
-    if source.config.condition != "text":
+    if "text" not in source.config.conditions:
         network = load_conditioner(source, stage.home, runtime.text_dtype)
         if network is not None:
             stage.add(network)
@@ -231,6 +234,29 @@ def _encoders(opened: Opened, source: ModelSource, runtime: Runtime, stage: Stag
     for encoder in encoders:
         stage.add(encoder.model)
     return PromptEncoder([dataclasses.replace(encoder, bring=stage.bring) for encoder in encoders], opened.words)
+
+
+def _embeddings(opened: Opened, runtime: Runtime, networks: Steerers, stage: Stage) -> "ImageEmbeddings | None":
+    """What makes embeddings ready to be read, where the model reads any."""
+    config = opened.model.config
+    if not isinstance(config.conditioner, ImageEmbeddingConfig):
+        return None
+    from ldmcli.conditioning.image_embedding import ImageEmbeddings
+
+    def read(request: FittedRequest) -> torch.Tensor:
+        assert request.image_embedding is not None
+        if not is_picture(request.image_embedding):
+            from ldmcli.checkpoints.image_embedding_file import read_embedding
+
+            return read_embedding(request, allow_pickle=opened.spec.allow_pickle)
+        from ldmcli.pipeline.image_prompting import features_of
+
+        encoder = str(opened.steering.embedder().path)
+        return features_of(networks, stage, encoder, request.image_embedding, "embedding").float()
+
+    assert config.noising is not None
+    noiser: Any = load_conditioner(opened.model, runtime.device, torch.float32)
+    return ImageEmbeddings(config.unet, noiser, config.noising, read, runtime.device)
 
 
 def _map_of(request: FittedRequest) -> Any:

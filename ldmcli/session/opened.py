@@ -23,6 +23,7 @@ from ldmcli.conditioning.chunks import TokenizedPrompt, tokenize
 from ldmcli.conditioning.lora_tags import check_negative, split_tags
 from ldmcli.conditioning.syntax import parse
 from ldmcli.conditioning.tokenizer import ClipTokenizer
+from ldmcli.conditioning.wordpiece import FOLDERS, VOCABULARY
 from ldmcli.conditioning.words import NO_WORDS, Word, Words
 from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
@@ -84,10 +85,10 @@ class Opened:
         elif not self.refiner and request.refiner_start is not None:
             raise UsageError("--refiner-start is for a model with a --refiner; name one, or leave it out.")
         prompt, request = self._with_loras(self.model.class_names.numbered(request))
-        fitted = dataclasses.replace(self._fitted(request), prompt=prompt)
+        fitted = dataclasses.replace(self._fitted(request, hashes), prompt=prompt)
         if fitted.is_steered:
             fitted = self.steering.checked(fitted, hashes)
-        if self.spec.image_encoder and not request.ip_adapter:
+        if self.spec.image_encoder and not (request.ip_adapter or "image_encoder" in dict(fitted.inputs)):
             warn_once(_log, "image_encoder is for a request with an ip_adapter, and changes nothing without one")
         if note := self.model.config.schedule.of(fitted.sampler).note:
             warn_once(_log, note)
@@ -153,7 +154,7 @@ class Opened:
         tags = split_tags(request.prompt)[1] if request.prompt_syntax == "weighted" else ()
         named = (self.adapters.adapter(lora) for lora in (*request.loras, *tags))  # which imports nothing without any
         adapters = [adapter for adapter in named if adapter.bundled]
-        if self.model.config.condition != "text":
+        if "text" not in self.model.config.conditions:
             return NO_WORDS
         if not (request.embeddings or self.spec.embedding_dir or adapters):
             return NO_WORDS
@@ -206,19 +207,15 @@ class Opened:
             text = split_tags(text)[0]
         return tokenize(tokenizer, text, syntax=request.prompt_syntax, chunked=chunked, words=self.words(request))
 
-    def _fitted(self, request: GenerationRequest) -> FittedRequest:
+    def _fitted(self, request: GenerationRequest, hashes: FileHashes) -> FittedRequest:
         inputs, size = {}, None
         if request.image is not None:
-            from ldmcli.images.canvas import alike, input_facts
+            from ldmcli.images.canvas import input_facts
 
             masked = request.mask is not None
             if idle := [name for name in MASK_FIELDS if not masked and getattr(request, name) != _USUAL[name]]:
                 warn_once(_log, f"{idle[0]} is for a picture with a mask, and changes nothing without one")
             facts = input_facts(request)
-            for name in facts.keys() - {"image"}:
-                if not alike(facts[name], facts["image"]):
-                    shapes = f"{facts[name].shape} and the picture {facts['image'].shape}"
-                    warn_once(_log, f"the {name} is {shapes}, which is of another shape: it is stretched to that")
             inputs = {name: each.sha256 for name, each in facts.items()}
             size = facts["image"].width, facts["image"].height
         if request.map is not None:
@@ -227,6 +224,8 @@ class Opened:
             facts_of_map = map_facts(request, self.model.config.conditioner)
             inputs["map"], size = facts_of_map.sha256, (facts_of_map.width, facts_of_map.height)
         fitted = fit_to_model(request, self.model.config, size)
+        if fitted.image_embedding is not None:
+            inputs |= self.steering.embedding(request, hashes)
         if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
             warn_once(_log, "image_guidance_scale changes nothing where guidance_scale is 1")
         if fitted.hires and fitted.hires_upscaler not in (LATENT, LANCZOS):
@@ -240,7 +239,7 @@ class Opened:
         """The networks that requests name, and what those read."""
         from ldmcli.session.steering_sources import SteeringSources
 
-        return SteeringSources(self.spec, self.model.config)
+        return SteeringSources(self.spec, self.model.config, self.model.path)
 
     def hires_upscaler(self, name: str) -> "UpscalerFile":
         """The network that second passes name; another once its file is. Raises as `open_upscaler` does."""
@@ -362,7 +361,8 @@ def _stamps(opened: Opened) -> tuple[object, ...]:
     paths = [each.path for each in (opened.model, opened.vae, opened.refiner, upscaler) if each]
     found: list[object] = []
     for path in paths:
-        files = [path, path.parent / "vocab.txt", *(path.with_suffix(ending) for ending in _SETTINGS)]
+        files = [path, *(path.parent / name / VOCABULARY for name in ("", *FOLDERS))]
+        files += [path.with_suffix(ending) for ending in _SETTINGS]
         if os.path.isdir(path):
             files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names)[:_MAX_STAMPED]
         for file in files:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,12 @@ from ldmcli.checkpoints.source import PartSource, embedded_folder
 from ldmcli.config import ModelConfig
 from ldmcli.control import EMBEDDED_CONTROL, INPAINT, TYPES, Control
 from ldmcli.disk.hashes import FileHashes
-from ldmcli.errors import UsageError, printable
+from ldmcli.disk.opening import bad_file
+from ldmcli.errors import MissingInputError, UsageError, printable
 from ldmcli.fitting import FittedRequest
+from ldmcli.images.formats import format_of_file
 from ldmcli.remarks import warn_once
-from ldmcli.spec import ModelSpec
+from ldmcli.spec import GenerationRequest, ModelSpec
 from ldmcli.steering_config import AdapterConfig, ImageEncoderConfig
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from ldmcli.checkpoints.ip_adapter_source import IPAdapterSource
 
 _log = logging.getLogger(__name__)
+ENCODER = "image_encoder"  # a model's own, in its folder
 _SILHOUETTE, _SILHOUETTE_FILE = "tiny-emoji-silhouette", "model.safetensors"  # what EMBEDDED_CONTROL stands for
 
 
@@ -27,8 +31,9 @@ class SteeringSources:
     """Control networks, IP-Adapters and their image encoders for a model, each looked at once while its files stay as
     they are."""
 
-    def __init__(self, spec: ModelSpec, model: ModelConfig) -> None:
-        self._spec, self._model = spec, model
+    def __init__(self, spec: ModelSpec, model: ModelConfig, folder: Path) -> None:
+        """`folder` is the model's, or its file."""
+        self._spec, self._model, self._folder = spec, model, folder
         self._controls: dict[str, ControlSource] = {}
         self._ip_adapters: dict[str, IPAdapterSource] = {}
         self._image_encoders: dict[Path, PartSource[ImageEncoderConfig]] = {}
@@ -107,6 +112,48 @@ class SteeringSources:
             found = open_image_encoder(path, allow_pickle=self._spec.allow_pickle)
             self._image_encoders[path] = found
         return found
+
+    def embedding(self, request: GenerationRequest, hashes: FileHashes) -> dict[str, str]:
+        """The SHA-256 of what a request's embedding is read from, or made of, by field. Raises as `check_embedding` and
+        `embedder` do."""
+        assert request.image_embedding is not None
+        if not is_picture(request.image_embedding):
+            from ldmcli.checkpoints.image_embedding_file import check_embedding
+
+            config: Any = self._model.conditioner
+            return {"image_embedding": check_embedding(request, config, hashes, allow_pickle=self._spec.allow_pickle)}
+        if request.embedding_row:
+            given = f"embedding_row {request.embedding_row}"
+            raise UsageError(f"{given} is for a file of embeddings, and this is a picture; leave it out.")
+        from ldmcli.images.pixels import facts_of
+
+        found = {"image_embedding": facts_of(request.image_embedding).sha256}
+        return found | {"image_encoder": self._sha256(self.embedder(), hashes)}
+
+    def embedder(self) -> PartSource[ImageEncoderConfig]:
+        """What makes embeddings of pictures for a model that reads those. Raises MissingInputError where there is none,
+        BadDataError where it makes others."""
+        from ldmcli.checkpoints.folder_config import check_processor
+        from ldmcli.hub.listing import find_model
+
+        named, own, width = self._spec.image_encoder, self._folder / ENCODER, self._model.unet.pooled_dim
+        if named is None and not os.path.isdir(own):
+            raise MissingInputError(
+                "the model has no image encoder beside it that would make an embedding of a picture; name one with "
+                "--image-encoder, or give a safetensors file of the embedding."
+            )
+        found = self.image_encoder(own if named is None else find_model(named, half=False))
+        if named is None:
+            check_processor(self._folder / "feature_extractor" / "preprocessor_config.json", found.config.image_size)
+        if found.config.projection_dim != width:
+            what = f"gives embeddings of {found.config.projection_dim} numbers, and the model reads {width}"
+            raise bad_file(found.path, what, "name the encoder it was made for with --image-encoder")
+        return found
+
+
+def is_picture(path: str) -> bool:
+    """Whether an embedding is to be made of this file, a picture, rather than read from it."""
+    return format_of_file(Path(path)) is not None
 
 
 def _changed(*parts: PartSource[Any]) -> bool:

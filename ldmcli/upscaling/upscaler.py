@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldmcli.checkpoints.families import ENLARGING
 from ldmcli.checkpoints.file_kinds import describe_single_file, family_named, with_article
 from ldmcli.checkpoints.files import WeightFile, open_weights, read_tensors
 from ldmcli.checkpoints.header import FLOATING
@@ -75,7 +74,8 @@ def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
     weights = open_weights(path, allow_pickle=allow_pickle, cure=_CURE)
     kind = describe_single_file({key: info.shape for key, info in weights.tensors.items()})
     if kind != "unknown":
-        cure = _CURE if family_named(kind) not in ENLARGING else "enlarge what is drawn with it by ldm upscale -m"
+        family = family_named(kind)
+        cure = "enlarge what is drawn with it by ldm upscale -m" if family and family.enlarges else _CURE
         raise bad_file(path, f"is {with_article(kind)}, not an upscaler", cure)
     for key, info in weights.tensors.items():
         if len(info.shape) == 4 and info.dtype not in FLOATING:  # others may be places in a window, and such

@@ -48,6 +48,8 @@ def _unet_key(key: str, layers: int, attending: set[int]) -> str:
         "time_embedding.linear_2": "time_embed.2",
         "time_embedding.cond_proj": "time_embed.cond_proj",
         "class_embedding": "label_emb",
+        "class_embedding.linear_1": "label_emb.0.0",
+        "class_embedding.linear_2": "label_emb.0.2",
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
         "conv_norm_out": "out.0",

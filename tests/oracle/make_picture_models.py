@@ -15,7 +15,7 @@ from paper_models import UNET, state_of
 from picture_models import LARGE, LATENTS, PATCH, PICTURED, low_res, small, to_fill
 from torch import Tensor
 
-RUNS: dict[str, dict[str, Any]] = {"ddim": {}, "eta": {"eta": 1.0}}
+RUNS: dict[str, dict[str, Any]] = {"eta": {"eta": 1.0}, "plms": {"sampler": "plms"}, "ddim": {}}
 
 
 class Pictured(Original):
@@ -46,14 +46,17 @@ def tensor_of(pixels: Any) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255 * 2 - 1
 
 
-def sampled(original: Pictured, condition: Tensor, latents: tuple[int, int], eta: float = 0.0) -> Tensor:
-    from ldm.models.diffusion import ddim
+def sampled(
+    original: Pictured, condition: Tensor, latents: tuple[int, int], eta: float = 0.0, sampler: str = "ddim"
+) -> Tensor:
+    from ldm.models.diffusion import ddim, plms
 
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn((1, 3, *latents), generator=generator)
     ddim.noise_like = lambda shape, device, repeat: torch.randn(shape, generator=generator)
-    ddim.DDIMSampler.register_buffer = lambda self, name, attr: setattr(self, name, attr)
-    found, _ = ddim.DDIMSampler(original).sample(
+    kind = plms.PLMSSampler if sampler == "plms" else ddim.DDIMSampler
+    kind.register_buffer = lambda self, name, attr: setattr(self, name, attr)
+    found, _ = kind(original).sample(
         STEPS, 1, (3, *latents), condition, verbose=False, x_T=start, eta=eta
     )  # fmt: skip
     return found
@@ -80,9 +83,11 @@ def facts_of(name: str) -> dict[str, list[float]]:
     image, mask = (tensor_of(pixels) + 1) / 2, torch.from_numpy(holes)[None, None].float()
     beside = stage.encode(2 * (1 - mask) * image - 1)
     condition = torch.cat([beside, torch.nn.functional.interpolate(2 * mask - 1, size=beside.shape[-2:])], dim=1)
-    latents = sampled(original, condition, LATENTS)
+    for run, settings in RUNS.items():
+        latents = sampled(original, condition, LATENTS, **settings)
+        found[run] = kept(latents)
     drawn = (stage.decode(latents) / 2 + 0.5).clamp(0, 1)
-    return {"ddim": kept(latents), "pixels": kept(255 * ((1 - mask) * image + mask * drawn))}
+    return found | {"pixels": kept(255 * ((1 - mask) * image + mask * drawn))}
 
 
 def main() -> None:

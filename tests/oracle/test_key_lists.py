@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ldmcli.checkpoints.files import WeightFile
 from ldmcli.checkpoints.load import load_conditioner, load_text_encoders, load_unet, load_vae, on_meta
 from ldmcli.checkpoints.source import ModelSource, open_model
-from ldmcli.conditioning.pairs import size_vector
+from ldmcli.conditioning.pairs import added_vector
 from ldmcli.config import TextEncoderConfig, UNetConfig
 from ldmcli.networks.unet import UNet
 
@@ -262,7 +262,7 @@ def test_full_size_sdxl_unet_equals_diffusers(dtype: torch.dtype, side: int, tol
     latents, context, pooled = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes_of_inputs)
     numbers = torch.tensor([[1024.0, 768.0, 0.0, 16.0, 512.0, 512.0]])
     with torch.inference_mode():
-        time = ours.embed_time(torch.tensor([500.0])) + ours.add_embedding(size_vector(pooled, numbers, ours.config))
+        time = ours.embed_time(torch.tensor([500.0])) + ours.add_embedding(added_vector(pooled, numbers, ours.config))
         found = ours(latents, time, ours.project_context(context))
         with torch.device("meta"):
             theirs = build_parts("sdxl", small=False)["unet"].eval()

@@ -19,7 +19,7 @@ from oracle.random_families import RECIPES, build_parts
 from ldmcli.checkpoints.families import LCM_DEFAULTS
 from ldmcli.checkpoints.load import load_vae
 from ldmcli.checkpoints.source import open_model
-from ldmcli.conditioning.pairs import pairs, size_vector
+from ldmcli.conditioning.pairs import added_vector, pairs
 from ldmcli.config import VAEConfig
 from ldmcli.errors import BadDataError
 from ldmcli.networks.inputs import Conditioning
@@ -223,7 +223,7 @@ def test_unet(family_models: FamilyModels, name: str, layout: str, timestep: int
     with torch.inference_mode():
         time = unet.embed_time(torch.tensor([float(timestep)]), 8.5)
         if added:
-            time = time + unet.add_embedding(size_vector(added["text_embeds"], added["time_ids"], unet.config))
+            time = time + unet.add_embedding(added_vector(added["text_embeds"], added["time_ids"], unet.config))
         assert relative(unet(latents, time, unet.project_context(context)), theirs) < PARTS
 
 

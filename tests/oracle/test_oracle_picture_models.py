@@ -83,5 +83,7 @@ def test_inpainting_latents(model: Callable[[str], Path]) -> None:
     image, mask = to_fill()
     masks = png(np.repeat(255 * mask.astype(np.uint8)[..., None], 3, axis=2))
     with Session(ModelSpec(str(model("inpainting_big"))), FP32) as session:
-        (picture,) = session.draw([GenerationRequest("", image=png(image), mask=masks, seed=SEED, steps=STEPS)])
-        assert apart(picture.latents, FACTS["inpainting_big"]["ddim"]) < 1e-4
+        for run, settings in RUNS.items():
+            request = GenerationRequest("", image=png(image), mask=masks, seed=SEED, steps=STEPS, **settings)
+            (picture,) = session.draw([request])
+            assert apart(picture.latents, FACTS["inpainting_big"][run]) < 1e-4, run

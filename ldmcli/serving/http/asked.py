@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ldmcli.conditions import CONDITION_FIELDS, read_label, read_layout
+from ldmcli.conditions import read_label, read_layout
 from ldmcli.config import ModelConfig
 from ldmcli.errors import UsageError
 from ldmcli.images.formats import Encoding
@@ -46,10 +46,10 @@ def conditions_of(values: Values) -> dict[str, Any]:
     class's number or name; a `layout`, a list or the JSON of one; a `map`, a picture in base64. Raises Refused."""
     readers = {"label": read_label, "layout": _read_layout, "map": lambda value: picture_bytes(value, "map")}
     found = {}
-    for name in CONDITION_FIELDS:
+    for name, read in readers.items():
         if (value := values.raw(name)) is not None:
             try:
-                found[name] = readers[name](value)
+                found[name] = read(value)
             except UsageError as error:
                 raise Refused(str(error), field=name) from None
     return found
