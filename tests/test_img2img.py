@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldmcli import GenerationRequest, Session, remarks
 from ldmcli.errors import BadDataError, UsageError
+from ldmcli.images.canvas import canvas_of
 from ldmcli.images.metadata import read_parameters, read_record
 
 SIZE = 64
@@ -200,6 +201,47 @@ def test_the_surroundings_are_drawn_at_the_full_size(session: Session, tmp_path:
     changed = (raw != noise).any(-1)
     rows, columns = np.nonzero(changed)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (27, 72, 92, 137)  # 46×46 around 36×46
+
+
+def start_of(session: Session, **settings: Any) -> np.ndarray:
+    """The latents (channels, height, width) that sampling starts from."""
+    heard: list[np.ndarray] = []
+    request = GenerationRequest("a", seed=3, steps=4, strength=0.5, sampler="ddim", **settings)
+    next(session.draw([request], on_step=lambda progress: heard.append(progress.latents[0].numpy().copy())))
+    return heard[0]
+
+
+def test_repainting_starts_from_the_picture_from_noise_or_from_nothing(
+    session: Session, apple: Path, spot: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.png"
+    Image.fromarray(255 - pixels(apple)).save(other)
+    starts = {
+        content: [start_of(session, image=image, mask=spot, masked_content=content) for image in (apple, other)]
+        for content in ("original", "noise", "zero")
+    }
+    masked, kept = np.s_[:, 3:6, 3:6], np.s_[:, :2]  # of the latents
+    for content, (one, another) in starts.items():
+        assert np.array_equal(one[masked], another[masked]) == (content != "original")
+        assert np.array_equal(one[kept], starts["original"][0][kept])
+    step = starts["noise"][0][masked] - starts["zero"][0][masked]
+    assert 0.3 < step.std() < 1  # noise of the picture's share
+
+
+def test_colours_around_the_mask_grow_into_it(session: Session, spot: Path, tmp_path: Path) -> None:
+    halves = np.zeros((SIZE, SIZE, 3), np.uint8)
+    halves[:, :32, 0] = halves[:, 32:, 2] = 200
+    mask = np.asarray(Image.open(spot)) > 127
+    halves[mask] = (0, 255, 0)
+    Image.fromarray(halves).save(tmp_path / "halves.png")
+    request = GenerationRequest("a", image=tmp_path / "halves.png", mask=spot, masked_content="fill")
+    found = canvas_of(session.fit(request)).pixels
+    assert np.array_equal(found[~mask], halves[~mask])
+    assert found[mask][:, 1].max() < 8
+    red, _, blue = found[32, 20:44].T.astype(int)
+    assert (red[0], blue[-1]) == (pytest.approx(200, abs=20),) * 2
+    assert (np.diff(red) <= 2).all()
+    assert (np.diff(blue) >= -2).all()
 
 
 @pytest.mark.parametrize("content", ["fill", "noise", "zero"])

@@ -186,7 +186,7 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" not in ImageCms.getProfileDescription(own).lower().replace(" ", ""):
             source = picture if picture.mode in ("CMYK", "L") else plain
-            return ImageCms.profileToProfile(source, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return ImageCms.profileToProfile(source, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or plain
     return plain
 
 
