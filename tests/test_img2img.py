@@ -107,6 +107,25 @@ def test_what_is_said_of_no_mask_changes_nothing_with_a_word(
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--mask-padding", "4"), "mask_padding is for an inpaint_area of masked"),
+        (("--inpaint-area", "masked", "--resize", "fill"), "resize changes nothing"),
+        (("--strength", "1", "--masked-content", "zero"), "masked_content changes nothing where strength is 1"),
+    ],
+)
+def test_what_a_mask_leaves_idle_is_said(
+    options: tuple[str, ...], words: str, tmp_path: Path, apple: Path, spot: Path
+) -> None:
+    remarks.sayings().clear()
+    usual = {"--strength": ("--strength", "1"), "--inpaint-area": ("--inpaint-area", "masked")}.get(options[0], ())
+    for name, given in (("a.png", options), ("b.png", usual)):
+        done = img2img("a pear", "-i", apple, "--mask", spot, *given, "-o", tmp_path / name)
+        assert (words in done.err) == (given == options)
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
 # ---- sizes, and what pictures may be ----
 
 
@@ -263,6 +282,23 @@ def test_transparency_may_be_the_mask(session: Session, apple: Path, spot: Path,
         session.fit(GenerationRequest("a", image=apple, mask="alpha"))
 
 
+def test_commands_and_rows_take_transparency_and_other_programs_names(apple: Path, spot: Path, tmp_path: Path) -> None:
+    hole, out = tmp_path / "hole.png", tmp_path / "out.png"
+    picture = Image.open(apple).convert("RGB")
+    picture.putalpha(Image.eval(Image.open(spot), lambda grey: 255 - grey))
+    picture.save(hole)
+    done = img2img("a", "--init-img", hole, "--mask", "alpha", "--denoising-strength", "0.5", "-o", out)
+    assert done.code == 0, done.err
+    request = read_record(out)["request"]
+    assert (request["image"], request["mask"], request["strength"]) == (str(hole), "alpha", 0.5)
+    assert ldm_here("img2img", "--from-image", out, "-o", tmp_path / "again.png").code == 0
+    row = {"prompt": "a", "init_image": "hole.png", "mask": "alpha", "denoising_strength": 0.5, "steps": 4, "seed": 3}
+    of_row = batch(rows(tmp_path / "rows.jsonl", row), "-o", tmp_path / "run")
+    for path in (tmp_path / "again.png", *of_row.paths):
+        assert np.array_equal(pixels(path), pixels(out))
+    assert len(of_row.paths) == 1
+
+
 def test_only_a_mask_is_called_alpha(apple: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     assert_refused(img2img("a", "-i", "alpha", "-o", out), 66, "alpha does not exist")
@@ -345,6 +381,8 @@ def test_a_picture_from_standard_input(apple: Path, tmp_path: Path) -> None:
     assert read_record(out)["request"]["image"] == "-"
     assert_refused(ldm_here("img2img", "--from-image", out, "-o", tmp_path / "b.png"), 66, "standard input", "--image")
     assert_refused(img2img("-", "-i", "-"), 2, "standard input is either")
+    for option in ("--mask", "--depth"):
+        assert_refused(img2img("a", "-i", apple, option, "-"), 2, "standard input may be the --image alone", option)
     assert_refused(img2img("a"), 2, "--image")
 
 

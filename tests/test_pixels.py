@@ -250,6 +250,7 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
         ("pipe", 65, "is a pipe"),
         ("https://example.org/cat.png", 66, "is an address"),
         ("/dev/zero", 65, "is a device"),
+        (" ", 66, "' ' does not exist"),
     ):
         assert_refused(ldm_here("img2img", "x", "-i", name, cwd=tmp_path), code, words)
         assert_refused(ldm_here("img2img", "x", "-i", "cat.png", "--mask", name, cwd=tmp_path), code, words)
