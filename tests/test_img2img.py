@@ -11,7 +11,7 @@ from conftest import loaded, open_session
 from PIL import Image
 
 from ldmcli import GenerationRequest, Session, remarks
-from ldmcli.errors import BadDataError, UsageError
+from ldmcli.errors import BadDataError, MissingInputError, UsageError
 from ldmcli.images.canvas import canvas_of
 from ldmcli.images.metadata import read_parameters, read_record
 
@@ -451,6 +451,31 @@ def test_a_run_is_not_gone_on_with_when_its_pictures_have_changed(apple: Path, t
     assert batch(file, "-o", tmp_path / "out", "--extend").code == 0
     Image.new("RGB", (SIZE, SIZE)).save(own)
     assert_refused(batch(file, "-o", tmp_path / "out"), 65, "another run", "pictures_sha256")
+
+
+def test_a_picture_that_changes_while_others_are_drawn_fails_by_itself(
+    session: Session, apple: Path, spot: Path, tmp_path: Path
+) -> None:
+    """Else its record would name another picture than it was made from."""
+    names = ("a.png", "mask.png", "c.png")
+    for name in names:
+        (tmp_path / name).write_bytes((spot if name == "mask.png" else apple).read_bytes())
+    common: dict[str, Any] = {"steps": 2, "image": tmp_path / "a.png"}
+    requests = [
+        GenerationRequest("a", seed=1, **common | {"image": tmp_path / "c.png"}),
+        GenerationRequest("b", seed=2, **common),
+        GenerationRequest("c", seed=3, **common | {"image": apple, "mask": tmp_path / "mask.png"}),
+        GenerationRequest("d", seed=4, **common | {"image": apple}),
+    ]
+    fitted = [session.fit(request) for request in requests]
+    Image.new("RGB", (SIZE, SIZE), "green").save(tmp_path / "a.png")
+    Image.new("L", (SIZE, SIZE), 255).save(tmp_path / "mask.png")
+    (tmp_path / "c.png").unlink()
+    pictures = list(session.draw(fitted, batch_size=4))
+    for picture, words in zip(pictures[:3], ("c.png does not exist", "a.png has changed", "mask.png has"), strict=True):
+        with pytest.raises((BadDataError, MissingInputError), match=words):
+            picture.pixels()
+    assert pictures[3].pixels().shape == (SIZE, SIZE, 3)
 
 
 def test_a_grid_of_strengths_on_one_picture(apple: Path, tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.pixels import Facts, facts_of, grey_of, on_white, read_depth, read_picture
 from ldmcli.remarks import warn_once
-from ldmcli.spec import ALPHA, PICTURES, GenerationRequest
+from ldmcli.spec import ALPHA, PICTURES, STEERING_PICTURES, GenerationRequest
 
 _log = logging.getLogger(__name__)
 _NOTHING = "the mask leaves nothing to repaint: white is what is repainted; see --invert-mask."
@@ -144,6 +146,19 @@ def input_facts(request: GenerationRequest) -> dict[str, Facts]:
             shapes = f"{found[name].shape} and the picture {found['image'].shape}"
             warn_once(_log, f"the {name} is {shapes}, which is of another shape: it is stretched to that")
     return found
+
+
+def check_unchanged(request: FittedRequest) -> None:
+    """Raise BadDataError where a picture's file is another now than when the request was fitted, or as `read_picture`:
+    what is drawn says which pictures it was made from."""
+    for name, sha256 in request.inputs:
+        field, _, number = name.partition(":")
+        if field not in PICTURES + STEERING_PICTURES:
+            continue
+        value = getattr(request.recorded, field)
+        path = value[int(number)] if number else value
+        if isinstance(path, str) and facts_of(path, depth=field == "depth").sha256 != sha256:
+            raise BadDataError(f"{shown(Path(path))} has changed since it was checked; run again.")
 
 
 def _alike(one: Facts, other: Facts) -> bool:
