@@ -1,5 +1,6 @@
 """Pictures that users name: every common kind comes out right, and what is hostile costs one sentence and no memory."""
 
+import errno
 import io
 import json
 import os
@@ -254,6 +255,26 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
     ):
         assert_refused(ldm_here("img2img", "x", "-i", name, cwd=tmp_path), code, words)
         assert_refused(ldm_here("img2img", "x", "-i", "cat.png", "--mask", name, cwd=tmp_path), code, words)
+
+
+@pytest.mark.parametrize("option", ["--image", "--mask", "--depth"])
+def test_a_picture_that_may_not_be_read_is_no_wrong_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """Root may read everything, so that permissions are asked for in its place: 66, not 2, with where to look."""
+    for name in ("good.png", "secret.png"):
+        (tmp_path / name).write_bytes(encoded(colours()))
+    opened, secret = os.open, str(tmp_path / "secret.png")
+
+    def refuse(path: Any, *more: Any, **settings: Any) -> int:
+        if os.fspath(path) == secret:
+            raise PermissionError(errno.EACCES, "Permission denied", secret)
+        return opened(path, *more, **settings)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode, **settings: os.fspath(path) != secret)
+    given = () if option == "--image" else ("-i", tmp_path / "good.png")
+    assert_refused(ldm_here("img2img", "x", *given, option, secret), 66, "secret.png is not readable", "permissions")
 
 
 def test_too_many_pixels_are_refused_before_they_are_unpacked() -> None:

@@ -12,7 +12,7 @@ from ldmcli.errors import BadDataError
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.pixels import Facts, facts_of, grey_of, on_white, read_depth, read_picture
 from ldmcli.remarks import warn_once
-from ldmcli.spec import ALPHA, PICTURES, STEERING_PICTURES, GenerationRequest
+from ldmcli.spec import ALPHA, PICTURES, GenerationRequest
 
 _log = logging.getLogger(__name__)
 _NOTHING = "the mask leaves nothing to repaint: white is what is repainted; see --invert-mask."
@@ -151,14 +151,13 @@ def input_facts(request: GenerationRequest) -> dict[str, Facts]:
 def check_unchanged(request: FittedRequest) -> None:
     """Raise BadDataError where a picture's file is another now than when the request was fitted, or as `read_picture`:
     what is drawn says which pictures it was made from."""
-    for name, sha256 in request.inputs:
-        field, _, number = name.partition(":")
-        if field not in PICTURES + STEERING_PICTURES:
-            continue
-        value = getattr(request.recorded, field)
-        path = value[int(number)] if number else value
-        if isinstance(path, str) and facts_of(path, depth=field == "depth").sha256 != sha256:
-            raise BadDataError(f"{shown(Path(path))} has changed since it was checked; run again.")
+    known = {sha256 for _, sha256 in request.inputs}
+    named = [(getattr(request, name), name == "depth") for name in PICTURES]
+    named += [(control.image, False) for control in request.controls]
+    named += [(value, False) for prompt in request.image_prompts for value in (prompt.image, prompt.mask)]
+    for value, depth in named:
+        if isinstance(value, str) and value != ALPHA and facts_of(value, depth=depth).sha256 not in known:
+            raise BadDataError(f"{shown(Path(value))} has changed since it was checked; run again.")
 
 
 def _alike(one: Facts, other: Facts) -> bool:
