@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ldmcli import hires
@@ -16,6 +17,7 @@ from ldmcli.sampling.catalogue import check_fit, sampler_named
 from ldmcli.spec import (
     HIRES_FIELDS,
     IMAGE_GUIDANCE,
+    MASK_FIELDS,
     NOISE_LEVEL,
     PATCH,
     PICTURES,
@@ -27,6 +29,8 @@ from ldmcli.spec import (
 
 if TYPE_CHECKING:
     from ldmcli.config import ModelConfig
+
+_USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
 
 
 @frozen
@@ -214,6 +218,23 @@ def fit_to_model(
     }
     said = {name: value for name, value in vars(recorded).items() if name not in STEERING}
     return FittedRequest(recorded=recorded, **(said | filled))
+
+
+def idle_settings(request: FittedRequest) -> Iterator[str]:
+    """What of the settings of a picture that is drawn on changes nothing, a sentence each."""
+    if request.image is None:
+        return
+    asked = [name for name in ("resize", *MASK_FIELDS) if getattr(request, name) != _USUAL[name]]
+    if request.mask is None:
+        if idle := [name for name in asked if name != "resize"]:
+            yield f"{idle[0]} is for a picture with a mask, and changes nothing without one"
+        return
+    if request.inpaint_area == "whole" and "mask_padding" in asked:
+        yield "mask_padding is for an inpaint_area of masked, and changes nothing in the whole picture"
+    if request.inpaint_area == "masked" and "resize" in asked:
+        yield "resize changes nothing where the inpaint_area is masked"
+    if request.strength == 1 and request.masked_content in ("noise", "zero"):
+        yield "masked_content changes nothing where strength is 1, which draws all of it anew"
 
 
 def _size(request: GenerationRequest, config: "ModelConfig", picture: tuple[int, int] | None) -> tuple[int, int]:

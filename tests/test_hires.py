@@ -55,6 +55,12 @@ def small(session: Session, **settings: Any) -> np.ndarray:
     return drawn(session, **dict.fromkeys(HIRES_FIELDS), **settings)
 
 
+def as_png(values: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, "PNG")
+    return data.getvalue()
+
+
 # ---- what is drawn ----
 
 
@@ -63,9 +69,7 @@ def test_the_second_pass_is_a_drawing_on_the_enlarged_picture(session: Session, 
     """With every sampler: the same start, the same noise, as many steps as are asked for."""
     found = drawn(session, sampler=sampler, hires_upscaler="lanczos", hires_strength=0.6)
     first = Image.fromarray(small(session, sampler=sampler)).resize((LARGE, LARGE), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    first.save(data, "PNG")
-    on_it = {"image": data.getvalue(), "steps": 6, "strength": 0.7, "width": LARGE, "height": LARGE}
+    on_it = {"image": as_png(np.asarray(first)), "steps": 6, "strength": 0.7, "width": LARGE, "height": LARGE}
     assert np.array_equal(found, small(session, sampler=sampler, **on_it))
 
 
@@ -78,19 +82,25 @@ def test_latents_are_enlarged_by_every_sampler(session: Session, sampler: str) -
 
 def test_a_network_enlarges(session: Session, twice: Path) -> None:
     first = small(session).repeat(2, 0).repeat(2, 1)
-    data = io.BytesIO()
-    Image.fromarray(first).save(data, "PNG")
-    on_it = {"image": data.getvalue(), "steps": 5, "strength": 0.9, "width": LARGE, "height": LARGE}
+    on_it = {"image": as_png(first), "steps": 5, "strength": 0.9, "width": LARGE, "height": LARGE}
     assert np.array_equal(drawn(session, hires_upscaler=str(twice)), small(session, **on_it))
     assert drawn(session, hires_upscaler="embedded", hires="40x32").shape == (32, 40, 3)
 
 
-def test_a_picture_is_drawn_on_at_first_and_enlarged_then(session: Session) -> None:
-    data = io.BytesIO()
-    Image.new("RGB", (24, 16), "red").save(data, "PNG")
-    found = drawn(session, image=data.getvalue(), strength=0.5, width=None, height=None)
-    assert found.shape == (32, 48, 3)
-    assert (found != drawn(session, width=24)).any()
+@pytest.mark.parametrize("by_network", [False, True])
+def test_a_picture_is_drawn_on_at_first_and_enlarged_then(session: Session, twice: Path, by_network: bool) -> None:
+    """Each pass with the noise of the seed from its beginning, as AUTOMATIC1111 orders it."""
+    given: dict[str, Any] = {"width": 24, "height": 16, "sampler": "euler-a"}
+    on_it = given | {"image": as_png(small(session, **given)), "strength": 0.7}
+    upscaler = str(twice) if by_network else "lanczos"
+    found = drawn(session, hires_upscaler=upscaler, hires_strength=0.6, **on_it | {"width": None, "height": None})
+    first = small(session, **on_it)
+    if by_network:
+        enlarged = first.repeat(2, 0).repeat(2, 1)
+    else:
+        enlarged = np.asarray(Image.fromarray(first).resize((48, 32), Image.Resampling.LANCZOS))
+    again = {"image": as_png(enlarged), "steps": 6, "strength": 0.7, "width": 48, "height": 32}
+    assert np.array_equal(found, small(session, **given | again))
 
 
 def test_pictures_of_a_batch_are_those_drawn_alone(session: Session) -> None:
@@ -171,9 +181,7 @@ def test_what_cannot_be_meant_is_said(session: Session) -> None:
 
 
 def tiny_picture() -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE), "white").save(data, "PNG")
-    return data.getvalue()
+    return as_png(np.full((SIZE, SIZE, 3), 255, np.uint8))
 
 
 @pytest.mark.parametrize(

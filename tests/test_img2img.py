@@ -11,7 +11,8 @@ from conftest import loaded, open_session
 from PIL import Image
 
 from ldmcli import GenerationRequest, Session, remarks
-from ldmcli.errors import BadDataError, UsageError
+from ldmcli.errors import BadDataError, MissingInputError, UsageError
+from ldmcli.images.canvas import canvas_of
 from ldmcli.images.metadata import read_parameters, read_record
 
 SIZE = 64
@@ -103,6 +104,25 @@ def test_what_is_said_of_no_mask_changes_nothing_with_a_word(
     done = img2img("a pear", "-i", wide, *option, "-o", tmp_path / "a.png")
     assert f"{option[0][2:].replace('-', '_')} is for a picture with a mask" in done.err
     assert img2img("a pear", "-i", wide, "-o", tmp_path / "b.png").err.count("mask") == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--mask-padding", "4"), "mask_padding is for an inpaint_area of masked"),
+        (("--inpaint-area", "masked", "--resize", "fill"), "resize changes nothing"),
+        (("--strength", "1", "--masked-content", "zero"), "masked_content changes nothing where strength is 1"),
+    ],
+)
+def test_what_a_mask_leaves_idle_is_said(
+    options: tuple[str, ...], words: str, tmp_path: Path, apple: Path, spot: Path
+) -> None:
+    remarks.sayings().clear()
+    usual = {"--strength": ("--strength", "1"), "--inpaint-area": ("--inpaint-area", "masked")}.get(options[0], ())
+    for name, given in (("a.png", options), ("b.png", usual)):
+        done = img2img("a pear", "-i", apple, "--mask", spot, *given, "-o", tmp_path / name)
+        assert (words in done.err) == (given == options)
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
 
 
@@ -202,6 +222,47 @@ def test_the_surroundings_are_drawn_at_the_full_size(session: Session, tmp_path:
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (27, 72, 92, 137)  # 46×46 around 36×46
 
 
+def start_of(session: Session, **settings: Any) -> np.ndarray:
+    """The latents (channels, height, width) that sampling starts from."""
+    heard: list[np.ndarray] = []
+    request = GenerationRequest("a", seed=3, steps=4, strength=0.5, sampler="ddim", **settings)
+    next(session.draw([request], on_step=lambda progress: heard.append(progress.latents[0].numpy().copy())))
+    return heard[0]
+
+
+def test_repainting_starts_from_the_picture_from_noise_or_from_nothing(
+    session: Session, apple: Path, spot: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.png"
+    Image.fromarray(255 - pixels(apple)).save(other)
+    starts = {
+        content: [start_of(session, image=image, mask=spot, masked_content=content) for image in (apple, other)]
+        for content in ("original", "noise", "zero")
+    }
+    masked, kept = np.s_[:, 3:6, 3:6], np.s_[:, :2]  # of the latents
+    for content, (one, another) in starts.items():
+        assert np.array_equal(one[masked], another[masked]) == (content != "original")
+        assert np.array_equal(one[kept], starts["original"][0][kept])
+    step = starts["noise"][0][masked] - starts["zero"][0][masked]
+    assert 0.3 < step.std() < 1  # noise of the picture's share
+
+
+def test_colours_around_the_mask_grow_into_it(session: Session, spot: Path, tmp_path: Path) -> None:
+    halves = np.zeros((SIZE, SIZE, 3), np.uint8)
+    halves[:, :32, 0] = halves[:, 32:, 2] = 200
+    mask = np.asarray(Image.open(spot)) > 127
+    halves[mask] = (0, 255, 0)
+    Image.fromarray(halves).save(tmp_path / "halves.png")
+    request = GenerationRequest("a", image=tmp_path / "halves.png", mask=spot, masked_content="fill")
+    found = canvas_of(session.fit(request)).pixels
+    assert np.array_equal(found[~mask], halves[~mask])
+    assert found[mask][:, 1].max() < 8
+    red, _, blue = found[32, 20:44].T.astype(int)
+    assert (red[0], blue[-1]) == (pytest.approx(200, abs=20),) * 2
+    assert (np.diff(red) <= 2).all()
+    assert (np.diff(blue) >= -2).all()
+
+
 @pytest.mark.parametrize("content", ["fill", "noise", "zero"])
 def test_what_repainting_starts_from_tells(session: Session, apple: Path, spot: Path, content: str) -> None:
     usual = drawn(session, image=apple, mask=spot, strength=0.5)
@@ -219,6 +280,23 @@ def test_transparency_may_be_the_mask(session: Session, apple: Path, spot: Path,
     assert (found[20:44, 20:44] != pixels(apple)[20:44, 20:44]).any()
     with pytest.raises(BadDataError, match="no transparency"):
         session.fit(GenerationRequest("a", image=apple, mask="alpha"))
+
+
+def test_commands_and_rows_take_transparency_and_other_programs_names(apple: Path, spot: Path, tmp_path: Path) -> None:
+    hole, out = tmp_path / "hole.png", tmp_path / "out.png"
+    picture = Image.open(apple).convert("RGB")
+    picture.putalpha(Image.eval(Image.open(spot), lambda grey: 255 - grey))
+    picture.save(hole)
+    done = img2img("a", "--init-img", hole, "--mask", "alpha", "--denoising-strength", "0.5", "-o", out)
+    assert done.code == 0, done.err
+    request = read_record(out)["request"]
+    assert (request["image"], request["mask"], request["strength"]) == (str(hole), "alpha", 0.5)
+    assert ldm_here("img2img", "--from-image", out, "-o", tmp_path / "again.png").code == 0
+    row = {"prompt": "a", "init_image": "hole.png", "mask": "alpha", "denoising_strength": 0.5, "steps": 4, "seed": 3}
+    of_row = batch(rows(tmp_path / "rows.jsonl", row), "-o", tmp_path / "run")
+    for path in (tmp_path / "again.png", *of_row.paths):
+        assert np.array_equal(pixels(path), pixels(out))
+    assert len(of_row.paths) == 1
 
 
 def test_only_a_mask_is_called_alpha(apple: Path, tmp_path: Path) -> None:
@@ -303,6 +381,8 @@ def test_a_picture_from_standard_input(apple: Path, tmp_path: Path) -> None:
     assert read_record(out)["request"]["image"] == "-"
     assert_refused(ldm_here("img2img", "--from-image", out, "-o", tmp_path / "b.png"), 66, "standard input", "--image")
     assert_refused(img2img("-", "-i", "-"), 2, "standard input is either")
+    for option in ("--mask", "--depth"):
+        assert_refused(img2img("a", "-i", apple, option, "-"), 2, "standard input may be the --image alone", option)
     assert_refused(img2img("a"), 2, "--image")
 
 
@@ -371,6 +451,31 @@ def test_a_run_is_not_gone_on_with_when_its_pictures_have_changed(apple: Path, t
     assert batch(file, "-o", tmp_path / "out", "--extend").code == 0
     Image.new("RGB", (SIZE, SIZE)).save(own)
     assert_refused(batch(file, "-o", tmp_path / "out"), 65, "another run", "pictures_sha256")
+
+
+def test_a_picture_that_changes_while_others_are_drawn_fails_by_itself(
+    session: Session, apple: Path, spot: Path, tmp_path: Path
+) -> None:
+    """Else its record would name another picture than it was made from."""
+    names = ("a.png", "mask.png", "c.png")
+    for name in names:
+        (tmp_path / name).write_bytes((spot if name == "mask.png" else apple).read_bytes())
+    common: dict[str, Any] = {"steps": 2, "image": tmp_path / "a.png"}
+    requests = [
+        GenerationRequest("a", seed=1, **common | {"image": tmp_path / "c.png"}),
+        GenerationRequest("b", seed=2, **common),
+        GenerationRequest("c", seed=3, **common | {"image": apple, "mask": tmp_path / "mask.png"}),
+        GenerationRequest("d", seed=4, **common | {"image": apple}),
+    ]
+    fitted = [session.fit(request) for request in requests]
+    Image.new("RGB", (SIZE, SIZE), "green").save(tmp_path / "a.png")
+    Image.new("L", (SIZE, SIZE), 255).save(tmp_path / "mask.png")
+    (tmp_path / "c.png").unlink()
+    pictures = list(session.draw(fitted, batch_size=4))
+    for picture, words in zip(pictures[:3], ("c.png does not exist", "a.png has changed", "mask.png has"), strict=True):
+        with pytest.raises((BadDataError, MissingInputError), match=words):
+            picture.pixels()
+    assert pictures[3].pixels().shape == (SIZE, SIZE, 3)
 
 
 def test_a_grid_of_strengths_on_one_picture(apple: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Pictures that users name: every common kind comes out right, and what is hostile costs one sentence and no memory."""
 
+import errno
 import io
+import json
 import os
 import struct
 import zlib
@@ -9,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_support import assert_refused, chunk, error_sentence, ldm, ldm_here
+from batch_support import manifest
+from cli_support import assert_refused, chunk, ldm, ldm_here, pixels, tiny_model
+from fork_server import quick
 from PIL import Image, ImageCms
 
+from ldmcli import Session
 from ldmcli.errors import BadDataError, LdmError, MissingInputError
 from ldmcli.images.canvas import resized, surroundings
 from ldmcli.images.pixels import MAX_PIXELS, facts_of, grey_of, on_white, read_picture
@@ -95,11 +100,30 @@ def test_a_mask_is_black_where_it_is_transparent() -> None:
     assert grey_of(read_picture(encoded(picture))).tolist() == [[255, 0]]
 
 
-def test_colour_profiles_are_heeded_and_srgb_changes_nothing() -> None:
+def swapped_profile() -> bytes:
+    """sRGB with red and green in each other's place, under another name."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.array_equal(read_picture(encoded(colours(), icc_profile=srgb)), colours())
-    broken = read_picture(encoded(colours(), icc_profile=b"no profile"))
-    assert np.array_equal(broken, colours())
+    swapped = srgb.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+    return swapped.replace("sRGB".encode("utf-16-be"), "odd ".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colour_profiles_are_heeded(mode: str) -> None:
+    colour = Image.new("RGB", (4, 4), (255, 0, 0)).convert(mode, palette=Image.Palette.ADAPTIVE)
+    if mode == "RGBA":
+        colour.putalpha(200)
+    found = read_picture(encoded(colour, icc_profile=swapped_profile()))
+    assert np.abs(np.asarray(found)[0, 0, :3].astype(int) - (0, 255, 0)).max() <= 2
+    assert found.mode == ("RGBA" if mode == "RGBA" else "RGB")
+    assert mode != "RGBA" or np.asarray(found)[0, 0, 3] == 200
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_srgb_and_damaged_profiles_change_nothing(mode: str) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"no profile", swapped_profile()[:200]):
+        found = read_picture(encoded(colours().convert(mode), icc_profile=profile))
+        assert np.array_equal(np.asarray(found.convert("RGB")), np.asarray(colours().convert(mode).convert("RGB")))
 
 
 def test_one_pixel_and_a_long_strip() -> None:
@@ -135,21 +159,87 @@ HOSTILE: list[tuple[str, bytes, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("name", "data", "words"), HOSTILE, ids=[name for name, *_ in HOSTILE])
-def test_a_hostile_picture_is_one_sentence(tmp_path: Path, name: str, data: bytes, words: tuple[str, ...]) -> None:
-    path = tmp_path / name
+def test_a_hostile_picture_is_one_sentence_and_no_memory(
+    tmp_path: Path, name: str, data: bytes, words: tuple[str, ...]
+) -> None:
+    """As processes, with the file, as a mask and from standard input."""
+    path, good = tmp_path / name, tmp_path / "good.png"
     path.write_bytes(data)
-    assert_refused(ldm_here("img2img", "x", "-i", path, "-o", tmp_path), 65, name, *words)
-    assert_refused(ldm_here("img2img", "x", "-i", "-", "-o", tmp_path, stdin=data or b"\n"), 65, "given as data")
-
-
-@pytest.mark.parametrize("name", ["bomb.png", "text-bomb.png", "cut.png"])
-def test_memory_is_bounded(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(next(data for other, data, _ in HOSTILE if other == name))
-    found = ldm("img2img", "x", "-i", path, measure=True)
-    assert found.code == 65
-    error_sentence(found.err)
+    good.write_bytes(encoded(colours()))
+    draw = ("img2img", "x", "-o", tmp_path / "out", "-i")
+    for command in ((*draw, path), (*draw, good, "--mask", path)):
+        found = quick(*command)
+        assert_refused(found, 65, name, *words)
+        assert found.peak < MEMORY
+    found = quick(*draw, "-", stdin=data)
+    assert_refused(found, 65, "given as data" if data else "standard input is empty")
     assert found.peak < MEMORY
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_process_takes_no_memory_for_a_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(next(data for name, data, _ in HOSTILE if name == path.name))
+    found = ldm("img2img", "x", "-i", path, measure=True)
+    assert_refused(found, 65, "bomb.png")
+    assert found.peak < MEMORY
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "shape"),
+    [
+        ("cmyk.jpg", encoded(colours(16, 16).convert("CMYK"), "JPEG"), (16, 16, 3)),
+        ("profile.png", encoded(colours(16, 16), icc_profile=swapped_profile()), (16, 16, 3)),
+        ("one.png", encoded(colours(1, 1)), (8, 8, 3)),
+        ("strip.png", encoded(Image.new("L", (20_000, 8), 90)), (8, 20_000, 3)),
+        *[
+            (f"turned-{n}.png", encoded(colours(16, 8), exif=b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0"
+             + bytes((n, 0, 0, 0, 0, 0, 0))), (8, 16, 3) if n < 5 else (16, 8, 3))
+            for n in range(1, 9)
+        ],
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_an_odd_picture_is_drawn_on_in_little_memory(
+    tmp_path: Path, name: str, data: bytes, shape: tuple[int, ...]
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    options = ("-m", tiny_model(), "--steps", "2", "-s", "1", "--strength", "0.5", "-q", "-o", "out.png")
+    found = quick("img2img", "x", "-i", name, *options, cwd=tmp_path)
+    assert found.code == 0, found
+    assert pixels(tmp_path / "out.png").shape == shape
+    assert found.peak < 2 * MEMORY
+
+
+def test_a_list_of_hostile_pictures_is_checked_row_by_row_before_the_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "good.png").write_bytes(encoded(colours(16, 16)))
+    expected = {name: words for name, _, words in HOSTILE}
+    for name, data, _ in HOSTILE:
+        (tmp_path / name).write_bytes(data)
+    expected |= {"pipe": ("is a pipe",), "gone.png": ("does not exist",), "http://example.org/a.png": ("an address",)}
+    expected |= {".": ("is a folder",)}
+    rows = [{"prompt": "x", "image": name} for name in expected]
+    rows += [{"prompt": "x", "image": "good.png", "mask": name} for name in expected]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "fine", "image": "good.png"}])))
+    command = ("batch", file, "-m", tiny_model(), "--steps", "2", "--devices", "cpu", "-o", tmp_path / "out")
+    done = quick(*command)
+    assert (done.code, len(done.paths)) == (3, 1), done
+    failed = {record["row"]: record["error"] for record in manifest(tmp_path / "out") if record["status"] == "failed"}
+    assert sorted(failed) == list(range(1, len(rows) + 1))
+    for number, words in enumerate([*expected.values()] * 2, 1):
+        said = str(failed[number])
+        assert said.isprintable()
+        assert all(word in said for word in words), said
+    monkeypatch.setattr(Session, "load", None)
+    monkeypatch.setattr(Session, "_loaded", None)
+    refused = ldm_here(*command[:-1], tmp_path / "strict", "--strict")
+    assert (refused.code, refused.out) == (65, b""), refused
+    assert f"rows.jsonl has {len(rows)} bad rows" in refused.err
+    assert not list((tmp_path / "strict").glob("**/*.png"))
 
 
 def test_what_is_no_file_is_said(tmp_path: Path) -> None:
@@ -161,9 +251,30 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
         ("pipe", 65, "is a pipe"),
         ("https://example.org/cat.png", 66, "is an address"),
         ("/dev/zero", 65, "is a device"),
+        (" ", 66, "' ' does not exist"),
     ):
         assert_refused(ldm_here("img2img", "x", "-i", name, cwd=tmp_path), code, words)
         assert_refused(ldm_here("img2img", "x", "-i", "cat.png", "--mask", name, cwd=tmp_path), code, words)
+
+
+@pytest.mark.parametrize("option", ["--image", "--mask", "--depth"])
+def test_a_picture_that_may_not_be_read_is_no_wrong_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """Root may read everything, so that permissions are asked for in its place: 66, not 2, with where to look."""
+    for name in ("good.png", "secret.png"):
+        (tmp_path / name).write_bytes(encoded(colours()))
+    opened, secret = os.open, str(tmp_path / "secret.png")
+
+    def refuse(path: Any, *more: Any, **settings: Any) -> int:
+        if os.fspath(path) == secret:
+            raise PermissionError(errno.EACCES, "Permission denied", secret)
+        return opened(path, *more, **settings)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode, **settings: os.fspath(path) != secret)
+    given = () if option == "--image" else ("-i", tmp_path / "good.png")
+    assert_refused(ldm_here("img2img", "x", *given, option, secret), 66, "secret.png is not readable", "permissions")
 
 
 def test_too_many_pixels_are_refused_before_they_are_unpacked() -> None:

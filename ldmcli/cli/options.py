@@ -158,7 +158,7 @@ _REQUEST = (
 
 
 # What a picture is drawn on, where a command takes any: fields of a GenerationRequest too.
-_FILE = click.Path(allow_dash=True)  # for a shell to complete; what is wrong with it is said where it is read
+_FILE = click.Path(allow_dash=True, readable=False)  # for shells to complete; what is wrong is said where it is read
 _IMAGE = (
     option("-i", "--image", "--init-img", type=_FILE, metavar="FILE",
            help="The picture to start from: PNG, JPEG, WebP, GIF, BMP, TIFF; - is standard input."),

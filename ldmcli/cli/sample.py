@@ -27,10 +27,10 @@ _CONDITIONS = together(
     option("--label", type=Name(), multiple=True, metavar="CLASS",
            help="The class to draw: its number, or its name where MODEL.classes.txt, or classes.txt in the model's "
            "folder, has a class a line; may be given again."),
-    option("--layout", type=click.Path(), metavar="FILE",
+    option("--layout", type=click.Path(readable=False), metavar="FILE",
            help='Objects and where they are: JSON, a list of {"label": 17, "box": [left, top, right, bottom]}, from 0 '
            "to 1."),
-    option("--map", type=click.Path(allow_dash=True), metavar="FILE",
+    option("--map", type=click.Path(allow_dash=True, readable=False), metavar="FILE",
            help="A semantic map: a picture, grey or with a palette, whose pixels are numbers of classes, 255 for none; "
            "its size is the result's unless --size is given."),
     option("--image-embedding", type=click.Path(), metavar="FILE",

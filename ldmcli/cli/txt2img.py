@@ -173,6 +173,9 @@ def _check_sources(context: click.Context, prompts: tuple[str, ...], options: di
         raise click.UsageError("give a PROMPT, - for standard input, or --from-image.", context)
     if STDIN in prompts and options.get("image") == STDIN:
         raise click.UsageError("standard input is either the prompts or the picture.", context)
+    for name in ("mask", "depth"):
+        if options.get(name) == STDIN:
+            raise click.UsageError(f"standard input may be the --image alone; name a file as --{name}.", context)
 
 
 class _Written:

@@ -137,5 +137,6 @@ def bad_file(path: Path, cause: str, cure: str) -> BadDataError:
 
 
 def shown(path: Path) -> str:
-    """`path` as it may be printed."""
-    return printable(str(path), 500)
+    """`path` as it may be printed; in quotes where it begins or ends with a blank."""
+    text = str(path)
+    return printable(text if text == text.strip() else repr(text), 500)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError
 from ldmcli.fitting import FittedRequest
 from ldmcli.images.pixels import Facts, facts_of, grey_of, on_white, read_depth, read_picture
@@ -144,6 +146,18 @@ def input_facts(request: GenerationRequest) -> dict[str, Facts]:
             shapes = f"{found[name].shape} and the picture {found['image'].shape}"
             warn_once(_log, f"the {name} is {shapes}, which is of another shape: it is stretched to that")
     return found
+
+
+def check_unchanged(request: FittedRequest) -> None:
+    """Raise BadDataError where a picture's file is another now than when the request was fitted, or as `read_picture`:
+    what is drawn says which pictures it was made from."""
+    known = {sha256 for _, sha256 in request.inputs}
+    named = [(getattr(request, name), name == "depth") for name in PICTURES]
+    named += [(control.image, False) for control in request.controls]
+    named += [(value, False) for prompt in request.image_prompts for value in (prompt.image, prompt.mask)]
+    for value, depth in named:
+        if isinstance(value, str) and value != ALPHA and facts_of(value, depth=depth).sha256 not in known:
+            raise BadDataError(f"{shown(Path(value))} has changed since it was checked; run again.")
 
 
 def _alike(one: Facts, other: Facts) -> bool:

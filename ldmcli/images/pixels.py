@@ -166,23 +166,28 @@ def _in_colour(picture: Image.Image, name: str) -> Image.Image:
     """The picture as RGB, or RGBA where it has transparency."""
     if picture.mode == "F":
         raise BadDataError(f"{name} has floating numbers as pixels; save it with 8 or 16 bits a colour first.")
-    profile = picture.info.get("icc_profile")
     if picture.mode in _WIDE:
         wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    found = _in_srgb(picture)
     if picture.has_transparency_data:
-        return picture.convert("RGBA")
-    managed = _in_srgb(picture, profile) if isinstance(profile, bytes) and picture.mode in ("RGB", "CMYK") else None
-    return managed or picture.convert("RGB")
+        found.putalpha(picture.convert("RGBA").getchannel("A"))
+    return found
 
 
-def _in_srgb(picture: Image.Image, profile: bytes) -> Image.Image | None:
-    """The picture's colours as a screen shows them; None where they are that already or its profile is damaged."""
+def _in_srgb(picture: Image.Image) -> Image.Image:
+    """The picture's colours (RGB) as a screen shows them; as they stand where its profile says nothing, or is
+    damaged."""
+    plain = picture.convert("RGBA").convert("RGB") if picture.has_transparency_data else picture.convert("RGB")
+    profile = picture.info.get("icc_profile")
+    if not isinstance(profile, bytes):
+        return plain
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" not in ImageCms.getProfileDescription(own).lower().replace(" ", ""):
-            return ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return None
+            source = picture if picture.mode in ("CMYK", "L") else plain
+            return ImageCms.profileToProfile(source, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or plain
+    return plain
 
 
 @contextlib.contextmanager
@@ -196,8 +201,9 @@ def _named_errors(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         raise BadDataError(f"{name} is no picture that can be read; {_CURE}.") from None
-    except Image.DecompressionBombError as error:
-        raise BadDataError(f"{name} has too many pixels; make it smaller first ({printable(str(error))}).") from None
+    except Image.DecompressionBombError:
+        limit = f"at most {MAX_PIXELS >> 20} million are read"
+        raise BadDataError(f"{name} has too many pixels, {limit}; make it smaller first.") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything of damaged files

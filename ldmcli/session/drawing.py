@@ -145,6 +145,10 @@ class Drawer:
             except BaseException as error:
                 raise _Ended(error) from None
 
+        for request in (each for each in requests if each.inputs):
+            from ldmcli.images.canvas import check_unchanged
+
+            check_unchanged(request)
         self.pipeline.adapt(self._uses(requests[0].loras))
         drawn = self.pipeline.draw(requests, step)
         self._last = Arrival(drawn, started, self._last)

@@ -29,12 +29,12 @@ from ldmcli.config import TinyVAEConfig, VAEConfig
 from ldmcli.disk.hashes import FileHashes
 from ldmcli.disk.opening import bad_file, without_home
 from ldmcli.errors import BadDataError, LdmError, UsageError, printable
-from ldmcli.fitting import FittedRequest, fit_to_model
+from ldmcli.fitting import FittedRequest, fit_to_model, idle_settings
 from ldmcli.frozen import frozen
 from ldmcli.hires import EMBEDDED, LANCZOS, LATENT
 from ldmcli.named_files import if_there
 from ldmcli.remarks import warn_once
-from ldmcli.spec import MASK_FIELDS, REFINER_START, GenerationRequest, LoRA, ModelSpec
+from ldmcli.spec import REFINER_START, GenerationRequest, LoRA, ModelSpec
 from ldmcli.speed.memory import check_memory, large
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from ldmcli.upscaling.upscaler import UpscalerFile
 
 _log = logging.getLogger(__name__)
-_USUAL = {field.name: field.default for field in dataclasses.fields(GenerationRequest)}
 _SETTINGS = (".yaml", ".yml", ".json", ".vocab.txt", CLASS_NAMES_ENDING)  # endings of files beside weights
 _MAX_STAMPED = 1000  # files of a folder
 # Beside the model, what a picture depends on.
@@ -212,9 +211,6 @@ class Opened:
         if request.image is not None:
             from ldmcli.images.canvas import input_facts
 
-            masked = request.mask is not None
-            if idle := [name for name in MASK_FIELDS if not masked and getattr(request, name) != _USUAL[name]]:
-                warn_once(_log, f"{idle[0]} is for a picture with a mask, and changes nothing without one")
             facts = input_facts(request)
             inputs = {name: each.sha256 for name, each in facts.items()}
             size = facts["image"].width, facts["image"].height
@@ -226,6 +222,8 @@ class Opened:
         fitted = fit_to_model(request, self.model.config, size)
         if fitted.image_embedding is not None:
             inputs |= self.steering.embedding(request, hashes)
+        for sentence in idle_settings(fitted):
+            warn_once(_log, sentence)
         if request.image_guidance_scale not in (None, 1.0) and fitted.guidance_scale == 1:
             warn_once(_log, "image_guidance_scale changes nothing where guidance_scale is 1")
         if fitted.hires and fitted.hires_upscaler not in (LATENT, LANCZOS):

@@ -103,7 +103,7 @@ def models(
     return Models(family_models, pipeline, random_model, tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("name", ["sd1-8", "sd1-9", "sd2-5", "sdxl-8"])
+@pytest.mark.parametrize("name", ["sd1-8", "sd1-9", "sd2-5", "sd2-9", "sdxl-8", "sdxl-9"])
 def test_the_other_layout_has_the_same_weights(models: Models, name: str) -> None:
     ours, reference = models[name]
     other = load(models.path(name, reference, single=name.startswith("sd1")))
@@ -123,14 +123,10 @@ def requests_for(pictures: Sequence[Path], **settings: Any) -> list[GenerationRe
     ]
 
 
-def draw_theirs(
-    reference: Any, requests: Sequence[GenerationRequest], given: Any = None
-) -> tuple[list[Tensor], np.ndarray]:
-    """diffusers' latents after each step, scaled as ours, and its pictures. `given`: latents or pictures to draw on, in
-    place of those that the requests name."""
+def their_pipeline(reference: Any, settings: GenerationRequest) -> Any:
+    """diffusers' pipeline that draws such a request on a picture, of the reference's parts."""
     import diffusers
 
-    settings = requests[0]
     kinds = {5: "Depth2Img", 8: "InstructPix2Pix"}
     kind = kinds.get(reference.unet.config.in_channels, "Inpaint" if settings.mask else "Img2Img")
     family = "StableDiffusionXL" if hasattr(reference, "text_encoder_2") else "StableDiffusion"
@@ -139,12 +135,24 @@ def draw_theirs(
     parts = {name: part for name, part in reference.components.items() if name in takes}
     off = {"add_watermarker": False, "requires_safety_checker": False, "force_zeros_for_empty_prompt": True}
     off |= {"depth_estimator": None, "feature_extractor": None}
+    off["requires_aesthetics_score"] = reference.config.get("requires_aesthetics_score", False)
     other = cls(**parts, **{name: value for name, value in off.items() if name in takes and name not in parts})
     other.set_progress_bar_config(disable=True)
     assert settings.sampler
     other.scheduler = diffusers_scheduler(settings.sampler, reference.scheduler.config)
     if settings.sampler == "plms" and kind != "InstructPix2Pix":
         mend_plms(other)
+    return other
+
+
+def draw_theirs(
+    reference: Any, requests: Sequence[GenerationRequest], given: Any = None, refiner: Any = None
+) -> tuple[list[Tensor], np.ndarray]:
+    """diffusers' latents after each step, scaled as ours, and its pictures. `given`: latents or pictures to draw on, in
+    place of those that the requests name. A refiner takes over where the requests say."""
+    settings = requests[0]
+    assert settings.sampler
+    other = their_pipeline(reference, settings)
     if given is None:
         given = [Image.open(str(request.image)).convert("RGB") for request in requests]
     arguments = their_arguments(requests) | {"image": given, "strength": settings.strength}
@@ -156,7 +164,14 @@ def draw_theirs(
     if settings.image_guidance_scale:
         arguments["image_guidance_scale"] = settings.image_guidance_scale
     with mock.patch.object(other, "check_inputs"):
-        latents, images = call_diffusers(other, arguments)
+        if refiner is None:
+            latents, images = call_diffusers(other, arguments)
+        else:
+            share = settings.refiner_start
+            latents, handed = call_diffusers(other, arguments | {"output_type": "latent", "denoising_end": share})
+            further = arguments | {"image": handed, "denoising_start": share}
+            more, images = call_diffusers(their_pipeline(refiner, settings), further)
+            latents += more
     return scaled_as_ours(latents, settings.sampler, other.scheduler), as_pixels(images)
 
 
@@ -180,9 +195,9 @@ def mend_plms(other: Any) -> None:
     other.get_timesteps = timesteps
 
 
-def assert_same(pair: Pair, requests: list[GenerationRequest]) -> None:
+def assert_same(pair: Pair, requests: list[GenerationRequest], refiner: Any = None) -> None:
     ours, pixels = draw_ours(pair[0], requests)
-    theirs, their_pixels = draw_theirs(pair[1], requests)
+    theirs, their_pixels = draw_theirs(pair[1], requests, refiner=refiner)
     steps, strength = requests[0].steps, requests[0].strength
     assert steps is not None
     assert len(ours) == len(theirs) == int(steps * (1 if strength is None else strength))
@@ -273,7 +288,21 @@ def test_recorded_steps_read_the_mask_of_each_picture(models: Models, pictures: 
         assert relative(latents[-1], wanted[-1]) < TOLERANCE
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "euler-a"])
+def test_a_refiner_draws_on_a_picture_by_itself(models: Models, pictures: list[Path], sampler: str) -> None:
+    assert_same(models["refiner"], requests_for(pictures[:2], sampler=sampler, strength=0.6))
+
+
+@pytest.mark.parametrize(("sampler", "count"), [("ddim", 1), ("euler", 2)])
 def test_a_refiner_takes_the_last_steps_of_a_drawing_on_a_picture(
+    family_models: FamilyModels, pictures: list[Path], sampler: str, count: int
+) -> None:
+    pair = family_models.ours("sdxl", refiner="refiner"), family_models.diffusers("sdxl")
+    requests = requests_for(pictures[:count], strength=0.8, sampler=sampler, refiner_start=0.6)
+    assert_same(pair, requests, family_models.diffusers("refiner"))
+
+
+def test_a_refiner_takes_the_last_steps_of_a_drawing_on_parts_of_a_picture(
     family_models: FamilyModels, pictures: list[Path]
 ) -> None:
     ours = family_models.ours("sdxl", refiner="refiner")
@@ -284,6 +313,19 @@ def test_a_refiner_takes_the_last_steps_of_a_drawing_on_a_picture(
     alone, _ = draw_ours(family_models.ours("sdxl"), [dataclasses.replace(r, refiner_start=None) for r in requests])
     same = [relative(a, b) < TOLERANCE for a, b in zip(latents, alone, strict=True)]
     assert same == [True, True, False, False]
+
+
+def test_no_strength_is_the_picture_through_the_autoencoder(models: Models, pictures: list[Path]) -> None:
+    ours, reference = models["sd1"]
+    requests = requests_for(pictures[:2], strength=0.0, sampler="ddim")
+    _, pixels = draw_ours(ours, requests)
+    for request, found in zip(requests, pixels, strict=True):
+        image = torch.tensor(np.asarray(Image.open(str(request.image)))).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.inference_mode():
+            posterior = reference.vae.encode(image).latent_dist
+            again = reference.vae.decode(posterior.sample(torch.Generator().manual_seed(request.seed))).sample[0]
+        theirs = ((again / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        assert pixels_apart(found, theirs) <= 1
 
 
 def second_passes(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
