@@ -357,7 +357,21 @@ def test_what_is_here_wins_over_the_hub(hub: Hub, run: Any, tmp_path: Path) -> N
     assert mistyped.code == 66
     assert "its folder has emoji" in mistyped.err
     assert "lab/emojy@main" in mistyped.err
+    # So is one in a folder that people call so, where the hub might have an organisation of that name.
+    for option in ("-m", "--vae", "--lora"):
+        sentence = run("txt2img", "x", option, "models/sd15")
+        assert sentence.code == 66, sentence
+        assert "models is what folders are called, so models/sd15 is a path" in sentence.err
+        assert "models/sd15@main" in sentence.err
     assert hub.requests == []
+    assert "there is no model models/sd15" in run("txt2img", "x", "-m", "models/sd15@main", HF_TOKEN=TOKEN).err
+
+
+def test_the_hub_is_asked_aloud(hub: Hub, run: Any) -> None:
+    hub.add("lab/emoji", tiny_model())
+    first = run("txt2img", "x", "-m", "lab/emoji", "-W", "63")
+    assert "ldm: there is no lab/emoji here; asking the hub (http" in first.err
+    assert "asking the hub" not in run("txt2img", "x", "-m", "lab/emoji", "-W", "63").err
 
 
 @pytest.mark.parametrize(

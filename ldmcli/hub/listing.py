@@ -11,7 +11,7 @@ from typing import Any
 from ldmcli.checkpoints.layout import INDEX
 from ldmcli.checkpoints.source import EMBEDDED_NAME, embedded_model, open_model
 from ldmcli.errors import LdmError
-from ldmcli.hub.fetch import cached_models, locate, locate_adapter
+from ldmcli.hub.fetch import HubModel, cached_models, locate, locate_adapter, why_path
 
 _WEIGHTS = ".safetensors"
 _MAX_ENTRIES = 1000  # looked at in one folder
@@ -89,8 +89,7 @@ def _in_cache() -> Iterator[ListedModel]:
     for model in cached_models():
         repository, at, revision = model.name.partition("@")
         if (model.path / INDEX).is_file():
-            # Where a folder here is called like the organisation, the name alone would be a path.
-            hidden = not at and os.path.isdir(repository.partition("/")[0])
+            hidden = not at and why_path(HubModel(repository))  # the name alone would be a path
             yield _described(f"{model.name}@main" if hidden else model.name, "hub", model.path, model.size)
             continue
         files = [path for path in _entries(model.path) if path.name.endswith(_WEIGHTS)]
