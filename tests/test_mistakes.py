@@ -170,6 +170,21 @@ def test_what_is_missing_is_asked_for(command: str) -> None:
     assert_refused(ldm_here("gallery", "a", "b"), 2, "“b”", "quotes")
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["txt2img", "x", "-m", ""], "--model is empty; name a model, or leave it out"),
+        (["txt2img", "x", "-o", ""], "--output is empty; name a file or a folder"),
+        (["img2img", "x", "-i", ""], "--image is empty; name a file"),
+        (["info", ""], "FILE... is empty; name a file; see"),
+        (["gallery", ""], "DIR is empty; name a folder; see"),
+        (["batch", ""], "is empty; name a file"),
+    ],
+)
+def test_a_name_typed_as_nothing_is_no_folder(words: list[str], told: str, tmp_path: Path) -> None:
+    assert_refused(ldm_here(*words, cwd=tmp_path), 2, told)
+
+
 def test_where_a_wrong_value_comes_from() -> None:
     assert_refused(ldm_here("txt2img", "a cat", env={"LDM_STEPS": "many"}), 2, "--steps (from LDM_STEPS) 'many'")
 
