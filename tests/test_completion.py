@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_support import environment, ldm, ldm_here, until
+from cli_support import assert_refused, environment, ldm, ldm_here, until
 
 from ldmcli.cli.program import cli
 
@@ -169,6 +169,12 @@ def test_nothing_goes_wrong_where_nothing_is(tmp_path: Path) -> None:
         assert all(line.startswith(("file,", "dir,")) for line in asked(*words, cwd=tmp_path, **env)), words
     for words in ([], ["nonsense"], ["--", ""], ["x", "--size", "axb", ""], ["x", "-m"], ["\x1b[2J", "-"]):
         asked(*words, cwd=tmp_path, **env)
+
+
+def test_variables_that_no_shell_sets_are_said(tmp_path: Path) -> None:
+    for env in ({"_LDM_COMPLETE": "nonsense"}, {"_LDM_COMPLETE": "bash_complete"}, {"_LDM_COMPLETE": "zsh_complete",
+                "COMP_WORDS": "ldm", "COMP_CWORD": "many"}):  # fmt: skip
+        assert_refused(ldm_here(env=env, cwd=tmp_path), 2, "_LDM_COMPLETE is not set as")
 
 
 def test_every_option_with_files_completes_them() -> None:
