@@ -35,7 +35,7 @@ from ldmcli.cli.previews import Previews, preview_steps
 from ldmcli.cli.resident import open_session
 from ldmcli.cli.steering_options import DrawingCommand, steering_options
 from ldmcli.cli.terminal import StepBar, loading, shows_pictures
-from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
+from ldmcli.conditioning.hints import UNREAD_PROMPT, empty_hint, syntax_hint
 from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import Encoding, format_of_file
@@ -343,6 +343,8 @@ def _checked(
     def check(request: GenerationRequest) -> "FittedRequest":
         fitted = session.fit(request)
         encoding.check_size(*fitted.final_size)
+        if session.token_limit and not fitted.prompt.strip():
+            say_once("empty", empty_hint(session.name))
         say_once("syntax", syntax_hint(fitted.prompt, fitted.prompt_syntax))
         if "words" not in hinted:
             say_once("words", session.word_hint(fitted))

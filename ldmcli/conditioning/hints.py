@@ -24,6 +24,11 @@ def argument_hints(prompts: Sequence[str], negative_prompt: str) -> Iterator[str
         yield f"“{printable(negative_prompt.strip())}” is the negative prompt; --count says how many pictures"
 
 
+def empty_hint(model: str) -> str:
+    """A sentence on a prompt that says nothing, for a model that reads prompts."""
+    return f'the prompt is empty, and {printable(model)} reads prompts: `ldm "a red apple"` draws one'
+
+
 def syntax_hint(prompt: str, syntax: str = "plain") -> str:
     """A sentence on AUTOMATIC1111's syntax in a prompt that is read plainly, or on what elsewhere is drawn by lot; ""
     where there is none."""
