@@ -32,7 +32,8 @@ def test_a_first_argument_that_is_no_command_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", [["apple"], ["-s", "1", "a cat"], ["--prompt", "a cat"], ["-pcat"], ["-"], ["--", "batch"], ["über"]]
+    "first",
+    [["apple"], ["cat"], ["an"], ["-s", "1", "a"], ["--prompt", "a cat"], ["-pcat"], ["-"], ["--", "batch"], ["über"]],
 )
 def test_what_begins_as_a_prompt_is_drawn(first: list[str], tmp_path: Path) -> None:
     result = ldm_here(*DRAW, "-o", tmp_path, *first, stdin=b"a cat\n")
@@ -194,6 +195,9 @@ def test_prompts_without_quotes_and_counts_after_n_are_remarked_on(tmp_path: Pat
     assert len(result.paths) == 3
     assert '3 prompts of one word each; with quotes, "a red apple" is one' in result.err
     assert "“4” is the negative prompt; --count" in result.err
+    Image.new("RGB", (8, 8)).save(tmp_path / "here.png")
+    (hint,) = argument_hints(["a red apple", str(tmp_path / "here.png"), str(tmp_path / "none.png")], "")
+    assert "here.png” is drawn as a prompt; --image is for" in hint
     assert not list(argument_hints(["apple", "pear"], "blurry 4"))
     assert not list(argument_hints(["a red apple", "a pear", "a fig"], ""))
 

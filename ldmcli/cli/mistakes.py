@@ -19,7 +19,7 @@ _COMMANDS_MEANT = {
     "sample": "unconditional classconditional uncond",
     "batch": "batches many queue jobs file",
     "upscale": "upscaler enhance enlarge superres superresolution esrgan",
-    "info": "inspect metadata exif pnginfo parameters describe cat",
+    "info": "inspect metadata exif pnginfo parameters describe",
     "show": "view display look see preview imgcat icat viewer",
     "gallery": "html web page pages album contactsheet sheet",
     "pull": "download fetch get install add",
@@ -27,7 +27,7 @@ _COMMANDS_MEANT = {
     "samplers": "schedulers schedules sampler",
     "bench": "benchmark perf speed time",
     "serve": "server api http webui daemon start",
-    "completion": "complete completions autocomplete autocompletion shell bash zsh fish",
+    "completion": "complete completions autocomplete autocompletion shell bash zsh",
     "man": "manpage manual docs documentation",
     "schema": "jsonschema fields format formats",
     "config": "configure configuration settings setup preferences options profiles profile",
@@ -105,6 +105,7 @@ _CLICK = (
     (r"(.*) is not in the range (\S+?)<=x<=(\S+?)\.?", r"\1 is not from \2 to \3"),
     (r"(.*) is not one of (.*?)\.?", None),
 )
+_SHORTEST = 3  # letters, from which on a word may be one that is spelled wrong
 _STOP = 0.75  # how alike two words are, from which on one may be meant for the other
 
 
@@ -122,7 +123,7 @@ def asked_about(word: str, commands: Iterable[str]) -> str:
     if note := _not_done(name):
         return f"“{shown}” is no command: {note}; ldm txt2img {shown} draws the word"
     found = next((command for command, names in _COMMANDS_MEANT.items() if name in names.split()), "")
-    if found not in commands:
+    if found not in commands and len(name) >= _SHORTEST:
         found = next(iter(difflib.get_close_matches(name, commands, 1, _STOP)), "")
     return f"“{shown}” is no command: did you mean ldm {found}, or to draw it, ldm txt2img {shown}?" if found else ""
 
