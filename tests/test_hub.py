@@ -423,9 +423,8 @@ def test_models_at_hand(hub: Hub, run: Any, tmp_path: Path) -> None:
     assert result.code == 0, result
     assert hub.requests == []
     found = {record["name"]: record for record in result.records}
-    embedded = str(EMBEDDED.parent)
     assert list(found) == [
-        embedded, "weights/broken.safetensors", "weights/mine", "weights/single.safetensors", "lab/damaged",
+        "tiny-emoji", "weights/broken.safetensors", "weights/mine", "weights/single.safetensors", "lab/damaged",
         "lab/emoji", "lab/files/one.safetensors@v2",
     ]  # fmt: skip
     assert "unet/config.json" in found["lab/damaged"]["error"]
@@ -451,11 +450,13 @@ def test_what_is_listed_is_a_name_to_type(hub: Hub, run: Any, tmp_path: Path) ->
     pulled(run("pull", "lab/emoji"))
     (tmp_path / "here" / "lab").mkdir()
     listed = [record["name"] for record in run("models", "--json", LDM_MODELS=str(own)).records]
-    assert listed == [str(EMBEDDED.parent), "mine", "single.safetensors", "lab/emoji@main"]
-    for name in (*listed, "single", EMBEDDED.parent.name):
+    assert listed == ["tiny-emoji", "mine", "single.safetensors", "lab/emoji@main"]
+    for name in (*listed, "single", str(EMBEDDED.parent)):
         assert_opened(run("txt2img", "x", "-m", name, "-W", "63", LDM_MODELS=str(own)))
     assert run("info", "mine", LDM_MODELS=str(own)).code == 0
     assert_refused(run("txt2img", "x", "-m", "mine"), 66, "mine")
+    (tmp_path / "here" / "tiny-emoji").mkdir()  # which the name would mean
+    assert [record["name"] for record in run("models", "--json").records][0] == str(EMBEDDED.parent)
 
 
 def test_models_without_a_cache_or_weights(run: Any) -> None:

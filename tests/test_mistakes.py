@@ -153,6 +153,7 @@ def test_what_a_network_predicts_by_short_and_long_names(tmp_path: Path) -> None
         (["--size", "big"], "--size 'big' is not WIDTHxHEIGHT"),
         (["--sampler", "eulr"], "did you mean euler?"),
         (["--steps"], "--steps needs a value; see ldm txt2img --help."),
+        (["--upscale"], "--upscale needs a value, FILE|embedded; see ldm txt2img --help."),
         (["--json=1"], "--json takes no value"),
         (["--steps", "many"], "--steps 'many' is not a whole number; see ldm txt2img --help."),
         (["-g", "much"], "--guidance-scale 'much' is not a number"),
@@ -168,7 +169,10 @@ def test_wrong_options_and_values_lead_somewhere(options: list[str], told: str) 
 @pytest.mark.parametrize("command", ["info", "gallery", "pull", "upscale"])
 def test_what_is_missing_is_asked_for(command: str) -> None:
     assert_refused(ldm_here(command), 2, "ldm: error: give ", f"see ldm {command} --help.")
-    assert_refused(ldm_here("gallery", "a", "b"), 2, "“b”", "quotes")
+    assert_refused(ldm_here("gallery", "a", "b"), 2, "takes one DIR, and “b” is left over; put quotes around")
+    assert_refused(ldm_here("batch", "a", "b"), 2, "takes one FILE, and “b” is left over; ldm txt2img draws prompts")
+    assert_refused(ldm_here("sample", "a cat"), 2, "takes options alone, and “a cat” is none; ldm txt2img draws")
+    assert_refused(ldm_here("samplers", "ddim"), 2, "ldm samplers takes options alone, and “ddim” is none; see")
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,11 @@ def usage_sentence(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption):
         return _no_such_option(error)
     if isinstance(error, click.BadOptionUsage):
-        wants = "takes no value" if "not take" in error.message else "needs a value"
-        return f"{error.option_name} {wants}"
+        if "not take" in error.message:
+            return f"{error.option_name} takes no value"
+        params = error.ctx.command.params if error.ctx else []
+        kind = next((one.metavar for one in params if error.option_name in one.opts and one.metavar), "")
+        return f"{error.option_name} needs a value{f', {kind}' if kind else ''}"
     if isinstance(error, click.MissingParameter):
         names = error.param.get_error_hint(error.ctx) if error.param and error.ctx else ""
         return f"give {names.replace(chr(39), '') or 'what is missing'}"
@@ -142,8 +145,22 @@ def usage_sentence(error: click.ClickException) -> str:
         return _bad_value(error, error.param)
     message = error.format_message().strip()
     if found := re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message, re.DOTALL):
-        return f"“{printable(found[1], 100)}” is more than is asked for; put quotes around what has blanks"
+        return _left_over(printable(found[1], 100), getattr(error, "ctx", None))
     return message.removesuffix(".")
+
+
+def _left_over(words: str, context: click.Context | None) -> str:
+    """On arguments that a command has no place for."""
+    arguments = [one for one in context.command.params if isinstance(one, click.Argument)] if context else []
+    path = context.command_path if context else "ldm"
+    if path.endswith((" sample", " batch")):
+        cure = "; ldm txt2img draws prompts"
+    else:
+        cure = "; put quotes around what has blanks" if arguments else ""
+    if not arguments:
+        return f"{path} takes options alone, and “{words}” is none{cure}"
+    name = re.sub(r"^\[(.*)\]$", r"\1", long_name(arguments[0]))
+    return f"{path} takes one {name}, and “{words}” is left over{cure}"
 
 
 def _bad_value(error: click.BadParameter, parameter: click.Parameter) -> str:

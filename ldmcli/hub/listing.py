@@ -69,7 +69,8 @@ def _in_folders() -> Iterator[ListedModel]:
     """The embedded model, and what is in weights/ and $LDM_MODELS: folders with an index, and weight files."""
     with contextlib.suppress(LdmError):
         embedded = embedded_model()
-        yield _described(_typed(embedded), "embedded", embedded)
+        named = find_here(EMBEDDED_NAME) == embedded  # and nothing else here has its name
+        yield _described(EMBEDDED_NAME if named else _typed(embedded), "embedded", embedded)
     package, own = Path(__file__).resolve().parent.parent, _own_folder()
     for folder in (Path("weights"), package.parent / "weights", package / "weights", *([own] if own else [])):
         for path in _entries(folder):
