@@ -456,7 +456,7 @@ def test_what_is_listed_is_a_name_to_type(hub: Hub, run: Any, tmp_path: Path) ->
     assert run("info", "mine", LDM_MODELS=str(own)).code == 0
     assert_refused(run("txt2img", "x", "-m", "mine"), 66, "mine")
     (tmp_path / "here" / "tiny-emoji").mkdir()  # which the name would mean
-    assert [record["name"] for record in run("models", "--json").records][0] == str(EMBEDDED.parent)
+    assert run("models", "--json").records[0]["name"] == str(EMBEDDED.parent)
 
 
 def test_models_without_a_cache_or_weights(run: Any) -> None:

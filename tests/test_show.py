@@ -44,12 +44,14 @@ def in_terminal(
     termios.tcsetattr(terminal, termios.TCSANOW, without_echo)
     os.write(controller, answers.encode())
     own = "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); sys.argv[0] = 'ldm'; "
+    terminals = ("TERM_PROGRAM", "LC_TERMINAL", "TMUX", "STY")
+    own_env = {name: value for name, value in environment().items() if name not in terminals}
     process = subprocess.Popen(
         [sys.executable, "-c", f"{own} from ldmcli.cli import main; main()", *map(str, arguments)],
         stdin=terminal if stdin is None else subprocess.PIPE,
         stdout=terminal,
         stderr=terminal,
-        env=environment({"COLORTERM": "truecolor", "TERM": term, "NO_COLOR": "1"} | (env or {})),
+        env=own_env | {"COLORTERM": "truecolor", "TERM": term, "NO_COLOR": "1"} | (env or {}),
         start_new_session=True,
     )
     os.close(terminal)
@@ -107,6 +109,7 @@ def test_iterm2_gets_the_file(picture: Path, env: dict[str, str]) -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels(picture))
     assert "\x1b[c" not in shown  # nothing is asked
     assert "▀" in in_terminal("show", picture, env=env, term="tmux-256color")
+    assert "▀" in in_terminal("show", picture, env=env | {"TMUX": "/tmp/tmux-0/default,1,0"})
 
 
 def test_pictures_go_into_no_pipe(picture: Path, tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def _as_file(picture: Image.Image, columns: int, lines: int) -> tuple[str, int]:
 def _takes_files() -> bool:
     """Whether this terminal says that it has iTerm2's protocol, and no multiplexer stands between, which has not."""
     named = os.environ.get("TERM_PROGRAM") in _WITH_FILES or os.environ.get("LC_TERMINAL") == "iTerm2"
-    return named and not os.environ.get("TERM", "").startswith(("screen", "tmux"))
+    between = os.environ.get("TERM", "").startswith(("screen", "tmux")) or not {"TMUX", "STY"}.isdisjoint(os.environ)
+    return named and not between
 
 
 @functools.cache

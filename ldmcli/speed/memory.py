@@ -41,6 +41,8 @@ def large(config: "ModelConfig", width: int, height: int) -> str:
         return ""
     times = f"{width}×{height} has {asked // usual} times the pixels that the model was made for"
     if asked < _LARGE:
+        if config.unet.reads not in ("", "mask"):  # a picture says how large things are
+            return ""
         return f"{times}, which shows more things, not larger ones; --upscale makes a usual size larger"
     return f"{times}, and takes very long and much memory; a usual size made larger by --upscale does not"
 
