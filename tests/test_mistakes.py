@@ -157,6 +157,7 @@ def test_what_a_network_predicts_by_short_and_long_names(tmp_path: Path) -> None
         (["--json=1"], "--json takes no value"),
         (["--steps", "many"], "--steps 'many' is not a whole number; see ldm txt2img --help."),
         (["-g", "much"], "--guidance-scale 'much' is not a number"),
+        (["--quality", "high"], "--quality 'high' is not a whole number"),
         (["-c", "0"], "--count 0 is not 1 or more"),
         (["-b", "9999"], "--batch-size 9999 is not from 1 to 1024"),
         (["--dtype", "int4"], "--dtype 'int4' is not known; choose from auto, fp16"),

@@ -178,7 +178,10 @@ def test_a_model_that_reads_prompts_is_said_to(tmp_path: Path) -> None:
     for words in (("sample",), ("txt2img", " ")):
         drawn = ldm_here(*words, "-m", tiny_model(), *FAST, "-s", "1", "-o", tmp_path, "--overwrite")
         assert drawn.code == 0
-        assert "warning: the prompt is empty, and tiny reads prompts: `ldm " in drawn.err
+        assert "warning: a prompt is empty, and tiny reads prompts, as in `ldm " in drawn.err
+    (tmp_path / "p.csv").write_text('prompt,seed\n"",1\n"",2\na fox,3\n')
+    rows = ldm_here("batch", tmp_path / "p.csv", "-m", tiny_model(), "--dry-run")
+    assert rows.err.count("a prompt is empty") == 1
 
 
 def test_a_layout_that_says_something_twice_is_refused(folder: Path, tmp_path: Path) -> None:

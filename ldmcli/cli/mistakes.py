@@ -98,8 +98,8 @@ _FILES = {
     (".safetensors", ".ckpt", ".pt", ".bin"): "ldm -m {0} PROMPT draws with it, ldm info {0} tells what it is",
 }
 _CLICK = (
-    (r"(.*) is not a valid integer\.?", r"\1 is not a whole number"),
-    (r"(.*) is not a valid float\.?", r"\1 is not a number"),
+    (r"(.*) is not a valid integer(?: range)?\.?", r"\1 is not a whole number"),
+    (r"(.*) is not a valid float(?: range)?\.?", r"\1 is not a number"),
     (r"(.*) is not a valid boolean\..*", r"\1 is neither true nor false"),
     (r"(.*) is not in the range x>=(\S+?)\.?", r"\1 is not \2 or more"),
     (r"(.*) is not in the range (\S+?)<=x<=(\S+?)\.?", r"\1 is not from \2 to \3"),

@@ -30,7 +30,7 @@ def argument_hints(prompts: Sequence[str], negative_prompt: str) -> Iterator[str
 
 def empty_hint(model: str) -> str:
     """A sentence on a prompt that says nothing, for a model that reads prompts."""
-    return f'the prompt is empty, and {printable(model)} reads prompts: `ldm "a red apple"` draws one'
+    return f'a prompt is empty, and {printable(model)} reads prompts, as in `ldm "a red apple"`'
 
 
 def syntax_hint(prompt: str, syntax: str = "plain") -> str:
