@@ -182,6 +182,8 @@ def test_what_is_missing_is_asked_for(command: str) -> None:
         (["txt2img", "x", "-m", ""], "--model is empty; name a model, or leave it out"),
         (["txt2img", "x", "-o", ""], "--output is empty; name a file or a folder"),
         (["img2img", "x", "-i", ""], "--image is empty; name a file"),
+        (["upscale", "", "-o", "x.png"], "IMAGE... is empty; name a picture; see"),
+        (["canny", "", "-o", "x.png"], "IMAGE is empty; name a picture; see"),
         (["info", ""], "FILE... is empty; name a file; see"),
         (["gallery", ""], "DIR is empty; name a folder; see"),
         (["batch", ""], "is empty; name a file"),

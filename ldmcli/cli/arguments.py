@@ -3,12 +3,14 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import click
 
 from ldmcli.errors import BadDataError, LdmError
 
 STDIN = "-"
+_File = TypeVar("_File")
 MAX_PICTURE = 1 << 28  # bytes
 _log = logging.getLogger(__name__)
 
@@ -26,14 +28,19 @@ def read_prompts(arguments: Sequence[str]) -> Iterator[str]:
             yield argument
 
 
-def each_file(context: click.Context, files: Sequence[str], work: Callable[[str], object]) -> None:
-    """Do `work` for each file and exit: what is wrong with one is said, and the others are done all the same; the code
-    is that of the first that failed."""
+def each_file(
+    context: click.Context,
+    files: Sequence[_File],
+    work: Callable[[_File], object],
+    passed: type[LdmError] = LdmError,
+) -> None:
+    """Do `work` for each file and exit: an error of the kind `passed` is said, and the others are done all the same;
+    the code is that of the first that failed."""
     codes = []
     for file in files:
         try:
             work(file)
-        except LdmError as error:
+        except passed as error:
             if len(files) == 1:
                 raise
             _log.error("%s", error)

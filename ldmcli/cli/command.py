@@ -37,7 +37,7 @@ _RARE = (
     "no_cache ray_address engine shard prompt_column"
 )
 # What a metavar says that is to be named.
-_NAMED = {"FILE": "a file", "DIR": "a folder", "PATH": "a file or a folder", "MODEL": "a model"}
+_NAMED = {"FILE": "a file", "IMAGE": "a picture", "DIR": "a folder", "PATH": "a file or a folder", "MODEL": "a model"}
 _GROUPED = 15  # options from which on a command's are shown in groups
 _log = logging.getLogger(__name__)
 _ALL = "ldmcli.help-all"

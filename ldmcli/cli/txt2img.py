@@ -92,8 +92,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     """Draw the prompts as the options of a command say; what that lacks of the IMAGE_FIELDS is as usual. Raises
     LdmError, and click's UsageError for what only a command line can get wrong."""
     # 1. The request: from the command line, over that of a picture.
-    chosen = {name: options[name] for name in ("image_format", "quality", "lossless")}
-    encoding, of_row = choose_encoding(options["output"], **chosen), options["count"]
+    encoding, of_row = choose_encoding(options), options["count"]
     record, prompts = _with_record(context, prompts, options)
     unprompted = not prompts and options.get("image") is not None  # as some models draw on pictures
     prompts = ("",) if unprompted else prompts

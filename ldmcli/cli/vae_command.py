@@ -214,8 +214,7 @@ def _decode(paths: Sequence[Path], work: _Work, options: dict[str, Any]) -> None
     config = work.source.config
     sources = [open_latents(path, config) for path in paths]
     total = sum(count for _, _, count in sources)
-    names = ("image_format", "quality", "lossless")
-    encoding = choose_encoding(options["output"], **{name: options[name] for name in names})
+    encoding = choose_encoding(options)
     output = open_output(
         options["output"], encoding, overwrite=options["overwrite"], as_json=options["as_json"], one_image=total == 1
     )
