@@ -133,6 +133,8 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
             lines += [label, *_lines(value, indent + "  ")]
         elif isinstance(value, str) and "\n" in value:
             lines += [label, *(f"{indent}  {printable(line, 4096)}" for line in value.splitlines())]
+        elif isinstance(value, list) and all(isinstance(one, str) for one in value):
+            lines.append(f"{label} {printable('; '.join(value), 4096)}")
         else:
             shown = f"{value:,}" if isinstance(value, int) and value >= 10_000 and name == "parameters" else str(value)
             lines.append(f"{label} {printable(shown, 4096)}")
