@@ -167,6 +167,7 @@ def test_nothing_goes_wrong_where_nothing_is(tmp_path: Path) -> None:
     env = {"LDM_MODELS": "nowhere", "HF_HUB_CACHE": "nowhere", "XDG_CONFIG_HOME": str(tmp_path)}
     for words in (["x", "-m", ""], ["x", "--profile", ""], ["x", "--lora", ""], ["batch", "--status", "no/where"]):
         assert all(line.startswith(("file,", "dir,")) for line in asked(*words, cwd=tmp_path, **env)), words
+    assert asked("x", "-m", '""', "--negative-p", cwd=tmp_path) == ["plain,--negative-prompt"]
     for words in ([], ["nonsense"], ["--", ""], ["x", "--size", "axb", ""], ["x", "-m"], ["\x1b[2J", "-"]):
         asked(*words, cwd=tmp_path, **env)
 

@@ -62,7 +62,7 @@ class Command(click.Command):
             typed = ctx.get_parameter_source("prompt") is ParameterSource.COMMANDLINE
             if typed or not ctx.params["prompts"]:
                 ctx.params["prompts"] += tuple(prompt)
-        for parameter in self.params:
+        for parameter in [] if ctx.resilient_parsing else self.params:
             _check_name(ctx, parameter)
         if "width" in ctx.params and (size := ctx.params.pop("size", None)):
             self._take_size(ctx, size)
