@@ -189,7 +189,7 @@ class Job:
     def _check_prompt(self, request: GenerationRequest) -> None:
         if request.prompt_syntax == "weighted" and "<" in request.prompt + request.negative_prompt:
             self.session.fit(request)  # what it names is there
-        if self.session.token_limit and not request.prompt.strip():
+        if self.session.token_limit and not request.prompt.strip() and request.image_embedding is None:
             self._remark("empty", empty_hint(self.session.name))
         for text in (request.prompt, request.negative_prompt):
             if not self._remarks["syntax"] and (hint := syntax_hint(text, request.prompt_syntax)):

@@ -342,7 +342,7 @@ def _checked(
     def check(request: GenerationRequest) -> "FittedRequest":
         fitted = session.fit(request)
         encoding.check_size(*fitted.final_size)
-        if session.token_limit and not fitted.prompt.strip():
+        if session.token_limit and not fitted.prompt.strip() and fitted.recorded.image_embedding is None:
             say_once("empty", empty_hint(session.name))
         say_once("syntax", syntax_hint(fitted.prompt, fitted.prompt_syntax))
         if "words" not in hinted:

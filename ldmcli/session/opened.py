@@ -385,7 +385,7 @@ def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
     """Raises BadDataError where the two do not work on the same latents with the same steps."""
     one, other = model.config, refiner.config
     for source in (model, refiner):
-        if source.config.condition != "text":
+        if "text" not in source.config.conditions:
             raise bad_file(source.path, "reads no prompts, and a refiner goes on with them", "leave --refiner out")
     same = (
         one.unet.out_channels == other.unet.in_channels
