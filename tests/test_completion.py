@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_support import environment, ldm, ldm_here, until
+from cli_support import assert_refused, environment, ldm, ldm_here, until
 
 from ldmcli.cli.program import cli
 
@@ -167,8 +167,15 @@ def test_nothing_goes_wrong_where_nothing_is(tmp_path: Path) -> None:
     env = {"LDM_MODELS": "nowhere", "HF_HUB_CACHE": "nowhere", "XDG_CONFIG_HOME": str(tmp_path)}
     for words in (["x", "-m", ""], ["x", "--profile", ""], ["x", "--lora", ""], ["batch", "--status", "no/where"]):
         assert all(line.startswith(("file,", "dir,")) for line in asked(*words, cwd=tmp_path, **env)), words
+    assert asked("x", "-m", '""', "--negative-p", cwd=tmp_path) == ["plain,--negative-prompt"]
     for words in ([], ["nonsense"], ["--", ""], ["x", "--size", "axb", ""], ["x", "-m"], ["\x1b[2J", "-"]):
         asked(*words, cwd=tmp_path, **env)
+
+
+def test_variables_that_no_shell_sets_are_said(tmp_path: Path) -> None:
+    for env in ({"_LDM_COMPLETE": "nonsense"}, {"_LDM_COMPLETE": "bash_complete"}, {"_LDM_COMPLETE": "zsh_complete",
+                "COMP_WORDS": "ldm", "COMP_CWORD": "many"}):  # fmt: skip
+        assert_refused(ldm_here(env=env, cwd=tmp_path), 2, "_LDM_COMPLETE is not set as")
 
 
 def test_every_option_with_files_completes_them() -> None:

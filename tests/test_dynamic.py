@@ -141,6 +141,17 @@ def test_rows_draw_by_their_seed_and_the_manifest_says_what_from(tmp_path: Path,
     assert_refused_run(plain.code, plain.err, "dynamic_prompts")
 
 
+def test_kohyas_lines_are_drawn_by_lot_as_theirs_are(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a {red|green|blue} fox --n {x|y} --d 5\n")
+    drawn = batch(tmp_path / "p.txt", "-o", tmp_path / "out", "--format", "kohya")
+    assert drawn.code == 0
+    assert "warning" not in drawn.err
+    ((request, extra),) = [(one["request"], one["extra"]) for one in manifest(tmp_path / "out")]
+    assert request["prompt"] == DynamicPrompts(None).draw("a {red|green|blue} fox", 5)
+    assert request["negative_prompt"] in ("x", "y")
+    assert extra["template"] == "a {red|green|blue} fox"
+
+
 def test_another_content_of_a_wildcard_is_another_run(tmp_path: Path, wildcards: Path) -> None:
     rows = tmp_path / "p.txt"
     rows.write_text("__colour__ fox\n")

@@ -279,6 +279,7 @@ def test_info_says_what_would_be_taken(tmp_path: Path) -> None:
     shown = ldm_here("info", source).out.decode()
     assert "made by: ComfyUI" in shown
     assert "sampler: dpmpp-2m" in shown
+    assert "not taken: node FreeU\n" in shown
 
 
 # ---- details ----

@@ -357,7 +357,21 @@ def test_what_is_here_wins_over_the_hub(hub: Hub, run: Any, tmp_path: Path) -> N
     assert mistyped.code == 66
     assert "its folder has emoji" in mistyped.err
     assert "lab/emojy@main" in mistyped.err
+    # So is one in a folder that people call so, where the hub might have an organisation of that name.
+    for option in ("-m", "--vae", "--lora"):
+        sentence = run("txt2img", "x", option, "models/sd15")
+        assert sentence.code == 66, sentence
+        assert "models is what folders are called, so models/sd15 is a path" in sentence.err
+        assert "models/sd15@main" in sentence.err
     assert hub.requests == []
+    assert "there is no model models/sd15" in run("txt2img", "x", "-m", "models/sd15@main", HF_TOKEN=TOKEN).err
+
+
+def test_the_hub_is_asked_aloud(hub: Hub, run: Any) -> None:
+    hub.add("lab/emoji", tiny_model())
+    first = run("txt2img", "x", "-m", "lab/emoji", "-W", "63")
+    assert "ldm: there is no lab/emoji here; asking the hub (http" in first.err
+    assert "asking the hub" not in run("txt2img", "x", "-m", "lab/emoji", "-W", "63").err
 
 
 @pytest.mark.parametrize(
@@ -409,9 +423,8 @@ def test_models_at_hand(hub: Hub, run: Any, tmp_path: Path) -> None:
     assert result.code == 0, result
     assert hub.requests == []
     found = {record["name"]: record for record in result.records}
-    embedded = str(EMBEDDED.parent)
     assert list(found) == [
-        embedded, "weights/broken.safetensors", "weights/mine", "weights/single.safetensors", "lab/damaged",
+        "tiny-emoji", "weights/broken.safetensors", "weights/mine", "weights/single.safetensors", "lab/damaged",
         "lab/emoji", "lab/files/one.safetensors@v2",
     ]  # fmt: skip
     assert "unet/config.json" in found["lab/damaged"]["error"]
@@ -437,11 +450,13 @@ def test_what_is_listed_is_a_name_to_type(hub: Hub, run: Any, tmp_path: Path) ->
     pulled(run("pull", "lab/emoji"))
     (tmp_path / "here" / "lab").mkdir()
     listed = [record["name"] for record in run("models", "--json", LDM_MODELS=str(own)).records]
-    assert listed == [str(EMBEDDED.parent), "mine", "single.safetensors", "lab/emoji@main"]
-    for name in (*listed, "single", EMBEDDED.parent.name):
+    assert listed == ["tiny-emoji", "mine", "single.safetensors", "lab/emoji@main"]
+    for name in (*listed, "single", str(EMBEDDED.parent)):
         assert_opened(run("txt2img", "x", "-m", name, "-W", "63", LDM_MODELS=str(own)))
     assert run("info", "mine", LDM_MODELS=str(own)).code == 0
     assert_refused(run("txt2img", "x", "-m", "mine"), 66, "mine")
+    (tmp_path / "here" / "tiny-emoji").mkdir()  # which the name would mean
+    assert run("models", "--json").records[0]["name"] == str(EMBEDDED.parent)
 
 
 def test_models_without_a_cache_or_weights(run: Any) -> None:

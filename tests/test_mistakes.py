@@ -32,7 +32,8 @@ def test_a_first_argument_that_is_no_command_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", [["apple"], ["-s", "1", "a cat"], ["--prompt", "a cat"], ["-pcat"], ["-"], ["--", "batch"], ["über"]]
+    "first",
+    [["apple"], ["cat"], ["an"], ["-s", "1", "a"], ["--prompt", "a cat"], ["-pcat"], ["-"], ["--", "batch"], ["über"]],
 )
 def test_what_begins_as_a_prompt_is_drawn(first: list[str], tmp_path: Path) -> None:
     result = ldm_here(*DRAW, "-o", tmp_path, *first, stdin=b"a cat\n")
@@ -152,9 +153,11 @@ def test_what_a_network_predicts_by_short_and_long_names(tmp_path: Path) -> None
         (["--size", "big"], "--size 'big' is not WIDTHxHEIGHT"),
         (["--sampler", "eulr"], "did you mean euler?"),
         (["--steps"], "--steps needs a value; see ldm txt2img --help."),
+        (["--upscale"], "--upscale needs a value, FILE|embedded; see ldm txt2img --help."),
         (["--json=1"], "--json takes no value"),
         (["--steps", "many"], "--steps 'many' is not a whole number; see ldm txt2img --help."),
         (["-g", "much"], "--guidance-scale 'much' is not a number"),
+        (["--quality", "high"], "--quality 'high' is not a whole number"),
         (["-c", "0"], "--count 0 is not 1 or more"),
         (["-b", "9999"], "--batch-size 9999 is not from 1 to 1024"),
         (["--dtype", "int4"], "--dtype 'int4' is not known; choose from auto, fp16"),
@@ -167,7 +170,31 @@ def test_wrong_options_and_values_lead_somewhere(options: list[str], told: str) 
 @pytest.mark.parametrize("command", ["info", "gallery", "pull", "upscale"])
 def test_what_is_missing_is_asked_for(command: str) -> None:
     assert_refused(ldm_here(command), 2, "ldm: error: give ", f"see ldm {command} --help.")
-    assert_refused(ldm_here("gallery", "a", "b"), 2, "“b”", "quotes")
+    assert_refused(ldm_here("gallery", "a", "b"), 2, "takes one DIR, and “b” is left over; put quotes around")
+    assert_refused(ldm_here("batch", "a", "b"), 2, "takes one FILE, and “b” is left over; ldm txt2img draws prompts")
+    assert_refused(ldm_here("sample", "a cat"), 2, "takes options alone, and “a cat” is none; ldm txt2img draws")
+    assert_refused(ldm_here("samplers", "ddim"), 2, "ldm samplers takes options alone, and “ddim” is none; see")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["txt2img", "x", "-m", ""], "--model is empty; name a model, or leave it out"),
+        (["txt2img", "x", "-o", ""], "--output is empty; name a file or a folder"),
+        (["img2img", "x", "-i", ""], "--image is empty; name a file"),
+        (["img2img", "x", "-i", "a.png", "--mask", ""], "--mask is empty; name a file"),
+        (["img2img", "x", "-i", "a.png", "--vae", ""], "--vae is empty; name a model"),
+        (["txt2img", "x", "--lora", ""], "--lora"),
+        (["upscale", "a.png", "-o", "b.png", "-m", ""], "--upscaler is empty; name a file"),
+        (["upscale", "", "-o", "x.png"], "IMAGE... is empty; name a picture; see"),
+        (["canny", "", "-o", "x.png"], "IMAGE is empty; name a picture; see"),
+        (["info", ""], "FILE... is empty; name a file; see"),
+        (["gallery", ""], "DIR is empty; name a folder; see"),
+        (["batch", ""], "is empty; name a file"),
+    ],
+)
+def test_a_name_typed_as_nothing_is_no_folder(words: list[str], told: str, tmp_path: Path) -> None:
+    assert_refused(ldm_here(*words, cwd=tmp_path), 2, told)
 
 
 def test_where_a_wrong_value_comes_from() -> None:
@@ -179,6 +206,9 @@ def test_prompts_without_quotes_and_counts_after_n_are_remarked_on(tmp_path: Pat
     assert len(result.paths) == 3
     assert '3 prompts of one word each; with quotes, "a red apple" is one' in result.err
     assert "“4” is the negative prompt; --count" in result.err
+    Image.new("RGB", (8, 8)).save(tmp_path / "here.png")
+    (hint,) = argument_hints(["a red apple", str(tmp_path / "here.png"), str(tmp_path / "none.png")], "")
+    assert "here.png” is drawn as a prompt; --image is for" in hint
     assert not list(argument_hints(["apple", "pear"], "blurry 4"))
     assert not list(argument_hints(["a red apple", "a pear", "a fig"], ""))
 

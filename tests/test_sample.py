@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_support import Result, assert_refused, ldm_here, pixels
+from cli_support import Result, assert_refused, ldm_here, pixels, tiny_model
 from paper_models import PUBLISHED, class_map, small, write_model
 from PIL import Image
 
@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (40, 24), (1, 2, 3)).save(found / "colours.png")
     Image.fromarray(np.full((24, 40), 65535, np.uint16)).save(found / "wide.png")
     Image.fromarray(np.full((24, 40), 255, np.uint8)).save(found / "none.png")
+    Image.fromarray(class_map(40, 24, 5)).save(found / "map.jpg", quality=100)
     (found / "damaged.png").write_bytes((found / "map.png").read_bytes()[:60])
     return found
 
@@ -150,10 +151,13 @@ REFUSED: dict[str, tuple[int, str, tuple[Any, ...], str]] = {
     "box of nothing": (2, "layout2img", ([0.5, 0, 0.5, 1],), "has no area"),
     "too many boxes": (2, "layout2img", (31,), "layout has 31 objects; the model takes 30"),
     "no layout": (66, "layout2img", ("--layout", "absent.json"), "absent.json"),
+    "empty": (2, "layout2img", ("--layout", ""), "--layout is empty; name a file, or leave it out"),
+    "refined": (65, "celeba256", ("--refiner", "celeba256.safetensors"), "reads no prompts, and a refiner goes on"),
     "colours": (65, "semantic", ("--map", "colours.png"), "is no semantic map"),
     "many classes": (65, "semantic", ("--map", "wide.png"), "has class 65535, and the model knows 0 to 4 and 255"),
     "no classes": (65, "semantic", ("--map", "none.png"), "the map has no class"),
     "damaged": (65, "semantic", ("--map", "damaged.png"), "is damaged or cut off"),
+    "lossy": (65, "semantic", ("--map", "map.jpg"), "is a JPEG, whose pixels are only about what was saved"),
     "no map": (66, "semantic", ("--map", "absent.png"), "absent.png"),
     "map for text": (2, "txt2img-1p4B", ("--map", "map.png"), "map is not for this model, which reads prompts"),
 }
@@ -168,6 +172,16 @@ def test_what_cannot_be_meant_is_one_sentence(name: str, folder: Path, tmp_path:
         path.write_text(json.dumps([{"label": 1, "box": sides}] * count))
         words = ("--layout", str(path))
     assert_refused(sample(folder, model, *words, *FAST, "-o", tmp_path / "out"), code, said)
+
+
+def test_a_model_that_reads_prompts_is_said_to(tmp_path: Path) -> None:
+    for words in (("sample",), ("txt2img", " ")):
+        drawn = ldm_here(*words, "-m", tiny_model(), *FAST, "-s", "1", "-o", tmp_path, "--overwrite")
+        assert drawn.code == 0
+        assert "warning: a prompt is empty, and tiny reads prompts, as in `ldm " in drawn.err
+    (tmp_path / "p.csv").write_text('prompt,seed\n"",1\n"",2\na fox,3\n')
+    rows = ldm_here("batch", tmp_path / "p.csv", "-m", tiny_model(), "--dry-run")
+    assert rows.err.count("a prompt is empty") == 1
 
 
 def test_a_layout_that_says_something_twice_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -93,7 +93,11 @@ def test_options_take_them(tmp_path: Path) -> None:
     assert draws(tmp_path, "--sampler", "DPM++ 2M Karras") == {"sampler": "dpmpp-2m", "schedule": "karras"}
     assert draws(tmp_path, "--sampler", "k_euler", "--schedule", "Align Your Steps") == {
         "sampler": "euler", "schedule": "ays"}  # fmt: skip
-    for option, name in (("--sampler", "LMS"), ("--schedule", "kl_optimal")):
+    for name, near in (("LMS Karras", "dpmpp-2m"), ("dpmpp_2s_ancestral", "euler-a"), ("DPM++ SDE", "dpmpp-2m-sde"),
+                       ("KDPM2DiscreteScheduler", "heun")):  # fmt: skip
+        refused = ldm_here("txt2img", "a", "-m", tiny_model(), "--sampler", name, "-o", tmp_path / "b.png")
+        assert_refused(refused, 2, f"--sampler '{name}' is not drawn with here; {near} is the nearest; see")
+    for option, name in (("--sampler", "ddim2"), ("--schedule", "kl_optimal")):
         refused = ldm_here("txt2img", "a", "-m", tiny_model(), option, name, "-o", tmp_path / "b.png")
         assert_refused(refused, 2, name, "ddim" if option == "--sampler" else "sgm_uniform")
 

@@ -1,6 +1,8 @@
 """Pictures in the terminal and as they grow: `ldm show`, --show, --preview and --preview-file."""
 
+import base64
 import fcntl
+import io
 import os
 import re
 import struct
@@ -31,6 +33,7 @@ def in_terminal(
     code: int = 0,
     term: str = "xterm-256color",
     size: tuple[int, ...] = (24, 80, 800, 480),
+    env: dict[str, str] | None = None,
 ) -> str:
     """What `ldm ARGUMENTS` writes to a terminal of 24 lines and 80 columns, or another `size` in these and pixels, that
     has typed `answers` before anything is asked; `stdin` is a pipe's."""
@@ -41,12 +44,14 @@ def in_terminal(
     termios.tcsetattr(terminal, termios.TCSANOW, without_echo)
     os.write(controller, answers.encode())
     own = "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); sys.argv[0] = 'ldm'; "
+    terminals = ("TERM_PROGRAM", "LC_TERMINAL", "TMUX", "STY")
+    own_env = {name: value for name, value in environment().items() if name not in terminals}
     process = subprocess.Popen(
         [sys.executable, "-c", f"{own} from ldmcli.cli import main; main()", *map(str, arguments)],
         stdin=terminal if stdin is None else subprocess.PIPE,
         stdout=terminal,
         stderr=terminal,
-        env=environment({"COLORTERM": "truecolor", "TERM": term, "NO_COLOR": "1"}),
+        env=own_env | {"COLORTERM": "truecolor", "TERM": term, "NO_COLOR": "1"} | (env or {}),
         start_new_session=True,
     )
     os.close(terminal)
@@ -92,6 +97,19 @@ def test_a_terminal_with_graphics_gets_every_pixel(picture: Path, answers: str, 
     shown = in_terminal("show", "-", answers=answers, stdin=picture.read_bytes())
     assert begins in shown
     assert "▀" not in shown
+
+
+@pytest.mark.parametrize("env", [{"TERM_PROGRAM": "iTerm.app"}, {"TERM_PROGRAM": "WezTerm"}, {"LC_TERMINAL": "iTerm2"}])
+def test_iterm2_gets_the_file(picture: Path, env: dict[str, str]) -> None:
+    shown = in_terminal("show", picture, env=env)
+    found = re.search(r"\x1b\]1337;File=inline=1;size=(\d+);width=32;height=16;preserveAspectRatio=1:(\S+)\a", shown)
+    assert found
+    data = base64.b64decode(found[2])
+    assert len(data) == int(found[1])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels(picture))
+    assert "\x1b[c" not in shown  # nothing is asked
+    assert "▀" in in_terminal("show", picture, env=env, term="tmux-256color")
+    assert "▀" in in_terminal("show", picture, env=env | {"TMUX": "/tmp/tmux-0/default,1,0"})
 
 
 def test_pictures_go_into_no_pipe(picture: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tiled decoding gives the picture of the plain decode, with less held in memory."""
 
 import copy
+import dataclasses
 import os
 import resource
 import subprocess
@@ -266,7 +267,7 @@ def test_pieces_of_a_write() -> None:
 
 
 def test_sizes_that_fit_only_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = open_model(embedded_model()).config
+    config = open_model(embedded_model()).config.vae
     monkeypatch.setattr(memory, "host_memory", lambda: 20 * 2048**2)
     with pytest.raises(UsageError, match="--vae-tiling"):
         memory.check_memory(config, 2048, 2048)
@@ -277,7 +278,11 @@ def test_sizes_that_fit_only_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sizes_that_are_hardly_meant_are_said(tmp_path: Path) -> None:
     config = open_model(embedded_model()).config
-    assert memory.large(config, 1016, 1024) == ""
+    assert memory.large(config, 248, 256) == ""
+    for size in ((256, 256), (1016, 1024)):
+        assert "which shows more things, not larger ones; --upscale" in memory.large(config, *size)
+        drawn_on = dataclasses.replace(config, unet=dataclasses.replace(config.unet, joins="map"))
+        assert memory.large(drawn_on, *size) == ""
     assert f"1920×1080 has {1920 * 1080 // config.default_size**2} times" in memory.large(config, 1920, 1080)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "width": 4096, "height": 4096}\n' * 2)
     checked = ldm_here("batch", tmp_path / "rows.jsonl", "--dry-run")

@@ -251,7 +251,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "text": (65, (GIVEN, "text.safetensors"), "is a text that begins “hello”"),
     "pickle": (65, (GIVEN, "rows.pt"), "is a pickle"),
     "absent": (66, (GIVEN, "absent.safetensors"), "absent.safetensors"),
-    "no name": (2, (GIVEN, ""), "image_embedding is empty"),
+    "no name": (2, (GIVEN, ""), "--image-embedding is empty; name a file"),
     "row beyond": (2, (GIVEN, "rows.safetensors", "--embedding-row", "3"), "which has rows 0 to 2"),
     "negative row": (2, (GIVEN, "rows.safetensors", "--embedding-row=-1"), "embedding_row -1 is not a whole number"),
     "row of nothing": (2, ("--embedding-row", "0"), "the model reads an embedding of a picture"),

@@ -20,6 +20,7 @@ from ldmcli.config import VAEConfig
 from ldmcli.networks.vae import Autoencoder, AutoencoderVQ, autoencoder_of
 from ldmcli.session.autoencoding import Autoencoding
 from ldmcli.spec import RuntimeSpec
+from ldmcli.speed import memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -167,6 +168,22 @@ def test_what_is_no_latents(folders: dict[str, Path], tmp_path: Path) -> None:
     refused({"codes": torch.full((1, 4, 4), CODES)}, vq, tmp_path, f"codes from {CODES} to {CODES}", "0 to 49")
     refused({"codes": torch.full((1, 4, 4), -1)}, vq, tmp_path, "codes from -1 to -1")
     refused({"codes": torch.zeros(1, 4, 4, dtype=torch.int32)}, folders["kl"], tmp_path, "has no codebook")
+
+
+def test_latents_of_no_picture_are_named_and_not_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    refused({"latents": torch.full((1, 4, 4, 4), 1e30)}, folders["kl"], tmp_path, "holds latents of up to 1e+30")
+
+
+def test_a_picture_that_memory_cannot_hold_is_refused_before(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "host_memory", lambda: 1 << 20)
+    Image.new("RGB", (256, 256)).save(tmp_path / "large.png")
+    for way, file in (("encode", tmp_path / "large.png"), ("decode", tmp_path / "latents.safetensors")):
+        save_file({"latents": torch.zeros(1, 4, 128, 128)}, tmp_path / "latents.safetensors")
+        out = tmp_path / ("new.safetensors" if way == "encode" else "new.png")
+        result = ldm_here("vae", way, file, "-m", folders["kl"], "-o", out)
+        assert_refused(result, 2, "256×256 would need at least", "--vae-tiling")
 
 
 def test_pictures_are_read_one_at_a_time(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ldmcli.batch.runfile import STDIN, RunIdentity, open_run
 from ldmcli.batch.settings import parse_grid
 from ldmcli.batch.survey import Survey, items, named, shard, survey
 from ldmcli.conditioning.dynamic import DynamicPrompts
-from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
+from ldmcli.conditioning.hints import UNREAD_PROMPT, empty_hint, syntax_hint
 from ldmcli.conditioning.known_words import SHOWN_UNKNOWN
 from ldmcli.conditioning.lora_tags import split_tags
 from ldmcli.errors import printable
@@ -189,6 +189,8 @@ class Job:
     def _check_prompt(self, request: GenerationRequest) -> None:
         if request.prompt_syntax == "weighted" and "<" in request.prompt + request.negative_prompt:
             self.session.fit(request)  # what it names is there
+        if self.session.token_limit and not request.prompt.strip() and request.image_embedding is None:
+            self._remark("empty", empty_hint(self.session.name))
         for text in (request.prompt, request.negative_prompt):
             if not self._remarks["syntax"] and (hint := syntax_hint(text, request.prompt_syntax)):
                 self._remark("syntax", hint)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LATENTS, CODES = "latents", "codes"
 _CURE = "name a file that ldm vae encode wrote with this autoencoder"
 _MAX_PICTURES = 100_000  # in a file, each of which gets a file of its own
+_MOST = 1e4  # that latents are, by far: those of pictures are below 100
 _TYPES = {"float32": "F32", "int32": "I32"}
 _log = logging.getLogger(__name__)
 
@@ -81,3 +82,10 @@ def read_latents(file: WeightFile, name: str, vae: VAEConfig) -> "Iterator[Tenso
         if low < 0 or high >= vae.codes:
             raise bad_file(file.path, f"holds codes from {low} to {high}, the codebook 0 to {vae.codes - 1}", _CURE)
         yield tensor.long()
+
+
+def check_latents(path: Path, latents: "Tensor") -> None:
+    """Raise BadDataError where latents (channels, height, width) are no numbers, or far beyond those of any picture."""
+    most = float(latents.abs().max())
+    if latents.is_floating_point() and not most <= _MOST:
+        raise bad_file(path, f"holds latents of up to {most:.2g}, and those of pictures are below 100", _CURE)

@@ -1,12 +1,16 @@
-"""Prompts from arguments and from standard input, one at a time, and a picture from there."""
+"""What arguments name, one at a time: files, prompts, and those or a picture from standard input."""
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
-from ldmcli.errors import BadDataError
+import click
+
+from ldmcli.errors import BadDataError, LdmError
 
 STDIN = "-"
+_File = TypeVar("_File")
 MAX_PICTURE = 1 << 28  # bytes
 _log = logging.getLogger(__name__)
 
@@ -22,6 +26,26 @@ def read_prompts(arguments: Sequence[str]) -> Iterator[str]:
             yield from _lines()
         else:
             yield argument
+
+
+def each_file(
+    context: click.Context,
+    files: Sequence[_File],
+    work: Callable[[_File], object],
+    passed: type[LdmError] = LdmError,
+) -> None:
+    """Do `work` for each file and exit: an error of the kind `passed` is said, and the others are done all the same;
+    the code is that of the first that failed."""
+    codes = []
+    for file in files:
+        try:
+            work(file)
+        except passed as error:
+            if len(files) == 1:
+                raise
+            _log.error("%s", error)
+            codes.append(error.exit_code)
+    context.exit(codes[0] if codes else 0)
 
 
 def picture_from_stdin() -> bytes:

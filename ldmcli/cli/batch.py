@@ -67,8 +67,8 @@ _WORTH_A_PROCESS = 32  # pictures for which another process is worth its start
 @click.argument("file", metavar="[FILE]", required=False, shell_complete=values)
 @option("-o", "--output", metavar="DIR", help="The run's folder: pictures, manifest, run.json.  [required]")
 @option("--format", type=RowFormat(["txt", "jsonl", "csv", "tsv", "kohya", "a1111"]),
-        help="What FILE is; kohya (a cat --n dog --s 20) and a1111 (--prompt \"a cat\" --steps 20) have options "
-        "in each line.  [default: by its name's ending; needed for -]")  # fmt: skip
+        help="What FILE is; kohya (a {red|blue} cat --n dog --s 20) and a1111 (--prompt \"a cat\" --steps 20) "
+        "have options in each line.  [default: by its name's ending; needed for -]")  # fmt: skip
 @option("--prompt-column", metavar="NAME", help="The CSV or TSV column, or JSON field, to take prompts from.")
 @option(
     "--grid", metavar="FIELD=V,V,…", multiple=True, help="Draw each row with each of these values; may be repeated."
@@ -217,13 +217,14 @@ def _job_spec(path: Path | None, options: dict[str, Any]) -> "JobSpec":
     from ldmcli.batch.job import JobSpec
 
     own = ("format", "prompt_column", "grid", "seed", "count", "shard")
+    by_lot = options["dynamic_prompts"] or options["format"] == "kohya"  # whose scripts always do
     return JobSpec(
         path,
         GenerationRequest("", **request_settings(options)),
         model_spec(options),
         runtime_spec(options),
         metadata=not options["no_metadata"],
-        dynamic=dynamic_prompts(options),
+        dynamic=dynamic_prompts(options | {"dynamic_prompts": by_lot}),
         name=NamePattern(options["name"]) if options["name"] is not None else None,
         encoding=Encoding(options["image_format"] or "png", options["quality"], options["lossless"]),
         **{name: options[name] for name in own},

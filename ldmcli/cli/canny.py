@@ -24,7 +24,7 @@ from ldmcli.errors import UsageError
 @option("--overwrite", is_flag=True, help="Replace a file that is there already.")
 @json_option("Report the picture as a JSON line.")
 @verbosity_options
-def canny(image: str, output: str, as_json: bool, **options: Any) -> None:
+def canny(image: str, **options: Any) -> None:
     """Write the edges of IMAGE, white on black, as OpenCV finds them; - reads a picture from standard input.
 
     \b
@@ -35,8 +35,10 @@ def canny(image: str, output: str, as_json: bool, **options: Any) -> None:
     given = thresholds(options["thresholds"])
     if given is None:
         raise UsageError(f"--thresholds {options['thresholds']} are none; give LOW,HIGH, such as {CANNY_USUAL}.")
-    encoding = choose_encoding(output, **{name: options[name] for name in ("image_format", "quality", "lossless")})
-    place = open_output(output, encoding, overwrite=options["overwrite"], as_json=as_json, one_image=True)
+    encoding = choose_encoding(options)
+    place = open_output(
+        options["output"], encoding, overwrite=options["overwrite"], as_json=options["as_json"], one_image=True
+    )
     if place.path and not place.is_file:
         (place,) = in_folder(place, [f"{'edges' if image == STDIN else Path(image).stem}{encoding.ending}"])
     import numpy as np

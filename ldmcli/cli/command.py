@@ -36,6 +36,8 @@ _RARE = (
     "control_end control_mode control_type ip_adapter_* image_encoder attention kernels no_cuda_graph compile threads "
     "no_cache ray_address engine shard prompt_column"
 )
+# What a metavar says that is to be named.
+_NAMED = {"FILE": "a file", "IMAGE": "a picture", "DIR": "a folder", "PATH": "a file or a folder", "MODEL": "a model"}
 _GROUPED = 15  # options from which on a command's are shown in groups
 _log = logging.getLogger(__name__)
 _ALL = "ldmcli.help-all"
@@ -60,6 +62,8 @@ class Command(click.Command):
             typed = ctx.get_parameter_source("prompt") is ParameterSource.COMMANDLINE
             if typed or not ctx.params["prompts"]:
                 ctx.params["prompts"] += tuple(prompt)
+        for parameter in [] if ctx.resilient_parsing else self.params:
+            _check_name(ctx, parameter)
         if "width" in ctx.params and (size := ctx.params.pop("size", None)):
             self._take_size(ctx, size)
         if not ctx.resilient_parsing:
@@ -110,6 +114,20 @@ class Command(click.Command):
         if hidden:
             formatter.write_paragraph()
             formatter.write_text(f"{hidden} rarer options: {ctx.command_path} --help-all")
+
+
+def _check_name(ctx: click.Context, parameter: click.Parameter) -> None:
+    """Raise UsageError where a file, folder or model is typed as nothing, which as a path would be this folder."""
+    metavar, given = parameter.metavar or "", ctx.params.get(parameter.name or "")
+    if ctx.get_parameter_source(parameter.name or "") is not ParameterSource.COMMANDLINE:
+        return
+    if given == "" or (isinstance(given, tuple) and "" in given):
+        kind = next((word for kind, word in _NAMED.items() if kind in metavar), "")
+        if kind:
+            from ldmcli.cli.mistakes import long_name
+
+            cure = "" if parameter.required else ", or leave it out"
+            raise click.UsageError(f"{long_name(parameter)} is empty; name {kind}{cure}", ctx)
 
 
 def command(**settings: Any) -> Callable[[Callable[..., Any]], Command]:

@@ -1,17 +1,15 @@
 """`ldm info`: what pictures and weight files hold, from their headers."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ldmcli.cli.arguments import each_file
 from ldmcli.cli.command import command, values
 from ldmcli.cli.options import expanded, json_option, option, verbosity_options
-from ldmcli.errors import BadDataError, LdmError, printable
-
-_log = logging.getLogger(__name__)
+from ldmcli.errors import BadDataError, printable
 
 
 @command(short_help="Tell what pictures and model files are.")
@@ -28,6 +26,22 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     Only headers are read, but for upscalers, so this is quick for files of any size. Where a file cannot be read, the
     others are shown all the same, and the exit code is that of the first that could not.
     """
+
+    def show_facts(file: str) -> None:
+        facts = _facts(file, allow_pickle=allow_pickle)
+        if as_json:
+            click.echo(json.dumps({"path": file, **facts} if len(files) > 1 else facts))
+            return
+        if len(files) > 1:
+            click.echo(f"{printable(file, 4096)}:")
+        for line in _lines(facts, "  " if len(files) > 1 else ""):
+            click.echo(line)
+
+    each_file(context, files, show_facts)
+
+
+def _facts(file: str, *, allow_pickle: bool) -> dict[str, Any]:
+    """What a file, or a folder, is. Raises LdmError."""
     from ldmcli.adapters.adapter import is_adapter_folder
     from ldmcli.checkpoints.control_source import control_facts, is_control_folder
     from ldmcli.checkpoints.file_kinds import AUTOENCODERS, IP_ADAPTER, STEERING
@@ -36,45 +50,28 @@ def info(context: click.Context, files: tuple[str, ...], allow_pickle: bool, as_
     from ldmcli.checkpoints.vae_source import autoencoder_facts, is_autoencoder_folder
     from ldmcli.hub.listing import find_here
 
-    codes = []
-    for file in files:
-        try:
-            path = find_here(file) or expanded(file)
-            if is_adapter_folder(path):
-                facts = {"kind": "weights", "is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
-            elif is_control_folder(path):
-                facts = {"kind": "weights"} | control_facts(path)
-            elif is_autoencoder_folder(path):
-                facts = {"kind": "weights", "is": "autoencoder, diffusers folder"}
-                facts |= autoencoder_facts(path, allow_pickle=allow_pickle)
-            else:
-                facts = inspect(path, allow_pickle=allow_pickle)
-                if facts.get("is") in ("LoRA", "unknown"):  # of some kinds no key's ending tells
-                    facts |= _tried_adapter_facts(path, facts["is"], allow_pickle=allow_pickle)
-                if facts.get("is") in STEERING:
-                    facts |= control_facts(path, allow_pickle=allow_pickle)
-                elif facts.get("is") in AUTOENCODERS:
-                    facts |= _autoencoder_facts(path, allow_pickle=allow_pickle)
-                elif facts.get("is") == IP_ADAPTER:
-                    facts |= ip_adapter_facts(path, allow_pickle=allow_pickle)
-                elif facts["kind"] != "model":
-                    facts |= _embedding_facts(path, facts.get("is", ""), allow_pickle=allow_pickle)
-                if facts.get("is") == "unknown":
-                    facts |= _upscaler_facts(path, allow_pickle=allow_pickle)
-        except LdmError as error:
-            if len(files) == 1:
-                raise
-            _log.error("%s", error)
-            codes.append(error.exit_code)
-            continue
-        if as_json:
-            click.echo(json.dumps({"path": file, **facts} if len(files) > 1 else facts))
-            continue
-        if len(files) > 1:
-            click.echo(f"{printable(file, 4096)}:")
-        for line in _lines(facts, "  " if len(files) > 1 else ""):
-            click.echo(line)
-    context.exit(codes[0] if codes else 0)
+    path = find_here(file) or expanded(file)
+    if is_adapter_folder(path):
+        return {"kind": "weights", "is": "LoRA"} | _adapter_facts(path, allow_pickle=allow_pickle)
+    if is_control_folder(path):
+        return {"kind": "weights"} | control_facts(path)
+    if is_autoencoder_folder(path):
+        facts = {"kind": "weights", "is": "autoencoder, diffusers folder"}
+        return facts | autoencoder_facts(path, allow_pickle=allow_pickle)
+    facts = inspect(path, allow_pickle=allow_pickle)
+    if facts.get("is") in ("LoRA", "unknown"):  # of some kinds no key's ending tells
+        facts |= _tried_adapter_facts(path, facts["is"], allow_pickle=allow_pickle)
+    if facts.get("is") in STEERING:
+        facts |= control_facts(path, allow_pickle=allow_pickle)
+    elif facts.get("is") in AUTOENCODERS:
+        facts |= _autoencoder_facts(path, allow_pickle=allow_pickle)
+    elif facts.get("is") == IP_ADAPTER:
+        facts |= ip_adapter_facts(path, allow_pickle=allow_pickle)
+    elif facts["kind"] != "model":
+        facts |= _embedding_facts(path, facts.get("is", ""), allow_pickle=allow_pickle)
+    if facts.get("is") == "unknown":
+        facts |= _upscaler_facts(path, allow_pickle=allow_pickle)
+    return facts
 
 
 def _tried_adapter_facts(path: Path, kind: str, *, allow_pickle: bool) -> dict[str, Any]:
@@ -136,6 +133,8 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
             lines += [label, *_lines(value, indent + "  ")]
         elif isinstance(value, str) and "\n" in value:
             lines += [label, *(f"{indent}  {printable(line, 4096)}" for line in value.splitlines())]
+        elif isinstance(value, list) and all(isinstance(one, str) for one in value):
+            lines.append(f"{label} {printable('; '.join(value), 4096)}")
         else:
             shown = f"{value:,}" if isinstance(value, int) and value >= 10_000 and name == "parameters" else str(value)
             lines.append(f"{label} {printable(shown, 4096)}")

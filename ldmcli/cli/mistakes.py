@@ -19,7 +19,7 @@ _COMMANDS_MEANT = {
     "sample": "unconditional classconditional uncond",
     "batch": "batches many queue jobs file",
     "upscale": "upscaler enhance enlarge superres superresolution esrgan",
-    "info": "inspect metadata exif pnginfo parameters describe cat",
+    "info": "inspect metadata exif pnginfo parameters describe",
     "show": "view display look see preview imgcat icat viewer",
     "gallery": "html web page pages album contactsheet sheet",
     "pull": "download fetch get install add",
@@ -27,7 +27,7 @@ _COMMANDS_MEANT = {
     "samplers": "schedulers schedules sampler",
     "bench": "benchmark perf speed time",
     "serve": "server api http webui daemon start",
-    "completion": "complete completions autocomplete autocompletion shell bash zsh fish",
+    "completion": "complete completions autocomplete autocompletion shell bash zsh",
     "man": "manpage manual docs documentation",
     "schema": "jsonschema fields format formats",
     "config": "configure configuration settings setup preferences options profiles profile",
@@ -98,13 +98,14 @@ _FILES = {
     (".safetensors", ".ckpt", ".pt", ".bin"): "ldm -m {0} PROMPT draws with it, ldm info {0} tells what it is",
 }
 _CLICK = (
-    (r"(.*) is not a valid integer\.?", r"\1 is not a whole number"),
-    (r"(.*) is not a valid float\.?", r"\1 is not a number"),
+    (r"(.*) is not a valid integer(?: range)?\.?", r"\1 is not a whole number"),
+    (r"(.*) is not a valid float(?: range)?\.?", r"\1 is not a number"),
     (r"(.*) is not a valid boolean\..*", r"\1 is neither true nor false"),
     (r"(.*) is not in the range x>=(\S+?)\.?", r"\1 is not \2 or more"),
     (r"(.*) is not in the range (\S+?)<=x<=(\S+?)\.?", r"\1 is not from \2 to \3"),
     (r"(.*) is not one of (.*?)\.?", None),
 )
+_SHORTEST = 3  # letters, from which on a word may be one that is spelled wrong
 _STOP = 0.75  # how alike two words are, from which on one may be meant for the other
 
 
@@ -122,7 +123,7 @@ def asked_about(word: str, commands: Iterable[str]) -> str:
     if note := _not_done(name):
         return f"“{shown}” is no command: {note}; ldm txt2img {shown} draws the word"
     found = next((command for command, names in _COMMANDS_MEANT.items() if name in names.split()), "")
-    if found not in commands:
+    if found not in commands and len(name) >= _SHORTEST:
         found = next(iter(difflib.get_close_matches(name, commands, 1, _STOP)), "")
     return f"“{shown}” is no command: did you mean ldm {found}, or to draw it, ldm txt2img {shown}?" if found else ""
 
@@ -132,8 +133,11 @@ def usage_sentence(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption):
         return _no_such_option(error)
     if isinstance(error, click.BadOptionUsage):
-        wants = "takes no value" if "not take" in error.message else "needs a value"
-        return f"{error.option_name} {wants}"
+        if "not take" in error.message:
+            return f"{error.option_name} takes no value"
+        params = error.ctx.command.params if error.ctx else []
+        kind = next((one.metavar for one in params if error.option_name in one.opts and one.metavar), "")
+        return f"{error.option_name} needs a value{f', {kind}' if kind else ''}"
     if isinstance(error, click.MissingParameter):
         names = error.param.get_error_hint(error.ctx) if error.param and error.ctx else ""
         return f"give {names.replace(chr(39), '') or 'what is missing'}"
@@ -141,8 +145,22 @@ def usage_sentence(error: click.ClickException) -> str:
         return _bad_value(error, error.param)
     message = error.format_message().strip()
     if found := re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message, re.DOTALL):
-        return f"“{printable(found[1], 100)}” is more than is asked for; put quotes around what has blanks"
+        return _left_over(printable(found[1], 100), getattr(error, "ctx", None))
     return message.removesuffix(".")
+
+
+def _left_over(words: str, context: click.Context | None) -> str:
+    """On arguments that a command has no place for."""
+    arguments = [one for one in context.command.params if isinstance(one, click.Argument)] if context else []
+    path = context.command_path if context else "ldm"
+    if path.endswith((" sample", " batch")):
+        cure = "; ldm txt2img draws prompts"
+    else:
+        cure = "; put quotes around what has blanks" if arguments else ""
+    if not arguments:
+        return f"{path} takes options alone, and “{words}” is none{cure}"
+    name = re.sub(r"^\[(.*)\]$", r"\1", long_name(arguments[0]))
+    return f"{path} takes one {name}, and “{words}” is left over{cure}"
 
 
 def _bad_value(error: click.BadParameter, parameter: click.Parameter) -> str:

@@ -7,7 +7,7 @@ import click
 
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import FORMATS
-from ldmcli.sampling.names import sampler_of, schedule_of
+from ldmcli.sampling.names import nearest_sampler, sampler_of, schedule_of
 from ldmcli.spec import LoRA
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
@@ -70,6 +70,8 @@ class Sampler(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         named = sampler_of(value)
+        if not named and (near := nearest_sampler(value)):
+            self.fail(f"{printable(repr(value))} is not drawn with here; {near} is the nearest.", param, ctx)
         return " ".join(filter(None, named)) if named else super().convert(value, param, ctx)
 
 

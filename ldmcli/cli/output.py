@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,14 @@ def in_folder(output: Output, names: Sequence[str]) -> list[Output]:
     return [dataclasses.replace(output, path=place, is_file=True) for place in places]
 
 
-def choose_encoding(where: str, *, image_format: str | None, quality: int | None, lossless: bool) -> Encoding:
-    """How to write pictures: in the format that is asked for, else that of the ending of the path, else PNG. Raises
-    UsageError where these do not go together."""
+def choose_encoding(options: Mapping[str, Any]) -> Encoding:
+    """How a command's options have it write pictures: in the format that is asked for, else that of the ending of the
+    path, else PNG. Raises UsageError where these do not go together."""
+    where, image_format = options["output"], options["image_format"]
     named = None if where == STDOUT or _is_folder(where) else format_of_name(Path(where))
     if named and image_format and named != image_format:
         raise UsageError(f"{printable(where)} ends as {FORMATS[named].title}, and --image-format says {image_format}.")
-    return Encoding(image_format or named or "png", quality, lossless)
+    return Encoding(image_format or named or "png", options["quality"], options["lossless"])
 
 
 def open_output(

@@ -16,7 +16,7 @@ import click
 
 from ldmcli import __version__
 from ldmcli.cli import COMMANDS, COMPLETION, INTERRUPTED, OWN_OPTIONS, TERMINATED
-from ldmcli.errors import LdmError, MissingInputError, StorageError, printable
+from ldmcli.errors import LdmError, MissingInputError, StorageError, UsageError, printable
 from ldmcli.speed.linking import is_linking, settle_down
 from ldmcli.speed.memory import is_out_of_memory
 
@@ -158,7 +158,10 @@ def _invoke(arguments: Sequence[str]) -> int:
 
         from ldmcli.cli import completion as _  # noqa: F401  makes its own ways known to click
 
-        return shell_complete(cli, {}, "ldm", COMPLETION, completion)
+        with contextlib.suppress(KeyError, ValueError):  # of variables that shells set
+            if not (code := shell_complete(cli, {}, "ldm", COMPLETION, completion)):
+                return code
+        raise UsageError(f"{COMPLETION} is not set as the scripts of `ldm completion` set it; unset it.")
     try:
         with cli.make_context("ldm", list(arguments)) as context:
             cli.invoke(context)

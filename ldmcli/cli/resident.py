@@ -23,7 +23,10 @@ def find_server(options: Mapping[str, Any]) -> "Connection | None":
         return None
     from ldmcli.serving.connection import connect, start_server
 
-    found = connect() or (start_server(keep) if keep else None)
+    found = connect()
+    if keep and not found:
+        _log.info("starting a server that ends after %g s without work, for this command and the next", keep)
+        found = start_server(keep)
     if keep and not found:
         _log.warning("no server could be left behind; ldm serve says why")
     return found

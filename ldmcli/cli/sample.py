@@ -31,9 +31,9 @@ _CONDITIONS = together(
            help='Objects and where they are: JSON, a list of {"label": 17, "box": [left, top, right, bottom]}, from 0 '
            "to 1."),
     option("--map", type=click.Path(allow_dash=True, readable=False), metavar="FILE",
-           help="A semantic map: a picture, grey or with a palette, whose pixels are numbers of classes, 255 for none; "
-           "its size is the result's unless --size is given."),
-    option("--image-embedding", type=click.Path(), metavar="FILE",
+           help="A semantic map: a lossless picture, grey or with a palette, whose pixels are numbers of classes, 255 "
+           "for none; its size is the result's unless --size is given."),
+    option("--image-embedding", type=click.Path(readable=False), metavar="FILE",
            help="For unCLIP models: CLIP's embedding of a picture, or rows of them, a picture each, in safetensors; or "
            "the picture itself, where the model's folder has an image encoder, or --image-encoder names one."),
     option("--embedding-row", type=int, metavar="ROW", help="Draw only this row, from 0 on.  [default: every one]"),

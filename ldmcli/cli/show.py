@@ -1,16 +1,12 @@
 """`ldm show`: pictures in the terminal."""
 
-import logging
-
 import click
 
-from ldmcli.cli.arguments import STDIN, picture_from_stdin
+from ldmcli.cli.arguments import STDIN, each_file, picture_from_stdin
 from ldmcli.cli.command import command, values
 from ldmcli.cli.options import expanded, verbosity_options
 from ldmcli.cli.terminal import hindrance
-from ldmcli.errors import LdmError, UsageError, printable
-
-_log = logging.getLogger(__name__)
+from ldmcli.errors import UsageError, printable
 
 
 @command(short_help="Show pictures in the terminal.")
@@ -20,8 +16,8 @@ _log = logging.getLogger(__name__)
 def show(context: click.Context, files: tuple[str, ...]) -> None:
     """Show each picture FILE in the terminal; - reads one from standard input.
 
-    Terminals with graphics of their own (kitty's protocol, or sixel, as iTerm2, WezTerm, foot and Konsole have) show
-    every pixel, others coloured half blocks. Where a file cannot be shown, the others are all the same, and the exit
+    Terminals with graphics of their own (iTerm2 and WezTerm, kitty, or sixel, as foot and Konsole have) show every
+    pixel, others coloured half blocks. Where a file cannot be shown, the others are all the same, and the exit
     code is that of the first that could not.
 
     \b
@@ -34,16 +30,10 @@ def show(context: click.Context, files: tuple[str, ...]) -> None:
     from ldmcli.cli.terminal_pictures import ask_terminal, show_picture
 
     ask_terminal()
-    codes = []
-    for file in files:
-        try:
-            show_picture(picture_from_stdin() if file == STDIN else str(expanded(file)))
-        except LdmError as error:
-            if len(files) == 1:
-                raise
-            _log.error("%s", error)
-            codes.append(error.exit_code)
-            continue
+
+    def show_one(file: str) -> None:
+        show_picture(picture_from_stdin() if file == STDIN else str(expanded(file)))
         if len(files) > 1:
             click.echo(printable(file, 4096))
-    context.exit(codes[0] if codes else 0)
+
+    each_file(context, files, show_one)

@@ -35,7 +35,7 @@ from ldmcli.cli.previews import Previews, preview_steps
 from ldmcli.cli.resident import open_session
 from ldmcli.cli.steering_options import DrawingCommand, steering_options
 from ldmcli.cli.terminal import StepBar, loading, shows_pictures
-from ldmcli.conditioning.hints import UNREAD_PROMPT, syntax_hint
+from ldmcli.conditioning.hints import UNREAD_PROMPT, empty_hint, syntax_hint
 from ldmcli.conditions import CONDITION_FIELDS
 from ldmcli.errors import UsageError, printable
 from ldmcli.images.formats import Encoding, format_of_file
@@ -92,8 +92,7 @@ def draw(context: click.Context, prompts: tuple[str, ...], options: dict[str, An
     """Draw the prompts as the options of a command say; what that lacks of the IMAGE_FIELDS is as usual. Raises
     LdmError, and click's UsageError for what only a command line can get wrong."""
     # 1. The request: from the command line, over that of a picture.
-    chosen = {name: options[name] for name in ("image_format", "quality", "lossless")}
-    encoding, of_row = choose_encoding(options["output"], **chosen), options["count"]
+    encoding, of_row = choose_encoding(options), options["count"]
     record, prompts = _with_record(context, prompts, options)
     unprompted = not prompts and options.get("image") is not None  # as some models draw on pictures
     prompts = ("",) if unprompted else prompts
@@ -346,6 +345,8 @@ def _checked(
     def check(request: GenerationRequest) -> "FittedRequest":
         fitted = session.fit(request)
         encoding.check_size(*fitted.final_size)
+        if session.token_limit and not fitted.prompt.strip() and fitted.recorded.image_embedding is None:
+            say_once("empty", empty_hint(session.name))
         say_once("syntax", syntax_hint(fitted.prompt, fitted.prompt_syntax))
         if "words" not in hinted:
             say_once("words", session.word_hint(fitted))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ldmcli.cli.arguments import STDIN, picture_from_stdin
+from ldmcli.cli.arguments import STDIN, each_file, picture_from_stdin
 from ldmcli.cli.command import command, values
 from ldmcli.cli.option_types import Seed
 from ldmcli.cli.options import (
@@ -105,8 +105,7 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
     # 1. Everything that can be known before a network is read.
     width, height = parse_size(options["size"]) if options["size"] else (None, None)
     target = Target(options["scale"], width, height)
-    names = ("image_format", "quality", "lossless")
-    encoding = choose_encoding(options["output"], **{name: options[name] for name in names})
+    encoding = choose_encoding(options)
     how = Enlargement(target, encoding, not options["no_metadata"], options["tile"])
     work = _open(context, how, options)
     with _stdin_as_file(pictures) as sources:
@@ -114,16 +113,8 @@ def upscale(context: click.Context, pictures: tuple[str, ...], **options: Any) -
         # 2. Each picture; the network is read once there is one.
         if isinstance(work, _Work):
             quicken()
-        codes = []
-        for source, output in zip(sources, outputs, strict=True):
-            try:
-                work.enlarge(source, output)
-            except BadDataError as error:
-                if len(sources) == 1:
-                    raise
-                _log.error("%s", error)
-                codes.append(error.exit_code)
-    context.exit(codes[0] if codes else 0)
+        pairs = list(zip(sources, outputs, strict=True))
+        each_file(context, pairs, lambda pair: work.enlarge(*pair), BadDataError)
 
 
 def _open(context: click.Context, how: Enlargement, options: dict[str, Any]) -> "_Work | RemoteWork":
@@ -221,8 +212,6 @@ def _stdin_as_file(pictures: Sequence[str]) -> Iterator[list[Path]]:
 
 
 def _file(name: str) -> Path:
-    if not name:
-        raise UsageError("an IMAGE has an empty name; name a picture file.")
     if "://" in name:
         raise MissingInputError(f"{printable(name)} is an address, and pictures are read from files; fetch it first.")
     return expanded(name)

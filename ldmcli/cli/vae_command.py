@@ -18,10 +18,11 @@ from ldmcli.cli.output import STDOUT, Output, choose_encoding, in_folder, open_o
 from ldmcli.cli.terminal import loading
 from ldmcli.disk.opening import open_regular
 from ldmcli.disk.writing import check_replaceable, prepare_folder
-from ldmcli.errors import BadDataError, UsageError, printable
+from ldmcli.errors import BadDataError, NotFiniteError, UsageError, printable
 from ldmcli.images.formats import Encoding, format_of_name
 from ldmcli.spec import RuntimeSpec
 from ldmcli.speed.linking import settle_down
+from ldmcli.speed.memory import check_memory
 from ldmcli.speed.startup import quicken
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def _open(name: str | None, *, allow_pickle: bool) -> "PartSource[VAEConfig]":
 def _encode(paths: Sequence[Path], work: _Work, options: dict[str, Any]) -> None:
     outputs = _latents_outputs(paths, options)
     sizes = _sizes(paths, work.source.config.factor)
+    for size in sizes:
+        check_memory(work.source.config, *size, tiled=options["vae_tiling"])
     if len(outputs) < len(paths) and len(set(sizes)) > 1:
         other = next(path for path, size in zip(paths, sizes, strict=True) if size != sizes[0])
         raise UsageError(
@@ -206,13 +209,12 @@ def _sizes(paths: Sequence[Path], factor: int) -> list[tuple[int, int]]:
 
 
 def _decode(paths: Sequence[Path], work: _Work, options: dict[str, Any]) -> None:
-    from ldmcli.checkpoints.latents_file import open_latents, read_latents
+    from ldmcli.checkpoints.latents_file import check_latents, open_latents, read_latents
 
     config = work.source.config
     sources = [open_latents(path, config) for path in paths]
     total = sum(count for _, _, count in sources)
-    names = ("image_format", "quality", "lossless")
-    encoding = choose_encoding(options["output"], **{name: options[name] for name in names})
+    encoding = choose_encoding(options)
     output = open_output(
         options["output"], encoding, overwrite=options["overwrite"], as_json=options["as_json"], one_image=total == 1
     )
@@ -221,6 +223,7 @@ def _decode(paths: Sequence[Path], work: _Work, options: dict[str, Any]) -> None
     for file, name, _ in sources:
         height, width = (side * config.factor for side in file.tensors[name].shape[-2:])
         encoding.check_size(width, height)
+        check_memory(config, width, height, tiled=options["vae_tiling"])
     outputs = [output]
     if output.path and not output.is_file:
         stems = [
@@ -234,7 +237,12 @@ def _decode(paths: Sequence[Path], work: _Work, options: dict[str, Any]) -> None
     for file, name, _ in sources:
         for i, latents in enumerate(read_latents(file, name, config)):
             started = time.perf_counter()
-            data, (width, height) = _picture(work.autoencoder.decode(latents), encoding)
+            try:
+                pixels = work.autoencoder.decode(latents)
+            except NotFiniteError:
+                check_latents(file.path, latents)
+                raise
+            data, (width, height) = _picture(pixels, encoding)
             facts = {"latents": str(file.path), "index": i, "width": width, "height": height}
             next(places).write(data, 0, facts | {"seconds": round(time.perf_counter() - started, 3)})
 

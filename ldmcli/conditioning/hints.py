@@ -1,5 +1,6 @@
 """Remarks on what a prompt or its settings say that is not read as it may be meant. Imports nothing heavy."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +11,7 @@ _WEIGHT = re.compile(r":\s*[+-]?[.\d]+\s*\)")
 _BREAK = re.compile(r"\bBREAK\b")
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{0,200}>?", re.IGNORECASE)
 _LOTS = re.compile(r"\{[^{}|\n]{0,200}\|[^{}\n]{0,200}\}|(?<![^\s{|(,])__[\w\-./]{1,60}__(?![^\s}|),.])")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _BLANK = re.compile(r"\s")
 _SHOWN = 40
 
@@ -20,8 +22,15 @@ def argument_hints(prompts: Sequence[str], negative_prompt: str) -> Iterator[str
     if words and (len(prompts) > 2 or (len(prompts) == 2 and prompts[0].lower() in ("a", "an", "the"))):
         whole = printable(" ".join(prompts), 60)
         yield f'{len(prompts)} prompts of one word each; with quotes, "{whole}" is one'
+    if picture := next((one for one in prompts if one.lower().endswith(_PICTURES) and os.path.isfile(one)), ""):
+        yield f"“{printable(picture)}” is drawn as a prompt; --image is for a picture to start from"
     if negative_prompt.strip().isdecimal():
         yield f"“{printable(negative_prompt.strip())}” is the negative prompt; --count says how many pictures"
+
+
+def empty_hint(model: str) -> str:
+    """A sentence on a prompt that says nothing, for a model that reads prompts."""
+    return f'a prompt is empty, and {printable(model)} reads prompts, as in `ldm "a red apple"`'
 
 
 def syntax_hint(prompt: str, syntax: str = "plain") -> str:

@@ -41,6 +41,8 @@ _REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.)){_NAME}/{_NAME}(?<!\.git)(?<!\.safe
 _REVISION = re.compile(r"(?!.*(?:\.\.|//))\w[\w./+-]{0,199}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# First parts of names that are paths, whatever the hub may have: what people call folders of models.
+_CUSTOMARY = {"checkpoints", "ckpts", "embeddings", "loras", "model", "models", "stable-diffusion", "vae", "weights"}
 _MAX_JSON = 32 << 20  # the shard index of the largest models has some MB
 
 
@@ -96,15 +98,16 @@ def locate(model: str, *, half: bool) -> Path:
     wanted = parse(model)
     if wanted is None:
         return path
-    folder = wanted.repository.partition("/")[0]
-    if not wanted.revision and os.path.isdir(folder):
-        _log.warning("there is a folder %s here, so %s is a path; the hub's model is %s@main", folder, wanted, wanted)
+    if why := why_path(wanted):
+        _log.warning("%s, so %s is a path; a model of the hub would be %s@main", why, wanted, wanted)
         return path
     kept, lack = _kept(wanted, half)
     if _hub().constants.HF_HUB_OFFLINE:
         return _offline(wanted, kept, lack)
     if kept and _COMMIT.fullmatch(wanted.revision):
         return kept
+    if kept is None:
+        _log.info("there is no %s here; asking the hub (%s)", wanted, printable(_hub().constants.ENDPOINT))
     try:
         listing = _ask(wanted)
         if kept and listing.commit in kept.parts:
@@ -120,12 +123,22 @@ def locate(model: str, *, half: bool) -> Path:
     return _fetch(wanted, listing, half)
 
 
+def why_path(name: HubModel) -> str:
+    """Why what could be a name of the hub is a path; "" where it is none. With a revision it never is."""
+    folder = name.repository.partition("/")[0]
+    if name.revision:
+        return ""
+    if os.path.isdir(folder):
+        return f"there is a folder {folder} here"
+    return f"{folder} is what folders are called" if folder.lower() in _CUSTOMARY else ""
+
+
 def locate_adapter(name: str) -> Path:
     """Where an adapter of the hub is on disk, ORG/NAME[/FILE][@REVISION], fetched if need be with PEFT's configuration;
     what is no name of one is a path as it stands. Of a repository it is the file that PEFT or diffusers writes, or else
     its only .safetensors file. Raises LdmError."""
     wanted = parse(name)
-    if wanted is None or (not wanted.revision and os.path.isdir(wanted.repository.partition("/")[0])):
+    if wanted is None or why_path(wanted):
         return locate(name, half=False)
     names, failure = _names_of(wanted)
     if not wanted.file:

@@ -11,7 +11,7 @@ from typing import Any
 from ldmcli.checkpoints.layout import INDEX
 from ldmcli.checkpoints.source import EMBEDDED_NAME, embedded_model, open_model
 from ldmcli.errors import LdmError
-from ldmcli.hub.fetch import cached_models, locate, locate_adapter
+from ldmcli.hub.fetch import HubModel, cached_models, locate, locate_adapter, why_path
 
 _WEIGHTS = ".safetensors"
 _MAX_ENTRIES = 1000  # looked at in one folder
@@ -69,7 +69,8 @@ def _in_folders() -> Iterator[ListedModel]:
     """The embedded model, and what is in weights/ and $LDM_MODELS: folders with an index, and weight files."""
     with contextlib.suppress(LdmError):
         embedded = embedded_model()
-        yield _described(_typed(embedded), "embedded", embedded)
+        named = find_here(EMBEDDED_NAME) == embedded  # and nothing else here has its name
+        yield _described(EMBEDDED_NAME if named else _typed(embedded), "embedded", embedded)
     package, own = Path(__file__).resolve().parent.parent, _own_folder()
     for folder in (Path("weights"), package.parent / "weights", package / "weights", *([own] if own else [])):
         for path in _entries(folder):
@@ -89,8 +90,7 @@ def _in_cache() -> Iterator[ListedModel]:
     for model in cached_models():
         repository, at, revision = model.name.partition("@")
         if (model.path / INDEX).is_file():
-            # Where a folder here is called like the organisation, the name alone would be a path.
-            hidden = not at and os.path.isdir(repository.partition("/")[0])
+            hidden = not at and why_path(HubModel(repository))  # the name alone would be a path
             yield _described(f"{model.name}@main" if hidden else model.name, "hub", model.path, model.size)
             continue
         files = [path for path in _entries(model.path) if path.name.endswith(_WEIGHTS)]

@@ -27,6 +27,7 @@ MAX_PIXELS = 1 << 26  # 8192²: a quarter of a gigabyte, and several times that 
 MAX_BYTES = 1 << 28
 _CURE = "name a picture file, such as PNG, JPEG or WebP"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_JPEG = b"\xff\xd8"  # how its files begin
 _GREY = 16  # how far apart the colours of a grey picture may be, which JPEG may have coloured
 _Read = TypeVar("_Read")
 _WIDE = {"I;16", "I;16L", "I;16B", "I;16N", "I"}  # numbers of 16 bits, as Pillow gives them
@@ -65,8 +66,13 @@ def read_depth(source: str | bytes) -> np.ndarray:
 
 def read_classes(source: str | bytes) -> np.ndarray:
     """A semantic map (height, width) int64 by its path or its file's bytes: each pixel the number of its class, which a
-    palette may colour. Raises as `read_picture` does, and BadDataError for one that has colours."""
-    return _decoded(_bytes_of(source), _named(source), _as_classes)
+    palette may colour. Raises as `read_picture` does, and BadDataError for one that has colours, or may have other
+    numbers than it was saved with."""
+    data, name = _bytes_of(source), _named(source)
+    if data.startswith(_JPEG):
+        raise BadDataError(f"{name} is a JPEG, whose pixels are only about what was saved, and a semantic map has "
+                           "numbers of classes; save it as PNG.")  # fmt: skip
+    return _decoded(data, name, _as_classes)
 
 
 def facts_of(source: str | bytes, *, depth: bool = False) -> Facts:

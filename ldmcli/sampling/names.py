@@ -6,6 +6,7 @@ sampler's name, `Scheduler` and the schedule after it, which InvokeAI writes `_k
 
 import functools
 import re
+from collections.abc import Mapping
 
 from ldmcli.sampling.catalogue import SAMPLERS
 from ldmcli.spacings import SPACINGS
@@ -16,6 +17,14 @@ _SAMPLERS = {
     "dpmpp-2m": "dpmsolver dpmsolverpp",
     "dpmpp-2m-sde": "sdedpmsolverpp dpmpp2msdegpu",
     "unipc": "unipcbh1 unipcbh2",
+}
+# Samplers of other programs that are not here, by what draws most like them.
+_ELSEWHERE = {
+    "dpmpp-2m": "lms deis ipndm ipndmv dpmpp3m dpmfast dpmadaptive dpmsolversinglestep resmultistep gradientestimation",
+    "dpmpp-2m-sde": "dpmppsde dpmppsdegpu dpmpp3msde dpmpp3msdegpu dpmsolversde seeds2 seeds3 ersde sasolver",
+    "euler-a": "dpm2a dpm2ancestral dpmpp2sa dpmpp2sancestral",
+    "heun": "dpm2 heunpp2 restart",
+    "lcm": "tcd",
 }
 _SCHEDULES = {
     "leading": "ddim ddimuniform",
@@ -41,11 +50,21 @@ _ENDINGS = sorted(((end, name) for end, name in _SPACINGS.items() if "ddim" not 
 def sampler_of(name: str) -> tuple[str, str | None] | None:
     """The sampler that any program calls so, and the schedule that the name says, if any; None for none that is here.
     What goes together is not checked: `check_spacing` does."""
+    return _found(name, _BY_NAME)
+
+
+def nearest_sampler(name: str) -> str:
+    """The sampler here that draws most like one of other programs that is not here; "" where none is known so."""
+    found = _found(name, {other: near for near, others in _ELSEWHERE.items() for other in others.split()})
+    return found[0] if found else ""
+
+
+def _found(name: str, samplers: Mapping[str, str]) -> tuple[str, str | None] | None:
     bare = re.sub("(?:discrete|multistep)?(?:scheduler)?$", "", _bare(name[:100]).removeprefix("sample"))
     for end, schedule in (("", None), *_ENDINGS, ("k", "karras")):
         if bare.endswith(end):
             stem = bare.removesuffix(end)
-            if found := _BY_NAME.get(stem) or _BY_NAME.get(stem.removeprefix("k")):
+            if found := samplers.get(stem) or samplers.get(stem.removeprefix("k")):
                 return found, schedule
     return None
 

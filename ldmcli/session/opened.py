@@ -91,7 +91,7 @@ class Opened:
             warn_once(_log, "image_encoder is for a request with an ip_adapter, and changes nothing without one")
         if note := self.model.config.schedule.of(fitted.sampler).note:
             warn_once(_log, note)
-        check_memory(self.model.config, *fitted.final_size, tiled=tiled)
+        check_memory(self.model.config.vae, *fitted.final_size, tiled=tiled)
         if much := large(self.model.config, *fitted.final_size):
             warn_once(_log, much)
         self.words(fitted)
@@ -382,6 +382,9 @@ def _opened_upscaler(name: str, spec: ModelSpec, model: ModelSource) -> "Upscale
 def _check_refiner(model: ModelSource, refiner: ModelSource) -> None:
     """Raises BadDataError where the two do not work on the same latents with the same steps."""
     one, other = model.config, refiner.config
+    for source in (model, refiner):
+        if "text" not in source.config.conditions:
+            raise bad_file(source.path, "reads no prompts, and a refiner goes on with them", "leave --refiner out")
     same = (
         one.unet.out_channels == other.unet.in_channels
         and one.vae.factor == other.vae.factor

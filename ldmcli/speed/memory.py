@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 from ldmcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldmcli.config import ModelConfig
+    from ldmcli.config import ModelConfig, VAEConfig
 
 # In errors without a class of their own: of torch's CPU allocator, of the CUDA runtime and of its libraries.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-_MANY_TIMES, _LARGE = 16, 1024**2  # times the usual number of pixels, and pixels
+_MANY_TIMES, _LARGE, _SEVERAL = 16, 1024**2, 256**2  # times the usual number of pixels, and pixels
 _TILED = 12 + 3  # bytes of a pixel that are in memory at once however it is decoded: as float32 and as uint8
 
 
-def check_memory(config: "ModelConfig", width: int, height: int, *, tiled: bool = False) -> None:
-    """Refuse a size (pixels) that this machine's memory cannot hold, before any weight is read. `tiled`: decoded by
-    networks/tiling.py. Raises UsageError.
+def check_memory(vae: "VAEConfig", width: int, height: int, *, tiled: bool = False) -> None:
+    """Refuse a size (pixels) that this machine's memory cannot hold, before any weight is read. `tiled`: decoded, or
+    encoded, by networks/tiling.py. Raises UsageError.
 
     The bound is low on purpose, for 2-byte numbers: what passes may still not fit, what is refused never would.
     """
-    channels = config.vae.block_channels
+    channels = vae.block_channels
     widest = channels[min(1, len(channels) - 1)]
     # The decoder's last level holds its input and its output at once, the first of them as wide as the level before.
     needed = width * height * (_TILED if tiled else 2 * (widest + channels[0]))
@@ -36,13 +36,15 @@ def check_memory(config: "ModelConfig", width: int, height: int, *, tiled: bool 
 
 def large(config: "ModelConfig", width: int, height: int) -> str:
     """What to say of a size that can be drawn, but hardly is meant; "" of others."""
-    usual = config.default_size**2
-    if width * height < max(_MANY_TIMES * usual, _LARGE):
+    usual, asked = config.default_size**2, width * height
+    if asked < max(_MANY_TIMES * usual, _SEVERAL):
         return ""
-    return (
-        f"{width}×{height} has {width * height // usual} times the pixels that the model was made for, and takes very "
-        "long and much memory; a usual size made larger by --upscale does not"
-    )
+    times = f"{width}×{height} has {asked // usual} times the pixels that the model was made for"
+    if asked < _LARGE:
+        if config.unet.reads not in ("", "mask"):  # a picture says how large things are
+            return ""
+        return f"{times}, which shows more things, not larger ones; --upscale makes a usual size larger"
+    return f"{times}, and takes very long and much memory; a usual size made larger by --upscale does not"
 
 
 def host_memory() -> int:
