@@ -358,3 +358,7 @@ def test_a_full_disk_can_be_gone_on_from(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,size=20m", small], check=True)
         assert batch(path, "-o", small / "out", "--devices", "cpu").code == 0
         assert_whole(small / "out", 100)
+
+
+def test_a_prompt_that_is_typed_as_a_file_is_missing(tmp_path: Path) -> None:
+    assert_refused(ldm_here("batch", "a fox", "-o", tmp_path / "out", cwd=tmp_path), 66, "a fox does not exist")

@@ -292,6 +292,9 @@ def test_cells(tmp_path: Path, field: str, text: str, value: Any) -> None:
 
 def test_formats_that_are_not_known(tmp_path: Path) -> None:
     for name in ("prompts", "prompts.gz", "prompts.xlsx", ".txt.zip"):
+        with pytest.raises(MissingInputError, match="does not exist"):
+            open_rows(tmp_path / name)
+        (tmp_path / name).touch()
         with pytest.raises(UsageError, match="--format txt, jsonl, csv, tsv, kohya or a1111"):
             open_rows(tmp_path / name)
     with pytest.raises(UsageError, match="standard input"):

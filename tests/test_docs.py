@@ -82,3 +82,11 @@ def test_files_that_are_named_are_there(document: Path) -> None:
     assert not [name for name in names if not (document.parent / name).exists()]
     code = {name for name in re.findall(r"`((?:ldmcli|tests)/[\w/.]+)`", text)}
     assert not [name for name in code if document.name != "CHANGELOG.md" and not (ROOT / name).exists()]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs git's list of files")
+def test_weights_that_readme_names_are_in_the_repository_and_no_pictures_beside_it() -> None:
+    shipped = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    named = set(re.findall(r"weights/[\w./-]+\.(?:txt|csv|png|safetensors)", README.read_text()))
+    assert named <= set(shipped)
+    assert not [name for name in shipped if "/" not in name and name.endswith(".png")]

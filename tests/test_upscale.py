@@ -631,3 +631,8 @@ def test_weights_of_ncnn_become_those_of_a_compact_net() -> None:
         assert np.array_equal(value, expected), name
     with pytest.raises(ValueError, match="left over"):
         recipe_module("convert_upscaler").converted("\n".join(layers), data + b"\0\0\0\0")
+
+
+def test_a_scale_is_no_upscaler(tmp_path: Path) -> None:
+    result = ldm_here("txt2img", "x", "--upscale", "2", "-o", tmp_path / "x.png")
+    assert_refused(result, 2, "an upscaler is a file, or embedded, and 2 is neither", "ldm upscale --scale")

@@ -13,7 +13,7 @@ from ldmcli.batch.lines import Line, Lines, joined_hint
 from ldmcli.batch.option_lines import READERS, looks_like
 from ldmcli.batch.tables import Record, delimiter_of, records
 from ldmcli.conditions import CONDITION_FIELDS
-from ldmcli.disk.opening import shown
+from ldmcli.disk.opening import missing, shown
 from ldmcli.errors import BadDataError, UsageError, printable
 
 FORMATS = ("txt", "jsonl", "csv", "tsv", *READERS)
@@ -175,6 +175,8 @@ def _format_of(path: Path | None) -> str:
     name = path.name.lower().removesuffix(".gz")
     ending = name.rpartition(".")[2] if "." in name else ""
     kind = _ALIASES.get(ending, ending)
+    if kind not in FORMATS and not path.exists():
+        raise missing(path)
     if kind not in FORMATS:
         raise UsageError(f"the name {printable(repr(path.name))} does not give the file's format; {choice}.")
     return kind

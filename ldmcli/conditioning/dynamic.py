@@ -111,7 +111,7 @@ class DynamicPrompts:
             raise UsageError(f"the wildcard __{printable(name)}__ is no name of a file in --wildcard-dir.")
         path = self._folder / f"{name}.txt"
         if not path.exists():
-            raise missing(path, ".txt")
+            raise missing(path)
         with open_regular(path, _CURE) as file:
             data = file.read(_MOST_BYTES + 1)
         try:

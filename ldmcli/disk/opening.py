@@ -33,7 +33,7 @@ def open_regular(path: Path, wanted: _Wanted = WEIGHTS) -> Iterator[io.FileIO]:
         _check_regular(path, os.stat(path), wanted)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except (OSError, ValueError) as error:
-        raise _cannot_open(path, error, wanted[0]) from None
+        raise _cannot_open(path, error) from None
     with open(descriptor, "rb", buffering=0) as raw:
         _check_regular(path, os.fstat(descriptor), wanted)  # the name may lead elsewhere by now
         try:
@@ -79,10 +79,10 @@ def _check_regular(path: Path, status: os.stat_result, wanted: _Wanted) -> None:
     raise bad_file(path, f"is {kinds.get(stat.S_IFMT(status.st_mode), 'no regular file')}", wanted[1])
 
 
-def _cannot_open(path: Path, error: OSError | ValueError, suffix: str | tuple[str, ...]) -> LdmError:
+def _cannot_open(path: Path, error: OSError | ValueError) -> LdmError:
     code = error.errno if isinstance(error, OSError) else errno.ENOENT  # else NUL or a surrogate in the path
     if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-        return MissingInputError(_missing_message(path, suffix))
+        return missing(path)
     if code in (errno.EACCES, errno.EPERM):
         return MissingInputError(f"{shown(path)} is not readable; check its permissions and its folder's.")
     if code == errno.ELOOP:
@@ -90,8 +90,12 @@ def _cannot_open(path: Path, error: OSError | ValueError, suffix: str | tuple[st
     return StorageError(f"{shown(path)} cannot be opened: {printable(str(error))}.")
 
 
-def _missing_message(path: Path, suffix: str | tuple[str, ...]) -> str:
-    """That `path` is not there, with the nearest names that are."""
+def missing(path: Path) -> MissingInputError:
+    """The error for a path to nothing, with the nearest names that are there."""
+    return MissingInputError(_missing_message(path))
+
+
+def _missing_message(path: Path) -> str:
     with contextlib.suppress(OSError, ValueError):
         if path.is_symlink():
             target = printable(os.readlink(path))
@@ -101,14 +105,9 @@ def _missing_message(path: Path, suffix: str | tuple[str, ...]) -> str:
         names = listing(path.parent, "", _LISTED)
         import difflib
 
-        if near := difflib.get_close_matches(path.name[:255], names, 3, 0.6) or listing(path.parent, suffix):
+        if near := difflib.get_close_matches(path.name[:255], names, 3, 0.6):
             return f"{shown(path)} does not exist; its folder has {', '.join(near)}."
     return f"{shown(path)} does not exist; check the path."
-
-
-def missing(path: Path, suffix: str = WEIGHTS[0]) -> MissingInputError:
-    """The error for a path to nothing, with the nearest names that are there."""
-    return MissingInputError(_missing_message(path, suffix))
 
 
 def listing(folder: Path, suffix: str | tuple[str, ...], limit: int = 3) -> list[str]:

@@ -103,7 +103,7 @@ def _collect(rows: sqlite3.Connection, folder: Path, found: Iterable[_Found]) ->
     varied: dict[str, None] = {}
 
     def noted(card: Card) -> str:
-        if card.fields and not first:
+        if card.path and card.fields and not first:
             first.update(card.fields)
         names = {**card.fields, **first} if card.path else {}
         varied.update((name, None) for name in names if card.fields.get(name) != first.get(name))

@@ -37,7 +37,8 @@ def ready_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool =
     flash, but each size of heads takes a twentieth of a second to load, and on a new machine half a second to compile.
     `causal`: to a token itself and those before it."""
     flash = query.shape[-1] % 8 == 0 and query.shape[-1] <= _FLASH_SIZE and query.dtype != torch.float32
-    if flash and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0):
+    flash = flash and query.is_cuda and torch.backends.cuda.is_flash_attention_available()
+    if flash and torch.cuda.get_device_capability(query.device) >= (9, 0):
         return torch.ops.aten._scaled_dot_product_flash_attention.default(query, key, value, 0.0, causal)[0]
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
 

@@ -67,6 +67,10 @@ def open_upscaler(name: str, *, allow_pickle: bool = False) -> UpscalerFile:
     if not name:
         raise UsageError(f"the upscaler has an empty name; {_CURE}.")
     path, title = Path(os.path.expanduser(name)), ""
+    if re.fullmatch(r"[1-9][0-9.]*x?", name) and not path.exists():
+        raise UsageError(
+            f"an upscaler is a file, or embedded, and {name} is neither; ldm upscale --scale takes a scale."
+        )
     if name == EMBEDDED_UPSCALER:
         path, title = embedded_folder(_EMBEDDED, _FILE, "-m") / _FILE, _EMBEDDED
     elif path.as_posix().endswith(f"/{UPSCALER}"):
