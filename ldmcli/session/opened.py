@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,10 +363,12 @@ def _stamps(opened: Opened) -> tuple[object, ...]:
         files = [path, *(path.parent / name / VOCABULARY for name in ("", *FOLDERS))]
         files += [path.with_suffix(ending) for ending in _SETTINGS]
         if os.path.isdir(path):
-            files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names)[:_MAX_STAMPED]
+            files = sorted([*path.glob("*"), *path.glob("*/*")])[:_MAX_STAMPED]  # through links, unlike os.walk
         for file in files:
             with contextlib.suppress(OSError):
                 status = os.stat(file)
+                if stat.S_ISDIR(status.st_mode):
+                    continue
                 stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
                 found.append((file, *stamp))
     return tuple(found)
