@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_serving import Served
 
+from ldmcli import ModelSpec, RuntimeSpec, Session
+from ldmcli.errors import BadDataError
 from ldmcli.fitting import fit_to_model
 from ldmcli.gallery.redraw import command
 from ldmcli.images.metadata import read_record
@@ -139,6 +141,24 @@ def test_recorded_steps_draw_the_same(folder: Path) -> None:
         )
         request = fit_to_model(asked, plain.config)
         assert torch.equal(graphed.draw([request]).latents, plain.draw([request]).latents)
+
+
+@pytest.mark.parametrize("changed", ["own.safetensors", "own.png"])
+def test_files_that_change_before_their_turn_are_not_drawn_from(changed: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "rows.safetensors", tmp_path / "own.safetensors")
+    shutil.copy(folder / "a.png", tmp_path / "own.png")
+    own = {"image": str(tmp_path / "own.png"), "image_embedding": str(tmp_path / "own.safetensors")}
+    others = {"image": str(folder / "a.png"), "image_embedding": str(folder / "rows.safetensors")}
+    with Session(ModelSpec(str(folder / "model")), RuntimeSpec(device="cpu", dtype="fp32")) as session:
+        common: dict[str, Any] = {"embedding_row": 2, "steps": 2, "width": 64, "height": 48, "strength": 0.5}
+        asked = [session.fit(GenerationRequest("", **common, **files)) for files in (own, others)]
+        save_file({"image_embeds": embeddings(1)}, tmp_path / "new.safetensors")
+        Image.fromarray(seeded_pixels(41, 50)).save(tmp_path / "new.png")
+        (tmp_path / f"new{Path(changed).suffix}").replace(tmp_path / changed)
+        first, second = session.draw(asked, batch_size=2)
+        with pytest.raises(BadDataError, match=f"{changed} has changed since it was checked"):
+            first.pixels()
+        assert second.pixels().shape == (48, 64, 3)
 
 
 def test_prompts_and_noise_change_the_picture(folder: Path, tmp_path: Path) -> None:
