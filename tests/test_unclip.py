@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "narrow": {"image_embeds": rows[:, :20].clone()},
         "cube": {"image_embeds": rows[:, None].clone()},
         "nan": {"image_embeds": damaged},
+        "large": {"image_embeds": torch.full((1, WIDTH), 1e300, dtype=torch.float64)},
         "two": {"a": rows, "b": rows.clone()},
         "whole": {"image_embeds": whole},
         "empty": {"image_embeds": torch.ones(0, WIDTH)},
@@ -263,6 +264,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "narrow": (65, (GIVEN, "narrow.safetensors"), "has embeddings of 20 numbers, and the model reads 40"),
     "cube": (65, (GIVEN, "cube.safetensors"), "holds image_embeds as F32 [3, 1, 40]"),
     "nan": (65, (GIVEN, "nan.safetensors"), "holds NaN or infinity"),
+    "large": (65, (GIVEN, "large.safetensors"), "large.safetensors holds numbers that float32 does not"),
     "two": (65, (GIVEN, "two.safetensors"), "has 2 tensors, and none of them called image_embeds"),
     "whole": (65, (GIVEN, "whole.safetensors"), "holds image_embeds as I32"),
     "empty": (65, (GIVEN, "empty.safetensors"), "holds image_embeds as F32 [0, 40]"),
@@ -291,4 +293,7 @@ def test_models_that_read_no_embedding_say_so(folder: Path, tmp_path: Path) -> N
     assert_refused(run(folder, *given, model="cin256.safetensors"), 2, "image_embedding is not for this model")
     prompted = ("-p", "a cat", "--label", "1", "-o", tmp_path / "out")
     assert_refused(run(folder, *prompted, model="cin256.safetensors"), 2, "prompt is not for this model")
+    noised = ("--label", "1", "--noise-level", "9", "-o", tmp_path / "out")
+    said = "noise_level is for a model that enlarges pictures or reads embeddings of them, and this is none"
+    assert_refused(run(folder, *noised, model="cin256.safetensors"), 2, said)
     assert_refused(run(folder, "a cat", command="txt2img"), 2, "the model reads an embedding of a picture")
