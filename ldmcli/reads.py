@@ -78,7 +78,8 @@ def _check_enlarging(request: GenerationRequest, config: "ModelConfig") -> None:
         embeds = ImageEmbeddingConfig.kind in config.conditions
         for name in ENLARGING_FIELDS:
             if getattr(request, name) is not None and not (embeds and name == "noise_level"):
-                raise UsageError(f"{name} is for a model that enlarges pictures, and this is none; leave it out.")
+                what = "enlarges pictures" if name == "patch" else "enlarges pictures or reads embeddings of them"
+                raise UsageError(f"{name} is for a model that {what}, and this is none; leave it out.")
         if embeds and config.noising:
             _check_level(request.noise_level or 0, config.noising.training_steps - 1)
         return

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from cli_support import ldm_here, pixels
+from cli_support import assert_refused, ldm_here, pixels
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "weights" / "tiny-glyphs"
@@ -51,6 +51,11 @@ def test_a_class_is_drawn_by_its_name_or_number(tmp_path: Path) -> None:
     drawn = [pixels(path) for path in result.paths]
     assert {picture.shape for picture in drawn} == {(64, 64, 3)}  # the file says so
     assert [named(picture[24:40, 24:40]) for picture in drawn] == list(wanted.values())
+
+
+def test_pictures_are_not_read_by_half_an_autoencoder(tmp_path: Path) -> None:
+    words = ("sample", "-m", CLASSES, "--label", "3", "--hires", "2", "--hires-upscaler", "lanczos", *FAST, tmp_path)
+    assert_refused(ldm_here(*words), 2, "the autoencoder only decodes", "--vae")
 
 
 def test_info_says_what_the_model_of_classes_is() -> None:

@@ -230,6 +230,25 @@ def test_a_record_draws_the_picture_again_and_tells_a1111(twice: Path, tmp_path:
     assert_refused(ldm_here("txt2img", "--from-image", tmp_path / "2.png"), 66, "own.safetensors")
 
 
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"LDM_HIRES": "2"},
+        {"LDM_LABEL": "3"},
+        {"LDM_IMAGE_EMBEDDING": "b.safetensors"},
+        {"LDM_IMAGE": "a.png"},
+        {"LDM_CONTROL_NET": "tiny-emoji-silhouette", "LDM_CONTROL_IMAGE": "a.png"},
+    ],
+)
+def test_what_a_picture_was_drawn_without_the_environment_does_not_add(environ: dict[str, str], tmp_path: Path) -> None:
+    assert ldm_here("txt2img", "a pear", *FAST, "-o", "a.png", cwd=tmp_path).code == 0
+    for command in ("txt2img", "img2img", "sample"):
+        again = (command, "--from-image", "a.png", "-o", f"{command}.png")
+        done = ldm_here(*again, cwd=tmp_path, env=environ)
+        assert (done.code, done.err) == (0, ""), command
+        assert np.array_equal(pixels(tmp_path / f"{command}.png"), pixels(tmp_path / "a.png"))
+
+
 def test_a_picture_in_a_larger_picture_out(tmp_path: Path) -> None:
     (tmp_path / "in.png").write_bytes(tiny_picture())
     out = tmp_path / "out.png"

@@ -210,6 +210,10 @@ def test_files_of_embeddings_are_not_opened_for_clients(sends: Any) -> None:
 def test_a_form_may_have_what_models_read_that_read_no_prompts() -> None:
     first = read_edit({"label": "3", "layout": "[[3, 0, 0, 1, 1]]"}, {"image": [png()], "map": [png()]})[0].requests[0]
     assert (first.label, first.layout, first.map) == (3, ((3, 0.0, 0.0, 1.0, 1.0),), png())
+    assert read_edit({}, {"image": [png()], "map": [png()]})[0].requests[0].map == png()
+    for given, maps in (({}, [png(), png()]), ({"map": PNG}, [png()])):
+        with pytest.raises(Refused, match="map is given twice"):
+            read_edit(given, {"image": [png()], "map": maps})
 
 
 def test_guidance_that_clients_always_send_is_left_out_where_there_is_none(caplog: pytest.LogCaptureFixture) -> None:

@@ -138,6 +138,8 @@ def test_upscale_refuses(model: Callable[[str], Path], picture: Path, tmp_path: 
     assert_refused(ldm_here(*drawing, "--steps", "0"), 2, "steps 0")
     assert_refused(ldm_here(*drawing, "--eta", "2"), 2, "eta 2")
     assert_refused(ldm_here("upscale", picture, "-o", out, "--steps", "3"), 2, "--steps is for models that draw")
+    gone = ldm_here("upscale", picture, "-m", "gone.safetensors", "-o", out, "--steps", "3")
+    assert_refused(gone, 66, "gone.safetensors does not exist")
     masked = ("upscale", picture, "-o", out, "-m", model("inpainting_big"))
     assert_refused(ldm_here(*masked), 65, "is an inpainting latent diffusion, not an upscaler")
     assert_refused(ldm_here(*drawing[:-1], tmp_path), 65, "without model_index.json")

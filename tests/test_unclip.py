@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_serving import Served
 
+from ldmcli import ModelSpec, RuntimeSpec, Session
+from ldmcli.errors import BadDataError
 from ldmcli.fitting import fit_to_model
 from ldmcli.gallery.redraw import command
 from ldmcli.images.metadata import read_record
@@ -41,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "narrow": {"image_embeds": rows[:, :20].clone()},
         "cube": {"image_embeds": rows[:, None].clone()},
         "nan": {"image_embeds": damaged},
+        "large": {"image_embeds": torch.full((1, WIDTH), 1e300, dtype=torch.float64)},
         "two": {"a": rows, "b": rows.clone()},
         "whole": {"image_embeds": whole},
         "empty": {"image_embeds": torch.ones(0, WIDTH)},
@@ -139,6 +142,24 @@ def test_recorded_steps_draw_the_same(folder: Path) -> None:
         )
         request = fit_to_model(asked, plain.config)
         assert torch.equal(graphed.draw([request]).latents, plain.draw([request]).latents)
+
+
+@pytest.mark.parametrize("changed", ["own.safetensors", "own.png"])
+def test_files_that_change_before_their_turn_are_not_drawn_from(changed: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "rows.safetensors", tmp_path / "own.safetensors")
+    shutil.copy(folder / "a.png", tmp_path / "own.png")
+    own = {"image": str(tmp_path / "own.png"), "image_embedding": str(tmp_path / "own.safetensors")}
+    others = {"image": str(folder / "a.png"), "image_embedding": str(folder / "rows.safetensors")}
+    with Session(ModelSpec(str(folder / "model")), RuntimeSpec(device="cpu", dtype="fp32")) as session:
+        common: dict[str, Any] = {"embedding_row": 2, "steps": 2, "width": 64, "height": 48, "strength": 0.5}
+        asked = [session.fit(GenerationRequest("", **common, **files)) for files in (own, others)]
+        save_file({"image_embeds": embeddings(1)}, tmp_path / "new.safetensors")
+        Image.fromarray(seeded_pixels(41, 50)).save(tmp_path / "new.png")
+        (tmp_path / f"new{Path(changed).suffix}").replace(tmp_path / changed)
+        first, second = session.draw(asked, batch_size=2)
+        with pytest.raises(BadDataError, match=f"{changed} has changed since it was checked"):
+            first.pixels()
+        assert second.pixels().shape == (48, 64, 3)
 
 
 def test_prompts_and_noise_change_the_picture(folder: Path, tmp_path: Path) -> None:
@@ -243,6 +264,7 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "narrow": (65, (GIVEN, "narrow.safetensors"), "has embeddings of 20 numbers, and the model reads 40"),
     "cube": (65, (GIVEN, "cube.safetensors"), "holds image_embeds as F32 [3, 1, 40]"),
     "nan": (65, (GIVEN, "nan.safetensors"), "holds NaN or infinity"),
+    "large": (65, (GIVEN, "large.safetensors"), "large.safetensors holds numbers that float32 does not"),
     "two": (65, (GIVEN, "two.safetensors"), "has 2 tensors, and none of them called image_embeds"),
     "whole": (65, (GIVEN, "whole.safetensors"), "holds image_embeds as I32"),
     "empty": (65, (GIVEN, "empty.safetensors"), "holds image_embeds as F32 [0, 40]"),
@@ -271,4 +293,7 @@ def test_models_that_read_no_embedding_say_so(folder: Path, tmp_path: Path) -> N
     assert_refused(run(folder, *given, model="cin256.safetensors"), 2, "image_embedding is not for this model")
     prompted = ("-p", "a cat", "--label", "1", "-o", tmp_path / "out")
     assert_refused(run(folder, *prompted, model="cin256.safetensors"), 2, "prompt is not for this model")
+    noised = ("--label", "1", "--noise-level", "9", "-o", tmp_path / "out")
+    said = "noise_level is for a model that enlarges pictures or reads embeddings of them, and this is none"
+    assert_refused(run(folder, *noised, model="cin256.safetensors"), 2, said)
     assert_refused(run(folder, "a cat", command="txt2img"), 2, "the model reads an embedding of a picture")

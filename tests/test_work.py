@@ -205,10 +205,17 @@ def test_a_model_is_looked_at_again_only_where_a_file_has_changed(
     assert [opened(), opened(), opened("there"), opened(), opened("there")] == [(1, 1), (1, 1), (2, 1), (2, 1), (2, 1)]
     replace(tmp_path / "here" / "model" / "tokenizer" / "special_tokens_map.json", {})
     assert [opened(), opened(), opened("there")] == [(3, 1), (3, 1), (3, 1)]
+    linked = tmp_path / "linked" / "model"
+    linked.mkdir(parents=True)
+    for part in (tmp_path / "there" / "model").iterdir():
+        (linked / part.name).symlink_to(part)
+    assert [opened("linked"), opened("linked")] == [(4, 1), (4, 1)]
+    replace(tmp_path / "there" / "model" / "tokenizer" / "special_tokens_map.json", {})
+    assert [opened("linked"), opened("linked")] == [(5, 1), (5, 1)]
     named = tmp_path / "named"
     named.mkdir()
     (named / "model").symlink_to(tmp_path / "here" / "model")
     monkeypatch.setenv("LDM_MODELS", str(named))
-    assert [opened("named", "model"), opened(".", "model"), opened(".", "model")] == [(4, 1), (5, 1), (5, 1)]
+    assert [opened("named", "model"), opened(".", "model"), opened(".", "model")] == [(6, 1), (7, 1), (7, 1)]
     (tmp_path / "model").symlink_to(tmp_path / "there" / "model")  # which is nearer than the folder of models
-    assert opened(".", "model") == (6, 1)
+    assert opened(".", "model") == (8, 1)

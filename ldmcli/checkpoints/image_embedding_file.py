@@ -74,4 +74,7 @@ def _row(file: WeightFile, info: TensorInfo, row: int) -> "Tensor":
         one = dataclasses.replace(info, shape=(1, info.shape[1]), start=start, end=start + size)
         file, row = dataclasses.replace(file, tensors={name: one}), 0
     ((_, tensor),) = read_tensors(file, [name], "cpu", None)
-    return tensor.float().reshape(-1, info.shape[1])[row : row + 1]
+    found = tensor.float().reshape(-1, info.shape[1])[row : row + 1]
+    if not found.isfinite().all():
+        raise bad_file(file.path, "holds numbers that float32 does not", _CURE)
+    return found

@@ -1,5 +1,6 @@
 """--from-image: the request in a picture, and what it was made from, once more."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _RUNTIME_OPTIONS = ("device", "dtype", "attention")
 _SHOWN_LEFT = 20
+# What a picture was drawn without where its record has none of it, whatever environment and configuration say.
+_WITHOUT = (*CONDITION_FIELDS, "image", "hires")
 _WEIGHT_OPTIONS = ("vae", "refiner", "prediction_type", "upscaler", "image_encoder")
 
 
@@ -77,7 +80,10 @@ def take_over(context: click.Context, options: dict[str, Any], record: dict[str,
     found |= {"loras": loras, "embeddings": ()}
     if given("sampler") and " " in options["sampler"]:
         found["schedule"] = None  # the sampler's name says it
-    options.update({name: value for name, value in found.items() if not given(name)})
+    steering = [fields for fields in (CONTROL_FIELDS, IP_ADAPTER_FIELDS) if not given(fields[0])]
+    unsaid = itertools.chain(_WITHOUT, *steering)
+    without = {name: () if isinstance(options[name], tuple) else None for name in unsaid if name in options}
+    options.update({name: value for name, value in (without | found).items() if not given(name)})
     options["embeddings"] += tuple(_embeddings_again(options, record, prompts))
     options["model_given"] = given("model")
     for name in INPUT_FILES:

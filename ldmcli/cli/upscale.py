@@ -122,6 +122,7 @@ def _open(context: click.Context, how: Enlargement, options: dict[str, Any]) -> 
     draws = _draws_larger(options["upscaler"], allow_pickle=options["allow_pickle"])
     for name in () if draws else _DRAWING:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            _network(how, options)  # which says so where it is none, or not there
             raise UsageError(f"--{name.replace('_', '-')} is for models that draw pictures larger; leave it out.")
     settings = {name: options[name] for name in _DRAWING} if draws else None
     if settings and settings["seed"] is None:

@@ -4,6 +4,7 @@ What the cache is like never fails a run: it goes on without, and a debug line s
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -89,6 +90,19 @@ class FileHashes:
         """Go without from now on, after one line."""
         folder, self._folder = self._folder, None
         _log.debug("cache: %s goes unused: %s", printable(str(folder)), printable(str(error)))
+
+
+def sha256_now(path: str) -> str:
+    """The SHA-256 of a file as it is now, found once for each state of it. Raises what `open_regular` raises."""
+    stamp = None
+    with contextlib.suppress(OSError, ValueError):
+        stamp = _stamp(os.stat(path))
+    return _sha256(path, stamp)
+
+
+@functools.lru_cache(4096)
+def _sha256(path: str, stamp: object) -> str:
+    return FileHashes().sha256(Path(path))
 
 
 def user_hashes(*, enabled: bool = True) -> FileHashes:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from ldmcli.disk.hashes import sha256_now
 from ldmcli.disk.opening import shown
 from ldmcli.errors import BadDataError
 from ldmcli.fitting import FittedRequest
@@ -149,8 +150,8 @@ def input_facts(request: GenerationRequest) -> dict[str, Facts]:
 
 
 def check_unchanged(request: FittedRequest) -> None:
-    """Raise BadDataError where a picture's file is another now than when the request was fitted, or as `read_picture`:
-    what is drawn says which pictures it was made from."""
+    """Raise BadDataError where a picture's file, or an embedding's, is another now than when the request was fitted, or
+    as `read_picture`: what is drawn says which it was made from."""
     known = {sha256 for _, sha256 in request.inputs}
     named = [(getattr(request, name), name == "depth") for name in PICTURES]
     named += [(control.image, False) for control in request.controls]
@@ -158,6 +159,8 @@ def check_unchanged(request: FittedRequest) -> None:
     for value, depth in named:
         if isinstance(value, str) and value != ALPHA and facts_of(value, depth=depth).sha256 not in known:
             raise BadDataError(f"{shown(Path(value))} has changed since it was checked; run again.")
+    if request.image_embedding is not None and sha256_now(request.image_embedding) not in known:
+        raise BadDataError(f"{shown(Path(request.image_embedding))} has changed since it was checked; run again.")
 
 
 def _alike(one: Facts, other: Facts) -> bool:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,7 +229,7 @@ class Opened:
             warn_once(_log, "image_guidance_scale changes nothing where guidance_scale is 1")
         if fitted.hires and fitted.hires_upscaler not in (LATENT, LANCZOS):
             inputs["hires_upscaler"] = self.hires_upscaler(fitted.hires_upscaler).sha256
-        if request.image is not None or fitted.encodes:
+        if fitted.encodes or (request.image is not None and fitted.enlarges == 1):
             self.encoder  # noqa: B018  to know that there is one
         return dataclasses.replace(fitted, inputs=tuple(inputs.items()))
 
@@ -271,14 +272,12 @@ class Opened:
     def encoder(self) -> PartSource[Any]:
         """The autoencoder that pictures are read with: the model's own where `vae` can only decode. Raises UsageError
         where there is none."""
-        if self.vae is None or isinstance(self.vae.config, VAEConfig):
-            return self.vae or self.model.part("vae")
-        try:
-            return self.model.part("vae")
-        except (LdmError, KeyError):
-            raise UsageError(
-                "--vae names a VAE that cannot read pictures, and the model has none of its own."
-            ) from None
+        own = self.vae is None or not isinstance(self.vae.config, VAEConfig)
+        with contextlib.suppress(LdmError, KeyError):
+            found: Any = self.model.part("vae") if own else self.vae
+            if f"{found.prefix}encoder.conv_in.weight" in found.keys():  # noqa: SIM118  no dictionary
+                return found
+        raise UsageError("the autoencoder only decodes, and pictures are to be read; name one that can with --vae.")
 
     @property
     def token_limit(self) -> int:
@@ -362,10 +361,12 @@ def _stamps(opened: Opened) -> tuple[object, ...]:
         files = [path, *(path.parent / name / VOCABULARY for name in ("", *FOLDERS))]
         files += [path.with_suffix(ending) for ending in _SETTINGS]
         if os.path.isdir(path):
-            files = sorted(Path(at, name) for at, _, names in os.walk(path) for name in names)[:_MAX_STAMPED]
+            files = sorted([*path.glob("*"), *path.glob("*/*")])[:_MAX_STAMPED]  # through links, unlike os.walk
         for file in files:
             with contextlib.suppress(OSError):
                 status = os.stat(file)
+                if stat.S_ISDIR(status.st_mode):
+                    continue
                 stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
                 found.append((file, *stamp))
     return tuple(found)

@@ -31,8 +31,10 @@ def read_generation(given: Mapping[str, Any]) -> tuple[Asked, bool]:
 def read_edit(given: Mapping[str, Any], files: Mapping[str, list[bytes]]) -> tuple[Asked, bool]:
     """As `read_generation`, of images/edits: the picture is drawn on where the mask, or without one the picture itself,
     is transparent, and all over where nothing is. Raises Refused, LdmError."""
-    values = Values(given)
-    settings = _settings(values)
+    values, maps = Values(given), files.get("map", [])
+    if len(maps) > 1 or (maps and "map" in values):
+        raise Refused("map is given twice; send one.", field="map")
+    settings = _settings(values, conditioned=bool(maps))
     images = [data for name in ("image", "image[]") for data in files.get(name, [])]
     masks = files.get("mask", [])
     for name in files:
@@ -41,7 +43,7 @@ def read_edit(given: Mapping[str, Any], files: Mapping[str, list[bytes]]) -> tup
     if len(images) != 1 or len(masks) > 1:
         raise Refused(f"image must be one file, and there are {len(images)}; mask one or none.", field="image")
     settings["image"] = checked_picture(images[0], "image")
-    if maps := files.get("map"):
+    if maps:
         settings["map"] = checked_picture(maps[0], "map")
     if masks:
         settings["mask"] = mask_of_transparency(checked_picture(masks[0], "mask"), "mask")
@@ -54,10 +56,10 @@ def read_edit(given: Mapping[str, Any], files: Mapping[str, list[bytes]]) -> tup
     return _asked(values, settings), values.flag("stream")
 
 
-def _settings(values: Values) -> dict[str, Any]:
-    """The fields of a request that both calls have."""
+def _settings(values: Values, *, conditioned: bool = False) -> dict[str, Any]:
+    """The fields of a request that both calls have; where it is `conditioned` otherwise, a prompt may be missing."""
     conditions = conditions_of(values)
-    if "prompt" not in values and not conditions:
+    if "prompt" not in values and not conditions and not conditioned:
         raise Refused("prompt is missing.", field="prompt", code="missing_required_parameter")
     width, height = _size(values)
     sampler, own = None, None
