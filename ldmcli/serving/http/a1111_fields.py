@@ -250,14 +250,14 @@ def _image(values: Values) -> dict[str, Any]:
         for name in _OF_MASK:
             values.raw(name)
         return found
-    masked = values.flag("inpaint_full_res", True)
+    masked, padding = values.flag("inpaint_full_res", True), values.whole("inpaint_full_res_padding", 0, MAX_PADDING)
     return found | {
         "mask": mask_of(picture_bytes(values.raw("mask"), "mask")),
         "mask_blur": _blur(values),
         "masked_content": values.choice("inpainting_fill", _CONTENTS, 0),
         "inpaint_area": "masked" if masked else "whole",
-        "mask_padding": values.whole("inpaint_full_res_padding", 0, MAX_PADDING) or 0,
         "invert_mask": values.flag("inpainting_mask_invert"),
+        **({"mask_padding": padding or 0} if masked else {}),  # which clients send in any case
     }
 
 
