@@ -87,7 +87,6 @@ def load(
             decoder = runtime.prepare(vae.result())
             stage.add(decoder)
             steering.result()
-    refiner = models[1] if opened.refiner else None
     kept = functools.lru_cache(1)(functools.partial(_load_upscaler, runtime))
     pipeline = Pipeline(
         runtime,
@@ -96,7 +95,7 @@ def load(
         read_encoder,
         lambda name: kept(opened.hires_upscaler(name)),
         networks,
-        refiner,
+        models[1] if opened.refiner else None,
         stopwatch=stopwatch,
         stage=stage,
         embeddings=_embeddings(opened, runtime, networks, stage),
